@@ -1,0 +1,1 @@
+"""nano_atlas: teacher-student reinforcement learning, small enough to read in an evening."""
