@@ -1,0 +1,271 @@
+"""AdamW (and Muon) on float32 master weights, learning-rate schedules, and training states that resume exactly.
+
+The model computes in its own dtype (bfloat16 or float32); what is *updated* is a float32 copy of each weight, because a step of
+1e-5 relative size is below the resolution of bfloat16 (2^-8) and would be rounded away. Bytes per parameter with bfloat16
+compute: 2 (weights) + 4 (gradients, summed in float32 over the micro-batches) + 4 (masters) + 8 (the two moments of Adam) = 18;
+with float32 compute a weight is its own master and its own gradient sum: 16. The last 12 (masters and moments) may live on
+another device.
+"""
+
+import math
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from nano_atlas.errors import UserError
+from nano_atlas.files import atomic_directory, read_json, write_json
+
+CHUNK_ELEMENTS = 2**28  # parameters moved and updated at a time where the optimizer lives on another device: 1 GiB of float32
+SHARD_BYTES = 2 * 10**9  # size of a file of a training state
+SCHEDULES = ("cosine", "constant", "linear")
+
+
+def learning_rate(step: int, total: int, peak: float, warmup_fraction: float, schedule: str) -> float:
+    """The rate of optimizer step `step` (0 <= step < total).
+
+    Linear warm-up over the first `warmup_fraction` of the steps, then cosine or linear decay that would reach 0 at step
+    `total`, or constant. The first step already moves: warm-up counts from 1.
+    """
+    warmup = round(total * warmup_fraction)
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, total - warmup)
+    if schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (1 - progress) if schedule == "linear" else peak
+
+
+def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
+    """Roughly U V^T of each matrix's singular value decomposition; matrices `[n, rows, columns]` float32.
+
+    The quintic Newton-Schulz iteration with the coefficients of Jordan et al. 2024: singular values end in about [0.7, 1.2].
+    """
+    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if is_tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if is_tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalized (Jordan et al. 2024, kellerjordan.github.io/posts/muon), for the matrices of the layers.
+
+    Like torch.optim.Muon, but in float32 and all matrices of one shape at once: on a CPU, at this size, several times faster.
+    """
+
+    def __init__(self, params: list[Tensor], momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        (group,) = self.param_groups
+        by_shape: dict[torch.Size, list[Tensor]] = {}
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                by_shape.setdefault(parameter.shape, []).append(parameter)
+        for shape, parameters in by_shape.items():
+            updates = []
+            for parameter in parameters:
+                average = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+                average.lerp_(parameter.grad, 1 - group["momentum"])
+                updates.append(parameter.grad.lerp(average, group["momentum"]))  # Nesterov's look ahead
+            step_size = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
+            for parameter, update in zip(parameters, orthogonalize(torch.stack(updates))):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=step_size)
+
+
+class MasterAdamW:
+    """AdamW with decoupled weight decay (Loshchilov and Hutter 2019), float32 state, and global-norm clipping.
+
+    Matrices decay, vectors (norm weights, biases) do not. With `muon_scale` above 0 the matrices of the layers are updated by
+    Muon at `muon_scale` times the rate; it learns from random weights in far fewer tokens. `state_device` holds masters and
+    moments; by default each lives beside its parameter. Gradients of low-precision parameters are summed in float32: each
+    backward pass hands its gradient over to the sum at once, so only one low-precision gradient exists at a time and
+    `parameter.grad` stays None.
+    """
+
+    def __init__(self, model: nn.Module, *, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
+                 weight_decay: float = 1e-4, clip_norm: float = 1.0, muon_scale: float = 0.0,
+                 state_device: torch.device | str | None = None):
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.masters = {name: _master(p, state_device) for name, p in self.parameters.items()}
+        self.gradient_sums: dict[str, Tensor] = {}  # name -> float32, of the low-precision parameters
+        for name, parameter in self.parameters.items():
+            if parameter.dtype != torch.float32:
+                parameter.register_post_accumulate_grad_hook(lambda p, name=name: self._hand_over(name, p))
+        hidden = [master for name, master in self.masters.items() if muon_scale and ".layers." in name and master.ndim == 2]
+        self.muon_scale = muon_scale
+        self.muon = Muon(hidden, weight_decay=weight_decay) if hidden else None
+        is_hidden = {id(master) for master in hidden}
+        matrices = [master for master in self.masters.values() if master.ndim > 1 and id(master) not in is_hidden]
+        vectors = [master for master in self.masters.values() if master.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        self.adamw = torch.optim.AdamW([group for group in groups if group["params"]], betas=betas, eps=eps, fused=True)
+        self.clip_norm = clip_norm
+        self.skipped_steps = 0
+
+    def _hand_over(self, name: str, parameter: Tensor) -> None:
+        if name in self.gradient_sums:
+            self.gradient_sums[name] += parameter.grad
+        else:
+            self.gradient_sums[name] = parameter.grad.float()
+        parameter.grad = None
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """name -> float32 gradient of this step, for the parameters that took part in it."""
+        own = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        return {**own, **self.gradient_sums}
+
+    @torch.no_grad()
+    def step(self, rate: float) -> float:
+        """Update with the gradients summed since the last step, clear them, and return their norm before clipping.
+
+        A gradient that is not finite changes nothing: the step is skipped and counted in `skipped_steps`.
+        """
+        gradients = self._gradients()
+        if not gradients:
+            raise RuntimeError("step() without a backward pass before it")
+        norm = float(torch.nn.utils.get_total_norm(list(gradients.values()), foreach=True))
+        if math.isfinite(norm):
+            if norm > self.clip_norm:
+                torch._foreach_mul_(list(gradients.values()), self.clip_norm / norm)
+            for group in self.adamw.param_groups:
+                group["lr"] = rate
+            for group in self.muon.param_groups if self.muon else ():
+                group["lr"] = rate * self.muon_scale
+            for names in self._chunks(gradients):
+                self._update(names, gradients)
+        else:
+            self.skipped_steps += 1
+        self.clear_gradients()
+        return norm
+
+    def _chunks(self, gradients: Mapping[str, Tensor]) -> Iterable[list[str]]:
+        chunk: list[str] = []
+        size = 0
+        for name, gradient in gradients.items():
+            if chunk and size + gradient.numel() > CHUNK_ELEMENTS:
+                yield chunk
+                chunk, size = [], 0
+            chunk.append(name)
+            size += gradient.numel()
+        yield chunk
+
+    def _update(self, names: list[str], gradients: Mapping[str, Tensor]) -> None:
+        for master in self.masters.values():
+            master.grad = None  # torch's AdamW leaves a parameter without a gradient alone
+        for name in names:
+            self.masters[name].grad = gradients[name].to(self.masters[name].device)
+        self.adamw.step()
+        if self.muon:
+            self.muon.step()
+        for name in names:
+            if self.masters[name] is not self.parameters[name]:
+                self.parameters[name].copy_(self.masters[name])
+
+    def clear_gradients(self) -> None:
+        self.gradient_sums.clear()
+        for tensor in (*self.parameters.values(), *self.masters.values()):
+            tensor.grad = None
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on, as `{parameter name}.{master|step|exp_avg|exp_avg_sq|momentum}`, float32."""
+        tensors = {f"{name}.master": master.detach() for name, master in self.masters.items()}
+        for name, master in self.masters.items():
+            tensors |= {f"{name}.{key}": value for key, value in self._state_of(master).items()}
+        return tensors
+
+    @torch.no_grad()
+    def load_state_tensor(self, key: str, value: Tensor) -> None:
+        """Take over one tensor of `state_tensors()`; a master also sets the model's weight. Raises KeyError if unknown."""
+        name, _, kind = key.rpartition(".")
+        master = self.masters[name]
+        if kind == "master":
+            master.copy_(value)
+            if master is not self.parameters[name]:
+                self.parameters[name].copy_(master)
+        else:
+            self._state_of(master)[kind] = value.to(master.device, copy=True)
+
+    def _state_of(self, master: Tensor) -> dict[str, Tensor]:
+        is_muon = self.muon is not None and any(master is other for other in self.muon.param_groups[0]["params"])
+        return (self.muon if is_muon else self.adamw).state[master]
+
+
+def _master(parameter: nn.Parameter, device: torch.device | str | None) -> nn.Parameter:
+    device = torch.device(device) if device is not None else parameter.device
+    if parameter.dtype == torch.float32 and parameter.device == device:
+        return parameter
+    return nn.Parameter(parameter.detach().to(device, torch.float32))
+
+
+# ---------------------------------------------------------------------------------------------------- training states
+
+
+def save_training_state(root: Path, optimizer: MasterAdamW, step: int, extra: Mapping[str, Any], keep: int = 1) -> Path:
+    """Write `root/step-00000120/` (safetensors and state.json) and delete all but the newest `keep` states.
+
+    The directory appears under its name only when it is complete, so an interrupted save leaves the one before. The masters are
+    the model's weights, so there is no second copy of them; and no state of a random generator is stored, because every draw of
+    training comes from a seed derived from (seed, step).
+    """
+    target = Path(root) / f"step-{step:08d}"
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for key, tensor in optimizer.state_tensors().items():
+        if size > 0 and size + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][key] = tensor
+        size += tensor.nbytes
+    with atomic_directory(target) as folder:
+        for number, shard in enumerate(shards):
+            save_file({key: tensor.contiguous() for key, tensor in shard.items()}, folder / f"state-{number:05d}.safetensors")
+        write_json(folder / "state.json", {"step": step, "skipped_steps": optimizer.skipped_steps, **extra})
+    for old in _states(root)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def _states(root: Path) -> list[Path]:
+    return sorted(path for path in Path(root).glob("step-*") if path.is_dir())
+
+
+def latest_training_state(root: Path) -> Path | None:
+    """The newest complete state under `root`, or None."""
+    states = _states(root)
+    return states[-1] if states else None
+
+
+def load_training_state(state: Path, optimizer: MasterAdamW) -> dict[str, Any]:
+    """Restore optimizer and model weights bit for bit; returns state.json: `step`, `skipped_steps` and the saved `extra`.
+
+    Raises UserError naming the tensor or file that is missing, unknown or of another shape.
+    """
+    remedy = "the state belongs to another model or is damaged; use --restart to start over"
+    expected = {f"{name}.master": tuple(master.shape) for name, master in optimizer.masters.items()}
+    try:
+        record = read_json(state / "state.json")
+        for path in sorted(state.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():
+                    shape = tuple(file.get_slice(key).get_shape())
+                    if expected.pop(key, shape) != shape:
+                        raise UserError(f"{path}: {key} has shape {list(shape)}; {remedy}")
+                    optimizer.load_state_tensor(key, file.get_tensor(key))
+    except KeyError as error:
+        raise UserError(f"{path}: unknown tensor for {error}; {remedy}") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{state}: {error}; {remedy}") from None
+    if expected:
+        raise UserError(f"{state}: missing {', '.join(sorted(expected)[:3])}; {remedy}")
+    optimizer.skipped_steps = record["skipped_steps"]
+    return record

@@ -1,0 +1,165 @@
+"""The command line that a Config dataclass makes, and the log of a run."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from nano_atlas.config import Preset, option, parse, refuse_changes, run_script, to_json
+from nano_atlas.errors import UserError
+from nano_atlas.metrics import RunLog
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = option("small", "", group="run")
+    out: Path = option(Path("runs/x"), "directory of the run")
+    steps: int | None = option(None, "optimizer steps", group="optimization", resumable=True)
+    lr: float = option(1e-3, "peak learning rate, 100% of it")
+    betas: tuple[float, float] = option((0.9, 0.95), "decay of the running means")
+    schedule: str = option("cosine", "shape of the decay", ["cosine", "constant"])
+    compile: bool = option(False, "compile the layers")
+    data: tuple[Path, ...] = option((), "files")
+
+    def check(self) -> None:
+        if self.schedule == "constant" and self.steps == 1:
+            raise UserError("--schedule constant contradicts --steps 1")
+
+
+PRESETS = {"small": Preset("CPU, 1 GB", {}), "large": Preset("one GPU, 20 GB", {"lr": 1e-5, "compile": True, "steps": 7})}
+
+
+def read(*argv: str) -> Config:
+    return parse(Config, argv, PRESETS, "what the script does")
+
+
+def test_every_field_type_is_read_from_the_command_line():
+    config = read("--out", "a b", "--steps", "3", "--lr", "2e-4", "--betas", "0.8", "0.9", "--compile", "--data", "x", "y")
+    assert config == Config("small", Path("a b"), 3, 2e-4, (0.8, 0.9), "cosine", True, (Path("x"), Path("y")))
+
+
+def test_explicit_flags_override_the_preset_and_the_preset_overrides_the_defaults():
+    assert read() == Config()
+    assert (read("--preset", "large").lr, read("--preset", "large").compile) == (1e-5, True)
+    config = read("--lr", "0.5", "--preset", "large", "--no-compile", "--steps", "none")
+    assert (config.lr, config.compile, config.steps) == (0.5, False, None)
+
+
+def test_help_gives_meaning_default_and_group_of_each_option_and_the_memory_of_each_preset(capsys):
+    with pytest.raises(SystemExit) as stop:
+        read("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for piece in ("what the script does", "optimization:", "peak learning rate, 100% of it (default: 0.001)",
+                  "{cosine,constant}", "(default: 0.9 0.95)", "optimizer steps (default: none)", "--no-compile",
+                  "large: one GPU, 20 GB", "(default: small)"):
+        assert piece in text
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["--learning-rate", "1"], "unknown option --learning-rate"),
+    (["--schedul", "cosine"], "unknown option --schedul; did you mean --schedule?"),
+    (["--beta=1"], "did you mean --betas?"),
+    (["--lr", "fast"], "invalid float value: 'fast'"),
+    (["--lr", "nan"], "invalid float value: 'nan'"),
+    (["--steps", "1.5"], "invalid int value: '1.5'"),
+    (["--betas", "0.9"], "expected 2 arguments"),
+    (["--schedule", "linear"], "invalid choice: 'linear'"),
+    (["--preset", "huge"], "invalid choice: 'huge'"),
+    (["--schedule", "constant", "--steps", "1"], "contradicts"),
+])
+def test_a_mistake_on_the_command_line_is_named(argv, said):
+    with pytest.raises(UserError) as error:
+        read(*argv)
+    assert said in str(error.value)
+
+
+def test_a_config_survives_json_and_a_changed_option_is_refused_by_name_unless_it_is_resumable():
+    config = read("--data", "x")
+    saved = json.loads(json.dumps(to_json(config)))
+    refuse_changes(config, saved, "runs/x")
+    refuse_changes(read("--data", "x", "--steps", "9"), saved, "runs/x")
+    with pytest.raises(UserError, match=r"--lr 0.001 -> 0.5, --compile False -> True\. Repeat .* --restart"):
+        refuse_changes(read("--data", "x", "--lr", "0.5", "--compile"), saved, "runs/x")
+
+
+def test_a_user_error_is_one_line_and_exit_code_2(capsys):
+    def main():
+        raise UserError("train.jsonl:3: broken")
+
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    assert (stop.value.code, capsys.readouterr().err) == (2, "error: train.jsonl:3: broken\n")
+
+
+def test_an_interrupt_ends_without_a_traceback(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    assert stop.value.code == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------- metrics
+
+
+def records(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_log_has_each_step_once(tmp_path):
+    with RunLog(tmp_path) as log:
+        for step in (1, 2, 3, 4):
+            log.log(step, loss=step / 3, eval_loss=None)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # what a killed process leaves
+    with RunLog(tmp_path, resumed_step=2) as log:
+        log.log(3, loss=9.0)
+    assert records(tmp_path) == [{"step": 1, "loss": 0.333333}, {"step": 2, "loss": 0.666667}, {"step": 3, "loss": 9.0}]
+
+
+def test_a_new_run_in_an_old_directory_starts_an_empty_log(tmp_path):
+    for _ in range(2):
+        with RunLog(tmp_path) as log:
+            log.log(1, loss=float("nan"))
+    assert records(tmp_path) == [{"step": 1, "loss": None}]
+
+
+def test_damage_in_the_log_names_the_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl:2: not a metrics record"):
+        RunLog(tmp_path, resumed_step=2)
+
+
+def test_wandb_is_asked_for_only_with_a_project_and_its_absence_is_explained(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    RunLog(tmp_path).close()
+    with pytest.raises(UserError, match="pip install wandb"):
+        RunLog(tmp_path, wandb_project="atlas")
+
+
+def test_wandb_gets_the_same_records_and_a_continued_run_the_same_id(tmp_path, monkeypatch):
+    class Wandb:
+        calls = []
+
+        def init(self, **options):
+            self.calls.append(options)
+            return self
+
+        def log(self, record, step):
+            self.calls.append((step, record))
+
+        def finish(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb())
+    for resumed_step in (0, 1):
+        with RunLog(tmp_path, resumed_step, wandb_project="atlas", config={"lr": 1}) as log:
+            log.log(resumed_step + 1, loss=0.5)
+    first, record, second, _ = Wandb.calls
+    assert record == (1, {"loss": 0.5})
+    assert first["id"] == second["id"] and first["project"] == "atlas" and first["config"] == {"lr": 1}

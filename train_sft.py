@@ -1,0 +1,300 @@
+"""Supervised fine-tuning: teach a model by demonstration, before reinforcement learning improves it.
+
+    python train_sft.py                                                    # CPU: the nano world's student, then its teacher
+    python train_sft.py --preset 24gb --data sft.jsonl --model Qwen/Qwen3-0.6B --out runs/teacher-sft       # one GPU
+
+Data are JSONL files of Arc-ATLAS-Teach-v0 demonstrations, chats, or prompt/completion pairs (nano_atlas/data.py); a model is a
+directory in Hugging Face layout. Only what the assistant says is learned. The same command continues an interrupted run.
+
+    OUT/model           the result: a directory that transformers, vLLM and the other scripts load
+    OUT/metrics.jsonl   one record per optimizer step
+    OUT/state           masters and moments of the optimizer, to continue from
+
+Against the published recipe (ATLAS: Qwen3-8B, 16 documents a step, 10 epochs, ZeRO-3): the target is the text that GRPO samples
+later, `<thinking>..</thinking><teaching>..</teaching>` after the student's approach in the prompt, and not a text with labels
+of its own; a step is measured in tokens; one process, where the optimizer's state may live on another GPU or in host memory.
+"""
+
+import hashlib
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from nano_atlas import world
+from nano_atlas.checkpoint import load_model, save_model
+from nano_atlas.config import Preset, option, parse, refuse_changes, run_script, to_json
+from nano_atlas.data import (
+    Batch, Example, collate, derive_seed, load_examples, pack, padding_share, shuffle_epoch, steps_per_epoch, write_jsonl,
+)
+from nano_atlas.errors import UserError
+from nano_atlas.files import read_json, write_json
+from nano_atlas.loss import sft_loss
+from nano_atlas.metrics import RunLog
+from nano_atlas.model import PackedAttention, Transformer
+from nano_atlas.optim import (
+    SCHEDULES, MasterAdamW, latest_training_state, learning_rate, load_training_state, save_training_state,
+)
+from nano_atlas.seats import EmbeddedSeat
+from nano_atlas.tokenizer import Tokenizer
+
+NANO = Path("runs/nano")
+BASE_EXAMPLES, DEMONSTRATIONS = 80_000, 900
+GPU = {"dtype": "bfloat16", "gradient_checkpointing": True, "compile": True, "tokens_per_batch": 8192}
+PRESETS = {
+    "nano": Preset("the nano world's teacher on a CPU, 1 GB; trains its student first where there is none", {
+        "data": (NANO / "data/demonstrations.jsonl",), "model": NANO / "student/model", "out": NANO / "teacher-sft",
+        "epochs": 6, "tokens_per_step": 8192, "tokens_per_batch": 4096, "lr": 1e-3, "weight_decay": 0.01, "held_out": 0.05,
+    }),
+    "nano-student": Preset("the nano world's student from random weights on a CPU, 1 GB", {
+        "data": (NANO / "data/base.jsonl",), "model": NANO / "init", "out": NANO / "student",
+        "epochs": 1, "tokens_per_step": 1024, "tokens_per_batch": 1024, "lr": 1e-2, "muon_scale": 2.0, "schedule": "linear",
+        "warmup": 0.02, "betas": (0.9, 0.98), "weight_decay": 0.05, "held_out": 0.005, "eval_every": 500,
+    }),
+    "24gb": Preset("Qwen3-0.6B on one GPU: 18 bytes x 0.6e9 = 11 GB, and 4 GB for a micro-batch", {
+        **GPU, "model": Path("Qwen/Qwen3-0.6B"),
+    }),
+    "2gpu": Preset("Qwen3-1.7B on two 24 GB GPUs: 6 bytes x 1.7e9 + 6 GB = 16 GB, and 12 x 1.7e9 + 1 GB = 22 GB", {
+        **GPU, "model": Path("Qwen/Qwen3-1.7B"), "optimizer_device": "cuda:1",
+    }),
+    "80gb": Preset("Qwen3-8B on one GPU: 6 bytes x 8.2e9 + 9 GB = 58 GB, and 12 x 8.2e9 = 98 GB of host memory", {
+        **GPU, "model": Path("Qwen/Qwen3-8B"), "optimizer_device": "cpu",
+    }),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = option("nano", "", group="run")
+    out: Path = option(Path("runs/sft"), "directory of the run: model, metrics, state")
+    restart: bool = option(False, "delete what --out holds of an earlier run instead of continuing it", resumable=True)
+    seed: int = option(42, "fixes the order of the examples and which ones are held out")
+
+    data: tuple[Path, ...] = option((), "JSONL files to learn from", group="data")
+    max_length: int = option(4096, "longest example, in tokens; longer ones are left out and counted")
+    held_out: float = option(0.02, "share of the examples (0 to 1) that is not learned and gives eval_loss")
+    thinking: bool = option(False, "render prompts with Qwen3's thinking mode on; other chat templates ignore it")
+
+    model: Path = option(Path("Qwen/Qwen3-0.6B"), "checkpoint directory to start from", group="model")
+    device: str = option("auto", "where the model is: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
+    optimizer_device: str = option("auto", "where masters and moments are (12 bytes per parameter); auto: beside the model")
+    dtype: str = option("float32", "compute precision; masters and moments are float32 always", ["float32", "bfloat16"])
+    gradient_checkpointing: bool = option(False, "keep one activation per layer, recompute the rest: less memory, 4/3 the time")
+    compile: bool = option(False, "compile the layers (torch.compile): faster, after a minute")
+
+    epochs: int = option(3, "passes over the data", group="optimization", resumable=True)
+    steps: int | None = option(None, "optimizer steps, instead of --epochs", resumable=True)
+    tokens_per_step: int = option(32768, "tokens in one optimizer step, on average")
+    tokens_per_batch: int = option(8192, "most tokens in one micro-batch, which is what memory depends on")
+    lr: float = option(1e-5, "peak learning rate")
+    schedule: str = option("cosine", "learning rate after the warm-up", SCHEDULES)
+    warmup: float = option(0.05, "share of the steps (0 to 1) over which the learning rate rises")
+    betas: tuple[float, float] = option((0.9, 0.95), "decay of Adam's two running means, per step")
+    weight_decay: float = option(1e-4, "decoupled decay of the matrices, times the learning rate, per step")
+    muon_scale: float = option(0.0, "train the layers' matrices with Muon at this multiple of --lr; 0: AdamW for all")
+    clip_norm: float = option(1.0, "longest gradient (global norm); a longer one is scaled down to it")
+
+    eval_every: int = option(100, "optimizer steps between evaluations of eval_loss", group="records", resumable=True)
+    save_every: int = option(100, "optimizer steps between training states", resumable=True)
+    keep: int = option(1, "number of training states to keep", resumable=True)
+    wandb_project: str = option("", "mirror the metrics to this Weights & Biases project", resumable=True)
+    wandb_run_name: str = option("", "name of the run there; by default that of --out", resumable=True)
+
+    def check(self) -> None:
+        for name in ("max_length", "epochs", "tokens_per_step", "tokens_per_batch", "lr", "clip_norm", "eval_every",
+                     "save_every", "keep"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
+        if self.steps is not None and self.steps <= 0:
+            raise UserError(f"--steps must be above 0, not {self.steps}")
+        for name in ("held_out", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be from 0 to below 1, not {getattr(self, name)}")
+        if not self.data:
+            raise UserError("--data names no file to learn from")
+        if self.tokens_per_batch > self.tokens_per_step:
+            raise UserError(f"--tokens-per-batch {self.tokens_per_batch} is more than --tokens-per-step {self.tokens_per_step}")
+        if self.wandb_run_name and not self.wandb_project:
+            raise UserError("--wandb-run-name needs --wandb-project")
+
+
+# --------------------------------------------------------------------------------------------------------------- setup
+
+
+def load(config: Config) -> tuple[Transformer, Tokenizer]:
+    if not (config.model / "config.json").is_file():
+        raise UserError(f"no model at {config.model}; fetch one with `hf download {config.model} --local-dir {config.model}`, "
+                        "or name another directory with --model")
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    for name in (device, config.optimizer_device):
+        if name.startswith("cuda") and torch.device(name).index not in (None, *range(torch.cuda.device_count())):
+            raise UserError(f"there is no device {name} here ({torch.cuda.device_count()} GPUs)")
+    model = load_model(config.model, dtype=getattr(torch, config.dtype), device=device)
+    model.recompute_activations = config.gradient_checkpointing
+    if config.compile:
+        # The lengths of the documents differ in every batch; a compiler that saw them would compile for each anew.
+        PackedAttention.__call__ = torch.compiler.disable(PackedAttention.__call__)
+        for layer in model.model.layers:
+            layer.compile(dynamic=True)
+    return model, Tokenizer.from_directory(config.model)
+
+
+def split(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """(training, held-out) examples; which ones are held out depends on the seed and on the number of examples only."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "held out"))
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    held = set(order[: round(share * len(examples))])
+    return [e for i, e in enumerate(examples) if i not in held], [e for i, e in enumerate(examples) if i in held]
+
+
+def fingerprint(paths: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; --data must name JSONL files")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------- loop
+
+
+def batch_loss(model: Transformer, batch: Batch, target_tokens: int) -> torch.Tensor:
+    """-log p summed over the batch's targets, divided by the targets of the *whole step*, so that the cut into micro-batches
+    does not matter."""
+    attention = PackedAttention(batch.lengths, batch.input_ids.device)
+    hidden = model(batch.input_ids, attention.positions, attention)  # [N, D]
+    weights = torch.full_like(batch.targets, 1 / target_tokens, dtype=torch.float32)
+    return sft_loss(hidden[batch.target_positions], model.head_weight, batch.targets, weights)[0]
+
+
+@torch.no_grad()
+def evaluate(model: Transformer, examples: list[Example], tokens_per_batch: int, device: torch.device) -> float:
+    """Mean -log p of the target tokens, in nats."""
+    groups = pack([len(example.input_ids) - 1 for example in examples], tokens_per_batch)
+    batches = [collate([examples[i] for i in group], device) for group in groups]
+    target_tokens = sum(len(batch.targets) for batch in batches)
+    return sum(float(batch_loss(model, batch, target_tokens)) for batch in batches)
+
+
+def train(config: Config) -> None:
+    state_dir, options_file = config.out / "state", config.out / "options.json"
+    data_hash = fingerprint(config.data)
+    if config.restart:
+        for directory in (state_dir, config.out / "model"):
+            shutil.rmtree(directory, ignore_errors=True)
+    resumed = latest_training_state(state_dir)
+    record = read_json(resumed / "state.json") if resumed else {}
+    if resumed:
+        saved_options = read_json(options_file)
+        refuse_changes(config, saved_options, str(config.out))
+        if record["data"] != data_hash:
+            raise UserError(f"{config.out} was trained on other contents of {', '.join(map(str, config.data))}; "
+                            "choose another --out, or start over with --restart")
+        is_same = {**saved_options, "restart": None} == {**to_json(config), "restart": None}
+        if record["is_finished"] and is_same and (config.out / "model").is_dir():
+            print(f"{config.out / 'model'} is already trained ({record['step']} steps)")
+            return
+
+    model, tokenizer = load(config)
+    device = model.head_weight.device
+    examples, left_out = load_examples(config.data, tokenizer, config.max_length, thinking=config.thinking)
+    learned, held_out = split(examples, config.held_out, config.seed)
+    if not learned:
+        raise UserError(f"all {len(examples)} examples are held out; lower --held-out or add data")
+    lengths = [len(example.input_ids) - 1 for example in learned]
+    epoch_steps = steps_per_epoch(lengths, config.tokens_per_step)
+    total_steps = config.steps or config.epochs * epoch_steps
+    print(f"{len(learned)} examples, {sum(lengths):,} tokens, {epoch_steps} steps per epoch; {len(held_out)} held out")
+    for reason, count in left_out.items():
+        print(f"left out: {count} examples of {reason}")
+
+    optimizer = MasterAdamW(
+        model, betas=config.betas, weight_decay=config.weight_decay, clip_norm=config.clip_norm, muon_scale=config.muon_scale,
+        state_device=None if config.optimizer_device == "auto" else config.optimizer_device,
+    )
+    first_step = load_training_state(resumed, optimizer)["step"] if resumed else 0
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_json(options_file, to_json(config))
+
+    with (
+        RunLog(config.out, first_step, wandb_project=config.wandb_project, wandb_run_name=config.wandb_run_name,
+               config=to_json(config)) as log,
+        tqdm(total=total_steps, initial=first_step, unit="step", desc=config.out.name) as progress,
+    ):
+        for step in range(first_step, total_steps):
+            started = time.perf_counter()
+            epoch, index = divmod(step, epoch_steps)
+            if index == 0 or step == first_step:
+                plan = shuffle_epoch(lengths, config.tokens_per_step, config.seed, epoch)
+            documents = plan[index]
+            step_lengths = [lengths[i] for i in documents]
+            micro_batches = pack(step_lengths, config.tokens_per_batch)
+            target_tokens = sum(sum(learned[i].is_target[1:]) for i in documents)
+            loss = torch.zeros((), device=device)
+            for micro_batch in micro_batches:
+                batch = collate([learned[documents[i]] for i in micro_batch], device)
+                partial_loss = batch_loss(model, batch, target_tokens)
+                partial_loss.backward()
+                loss += partial_loss.detach()
+            rate = learning_rate(step, total_steps, config.lr, config.warmup, config.schedule)
+            grad_norm = optimizer.step(rate)
+
+            is_last = step + 1 == total_steps
+            tokens_per_second = sum(step_lengths) / (time.perf_counter() - started)
+            is_evaluated = held_out and ((step + 1) % config.eval_every == 0 or is_last)
+            eval_loss = evaluate(model, held_out, config.tokens_per_batch, device) if is_evaluated else None
+            log.log(step + 1, loss=loss.item(), eval_loss=eval_loss, lr=rate, grad_norm=grad_norm,
+                    epoch=(step + 1) / epoch_steps, tokens=sum(step_lengths), target_tokens=target_tokens,
+                    tokens_per_second=tokens_per_second,
+                    padding_share=padding_share(micro_batches, step_lengths), skipped_steps=optimizer.skipped_steps)
+            progress.set_postfix_str(f"loss {loss.item():.3f}, {tokens_per_second:,.0f} tokens/s")
+            progress.update()
+            if (step + 1) % config.save_every == 0 or is_last:
+                extra = {"data": data_hash, "is_finished": is_last}
+                save_training_state(state_dir, optimizer, step + 1, extra, config.keep)
+
+    save_model(config.out / "model", model, tokenizer)
+    print(f"model: {config.out / 'model'}   metrics: {log.path}   state: {state_dir}")
+
+
+# ---------------------------------------------------------------------------------------------------- nano world, main
+
+
+def make_nano_base(data: Path, model: Path, seed: int) -> None:
+    """The base corpus, and a model of the student's shape with random weights."""
+    if not model.is_dir():
+        tokenizer = world.make_tokenizer()
+        save_model(model, Transformer(world.student_config(tokenizer.vocab_size)).initialize(seed), tokenizer)
+    if not data.exists():
+        write_jsonl(data, world.base_corpus(BASE_EXAMPLES, seed))
+
+
+def make_nano_demonstrations(path: Path, student: Path, seed: int) -> None:
+    """The student states its approach to problems of its own, and the world's rule adds diagnosis and teaching."""
+    if path.exists() and path.stat().st_mtime >= (student / "config.json").stat().st_mtime:
+        return
+    seat = EmbeddedSeat(load_model(student), Tokenizer.from_directory(student))
+    write_jsonl(path, world.demonstrations(DEMONSTRATIONS, seed, seat))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = parse(Config, sys.argv[1:] if argv is None else argv, PRESETS, __doc__)
+    overrides = PRESETS[config.preset].overrides
+    uses_nano_world = config.data == overrides.get("data") and config.model == overrides["model"]
+    if config.preset == "nano-student" and uses_nano_world:
+        make_nano_base(config.data[0], config.model, config.seed)
+    if config.preset == "nano" and uses_nano_world:
+        main(["--preset", "nano-student"])
+        make_nano_demonstrations(config.data[0], config.model, config.seed)
+    train(config)
+
+
+if __name__ == "__main__":
+    run_script(main)
