@@ -1,0 +1,97 @@
+"""The policy's side of GRPO: from sampled completions to the hidden states that predicted them.
+
+The prompt of a group is computed once for all its completions (`SharedPromptAttention`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nano_atlas.loss import token_stats
+from nano_atlas.model import SharedPromptAttention, Transformer
+from nano_atlas.sampler import Rollout
+
+
+@dataclass
+class Sample:
+    """One completion of the policy and how much better it was than its group."""
+
+    rollout: Rollout
+    advantage: float
+
+
+@dataclass
+class PolicyBatch:
+    """A micro-batch of N tokens with M completion tokens among them."""
+
+    input_ids: Tensor  # [N] int64: prompts end to end, then completions end to end, each without its last token
+    attention: SharedPromptAttention
+    predictors: Tensor  # [M] int64: the place whose hidden state predicts each completion token
+    targets: Tensor  # [M] int64: the completion tokens
+    rows: Tensor  # [M] int64: the place of each completion token among those of the whole step
+
+
+def policy_batches(samples: Sequence[Sample], tokens_per_batch: int, device: str | torch.device) -> list[PolicyBatch]:
+    """Cut a step's samples into micro-batches of at most `tokens_per_batch` tokens (a single longer completion is its own)."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, sample in enumerate(samples):
+        groups.setdefault(tuple(sample.rollout.prompt_ids), []).append(index)
+    batches: list[list[tuple[tuple[int, ...], list[int]]]] = [[]]
+    room = tokens_per_batch
+    for prompt, members in sorted(groups.items(), key=lambda group: len(group[0])):  # prompts of similar length together
+        for index in sorted(members, key=lambda i: len(samples[i].rollout.completion_ids)):
+            size = len(samples[index].rollout.completion_ids) - 1
+            is_new = not batches[-1] or batches[-1][-1][0] != prompt
+            if batches[-1] and size + is_new * len(prompt) > room:
+                batches.append([])
+                room, is_new = tokens_per_batch, True
+            if is_new:
+                batches[-1].append((prompt, []))
+            batches[-1][-1][1].append(index)
+            room -= size + is_new * len(prompt)
+    starts = [0]
+    for sample in samples:
+        starts.append(starts[-1] + len(sample.rollout.completion_ids))
+    return [_policy_batch(samples, batch, starts, device) for batch in batches if batch]
+
+
+def _policy_batch(samples: Sequence[Sample], batch: list, starts: Sequence[int], device: str | torch.device) -> PolicyBatch:
+    prompts = [prompt for prompt, _ in batch]
+    members = [(place, index) for place, (_, indices) in enumerate(batch) for index in indices]
+    completions = [samples[index].rollout.completion_ids for _, index in members]
+    prompt_ends = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0).tolist()
+    predictors: list[int] = []
+    rows: list[int] = []
+    offset = prompt_ends[-1]
+    for (place, index), completion in zip(members, completions):
+        predictors += [prompt_ends[place] - 1, *range(offset, offset + len(completion) - 1)]
+        rows += range(starts[index], starts[index + 1])
+        offset += len(completion) - 1
+    ids = [token for prompt in prompts for token in prompt] + [token for completion in completions for token in completion[:-1]]
+    return PolicyBatch(
+        input_ids=torch.tensor(ids, device=device),
+        attention=SharedPromptAttention(
+            [len(prompt) for prompt in prompts], [len(c) - 1 for c in completions], [place for place, _ in members], device
+        ),
+        predictors=torch.tensor(predictors, device=device),
+        targets=torch.tensor([token for completion in completions for token in completion], device=device),
+        rows=torch.tensor(rows, device=device),
+    )
+
+
+def predicting_states(model: Transformer, batch: PolicyBatch) -> Tensor:
+    """The hidden states `[M, D]` that predict the batch's completion tokens."""
+    return model(batch.input_ids, batch.attention.positions, batch.attention).index_select(0, batch.predictors)
+
+
+@torch.no_grad()
+def completion_logprobs(model: Transformer, samples: Sequence[Sample], tokens_per_batch: int, temperature: float) -> Tensor:
+    """Log-probs `[M_step]` float32 of all completion tokens of a step, at the sampling temperature."""
+    device = model.head_weight.device
+    logprobs = torch.empty(sum(len(sample.rollout.completion_ids) for sample in samples), device=device)
+    for batch in policy_batches(samples, tokens_per_batch, device):
+        hidden = predicting_states(model, batch)
+        logprobs[batch.rows] = token_stats(hidden, model.head_weight, batch.targets, temperature=temperature).logprobs
+    return logprobs

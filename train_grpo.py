@@ -1,0 +1,436 @@
+"""GRPO: train the teacher on how much its teaching improves a frozen student.
+
+    python train_grpo.py                                                                   # CPU: the nano world's teacher
+    python train_grpo.py --preset 80gb --teacher runs/sft/model --student Qwen/Qwen3-0.6B --problems gsm8k.jsonl --out runs/grpo
+    python train_grpo.py --traces traces.jsonl --teacher runs/nano/grpo/model --out runs/nano/round2  # on what the runtime exported
+    python train_grpo.py --reward exact ...      # plain RL of the student itself on right or wrong: the control without a teacher
+
+One step: P problems; one probe and K answers per problem by the student alone; G teachings per problem by the current policy; one
+guided answer each; reward; advantages within each group; one update (or several). Log-probabilities are those of the sampled
+token ids after the very prompt they were sampled from, at the sampling temperature, and each step checks that the trainer agrees
+with the sampler about them.
+
+    OUT/model, OUT/best     the teacher at the end, and where it did best on the held-out problems
+    OUT/metrics.jsonl       one record per step           OUT/episodes.jsonl    samples of whole episodes
+    OUT/state               what the same command continues from
+
+Against the published recipe (ATLAS): the gradient is on the prompt that was sampled from; the sampler has the current weights;
+probe and baselines are shared by a group; the reward compares the guided answer with the student's own; the KL anchor is the SFT
+checkpoint unless --reference-mixing says otherwise. One process; models may sit on different GPUs.
+"""
+
+import dataclasses
+import random
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from nano_atlas import protocol, world
+from nano_atlas.checkpoint import load_model, save_model
+from nano_atlas.config import Preset, option, parse, refuse_changes, run_script, to_json
+from nano_atlas.data import Problem, derive_seed, load_problems
+from nano_atlas.episodes import Episode, EpisodeConfig, attempt, sketch_problems, teach, teaching_metrics
+from nano_atlas.errors import UserError
+from nano_atlas.files import read_json, write_json
+from nano_atlas.loss import grpo_loss, step_token_weights
+from nano_atlas.metrics import RunLog
+from nano_atlas.model import Transformer
+from nano_atlas.optim import (
+    SCHEDULES, MasterAdamW, latest_training_state, learning_rate, load_training_state, save_training_state,
+)
+from nano_atlas.policy import Sample, completion_logprobs, policy_batches, predicting_states
+from nano_atlas.reward import RewardConfig, group_advantages
+from nano_atlas.seats import EmbeddedSeat, Generation
+from nano_atlas.tokenizer import Tokenizer
+from nano_atlas.traces import problems_from_traces
+
+NANO = Path("runs/nano")
+GPU = {"dtype": "bfloat16", "gradient_checkpointing": True, "tokens_per_batch": 16384}
+PRESETS = {
+    "nano": Preset("the nano world on a CPU, 1 GB", {
+        "student": NANO / "student/model", "teacher": NANO / "teacher-sft/model", "out": NANO / "teacher-grpo",
+        "steps": 100, "problems_per_step": 16, "baseline_samples": 4, "lr": 2e-4, "probe_tokens": 40, "teaching_tokens": 96,
+        "answer_tokens": 120, "tokens_per_batch": 8192, "eval_every": 20, "eval_problems": 200, "save_every": 1,
+    }),
+    "24gb": Preset("0.6B teacher and student on one GPU: 18 bytes x 0.6e9 + 2 x 1.2 GB of frozen models + 6 GB = 19 GB; --problems", {
+        **GPU, "student": Path("Qwen/Qwen3-0.6B"), "answer_tokens": 1024, "teaching_tokens": 1024, "cache_rows": 32,
+    }),
+    "80gb": Preset("1.7B teacher, 4B student on one GPU: 18 bytes x 1.7e9 + 3.4 GB + 8 GB + 20 GB = 62 GB; --problems", {
+        **GPU, "student": Path("Qwen/Qwen3-4B"), "answer_tokens": 2048, "teaching_tokens": 2048, "cache_rows": 64,
+    }),
+    "2gpu": Preset("8B teacher, 4B student on two 80 GB GPUs: 6 bytes x 8.2e9 + 20 GB = 69 GB on the first, 16 + 8 + 20 GB on the "
+                   "second, 12 x 8.2e9 = 98 GB of host memory; --problems", {
+        **GPU, "student": Path("Qwen/Qwen3-4B"), "optimizer_device": "cpu", "answer_tokens": 4096, "teaching_tokens": 4096,
+        "cache_rows": 64,
+    }),
+}
+
+
+@dataclass(frozen=True)
+class Config(EpisodeConfig, RewardConfig):
+    preset: str = option("nano", "", group="run")
+    out: Path = option(Path("runs/grpo"), "directory of the run: models, metrics, episodes, state")
+    restart: bool = option(False, "delete what --out holds of an earlier run instead of continuing it", resumable=True)
+    seed: int = option(42, "fixes the order of the problems and every sample")
+
+    problems: Path | None = option(None, "JSONL of problems with gold answers; the nano preset makes its own", group="data")
+    traces: Path | None = option(None, "JSONL of traces exported by runtime_loop.py, instead of --problems")
+    held_out: float = option(0.05, "share of the problems (0 to 1) kept for evaluation; the nano preset makes separate ones")
+    reward: str = option("teaching", "what is rewarded: teaching (the student's improvement) or exact (the policy's own answer)",
+                         ["teaching", "exact"])
+
+    teacher: Path = option(Path("runs/sft/model"), "checkpoint the policy starts from, and the KL reference", group="models")
+    student: Path = option(Path("Qwen/Qwen3-0.6B"), "checkpoint of the frozen student")
+    device: str = option("auto", "where the policy is trained and sampled: cpu, cuda, cuda:1, ...")
+    student_device: str = option("auto", "where the student is sampled; auto: a second GPU if there is one, else --device")
+    reference_device: str = option("auto", "where the reference is; auto: beside the student")
+    optimizer_device: str = option("auto", "where masters and moments are (12 bytes per parameter); auto: beside the policy")
+    dtype: str = option("float32", "compute precision; masters and moments are float32 always", ["float32", "bfloat16"])
+    gradient_checkpointing: bool = option(False, "keep one activation per layer and recompute the rest: less memory, 4/3 the time")
+    thinking: bool = option(False, "render prompts with Qwen3's thinking mode on; other chat templates ignore it")
+    cache_rows: int = option(256, "most sequences decoded at once by each sampler (KV cache memory)")
+
+    steps: int = option(250, "optimizer steps to train", group="optimization", resumable=True)
+    problems_per_step: int = option(4, "problems P per step")
+    group_size: int = option(8, "teachings G sampled per problem")
+    baseline_samples: int = option(4, "answers K of the student alone per problem; their mean is the baseline b")
+    updates_per_batch: int = option(1, "optimizer updates per batch of rollouts; above 1, ratios are clipped against the first")
+    tokens_per_batch: int = option(16384, "most tokens in one micro-batch, which is what memory depends on")
+    lr: float = option(1e-6, "peak learning rate")
+    schedule: str = option("constant", "learning rate after the warm-up", SCHEDULES)
+    warmup: float = option(0.03, "share of the steps (0 to 1) over which the learning rate rises")
+    betas: tuple[float, float] = option((0.9, 0.999), "decay of Adam's two running means, per update")
+    weight_decay: float = option(0.0, "decoupled decay of the matrices, times the learning rate, per update")
+    clip_norm: float = option(1.0, "longest gradient (global norm); a longer one is scaled down to it")
+
+    beta: float = option(0.04, "weight of the KL to the reference (nats)", group="GRPO")
+    kl: str = option("k3", "KL per token: k3 (estimated from the sampled token) or exact (over the vocabulary)", ["k3", "exact"])
+    clip_low: float = option(0.2, "ratios below 1 - this get no gradient where the advantage is negative")
+    clip_high: float = option(0.2, "ratios above 1 + this get no gradient where the advantage is positive")
+    normalization: str = option("sequence", "weights of tokens: sequence (GRPO), token (DAPO), constant (Dr. GRPO)",
+                                ["sequence", "token", "constant"])
+    advantage_scale: str = option("std", "divide centred rewards by the group's std, or by nothing (Dr. GRPO)", ["std", "none"])
+    reference_mixing: float = option(0.0, "share of the policy mixed into the reference (0: frozen); the published run used 0.9")
+    reference_mixing_every: int = option(2, "steps between mixings, where --reference-mixing is above 0")
+    skip_zero_variance: bool = option(False, "leave groups out of the update whose rewards are all equal (only KL acts on them)")
+    mask_truncated: bool = option(False, "leave completions out of the update that ran into --teaching-tokens")
+    max_logp_diff: float = option(0.1, "stop if trainer and sampler differ by more in the mean log-prob of sampled tokens (nats)")
+
+    eval_every: int = option(25, "steps between evaluations on held-out problems (0: never)", group="records", resumable=True)
+    eval_problems: int = option(200, "held-out problems per evaluation, answered greedily", resumable=True)
+    save_every: int = option(10, "steps between training states", resumable=True)
+    keep: int = option(1, "number of training states to keep", resumable=True)
+    episodes_per_step: int = option(2, "whole episodes written to episodes.jsonl per step", resumable=True)
+    wandb_project: str = option("", "mirror the metrics to this Weights & Biases project", resumable=True)
+    wandb_run_name: str = option("", "name of the run there; by default that of --out", resumable=True)
+
+    def check(self) -> None:
+        positive = ("steps", "problems_per_step", "baseline_samples", "updates_per_batch", "tokens_per_batch", "lr", "clip_norm",
+                    "save_every", "keep", "probe_tokens", "teaching_tokens", "answer_tokens", "reference_mixing_every", "cache_rows")
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
+        if self.group_size < 2:
+            raise UserError(f"--group-size must be 2 or more, not {self.group_size}: an advantage compares within a group")
+        for name in ("held_out", "warmup", "reference_mixing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name.replace('_', '-')} must be from 0 to 1, not {getattr(self, name)}")
+        if self.teacher_temperature <= 0:
+            raise UserError("--teacher-temperature must be above 0: a greedy policy samples no group to compare")
+        if self.problems and self.traces:
+            raise UserError("--problems and --traces exclude each other")
+        if not (self.problems or self.traces) and self.preset != "nano":
+            raise UserError("name the problems to train on with --problems FILE or --traces FILE")
+        for name in ("beta", "clip_low", "clip_high", "eval_every", "episodes_per_step"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} must not be below 0, not {getattr(self, name)}")
+        if self.reference_mixing and not self.beta:
+            raise UserError("--reference-mixing has no effect with --beta 0")
+
+
+# --------------------------------------------------------------------------------------------------------------- setup
+
+
+def load_data(config: Config) -> tuple[list[Problem], list[Problem]]:
+    """(training, held-out) problems."""
+    if config.problems is None and config.traces is None:
+        count = config.steps * config.problems_per_step
+        return world.training_problems(count, config.seed), world.held_out("math", config.eval_problems, "validation")
+    if config.traces is not None:
+        problems, left_out = problems_from_traces(config.traces)
+        for reason, count in left_out.items():
+            print(f"left out: {count} traces ({reason})")
+    else:
+        problems = load_problems(config.problems)
+    order = random.Random(derive_seed(config.seed, "held out")).sample(problems, len(problems))
+    count = min(round(config.held_out * len(problems)), config.eval_problems)
+    if len(problems) - count < 1:
+        raise UserError(f"no problem left to train on: {len(problems)} in all, {count} held out; lower --held-out")
+    return order[count:], order[:count]
+
+
+def devices(config: Config) -> tuple[str, str, str]:
+    """(policy, student, reference), from what is there; prints the choice with its reason."""
+    gpus = torch.cuda.device_count()
+    policy = config.device if config.device != "auto" else "cuda:0" if gpus else "cpu"
+    student = config.student_device if config.student_device != "auto" else "cuda:1" if gpus > 1 else policy
+    reference = config.reference_device if config.reference_device != "auto" else student
+    for name in (policy, student, reference):
+        if name.startswith("cuda") and (not gpus or torch.device(name).index not in (None, *range(gpus))):
+            raise UserError(f"there is no device {name} here ({gpus} GPUs)")
+    print(f"{gpus} GPUs: policy on {policy}, student on {student}, reference on {reference}")
+    return policy, student, reference
+
+
+def load(path: Path, device: str, dtype: str, made_by: str) -> Transformer:
+    if not (path / "config.json").is_file():
+        raise UserError(f"no model at {path}; {made_by}")
+    return load_model(path, dtype=getattr(torch, dtype), device=device)
+
+
+# ------------------------------------------------------------------------------------------------------------ rollouts
+
+
+def rollout_teaching(
+    config: Config, student: EmbeddedSeat, policy: EmbeddedSeat, problems: Sequence[Problem], step: int
+) -> tuple[list[list[Episode]], list[list[Sample]]]:
+    """Groups of episodes, and the same groups as samples."""
+    seed = (config.seed, "step", step)
+    sketches = sketch_problems(student, problems, config, seed, config.baseline_samples)
+    groups = teach(student, policy, sketches, config, config, seed, config.group_size)
+    for group in groups:
+        for episode, advantage in zip(group, group_advantages([e.reward for e in group], config.advantage_scale)):
+            episode.advantage = advantage
+    return groups, [[Sample(episode.reply.rollout, episode.advantage) for episode in group] for group in groups]
+
+
+def rollout_exact(config: Config, policy: EmbeddedSeat, problems: Sequence[Problem], step: int) -> tuple[dict, list[list[Sample]]]:
+    """The control: the policy answers by itself and is rewarded for being right."""
+    seeds = [derive_seed(config.seed, "step", step, problem.id) for problem in problems]
+    answering = Generation(config.answer_tokens, config.teacher_temperature, config.top_p)
+    replies = policy.ask([protocol.baseline_messages(p.question) for p in problems], answering, seeds, n=config.group_size)
+    rewards = [[float(attempt(reply, p.answer).is_correct) for reply in group] for p, group in zip(problems, replies)]
+    groups = [
+        [Sample(reply.rollout, advantage) for reply, advantage in zip(group, group_advantages(r, config.advantage_scale))]
+        for group, r in zip(replies, rewards)
+    ]
+    flat = [reply for group in replies for reply in group]
+    metrics = {
+        "reward": sum(map(sum, rewards)) / len(flat),
+        "reward_std": sum(map(spread, rewards)) / len(rewards),
+        "completions/mean_length": sum(reply.tokens for reply in flat) / len(flat),
+        "completions/truncated_ratio": sum(reply.is_truncated for reply in flat) / len(flat),
+    }
+    return metrics, groups
+
+
+def spread(values: Sequence[float]) -> float:
+    """Unbiased standard deviation."""
+    mean = sum(values) / len(values)
+    return (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
+
+
+# -------------------------------------------------------------------------------------------------------------- update
+
+
+def update(
+    config: Config, policy: Transformer, reference: Transformer | None, optimizer: MasterAdamW, samples: Sequence[Sample], rate: float
+) -> dict[str, float]:
+    """All updates on one step's samples; returns the metrics of the first (they describe the sampled batch)."""
+    device = policy.head_weight.device
+    lengths = [len(sample.rollout.completion_ids) for sample in samples]
+    per_token = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(lengths))
+    longest = config.answer_tokens if config.reward == "exact" else config.teaching_tokens
+    weights = torch.tensor(step_token_weights(lengths, config.normalization, longest))[per_token].to(device)
+    advantages = torch.tensor([sample.advantage for sample in samples])[per_token].to(device)
+    sampled = torch.tensor([logprob for sample in samples for logprob in sample.rollout.logprobs], device=device)
+    is_k3 = reference is not None and config.kl == "k3"
+    ref_logprobs = completion_logprobs(reference, samples, config.tokens_per_batch, config.teacher_temperature).to(device) if is_k3 else None
+    old_logprobs, metrics = None, {}
+    for update_index in range(config.updates_per_batch):
+        parts = {name: torch.zeros(sum(lengths), device=device) for name in ("logprobs", "entropy", "kl", "is_clipped")}
+        loss_sum = 0.0
+        for batch in policy_batches(samples, config.tokens_per_batch, device):
+            exact = {}
+            if reference is not None and config.kl == "exact":
+                with torch.no_grad():
+                    exact = {"ref_hidden": predicting_states(reference, batch), "ref_weight": reference.head_weight}
+            loss, stats = grpo_loss(
+                predicting_states(policy, batch), policy.head_weight, batch.targets, weights[batch.rows], advantages[batch.rows],
+                old_logprobs=None if old_logprobs is None else old_logprobs[batch.rows],
+                ref_logprobs=None if ref_logprobs is None else ref_logprobs[batch.rows],
+                beta=config.beta if reference is not None else 0.0, clip_low=config.clip_low, clip_high=config.clip_high,
+                temperature=config.teacher_temperature, kl=config.kl, **exact,
+            )  # fmt: skip
+            loss.backward()
+            loss_sum += loss.item()
+            for name, values in parts.items():
+                value = getattr(stats, name)
+                if value is not None:
+                    values[batch.rows] = value.to(values.dtype)
+        if update_index == 0:
+            difference = (parts["logprobs"] - sampled).abs()
+            metrics = {
+                "loss": loss_sum, "kl": parts["kl"].mean().item(), "entropy": parts["entropy"].mean().item(),
+                "sampling/logp_diff_mean": difference.mean().item(), "sampling/logp_diff_max": difference.max().item(),
+            }
+            if not metrics["sampling/logp_diff_mean"] <= config.max_logp_diff:
+                raise UserError(
+                    f"trainer and sampler disagree about the sampled tokens by {metrics['sampling/logp_diff_mean']:.3f} nats on "
+                    f"average (--max-logp-diff {config.max_logp_diff}): the sampler's weights or prompts are not the trainer's")
+            old_logprobs = parts["logprobs"] if config.updates_per_batch > 1 else None
+        metrics["clip_ratio"] = metrics.get("clip_ratio", 0.0) + parts["is_clipped"].mean().item() / config.updates_per_batch
+        metrics["grad_norm"] = optimizer.step(rate)
+    return metrics
+
+
+def usable(config: Config, groups: Sequence[Sequence[Sample]]) -> list[Sample]:
+    """The samples that take part in the update."""
+    return [
+        sample for group in groups for sample in group
+        if not (config.skip_zero_variance and not any(s.advantage for s in group))
+        and not (config.mask_truncated and sample.rollout.finish_reason == "length")
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def mix_reference(reference: Transformer, policy: Transformer, share: float) -> None:
+    for old, new in zip(reference.parameters(), policy.parameters(), strict=True):
+        old.lerp_(new.to(old.device), share)
+
+
+# ---------------------------------------------------------------------------------------------------------------- loop
+
+
+def evaluate(config: Config, student: EmbeddedSeat, policy: EmbeddedSeat, sketches: Sequence, problems: Sequence[Problem]) -> dict:
+    """Metrics on the held-out problems, everything greedy; names begin with `eval/`."""
+    greedy = dataclasses.replace(config, student_temperature=0.0, teacher_temperature=0.0)
+    if config.reward == "exact":
+        answering = Generation(config.answer_tokens, 0.0)
+        replies = policy.ask([protocol.baseline_messages(p.question) for p in problems], answering, [0] * len(problems))
+        is_correct = [attempt(reply[0], p.answer).is_correct for reply, p in zip(replies, problems)]
+        return {"eval/reward": sum(is_correct) / len(is_correct)}
+    groups = teach(student, policy, sketches, greedy, config, "evaluation")
+    return {f"eval/{name}": value for name, value in teaching_metrics([group[0] for group in groups]).items()}
+
+
+def problems_of_step(problems: Sequence[Problem], step: int, per_step: int, seed: int) -> list[Problem]:
+    """The problems of a step: every problem once per epoch, in an order given by (seed, epoch)."""
+    chosen = []
+    for index in range(step * per_step, (step + 1) * per_step):
+        epoch, place = divmod(index, len(problems))
+        order = random.Random(derive_seed(seed, "epoch", epoch)).sample(range(len(problems)), len(problems))
+        chosen.append(dataclasses.replace(problems[order[place]], id=f"{problems[order[place]].id}@{epoch}"))
+    return chosen
+
+
+def episode_record(episode: Episode) -> dict:
+    return {
+        "id": episode.sketch.problem.id, "question": episode.sketch.problem.question, "answer": episode.sketch.problem.answer,
+        "approach": episode.sketch.approach, "baselines": [a.text for a in episode.sketch.baselines],
+        "baseline_accuracy": episode.sketch.baseline_accuracy, "completion": episode.reply.text, "teaching": episode.teaching,
+        "guided": episode.guided.text, "is_correct": episode.guided.is_correct, "is_leak": episode.is_leak,
+        "reward": episode.reward, "advantage": episode.advantage,
+    }  # fmt: skip
+
+
+def train(config: Config) -> None:
+    state_dir, options_file = config.out / "state", config.out / "options.json"
+    if config.restart:
+        shutil.rmtree(config.out, ignore_errors=True)
+    resumed = latest_training_state(state_dir)
+    if resumed:
+        refuse_changes(config, read_json(options_file), str(config.out))
+        record = read_json(resumed / "state.json")
+        if record["step"] >= config.steps and (config.out / "model").is_dir():
+            print(f"{config.out / 'model'} is already trained ({record['step']} steps); more with --steps, anew with --restart")
+            return
+    problems, held_out = load_data(config)
+    policy_device, student_device, reference_device = devices(config)
+    start = config.student if config.reward == "exact" else config.teacher
+    flag = "--student" if config.reward == "exact" else "--teacher"
+    policy = load(start, policy_device, config.dtype, f"train it with `python train_sft.py`, or name another with {flag}")
+    policy.recompute_activations = config.gradient_checkpointing
+    reference_dir = config.out / "reference"
+    is_mixed = resumed is not None and config.reference_mixing > 0
+    reference = load(reference_dir if is_mixed else start, reference_device, config.dtype, "") if config.beta else None
+    tokenizer = Tokenizer.from_directory(start)
+    options = {"thinking": config.thinking, "max_rows": config.cache_rows}
+    policy_seat = EmbeddedSeat(policy, tokenizer, **options)
+    student = None
+    if config.reward == "teaching":
+        frozen = load(config.student, student_device, config.dtype, "name the student's checkpoint directory with --student")
+        student = EmbeddedSeat(frozen, Tokenizer.from_directory(config.student), **options)
+
+    optimizer = MasterAdamW(
+        policy, betas=config.betas, weight_decay=config.weight_decay, clip_norm=config.clip_norm,
+        state_device=None if config.optimizer_device == "auto" else config.optimizer_device,
+    )  # fmt: skip
+    record = load_training_state(resumed, optimizer) if resumed else {"step": 0, "best": None}
+    first_step, best = record["step"], record["best"]
+    policy_seat.sampler.weight_version = first_step
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_json(options_file, to_json(config))
+    print(f"{len(problems)} problems, {len(held_out)} held out; {config.problems_per_step} x {config.group_size} completions a step")
+
+    greedy = dataclasses.replace(config, student_temperature=0.0)
+    sketches = sketch_problems(student, held_out, greedy, "evaluation") if student and config.eval_every else []
+    with (
+        RunLog(config.out, first_step, wandb_project=config.wandb_project, wandb_run_name=config.wandb_run_name,
+               config=to_json(config)) as log,
+        RunLog(config.out, first_step, filename="episodes.jsonl") as episodes,
+        tqdm(total=config.steps, initial=first_step, unit="step", desc=config.out.name) as progress,
+    ):  # fmt: skip
+        for step in range(first_step, config.steps):
+            started = time.perf_counter()
+            chosen = problems_of_step(problems, step, config.problems_per_step, config.seed)
+            if config.reward == "exact":
+                metrics, groups = rollout_exact(config, policy_seat, chosen, step)
+            else:
+                taught, groups = rollout_teaching(config, student, policy_seat, chosen, step)
+                metrics = teaching_metrics([episode for group in taught for episode in group])
+                metrics["reward_std"] = sum(spread([e.reward for e in group]) for group in taught) / len(taught)
+                for group in taught[: config.episodes_per_step]:
+                    episodes.log(step + 1, **episode_record(group[0]))
+            rolled_out = time.perf_counter()
+            metrics["zero_variance_ratio"] = sum(not any(s.advantage for s in group) for group in groups) / len(groups)
+            rate = learning_rate(step, config.steps, config.lr, config.warmup, config.schedule)
+            samples = usable(config, groups)
+            if samples:
+                metrics |= update(config, policy, reference, optimizer, samples, rate)
+                policy_seat.sampler.weight_version = step + 1
+            if reference is not None and config.reference_mixing and (step + 1) % config.reference_mixing_every == 0:
+                mix_reference(reference, policy, config.reference_mixing)
+            metrics |= {"lr": rate, "seconds/rollout": rolled_out - started, "seconds/update": time.perf_counter() - rolled_out,
+                        "skipped_steps": optimizer.skipped_steps}
+
+            is_last = step + 1 == config.steps
+            if held_out and config.eval_every and ((step + 1) % config.eval_every == 0 or is_last):
+                metrics |= evaluate(config, student, policy_seat, sketches, held_out)
+                if best is None or metrics["eval/reward"] > best:
+                    best = metrics["eval/reward"]
+                    save_model(config.out / "best", policy, tokenizer)
+            log.log(step + 1, **metrics)
+            progress.set_postfix_str(f"reward {metrics['reward']:.2f}, kl {metrics.get('kl', 0):.3f}")
+            progress.update()
+            if (step + 1) % config.save_every == 0 or is_last:
+                if reference is not None and config.reference_mixing:
+                    save_model(reference_dir, reference, tokenizer)
+                save_training_state(state_dir, optimizer, step + 1, {"best": best}, config.keep)
+
+    save_model(config.out / "model", policy, tokenizer)
+    print(f"model: {config.out / 'model'}   metrics: {config.out / 'metrics.jsonl'}   episodes: {config.out / 'episodes.jsonl'}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    train(parse(Config, sys.argv[1:] if argv is None else argv, PRESETS, __doc__))
+
+
+if __name__ == "__main__":
+    run_script(main)
