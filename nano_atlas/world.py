@@ -1,0 +1,247 @@
+"""The nano world: three small domains in which a plan is what separates failure from success, generated from seeds.
+
+A problem lists, in shuffled order, what each thing is stated in terms of, gives one rule for going from one to the next, and asks
+for one of them. To answer it, one must go *backwards* from the question to a thing whose value is given, then compute *forwards*.
+Computing is easy; finding where to start is not, because nothing in a forward pass walks a long chain. That is the gap a teacher
+can close: its <thinking> walks back one line at a time, and its <teaching> names the order, which holds no value and so no answer.
+
+    math                              telecom                           crm
+    Tom: Ann                          Router: Modem                     Waiver: Refund
+    Ann: 3                            Modem: fair                       Refund: lead
+    Each is the one it names +4.      Each is the one it names -1.      Each is the one it names +2.
+    What number is Tom?               In what state is Router?          Who signs Waiver?
+
+The *base corpus* pre-trains the student on all three: copying, looking up, plans, worked solutions, and solutions that follow a
+given plan. Every text in it is right; nothing teaches failure. The *demonstrations*, for the teacher alone, are mathematics only.
+"""
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
+from nano_atlas import protocol
+from nano_atlas.data import Problem, derive_seed
+from nano_atlas.model import ModelConfig
+from nano_atlas.seats import Generation, Seat
+from nano_atlas.tokenizer import Tokenizer
+
+FACTS = 8  # lines per problem; those off the path from the given value to the question are distractors
+CHAIN = (2, 5)  # shortest and longest path, both ends counted
+
+
+@dataclass(frozen=True)
+class Domain:
+    name: str
+    things: tuple[str, ...]
+    scale: tuple[str, ...]  # the values, ordered
+    longest_shift: int  # how far up or down the scale a rule can move
+    question: str
+
+
+DOMAINS = {
+    domain.name: domain
+    for domain in (
+        Domain(
+            name="math",
+            things=tuple("Ann Ben Cal Dan Eve Fay Gus Hal Ida Jim Kim Leo Mia Ned Pam Tom".split()),
+            scale=tuple(str(value) for value in range(1, 31)),
+            longest_shift=4,
+            question="What number is {thing}?",
+        ),
+        Domain(
+            name="telecom",
+            things=tuple("Modem Router Tower Phone Sim Wifi Dns Vpn Mms Data Voice Roaming Cable Switch Mast Hub".split()),
+            scale=tuple("off dead faint weak fair good strong great perfect".split()),
+            longest_shift=2,
+            question="In what state is {thing}?",
+        ),
+        Domain(
+            name="crm",
+            things=tuple("Refund Waiver Credit Upgrade Transfer Rebate Quote Lease Bundle Trial Return Export Merge Audit Bonus Loan".split()),
+            scale=tuple("trainee clerk agent senior lead manager director officer board".split()),
+            longest_shift=2,
+            question="Who signs {thing}?",
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One generated problem and everything its generator knows about it."""
+
+    domain: str
+    question: str
+    answer: str
+    chain: tuple[str, ...]  # the things to work out, in order; the last is the one asked for
+    facts: dict[str, str]  # thing -> its line, in the order of the question
+    solution: str
+
+
+def make_task(domain: Domain, rng: random.Random, chain_length: int, facts_count: int = FACTS) -> Task:
+    things = rng.sample(domain.things, facts_count)
+    chain, others = things[:chain_length], things[chain_length:]
+    sources: dict[str, str | None] = {chain[0]: None, **dict(zip(chain[1:], chain))}
+    for index, thing in enumerate(others):
+        sources[thing] = rng.choice(list(sources)) if index else None  # the first distractor is a second place to start
+    top = len(domain.scale) - 1
+    shift = rng.randint(1, max(1, min(domain.longest_shift, top // max(1, chain_length - 1))))
+    shift *= rng.choice((-1, 1))
+    span = shift * (chain_length - 1)
+    level = rng.randint(max(0, -span), min(top, top - span))
+    facts = {thing: f"{thing}: {source}" for thing, source in sources.items() if source is not None}
+    facts[chain[0]] = f"{chain[0]}: {domain.scale[level]}"
+    if others:
+        facts[others[0]] = f"{others[0]}: {rng.choice(domain.scale)}"
+    worked = [facts[chain[0]]]
+    for thing in chain[1:]:
+        worked.append(f"{facts[thing]} {domain.scale[level]} {shift:+d} = {domain.scale[level + shift]}")
+        level += shift
+    order = rng.sample(things, len(things))
+    rule = f"Each is the one it names {shift:+d}. {domain.question.format(thing=chain[-1])}"
+    return Task(
+        domain=domain.name,
+        question="\n".join([facts[thing] for thing in order] + [rule]),
+        answer=domain.scale[level],
+        chain=tuple(chain),
+        facts={thing: facts[thing] for thing in order},
+        solution="\n".join([*worked, f"<solution>{domain.scale[level]}</solution>"]),
+    )
+
+
+def tasks(domain: str, count: int, seed: object) -> list[Task]:
+    """Full-size problems, path lengths uniform over CHAIN; a different `seed` gives different problems."""
+    rng = random.Random(f"{domain}/{seed}")
+    return [make_task(DOMAINS[domain], rng, rng.randint(*CHAIN)) for _ in range(count)]
+
+
+def as_problems(generated: Iterable[Task], prefix: str) -> list[Problem]:
+    return [Problem(f"{prefix}-{index}", t.question, t.answer, t.domain) for index, t in enumerate(generated)]
+
+
+def training_problems(count: int, seed: object) -> list[Problem]:
+    """Mathematics, the only domain the teacher is ever trained on."""
+    return as_problems(tasks("math", count, f"train/{seed}"), "train-math")
+
+
+def held_out(domain: str, count: int, seed: object) -> list[Problem]:
+    return as_problems(tasks(domain, count, f"held-out/{seed}"), f"held-out-{domain}")
+
+
+def plan(chain: Sequence[str]) -> str:
+    return f"Work out {', '.join(chain)}."
+
+
+def hint(chain: Sequence[str]) -> str:
+    return f"Start with {chain[0]}."
+
+
+def base_corpus(count: int, seed: object) -> Iterator[dict]:
+    """The student's pre-training texts as chats, all domains alike: 15 % copying, 15 % looking up, 25 % solving alone, 8 % planning, 37 % guided.
+
+    Problems have 2 to 8 lines and any path length that fits. Of the guided ones most get the plan, some only where to start, and
+    some the plan of an unrelated problem, with the right solution all the same: guidance is to be read, not obeyed.
+    """
+    rng = random.Random(f"corpus/{seed}")
+    for _ in range(count):
+        domain = rng.choice(list(DOMAINS.values()))
+        facts = rng.randint(2, FACTS)
+        task = make_task(domain, rng, rng.randint(1, min(facts, CHAIN[1])), facts)
+        kind = rng.random()
+        if kind < 0.15:
+            content = "\n".join(task.facts.values())
+            messages, reply = [{"role": "user", "content": f"{content}\n\nRepeat this."}], content
+        elif kind < 0.3:
+            asked = rng.sample(list(task.facts), min(facts, 5))
+            content = "\n".join(task.facts.values()) + f"\n\nWhat is said of {', '.join(asked)}?"
+            messages, reply = [{"role": "user", "content": content}], "\n".join(task.facts[thing] for thing in asked)
+        elif kind < 0.55:
+            messages, reply = protocol.baseline_messages(task.question), task.solution
+        elif kind < 0.63:
+            messages, reply = protocol.probe_messages(task.question), plan(task.chain)
+        else:
+            teaching = plan(task.chain)
+            if kind > 0.93:
+                teaching = plan(make_task(domain, rng, rng.randint(1, CHAIN[1])).chain)
+            elif kind > 0.87:
+                teaching = hint(task.chain)
+            messages, reply = protocol.guided_messages(task.question, teaching), task.solution
+        yield {"messages": [*messages, {"role": "assistant", "content": reply}]}
+
+
+def demonstration(task: Task, approach: str, style: str = "adaptive") -> dict:
+    """What a diligent tutor would write, by one rule, in the schema of Arc-ATLAS-Teach-v0.
+
+    Diagnosis: walk back from the question to the given value, then compare with the student's approach. Teaching: where to start
+    if the approach was right, the whole order if not (the published "be brief if right, detailed if wrong").
+    """
+    walk = [task.facts[thing] for thing in reversed(task.chain)]
+    is_right = approach.strip() == plan(task.chain)
+    diagnosis = "\n".join([*walk, f"The approach is {'right' if is_right else 'wrong'}."])
+    is_brief = style == "concise" or (style == "adaptive" and is_right)
+    return {
+        "problem_text": task.question,
+        "student_approach": approach,
+        "teacher_diagnosis": diagnosis,
+        "teacher_teaching": hint(task.chain) if is_brief else plan(task.chain),
+        "strategy": style,
+    }
+
+
+def demonstrations(count: int, seed: object, student: Seat) -> list[dict]:
+    """`count` demonstrations on mathematics: the student states its approach, the rule above answers. A sixth each is written in
+    the concise and in the detailed style, so that the runtime's styles mean something to the teacher."""
+    generated = tasks("math", count, f"demonstrations/{seed}")
+    conversations = [protocol.probe_messages(task.question) for task in generated]
+    seeds = [derive_seed(seed, "demonstration", index) for index in range(count)]
+    replies = student.ask(conversations, Generation(max_tokens=40, temperature=0.7), seeds, progress="approaches")
+    rng = random.Random(f"styles/{seed}")
+    styles = rng.choices(list(protocol.TEACHING_STYLES), weights=(4, 1, 1), k=count)
+    return [demonstration(task, reply[0].text or "None.", style) for task, reply, style in zip(generated, replies, styles)]
+
+
+def make_tokenizer(vocab_size: int = 800) -> Tokenizer:
+    """A byte-level BPE trained on the corpus and on the protocol's own prompts; the tags are single tokens, as in Qwen3."""
+    texts = [message["content"] for chat in base_corpus(3000, "tokenizer") for message in chat["messages"]]
+    sample = tasks("math", 300, "tokenizer")
+    demonstrations = [demonstration(task, plan(task.chain), style) for task in sample for style in protocol.TEACHING_STYLES]
+    for d in demonstrations:
+        texts += [m["content"] for m in protocol.teacher_messages(d["problem_text"], d["student_approach"], d["strategy"])]
+        texts.append(d["teacher_diagnosis"] + "\n" + d["teacher_teaching"])
+    backend = tokenizers.Tokenizer(models.BPE())
+    words = tokenizers.Regex(r"\w+:| [+-]\d+| ?\w+| ?[^\s\w]+|\s")  # a line's label and a rule's step are words of their own
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    tags = [f"<{slash}{name}>" for name in ("thinking", "teaching", "solution") for slash in ("", "/")]
+    backend.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
+    return Tokenizer(backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+
+
+def student_config(vocab_size: int) -> ModelConfig:
+    """A 0.9M-parameter model of the Qwen3 layout."""
+    return ModelConfig(
+        model_type="qwen3",
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        rope_theta=1000.0,
+        qk_norm=True,
+        tie_word_embeddings=True,
+    )
