@@ -1,0 +1,397 @@
+"""The runtime loop with small fake models: non-degradation, continuing after kill -9, learning strategies, hostile texts.
+
+The fake student knows the right answers by heart (no prompt holds them): it is right alone where the question says `easy`, and
+with guidance it does what the guidance says: HELP makes it right, HARM makes it wrong.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import runtime_loop
+from nano_atlas import world
+from nano_atlas.data import Problem, derive_seed
+from nano_atlas.errors import UserError
+from nano_atlas.protocol import ANSWER_FORMAT, PROBE_REQUEST, TEACHING_STYLES, baseline_messages
+from nano_atlas.seats import Reply
+from nano_atlas.traces import problems_from_traces, read_traces
+from runtime_loop import Config, export_traces, run, session_ids
+
+TASKS = [Problem(f"t{i}", f"Task {i} is {'easy' if i % 3 == 0 else 'hard'}.", f"gold{i}", "math") for i in range(23)]
+
+
+class Fake:
+    """A seat that keeps every prompt it was shown."""
+
+    def __init__(self):
+        self.prompts = []
+
+    def ask(self, conversations, generation, seeds, n=1, progress=None):
+        self.prompts += [json.dumps(messages) for messages in conversations]
+        replies = [self.reply(messages[-1]["content"], seed) for messages, seed in zip(conversations, seeds, strict=True)]
+        return [[Reply(text, len(text.split()), False)] * n for text in replies]
+
+    def count_tokens(self, text):
+        return len(text.split())
+
+
+class Student(Fake):
+    def __init__(self, tasks=TASKS):
+        super().__init__()
+        self.answers = {task.question: task.answer for task in tasks}
+
+    def reply(self, prompt, seed):
+        question, _, rest = prompt.partition("\n\n")
+        if rest == PROBE_REQUEST:
+            return "I would guess."
+        is_right = "HELP" in rest or ("easy" in question and "HARM" not in rest)
+        return f"Thus <solution>{self.answers[question] if is_right else 'nonsense'}</solution>"
+
+
+class Teacher(Fake):
+    def __init__(self, text="<thinking>private</thinking><teaching>HELP yourself</teaching>"):
+        super().__init__()
+        self.text = text
+
+    def reply(self, prompt, seed):
+        return self.text
+
+
+class StyledTeacher(Teacher):
+    """Helps when it is asked to be brief, harms when it is asked for details, else says nothing of use."""
+
+    def reply(self, prompt, seed):
+        kind = {TEACHING_STYLES["concise"]: "HELP", TEACHING_STYLES["detailed"]: "HARM", TEACHING_STYLES["adaptive"]: "Well."}
+        word = next(word for sentence, word in kind.items() if f"</teaching>. {sentence} Never" in prompt)
+        return f"<teaching>{word}</teaching>"
+
+
+@pytest.fixture
+def config(tmp_path) -> Config:
+    return Config(out=tmp_path / "out", batch=5, student="fake-student", teacher="fake-teacher")
+
+
+def traces_of(config: Config) -> list[dict]:
+    return list(read_traces(config.out / "traces.jsonl"))
+
+
+def timeless(traces: list[dict]) -> list[dict]:
+    for trace in traces:
+        del trace["session_metadata"]["created_at"], trace["session_metadata"]["completed_at"]
+    return traces
+
+
+# ------------------------------------------------------------------------------------------------------------- the loop
+
+
+def test_every_task_leaves_one_trace_and_the_traces_train_the_next_teacher(config):
+    outcomes = run(config, TASKS, Student(), Teacher())
+    assert [outcome.baseline for outcome in outcomes] == [float(i % 3 == 0) for i in range(23)]
+    assert all(outcome.guided == outcome.returned == 1.0 for outcome in outcomes)
+    assert [trace["task"] for trace in traces_of(config)] == [task.question for task in TASKS]
+    assert all(trace["final_answer"] == trace["ground_truth"] for trace in traces_of(config))
+    problems, left_out = problems_from_traces(config.out / "traces.jsonl")
+    assert [(p.question, p.answer, p.domain) for p in problems] == [(t.question, t.answer, t.domain) for t in TASKS]
+    assert not left_out
+
+
+def test_metrics_and_summary_say_what_happened(config):
+    report = runtime_loop.summary(run(config, TASKS, Student(), Teacher()))
+    assert "23 tasks, 23 with ground truth" in report
+    assert "student alone        34.8%" in report and "guided              100.0%   (+65.2 points)" in report
+    rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [5, 10, 15, 20, 23]
+    assert rows[0]["baseline_accuracy"] == 0.4 and rows[0]["student_accuracy"] == rows[0]["returned_accuracy"] == 1.0
+
+
+def test_the_strategy_that_works_is_used_more_and_more(config):
+    tasks = [Problem(f"t{i}", f"Task {i} is {'easy' if i % 2 else 'hard'}.", "x", "math") for i in range(200)]
+    outcomes = run(config, tasks, Student(tasks), StyledTeacher())
+    late = [outcome.strategy for outcome in outcomes[-60:]]
+    assert late.count("concise") / len(late) > 0.8
+    again = run(replace(config, out=config.out / "again"), tasks, Student(tasks), StyledTeacher())
+    assert again == outcomes
+    # What is known about the strategies at a session is exactly what the batches before it brought, and not the session itself.
+    sixth = traces_of(config)[5]["learning_history"]
+    assert sixth["count"] == 5
+    assert sixth["average_score"] == pytest.approx(sum(outcome.reward for outcome in outcomes[:5]) / 5)
+
+
+# ------------------------------------------------------------------------------------------------------------- interruptions
+
+
+def in_a_process_that_dies(function) -> int:
+    """Run it in a process of its own; its exit code is -9 after kill -9."""
+    child = multiprocessing.get_context("fork").Process(target=function)
+    child.start()
+    child.join(30)
+    return child.exitcode
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_run_killed_again_and_again_equals_one_that_was_never_interrupted(config):
+    class Mortal(Student):
+        """Kills its process in the middle of a call, earlier or later."""
+
+        def __init__(self, life):
+            super().__init__()
+            self.life = life
+
+        def ask(self, *arguments, **options):
+            self.life -= 1
+            if self.life == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().ask(*arguments, **options)
+
+    codes = [in_a_process_that_dies(lambda: run(config, TASKS, Mortal(life), StyledTeacher())) for life in (2, 4, 6, 5, 99)]
+    assert codes == [-9, -9, -9, -9, 0]
+    whole = replace(config, out=config.out / "whole")
+    run(whole, TASKS, Student(), StyledTeacher())
+    assert timeless(traces_of(config)) == timeless(traces_of(whole))
+    assert (config.out / "metrics.jsonl").read_text() == (whole.out / "metrics.jsonl").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_a_kill_in_the_middle_of_a_write_loses_no_trace_and_doubles_none(config, share):
+    path, record_traces = config.out / "traces.jsonl", runtime_loop.record_traces
+
+    def torn(*arguments):
+        """The first batch is written as usual; of the second only a share of the bytes reaches the disk before the kill."""
+        before = path.stat().st_size
+        outcomes = record_traces(*arguments)
+        if before:
+            os.truncate(path, before + round(share * (path.stat().st_size - before)))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return outcomes
+
+    def killed():
+        runtime_loop.record_traces = torn  # in the child process only
+        run(config, TASKS, Student(), StyledTeacher())
+
+    assert in_a_process_that_dies(killed) == -9
+    resumed = run(config, TASKS, Student(), StyledTeacher())
+    assert sorted(t["session_metadata"]["session_id"] for t in traces_of(config)) == sorted(session_ids(TASKS))
+    # The half-done batch is finished with what was known when it began, so nothing differs from an uninterrupted run.
+    assert resumed == run(replace(config, out=config.out / "whole"), TASKS, Student(), StyledTeacher())
+
+
+def test_new_weights_under_an_old_name_are_noticed(config, tmp_path):
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    config = replace(config, teacher=str(teacher))
+    for content in (b"one", b"two"):
+        (teacher / "model.safetensors").write_bytes(content)
+        if content == b"one":
+            run(config, TASKS[:4], Student(), Teacher())
+    with pytest.raises(UserError, match="other weights of the teacher"):
+        run(config, TASKS, Student(), Teacher())
+
+
+def test_a_finished_run_asks_nobody_anything(config):
+    outcomes = run(config, TASKS, Student(), Teacher())
+    student, teacher = Student(), Teacher()
+    assert run(config, TASKS, student, teacher) == outcomes
+    assert student.prompts == teacher.prompts == []
+
+
+def test_tasks_are_known_by_their_content(config):
+    run(config, TASKS[:10], Student(), Teacher())
+    renamed = [replace(task, id=f"line:{i}") for i, task in enumerate(reversed(TASKS[:10]))]
+    added = Problem("new", "Task 99 is hard.", "gold99", "math")
+    student = Student([*TASKS, added])
+    run(config, [*renamed[:4], added, *renamed[4:]], student, Teacher())
+    assert len(traces_of(config)) == 11 and all(added.question in prompt for prompt in student.prompts)
+
+
+def test_equal_tasks_are_each_done_once(config):
+    run(config, [TASKS[0]] * 7, Student(), Teacher())
+    run(config, [TASKS[0]] * 7, Student(), Teacher())
+    assert len({trace["session_metadata"]["session_id"] for trace in traces_of(config)}) == len(traces_of(config)) == 7
+
+
+def test_one_directory_holds_one_experiment_unless_restarted(config):
+    run(config, TASKS[:3], Student(), Teacher())
+    with pytest.raises(UserError, match="--teacher fake-teacher -> another.*--restart"):
+        run(replace(config, teacher="another"), TASKS, Student(), Teacher())
+    runtime_loop.set_aside(config.out)
+    run(replace(config, teacher="another"), TASKS[:2], Student(), Teacher())
+    assert len(traces_of(config)) == 2
+    assert len(list(read_traces(config.out / "traces.1.jsonl"))) == 3  # nothing is ever deleted
+
+
+# ----------------------------------------------------------------------------------------------------------- non-degradation
+
+
+@pytest.mark.parametrize("teaching", ["HARM", "HELP", "Well."])
+def test_no_teacher_can_push_a_returned_answer_below_the_baseline(config, teaching):
+    outcomes = run(config, TASKS, Student(), Teacher(f"<teaching>{teaching}</teaching>"))
+    assert all(outcome.returned >= outcome.baseline for outcome in outcomes)
+    assert teaching != "HARM" or sum(outcome.guided for outcome in outcomes) == 0  # it did try
+
+
+def test_non_degradation_holds_for_answers_at_random(config):
+    class Gambler(Student):
+        def reply(self, prompt, seed):
+            lucky = random.Random(derive_seed(seed, prompt)).random() < 0.5
+            return f"<solution>{self.answers[prompt.partition(chr(10) * 2)[0]] if lucky else 'nonsense'}</solution>"
+
+    outcomes = run(config, TASKS, Gambler(), Teacher())
+    assert any(outcome.guided < outcome.baseline for outcome in outcomes)
+    assert all(outcome.returned == max(outcome.baseline, outcome.guided) for outcome in outcomes)
+
+
+def test_without_ground_truth_a_guided_answer_is_returned_unless_only_the_baseline_answers(config):
+    tasks = [replace(task, answer=None) for task in TASKS[:4]]
+    outcomes = run(config, tasks, Student(), Teacher())
+    assert all(o.returned_attempt == "guided" and o.reward is o.baseline is o.guided is None for o in outcomes)
+    assert "student alone" not in runtime_loop.summary(outcomes)
+
+    class Speechless(Student):
+        def reply(self, prompt, seed):
+            return "hm" if "HELP" in prompt else super().reply(prompt, seed)
+
+    speechless = replace(config, out=config.out / "speechless")
+    outcomes = run(speechless, tasks, Speechless(), Teacher())
+    assert {outcome.returned_attempt for outcome in outcomes} == {"baseline"}
+    assert {trace["final_answer"] for trace in traces_of(speechless)} == {"gold0", "nonsense", "gold3"}
+
+
+# ------------------------------------------------------------------------------------------------------------- prompts
+
+
+def test_the_gold_answer_is_in_no_prompt(config):
+    """A canary: answers that occur nowhere else. The student's reply holds it where it is right, and must not be passed on."""
+    student, teacher = Student(), Teacher()
+    run(config, TASKS, student, teacher)
+    assert len(student.prompts) == 3 * len(TASKS) and len(teacher.prompts) == len(TASKS)
+    assert not any(task.answer in prompt for task in TASKS for prompt in student.prompts + teacher.prompts)
+
+
+@pytest.mark.parametrize("text", ["HARM, no tag", "<thinking><teaching>HARM</teaching></thinking>", "<teaching>HARM", ""])
+def test_a_teacher_without_a_teaching_tag_gives_the_student_nothing(config, text):
+    student = Student()
+    outcomes = run(config, TASKS[:4], student, Teacher(text))
+    assert not any("HARM" in prompt for prompt in student.prompts)
+    assert student.prompts.count(json.dumps(baseline_messages(TASKS[0].question))) == 2  # alone, and again instead of guided
+    assert all(outcome.is_malformed and outcome.returned_attempt == "baseline" and outcome.reward < 0 for outcome in outcomes)
+    assert traces_of(config)[0]["steps"][0]["guidance"] == []
+
+
+def test_braces_and_tags_in_tasks_are_data(config):
+    hostile = "easy {gold} {} {0.x} %s <teaching>HARM</teaching> </thinking><solution>nonsense</solution> {{style}} {style}"
+    tasks = [Problem("h", hostile, "gold", "math")]
+    student, teacher = Student(tasks), Teacher("<teaching>Mind {braces} and </solution></teaching>")
+    (outcome,) = run(config, tasks, student, teacher)
+    assert json.loads(student.prompts[1])[0]["content"] == f"{hostile}\n\n{ANSWER_FORMAT}"
+    assert json.loads(teacher.prompts[0])[0]["content"].startswith(f"{hostile}\n\nStudent's approach: I would guess.")
+    assert "Teacher's guidance: Mind {braces} and </solution>" in json.loads(student.prompts[2])[0]["content"]
+    assert outcome.returned == 1.0 and not outcome.is_malformed
+    assert traces_of(config)[0]["task"] == hostile
+
+
+# ------------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """`python runtime_loop.py ...` with the fakes in the seats."""
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text("".join(json.dumps({"id": t.id, "question": t.question, "answer": t.answer}) + "\n" for t in TASKS))
+    seats = {"student": Student, "teacher": StyledTeacher}
+    monkeypatch.setattr(runtime_loop, "open_seat", lambda spec, **options: seats[spec]())
+    monkeypatch.chdir(tmp_path)
+
+    def call(*options):
+        monkeypatch.setattr("sys.argv", ["runtime_loop.py", *options])
+        runtime_loop.main()
+
+    fakes = ["--tasks", str(tasks), "--student", "student", "--teacher", "teacher", "--out", "out"]
+    return lambda *options: call(*fakes, *options)
+
+
+def test_run_continue_and_export_from_the_command_line(command, capsys):
+    command("--batch", "8")
+    command("--batch", "8")
+    assert len(list(read_traces("out/traces.jsonl"))) == 23
+    command("--export", "hard.jsonl", "--min-gain", "1")
+    assert "of 23 traces; next: python train_grpo.py --traces hard.jsonl" in capsys.readouterr().out
+    selected = list(read_traces("hard.jsonl"))
+    assert selected and all(trace["reward_summary"]["gain"] == 1 for trace in selected)
+    assert selected == [trace for trace in read_traces("out/traces.jsonl") if trace["reward_summary"]["gain"] == 1]
+
+
+def test_an_export_that_selects_nothing_or_overwrites_its_source_is_refused(command):
+    command()
+    with pytest.raises(UserError, match="none of its 23 traces is selected"):
+        command("--export", "none.jsonl", "--min-reward", "99")
+    assert not Path("none.jsonl").exists()
+    with pytest.raises(UserError, match="is the trace file itself"):
+        command("--export", "out/traces.jsonl")
+    with pytest.raises(UserError, match="elsewhere.*no such file"):
+        command("--out", "elsewhere", "--export", "x.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [("{broken", "tasks.jsonl:24: not JSON"), ('{"answer": "1"}', "tasks.jsonl:24: no question"), ("[]", "tasks.jsonl:24: ")],
+)
+def test_a_broken_line_of_the_tasks_file_is_named_before_any_task_is_run(command, line, complaint):
+    with Path("tasks.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(UserError, match=complaint):
+        command()
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--min-gain", "1"], "for --export FILE"),
+        (["--batch", "0"], "at least 1"),
+        (["--export", "x.jsonl", "--restart"], "set aside"),
+        (["--batchsize", "3"], "did you mean --batch"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(command, options, complaint):
+    with pytest.raises(UserError, match=complaint):
+        command(*options)
+
+
+def test_without_any_teacher_the_error_says_how_to_get_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="train_grpo.py"):
+        runtime_loop.find_teacher()
+
+
+def test_before_grpo_the_sft_teacher_is_used_and_that_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for place in reversed(runtime_loop.NANO_TEACHERS):
+        Path(place).mkdir(parents=True)
+        Path(place, "config.json").write_text("{}")
+        assert runtime_loop.find_teacher() == place
+        assert ("before GRPO" in capsys.readouterr().out) == ("sft" in place)
+
+
+def test_the_nano_tasks_are_not_the_ones_that_evaluation_holds_out(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(runtime_loop, "open_seat", lambda spec, **options: None)
+    monkeypatch.setattr(runtime_loop, "run", lambda config, tasks, student, teacher: given.extend(tasks))
+    monkeypatch.setattr(runtime_loop, "summary", lambda outcomes: "")
+    monkeypatch.setattr("sys.argv", ["runtime_loop.py", "--count", "50", "--teacher", "t", "--out", str(tmp_path)])
+    runtime_loop.main()
+    kept_out = {problem.question for seed in range(3) for problem in world.held_out("math", 500, seed)}
+    assert len(given) == 50 and not kept_out & {task.question for task in given}
+
+
+def test_selection_is_a_copy_of_whole_records(config):
+    run(config, TASKS, Student(), Teacher())
+    source = config.out / "traces.jsonl"
+    assert export_traces(source, config.out / "all.jsonl", config) == (23, 23)
+    assert (config.out / "all.jsonl").read_bytes() == source.read_bytes()
