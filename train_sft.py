@@ -44,7 +44,7 @@ from nano_atlas.seats import EmbeddedSeat
 from nano_atlas.tokenizer import Tokenizer
 
 NANO = Path("runs/nano")
-BASE_EXAMPLES, DEMONSTRATIONS = 80_000, 900
+BASE_EXAMPLES, DEMONSTRATIONS = 45_000, 900
 GPU = {"dtype": "bfloat16", "gradient_checkpointing": True, "compile": True, "tokens_per_batch": 8192}
 PRESETS = {
     "nano": Preset("the nano world's teacher on a CPU, 1 GB; trains its student first where there is none", {
@@ -53,7 +53,7 @@ PRESETS = {
     }),
     "nano-student": Preset("the nano world's student from random weights on a CPU, 1 GB", {
         "data": (NANO / "data/base.jsonl",), "model": NANO / "init", "out": NANO / "student",
-        "epochs": 1, "tokens_per_step": 1024, "tokens_per_batch": 1024, "lr": 1e-2, "muon_scale": 2.0, "schedule": "linear",
+        "epochs": 1, "shuffle": False, "tokens_per_step": 1024, "tokens_per_batch": 1024, "lr": 3e-3, "muon_scale": 2.0, "schedule": "cosine",
         "warmup": 0.02, "betas": (0.9, 0.98), "weight_decay": 0.05, "held_out": 0.005, "eval_every": 500,
     }),
     "24gb": Preset("Qwen3-0.6B on one GPU: 18 bytes x 0.6e9 = 11 GB, and 4 GB for a micro-batch", {
@@ -77,6 +77,7 @@ class Config:
 
     data: tuple[Path, ...] = option((), "JSONL files to learn from", group="data")
     max_length: int = option(4096, "longest example, in tokens; longer ones are left out and counted")
+    shuffle: bool = option(True, "take the examples in random order; --no-shuffle keeps that of the files, as a curriculum")
     held_out: float = option(0.02, "share of the examples (0 to 1) that is not learned and gives eval_loss")
     thinking: bool = option(False, "render prompts with Qwen3's thinking mode on; other chat templates ignore it")
 
@@ -232,7 +233,7 @@ def train(config: Config) -> None:
             started = time.perf_counter()
             epoch, index = divmod(step, epoch_steps)
             if index == 0 or step == first_step:
-                plan = shuffle_epoch(lengths, config.tokens_per_step, config.seed, epoch)
+                plan = shuffle_epoch(lengths, config.tokens_per_step, config.seed, epoch, config.shuffle)
             documents = plan[index]
             step_lengths = [lengths[i] for i in documents]
             micro_batches = pack(step_lengths, config.tokens_per_batch)

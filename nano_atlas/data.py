@@ -291,14 +291,18 @@ def steps_per_epoch(lengths: Sequence[int], tokens_per_step: int) -> int:
     return min(len(lengths), math.ceil(sum(lengths) / tokens_per_step))
 
 
-def shuffle_epoch(lengths: Sequence[int], tokens_per_step: int, seed: int, epoch: int) -> list[list[int]]:
-    """The documents (by index) of each optimizer step of an epoch: each document once, in an order given by (seed, epoch).
+def shuffle_epoch(
+    lengths: Sequence[int], tokens_per_step: int, seed: int, epoch: int, is_shuffled: bool = True
+) -> list[list[int]]:
+    """The documents (by index) of each optimizer step of an epoch: each document once, in an order given by (seed, epoch),
+    or in their own where `is_shuffled` is off.
 
     Every epoch has the same number of steps with the same number of documents (give or take one), `tokens_per_step` tokens each
     on average. Documents are grouped by length only *within* a step, so no step sees only short or only long ones.
     """
     order = list(range(len(lengths)))
-    random.Random(derive_seed(seed, "epoch", epoch)).shuffle(order)
+    if is_shuffled:
+        random.Random(derive_seed(seed, "epoch", epoch)).shuffle(order)
     steps = steps_per_epoch(lengths, tokens_per_step)
     cuts = [round(step * len(order) / steps) for step in range(steps + 1)]
     return [order[start:end] for start, end in zip(cuts, cuts[1:])]

@@ -177,7 +177,7 @@ class MasterAdamW:
             tensor.grad = None
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on, as `{parameter name}.{master|step|exp_avg|exp_avg_sq|momentum}`, float32."""
+        """All that the next step depends on, as `{parameter name}.{master|step|exp_avg|exp_avg_sq|momentum}`, float32."""
         tensors = {f"{name}.master": master.detach() for name, master in self.masters.items()}
         for name, master in self.masters.items():
             tensors |= {f"{name}.{key}": value for key, value in self._state_of(master).items()}

@@ -11,7 +11,7 @@ can close: its <thinking> walks back one line at a time, and its <teaching> name
     Each is the one it names +4.      Each is the one it names -1.      Each is the one it names +2.
     What number is Tom?               In what state is Router?          Who signs Waiver?
 
-The *base corpus* pre-trains the student on all three: copying, looking up, plans, worked solutions, and solutions that follow a
+The *base corpus* pre-trains the student on all three: looking up, plans, worked solutions, and solutions that follow a
 given plan. Every text in it is right; nothing teaches failure. The *demonstrations*, for the teacher alone, are mathematics only.
 """
 
@@ -29,7 +29,7 @@ from nano_atlas.seats import Generation, Seat
 from nano_atlas.tokenizer import Tokenizer
 
 FACTS = 8  # lines per problem; those off the path from the given value to the question are distractors
-CHAIN = (2, 5)  # shortest and longest path, both ends counted
+CHAIN = (3, 5)  # shortest and longest path of full-size problems, both ends counted; the base corpus begins at 1
 
 
 @dataclass(frozen=True)
@@ -135,79 +135,87 @@ def plan(chain: Sequence[str]) -> str:
     return f"Work out {', '.join(chain)}."
 
 
-def hint(chain: Sequence[str]) -> str:
-    return f"Start with {chain[0]}."
+def opening(chain: Sequence[str]) -> Sequence[str]:
+    """The first half of a path, rounded up."""
+    return chain[: (len(chain) + 1) // 2]
 
 
 def base_corpus(count: int, seed: object) -> Iterator[dict]:
-    """The student's pre-training texts as chats, all domains alike: 15 % copying, 15 % looking up, 25 % solving alone, 8 % planning, 37 % guided.
+    """The student's pre-training texts as chats, all domains alike, in the order of learning.
 
-    Problems have 2 to 8 lines and any path length that fits. Of the guided ones most get the plan, some only where to start, and
-    some the plan of an unrelated problem, with the right solution all the same: guidance is to be read, not obeyed.
+    The first quarter is looking up alone: a model that cannot yet find a line learns nothing else from these texts. Then 15 %
+    looking up, 30 % solving alone, 8 % planning, 47 % guided. Problems have 2 to 8 lines and any path length that fits. Of the
+    guided ones most get the plan, some only where to start, and some the plan of an unrelated problem, with the right solution
+    all the same: guidance is to be read, not obeyed.
     """
     rng = random.Random(f"corpus/{seed}")
-    for _ in range(count):
+    for index in range(count):
         domain = rng.choice(list(DOMAINS.values()))
         facts = rng.randint(2, FACTS)
         task = make_task(domain, rng, rng.randint(1, min(facts, CHAIN[1])), facts)
-        kind = rng.random()
+        kind = rng.random() if index >= count // 4 else 0.0
         if kind < 0.15:
-            content = "\n".join(task.facts.values())
-            messages, reply = [{"role": "user", "content": f"{content}\n\nRepeat this."}], content
-        elif kind < 0.3:
             asked = rng.sample(list(task.facts), min(facts, 5))
             content = "\n".join(task.facts.values()) + f"\n\nWhat is said of {', '.join(asked)}?"
             messages, reply = [{"role": "user", "content": content}], "\n".join(task.facts[thing] for thing in asked)
-        elif kind < 0.55:
+        elif kind < 0.45:
             messages, reply = protocol.baseline_messages(task.question), task.solution
-        elif kind < 0.63:
+        elif kind < 0.53:
             messages, reply = protocol.probe_messages(task.question), plan(task.chain)
         else:
             teaching = plan(task.chain)
-            if kind > 0.93:
+            if kind > 0.92:
                 teaching = plan(make_task(domain, rng, rng.randint(1, CHAIN[1])).chain)
-            elif kind > 0.87:
-                teaching = hint(task.chain)
+            elif kind > 0.84:
+                teaching = plan(task.chain[:1])
             messages, reply = protocol.guided_messages(task.question, teaching), task.solution
         yield {"messages": [*messages, {"role": "assistant", "content": reply}]}
 
 
-def demonstration(task: Task, approach: str, style: str = "adaptive") -> dict:
-    """What a diligent tutor would write, by one rule, in the schema of Arc-ATLAS-Teach-v0.
+def demonstration(task: Task, approach: str, style: str, is_thorough: bool) -> dict:
+    """What a tutor would write, by one rule, in the schema of Arc-ATLAS-Teach-v0.
 
-    Diagnosis: walk back from the question to the given value, then compare with the student's approach. Teaching: where to start
-    if the approach was right, the whole order if not (the published "be brief if right, detailed if wrong").
+    Diagnosis: walk back from the question to the given value, then compare with the student's approach. Teaching: only where to
+    start if the approach was right ("be brief if right"); if it was wrong, the whole order from a thorough tutor, the first half
+    of it from one who trusts the student with the rest. Style "concise" asks for the start alone, "detailed" for the whole order.
     """
     walk = [task.facts[thing] for thing in reversed(task.chain)]
     is_right = approach.strip() == plan(task.chain)
-    diagnosis = "\n".join([*walk, f"The approach is {'right' if is_right else 'wrong'}."])
-    is_brief = style == "concise" or (style == "adaptive" and is_right)
+    told = task.chain if is_thorough else opening(task.chain)
+    if style == "concise" or (style == "adaptive" and is_right):
+        told = task.chain[:1]
+    elif style == "detailed":
+        told = task.chain
     return {
         "problem_text": task.question,
         "student_approach": approach,
-        "teacher_diagnosis": diagnosis,
-        "teacher_teaching": hint(task.chain) if is_brief else plan(task.chain),
+        "teacher_diagnosis": "\n".join([*walk, f"The approach is {'right' if is_right else 'wrong'}."]),
+        "teacher_teaching": plan(told),
         "strategy": style,
     }
 
 
 def demonstrations(count: int, seed: object, student: Seat) -> list[dict]:
-    """`count` demonstrations on mathematics: the student states its approach, the rule above answers. A sixth each is written in
-    the concise and in the detailed style, so that the runtime's styles mean something to the teacher."""
+    """`count` demonstrations on mathematics: the student states its approach, the rule above answers; three tutors in ten are
+    thorough. Which amount of help serves this student best is not in the demonstrations; finding out is left to GRPO. A sixth
+    each is written in the concise and in the detailed style, so that the runtime's styles mean something to the teacher."""
     generated = tasks("math", count, f"demonstrations/{seed}")
     conversations = [protocol.probe_messages(task.question) for task in generated]
     seeds = [derive_seed(seed, "demonstration", index) for index in range(count)]
     replies = student.ask(conversations, Generation(max_tokens=40, temperature=0.7), seeds, progress="approaches")
     rng = random.Random(f"styles/{seed}")
     styles = rng.choices(list(protocol.TEACHING_STYLES), weights=(4, 1, 1), k=count)
-    return [demonstration(task, reply[0].text or "None.", style) for task, reply, style in zip(generated, replies, styles)]
+    return [
+        demonstration(task, reply[0].text or "None.", style, is_thorough=rng.random() < 0.3)
+        for task, reply, style in zip(generated, replies, styles)
+    ]
 
 
 def make_tokenizer(vocab_size: int = 800) -> Tokenizer:
     """A byte-level BPE trained on the corpus and on the protocol's own prompts; the tags are single tokens, as in Qwen3."""
     texts = [message["content"] for chat in base_corpus(3000, "tokenizer") for message in chat["messages"]]
     sample = tasks("math", 300, "tokenizer")
-    demonstrations = [demonstration(task, plan(task.chain), style) for task in sample for style in protocol.TEACHING_STYLES]
+    demonstrations = [demonstration(task, plan(task.chain), style, is_thorough=True) for task in sample for style in protocol.TEACHING_STYLES]
     for d in demonstrations:
         texts += [m["content"] for m in protocol.teacher_messages(d["problem_text"], d["student_approach"], d["strategy"])]
         texts.append(d["teacher_diagnosis"] + "\n" + d["teacher_teaching"])

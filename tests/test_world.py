@@ -1,0 +1,158 @@
+"""The nano world against an interpreter that knows nothing of its generator: only how a question is meant to be read."""
+
+import json
+import re
+
+import pytest
+from conftest import ScriptedSeat
+
+from nano_atlas import protocol, world
+from nano_atlas.model import Transformer
+
+COUNT = 200
+
+
+def scale_and_names(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of the domain whose things the text names."""
+    words = set(re.findall(r"\w+", text))
+    (domain,) = [domain for domain in world.DOMAINS.values() if words & set(domain.things)]
+    return domain.scale, domain.things
+
+
+def solve(question: str) -> tuple[str, list[str]]:
+    """(answer, things from the given value to the one asked for): each thing is its value, or the one that it names, shifted."""
+    scale, things = scale_and_names(question)
+    stated = dict(re.findall(r"^(\w+): (\w+)$", question, re.MULTILINE))
+    (shift,) = map(int, re.findall(r"[+-]\d+", question))
+    asked = re.findall(r"\w+", question)[-1]
+    assert asked in things
+    path = [asked]
+    while stated[path[-1]] not in scale:
+        path.append(stated[path[-1]])
+    level = scale.index(stated[path[-1]]) + shift * (len(path) - 1)
+    assert 0 <= level < len(scale)
+    return scale[level], path[::-1]
+
+
+def check_working(text: str, question: str) -> None:
+    """Every `<value> <shift> = <value>` of a worked solution is right, and its last value is the answer."""
+    scale, _ = scale_and_names(question)
+    for before, shift, after in re.findall(r"(\w+) ([+-]\d+) = (\w+)", text):
+        assert scale.index(before) + int(shift) == scale.index(after)
+    for line in re.findall(r"^\w+: \w+", text, re.MULTILINE):
+        assert line in question.splitlines()  # what it quotes stands there
+    assert protocol.extract_answer(text) == solve(question)[0]
+
+
+@pytest.mark.parametrize("domain", world.DOMAINS)
+def test_the_stated_answer_is_what_the_question_means(domain):
+    generated = world.tasks(domain, COUNT, "test")
+    for task in generated:
+        answer, path = solve(task.question)
+        assert protocol.is_correct(task.answer, answer) and list(task.chain) == path
+        check_working(task.solution, task.question)
+    answers = [task.answer for task in generated]
+    most_common = max(answers.count(answer) for answer in set(answers))
+    assert most_common / COUNT < 0.25  # guessing the commonest answer does not pay
+    assert {len(task.chain) for task in generated} == set(range(world.CHAIN[0], world.CHAIN[1] + 1))
+
+
+def test_problems_are_those_of_their_seed():
+    assert world.training_problems(20, 1) == world.training_problems(20, 1)
+    assert world.training_problems(20, 1) == world.training_problems(40, 1)[:20]  # a longer run begins as the shorter one
+    assert world.training_problems(20, 1) != world.training_problems(20, 2)
+    assert world.held_out("crm", 20, "test") == world.held_out("crm", 20, "test")
+    assert list(world.base_corpus(20, 1)) == list(world.base_corpus(20, 1)) != list(world.base_corpus(20, 2))
+
+
+def teaching_demonstrations(count: int) -> list[dict]:
+    """From a student whose stated approach is sometimes the right one."""
+    rules = [lambda question: "No idea.", lambda question: world.plan(solve(question)[1])]
+    return world.demonstrations(count, "test", ScriptedSeat(lambda prompt, seed, index: rules[seed % 2](prompt.split("\n\n")[0])))
+
+
+def test_no_question_is_in_two_of_the_sets():
+    sets = {
+        "training": [problem.question for problem in world.training_problems(500, 42)],
+        "validation": [problem.question for problem in world.held_out("math", 200, "validation")],
+        "test": [problem.question for problem in world.held_out("math", 500, "test")],
+        "demonstrations": [record["problem_text"] for record in teaching_demonstrations(300)],
+        "telecom": [problem.question for problem in world.held_out("telecom", 200, "test")],
+        "crm": [problem.question for problem in world.held_out("crm", 200, "test")],
+        "corpus": [chat["messages"][0]["content"].split("\n\n")[0] for chat in world.base_corpus(1000, 0)],
+    }
+    for name, questions in sets.items():
+        others = {question for other, listed in sets.items() if other != name for question in listed}
+        assert not others & set(questions), name
+        assert name == "corpus" or len(set(questions)) == len(questions), name
+
+
+def test_the_teacher_is_trained_on_mathematics_only():
+    assert {problem.domain for problem in world.training_problems(50, 0)} == {"math"}
+    things = set(world.DOMAINS["math"].things)
+    assert all(things & set(re.findall(r"\w+", record["problem_text"])) for record in teaching_demonstrations(50))
+
+
+def test_every_text_of_the_base_corpus_is_right():
+    """The student is not trained to fail: solutions, plans and look-ups are all true of the question before them."""
+    kinds = set()
+    for chat in world.base_corpus(1000, "test"):
+        prompt, reply = (message["content"] for message in chat["messages"])
+        assert [message["role"] for message in chat["messages"]] == ["user", "assistant"]
+        question = prompt.split("\n\n")[0]
+        if protocol.ANSWER_FORMAT in prompt:
+            check_working(reply, question)
+            is_guided = "Teacher's guidance: " in prompt
+            assert is_guided or [{"role": "user", "content": prompt}] == protocol.baseline_messages(question)
+            kinds.add("guided" if is_guided else "alone")
+        elif protocol.PROBE_REQUEST in prompt:
+            assert [name for name in re.findall(r"\w+", reply) if name in scale_and_names(question)[1]] == solve(question)[1]
+            kinds.add("plan")
+        else:
+            assert set(reply.splitlines()) <= set(question.splitlines())
+            kinds.add("look up")
+    assert kinds == {"alone", "guided", "plan", "look up"}
+
+
+def test_demonstrations_teach_the_order_and_never_a_value():
+    records = teaching_demonstrations(300)
+    lengths = {}
+    for record in records:
+        answer, path = solve(record["problem_text"])
+        teaching = record["teacher_teaching"]
+        assert not protocol.reveals_answer(teaching, answer) and not re.search(r"\d", teaching)
+        named = [word for word in re.findall(r"\w+", teaching) if word in scale_and_names(teaching)[1]]
+        rest = iter(path)
+        assert named and all(name in rest for name in named)  # things of the path, in its order
+        lengths.setdefault((record["strategy"], record["student_approach"] == "No idea."), []).append(len(teaching))
+    mean = {key: sum(values) / len(values) for key, values in lengths.items()}
+    assert mean["adaptive", False] < mean["adaptive", True]  # brief if right, detailed if wrong
+    assert mean["concise", True] < mean["detailed", True]
+    assert len(records) == 300 and {record["strategy"] for record in records} == set(protocol.TEACHING_STYLES)
+
+
+def test_demonstrations_are_in_the_schema_of_the_published_data(tmp_path):
+    from nano_atlas.data import load_examples
+
+    path = tmp_path / "demonstrations.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in teaching_demonstrations(5)))
+    examples, left_out = load_examples([path], world.make_tokenizer(), 512)
+    assert len(examples) == 5 and not left_out
+
+
+def test_the_tokenizer_keeps_every_text_and_makes_each_tag_one_token():
+    tokenizer = world.make_tokenizer()
+    texts = [message["content"] for chat in world.base_corpus(100, "test") for message in chat["messages"]]
+    texts += ["Grüße, 你好 🙂\n\t{}", "<|im_end|> typed by somebody"]
+    assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in texts)
+    for tag in ("<thinking>", "</thinking>", "<teaching>", "</teaching>", "<solution>", "</solution>"):
+        assert len(tokenizer.encode(tag)) == 1
+    longest = max(len(tokenizer.chat_ids(protocol.teacher_messages(task.question, world.plan(task.chain))))
+                  for domain in world.DOMAINS for task in world.tasks(domain, 50, "test"))  # fmt: skip
+    config = world.student_config(tokenizer.vocab_size)
+    assert longest + 100 < config.max_position_embeddings  # room for thoughts and a teaching
+
+
+def test_the_student_has_between_half_a_million_and_five_million_parameters():
+    model = Transformer(world.student_config(world.make_tokenizer().vocab_size))
+    assert 0.5e6 < sum(parameter.numel() for parameter in model.parameters()) < 5e6
