@@ -55,7 +55,7 @@ GPU = {"dtype": "bfloat16", "gradient_checkpointing": True, "tokens_per_batch": 
 PRESETS = {
     "nano": Preset("the nano world on a CPU, 1 GB", {
         "student": NANO / "student/model", "teacher": NANO / "teacher-sft/model", "out": NANO / "teacher-grpo",
-        "steps": 100, "problems_per_step": 16, "baseline_samples": 4, "lr": 2e-4, "probe_tokens": 40, "teaching_tokens": 96,
+        "steps": 100, "problems_per_step": 16, "baseline_samples": 4, "lr": 2e-4, "schedule": "cosine", "probe_tokens": 40, "teaching_tokens": 96,
         "answer_tokens": 120, "tokens_per_batch": 8192, "eval_every": 20, "eval_problems": 200, "save_every": 1,
     }),
     "24gb": Preset("0.6B teacher and student on one GPU: 18 bytes x 0.6e9 + 2 x 1.2 GB of frozen models + 6 GB = 19 GB; --problems", {
@@ -89,7 +89,7 @@ class Config(EpisodeConfig, RewardConfig):
     student: Path = option(Path("Qwen/Qwen3-0.6B"), "checkpoint of the frozen student")
     device: str = option("auto", "where the policy is trained and sampled: cpu, cuda, cuda:1, ...")
     student_device: str = option("auto", "where the student is sampled; auto: a second GPU if there is one, else --device")
-    reference_device: str = option("auto", "where the reference is; auto: beside the student")
+    reference_device: str = option("auto", "where the reference is; auto: beside the student (the policy for --kl exact)")
     optimizer_device: str = option("auto", "where masters and moments are (12 bytes per parameter); auto: beside the policy")
     dtype: str = option("float32", "compute precision; masters and moments are float32 always", ["float32", "bfloat16"])
     gradient_checkpointing: bool = option(False, "keep one activation per layer and recompute the rest: less memory, 4/3 the time")
@@ -123,7 +123,7 @@ class Config(EpisodeConfig, RewardConfig):
     max_logp_diff: float = option(0.1, "stop if trainer and sampler differ by more in the mean log-prob of sampled tokens (nats)")
 
     eval_every: int = option(25, "steps between evaluations on held-out problems (0: never)", group="records", resumable=True)
-    eval_problems: int = option(200, "held-out problems per evaluation, answered greedily", resumable=True)
+    eval_problems: int = option(200, "held-out problems per evaluation, answered greedily")
     save_every: int = option(10, "steps between training states", resumable=True)
     keep: int = option(1, "number of training states to keep", resumable=True)
     episodes_per_step: int = option(2, "whole episodes written to episodes.jsonl per step", resumable=True)
@@ -180,7 +180,10 @@ def devices(config: Config) -> tuple[str, str, str]:
     gpus = torch.cuda.device_count()
     policy = config.device if config.device != "auto" else "cuda:0" if gpus else "cpu"
     student = config.student_device if config.student_device != "auto" else "cuda:1" if gpus > 1 else policy
-    reference = config.reference_device if config.reference_device != "auto" else student
+    beside = policy if config.kl == "exact" else student
+    reference = config.reference_device if config.reference_device != "auto" else beside
+    if config.kl == "exact" and reference != policy:
+        raise UserError(f"--kl exact compares whole distributions: the reference must be on {policy}, the policy's device")
     for name in (policy, student, reference):
         if name.startswith("cuda") and (not gpus or torch.device(name).index not in (None, *range(gpus))):
             raise UserError(f"there is no device {name} here ({gpus} GPUs)")
@@ -357,9 +360,9 @@ def train(config: Config) -> None:
     flag = "--student" if config.reward == "exact" else "--teacher"
     policy = load(start, policy_device, config.dtype, f"train it with `python train_sft.py`, or name another with {flag}")
     policy.recompute_activations = config.gradient_checkpointing
-    reference_dir = config.out / "reference"
-    is_mixed = resumed is not None and config.reference_mixing > 0
-    reference = load(reference_dir if is_mixed else start, reference_device, config.dtype, "") if config.beta else None
+    reference_dir = config.out / "reference"  # one beside each state, so that a crash between the two mixes nothing twice
+    anchor = reference_dir / resumed.name if resumed and config.reference_mixing else start
+    reference = load(anchor, reference_device, config.dtype, "start over with --restart") if config.beta else None
     tokenizer = Tokenizer.from_directory(start)
     options = {"thinking": config.thinking, "max_rows": config.cache_rows}
     policy_seat = EmbeddedSeat(policy, tokenizer, **options)
@@ -421,8 +424,11 @@ def train(config: Config) -> None:
             progress.update()
             if (step + 1) % config.save_every == 0 or is_last:
                 if reference is not None and config.reference_mixing:
-                    save_model(reference_dir, reference, tokenizer)
+                    save_model(reference_dir / f"step-{step + 1:08d}", reference, tokenizer)
                 save_training_state(state_dir, optimizer, step + 1, {"best": best}, config.keep)
+                for old in reference_dir.glob("step-*"):
+                    if not (state_dir / old.name).is_dir():
+                        shutil.rmtree(old)
 
     save_model(config.out / "model", policy, tokenizer)
     print(f"model: {config.out / 'model'}   metrics: {config.out / 'metrics.jsonl'}   episodes: {config.out / 'episodes.jsonl'}")

@@ -64,8 +64,8 @@ def visible(completion: str) -> str:
 def parse_teaching(completion: str) -> str | None:
     """The guidance for the student, or None if the completion has no closed, non-empty <teaching> tag.
 
-    Tags inside <thinking>, closed or not, do not count, and nothing else of the completion is ever passed on: handing the student the whole
-    text when the tag is missing, as the published code does, rewards the teacher for leaking its private reasoning.
+    Tags inside <thinking>, closed or not, do not count, and nothing else of the completion is ever passed on: handing the student
+    the whole text when the tag is missing, as the published code does, rewards the teacher for leaking its private reasoning.
     """
     text = visible(completion).rpartition("</thinking>")[2].partition("<thinking>")[0]
     match = re.search(r"<teaching>(.*?)</teaching>", text, re.DOTALL)
@@ -75,12 +75,13 @@ def parse_teaching(completion: str) -> str | None:
 def extract_answer(completion: str) -> str | None:
     """The last <solution> of the visible text, else its last \\boxed{}, else None (no guessing from loose numbers)."""
     text = visible(completion)
-    # the last closing tag and the opening one nearest before it: an answer may speak of the tag before it uses it
-    _, is_tagged, solution = text.rpartition("</solution>")[0].rpartition("<solution>")
-    boxed = _last_boxed(solution if is_tagged else text)
-    if boxed is None and not is_tagged:
+    # from the nearest opening tag, because a text may speak of the tag before it uses it
+    solutions = re.findall(r"<solution>((?:(?!<solution>).)*?)</solution>", text, re.DOTALL)
+    answer = solutions[-1] if solutions else text
+    boxed = _last_boxed(answer)
+    if boxed is None and not solutions:
         return None
-    return (solution if boxed is None else boxed).strip() or None
+    return (answer if boxed is None else boxed).strip() or None
 
 
 def _last_boxed(text: str) -> str | None:

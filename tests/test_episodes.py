@@ -1,0 +1,152 @@
+"""Episodes with scripted seats: who is asked what, how often and with which seeds, and what the numbers come to."""
+
+import random
+
+import pytest
+from conftest import ScriptedSeat
+
+from nano_atlas import protocol
+from nano_atlas.data import Problem
+from nano_atlas.episodes import Attempt, Episode, EpisodeConfig, Sketch, sketch_problems, teach, teaching_metrics
+from nano_atlas.reward import RewardConfig, teaching_reward
+from nano_atlas.seats import Reply
+
+PROBLEMS = [Problem(f"p{i}", f"Question {i}?", f"canary{i}", "math") for i in range(4)]
+CONFIG = EpisodeConfig(probe_tokens=11, teaching_tokens=22, answer_tokens=33, student_temperature=0.5, teacher_temperature=0.9)
+
+
+def student_rule(prompt: str, seed: int, index: int) -> str:
+    """Alone right in every second sample; guided right after "good", wrong after anything else."""
+    gold = next(problem.answer for problem in PROBLEMS if problem.question in prompt)
+    if protocol.PROBE_REQUEST in prompt:
+        return f"approach-{seed}"
+    is_right = "good" in prompt if "Teacher's guidance" in prompt else index % 2 == 0
+    return f"<solution>{gold if is_right else 'wrong'}</solution>"
+
+
+def teacher_of(*completions: str) -> ScriptedSeat:
+    return ScriptedSeat(lambda prompt, seed, index: completions[index])
+
+
+def run(teacher, student=None, problems=PROBLEMS, baselines=2, group_size=3, seed="s", **options) -> list[list[Episode]]:
+    student = student or ScriptedSeat(student_rule)
+    sketches = sketch_problems(student, problems, CONFIG, seed, baselines)
+    return teach(student, teacher, sketches, CONFIG, RewardConfig(), seed, group_size, **options)
+
+
+def tagged(*texts: str) -> tuple[str, ...]:
+    return tuple(f"<thinking>private</thinking><teaching>{text}</teaching>" for text in texts)
+
+
+def test_a_group_shares_one_probe_and_k_baselines_and_each_teaching_gets_one_guided_answer():
+    student, teacher = ScriptedSeat(student_rule), teacher_of(*tagged("good", "bad", "good good"))
+    groups = run(teacher, student, baselines=4)
+    assert [(count, n) for count, n, _ in student.calls] == [(4, 1), (4, 4), (12, 1)]  # probe, alone, guided
+    assert [(count, n) for count, n, _ in teacher.calls] == [(4, 3)]
+    for problem, group in zip(PROBLEMS, groups, strict=True):
+        assert len(group) == 3 and all(episode.sketch is group[0].sketch for episode in group)
+        assert group[0].sketch.problem is problem and len(group[0].sketch.baselines) == 4
+        assert group[0].sketch.baseline_accuracy == 0.5
+        assert [episode.teaching for episode in group] == ["good", "bad", "good good"]
+        assert [episode.guided.is_correct for episode in group] == [True, False, True]
+
+
+def test_lengths_and_temperatures_are_those_of_the_configuration():
+    student, teacher = ScriptedSeat(student_rule), teacher_of(*tagged("good"))
+    run(teacher, student, group_size=1)
+    assert [(g.max_tokens, g.temperature) for _, _, g in student.calls] == [(11, 0.5), (33, 0.5), (33, 0.5)]
+    assert [(g.max_tokens, g.temperature) for _, _, g in teacher.calls] == [(22, 0.9)]
+
+
+def test_the_teacher_is_asked_about_the_students_own_approach_in_the_given_style():
+    teacher = teacher_of(*tagged("good"))
+    groups = run(teacher, group_size=1, styles=["concise", "detailed", "adaptive", "concise"])
+    for prompt, (episode,), style in zip(teacher.asked, groups, ("concise", "detailed", "adaptive", "concise"), strict=True):
+        (message,) = protocol.teacher_messages(episode.sketch.problem.question, episode.sketch.approach, style)
+        assert prompt == message["content"] and episode.sketch.approach in prompt and episode.style == style
+
+
+def test_rewards_follow_from_baseline_guided_answer_and_length_of_the_teaching():
+    for group in run(teacher_of(*tagged("good", "bad bad", "good good good"))):
+        assert [episode.reward for episode in group] == [teaching_reward(0.5, 1, 1), -1.0, teaching_reward(0.5, 1, 3)]
+        assert [episode.teaching_tokens for episode in group] == [1, 2, 3]  # of the teaching alone, not of the thoughts
+
+
+def test_a_malformed_completion_reaches_nobody_and_earns_nothing():
+    student = ScriptedSeat(lambda prompt, seed, index: "<solution>canary0</solution>")  # always right
+    (group,) = run(teacher_of("good", "<teaching>good", "<thinking>good</thinking>"), student, PROBLEMS[:1])
+    (baseline_prompt,) = protocol.baseline_messages(PROBLEMS[0].question)
+    assert student.asked[-3:] == [baseline_prompt["content"]] * 3
+    assert [episode.teaching for episode in group] == [None] * 3 and not any(episode.is_leak for episode in group)
+    assert [episode.reward for episode in group] == [-0.5] * 3  # the student's own success is no merit of the teacher
+    assert teaching_metrics(group)["malformed_rate"] == 1.0 and teaching_metrics(group)["token_efficiency"] == 1.0
+
+
+def test_a_leak_is_counted_and_penalised_though_the_student_was_right():
+    (group,) = run(teacher_of(*tagged("good: canary0", "good", "good canary00")), problems=PROBLEMS[:1])
+    assert [episode.is_leak for episode in group] == [True, False, False]
+    assert group[0].guided.is_correct and group[0].reward == -1.0
+    assert teaching_metrics(group)["leak_rate"] == pytest.approx(1 / 3)
+
+
+def test_the_answer_in_the_teachers_thoughts_is_no_leak_because_nobody_hears_it():
+    student = ScriptedSeat(student_rule)
+    (group,) = run(teacher_of("<thinking>it is canary0</thinking><teaching>good</teaching>"), student, PROBLEMS[:1], group_size=1)
+    assert not group[0].is_leak and group[0].reward > 0
+    assert not any("canary" in prompt for prompt in student.asked)
+
+
+def test_no_prompt_of_any_seat_holds_a_gold_answer():
+    student, teacher = ScriptedSeat(student_rule), teacher_of(*tagged("good", "bad"), "malformed")
+    run(teacher, student, baselines=3)
+    assert len(student.asked) + len(teacher.asked) == 4 + 4 + 12 + 4
+    assert not any("canary" in prompt for prompt in student.asked + teacher.asked)
+
+
+def test_an_episode_does_not_depend_on_the_batch_it_ran_in():
+    def by_seed(prompt, seed, index):
+        draws = random.Random(f"{seed}/{index}")
+        text = "".join(draws.choices("abcdefgh", k=12))
+        return f"{text}<teaching>{text}</teaching><solution>{text}</solution>"
+
+    def texts(problems, seed="s"):
+        groups = run(ScriptedSeat(by_seed), ScriptedSeat(by_seed), problems, seed=seed)
+        return {
+            g[0].sketch.problem.id: [g[0].sketch.approach, *(b.text for b in g[0].sketch.baselines), *(e.reply.text for e in g),
+                                     *(e.guided.text for e in g)]
+            for g in groups
+        }  # fmt: skip
+
+    together = texts(PROBLEMS)
+    assert texts([PROBLEMS[3], PROBLEMS[1]]) == {name: together[name] for name in ("p3", "p1")}
+    assert len({text for all_texts in together.values() for text in all_texts}) == 4 * (1 + 2 + 3 + 3)  # no draw is repeated
+    assert not set(together["p0"]) & set(texts(PROBLEMS, seed="another")["p0"])
+
+
+def test_without_a_gold_answer_nothing_is_correct_and_nothing_leaks():
+    problem = Problem("open", "Question 0?", None)
+    (group,) = run(teacher_of(*tagged("good")), problems=[problem], group_size=1)
+    assert group[0].sketch.baseline_accuracy == 0 and not group[0].guided.is_correct and not group[0].is_leak
+
+
+def test_the_metrics_are_what_their_names_say():
+    def attempt(is_correct):
+        return Attempt("text", "answer", is_correct, tokens=5, is_truncated=False)
+
+    def episode(baselines, guided, teaching, length, tokens, is_truncated, is_leak, reward):
+        sketch = Sketch(PROBLEMS[0], "plan", 7, [attempt(is_correct) for is_correct in baselines])
+        reply = Reply("completion", tokens, is_truncated)
+        return Episode(sketch, "adaptive", reply, teaching, length, attempt(guided), is_leak, reward)
+
+    metrics = teaching_metrics([
+        episode([0, 1], True, "go", 0, 10, False, False, 1.0),  # improved by 1/2
+        episode([1, 1], False, "no", 100, 20, True, False, -2.0),  # degraded by 1
+        episode([0, 0], False, None, 0, 30, False, False, -0.5),  # unchanged, malformed
+        episode([1, 1], True, "42", 300, 40, False, True, -1.0),  # unchanged, a leak
+    ])  # fmt: skip
+    assert metrics == pytest.approx({
+        "reward": -2.5 / 4, "student_accuracy": 2 / 4, "baseline_accuracy": 2.5 / 4, "accuracy_delta": -0.5 / 4,
+        "improvement_rate": 1 / 4, "degradation_rate": 1 / 4, "non_degradation_rate": 3 / 4, "token_efficiency": (1 + 0.5 + 1 + 0.25) / 4,
+        "teaching_length_mean": 100, "student_approach_length": 7, "leak_rate": 1 / 4, "malformed_rate": 1 / 4,
+        "completions/mean_length": 25, "completions/truncated_ratio": 1 / 4,
+    })  # fmt: skip

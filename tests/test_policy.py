@@ -1,0 +1,98 @@
+"""Log-probs and gradients with a group's prompt computed once, against every sequence computed alone."""
+
+import random
+
+import pytest
+import torch
+
+from nano_atlas.model import ModelConfig, PackedAttention, Transformer
+from nano_atlas.policy import Sample, completion_logprobs, policy_batches, predicting_states
+from nano_atlas.sampler import Rollout
+
+TEMPERATURE = 0.7
+HEADS = [(4, 4), (4, 2), (4, 1)]  # query and key heads: plain, grouped-query, multi-query
+
+
+def make_model(heads=(4, 2)) -> Transformer:
+    model = Transformer(ModelConfig("qwen3", 61, 32, 48, 2, *heads, 8, qk_norm=True)).initialize(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 10 if parameter.ndim == 2 else 1  # away from uniform distributions
+    return model
+
+
+def make_samples() -> list[Sample]:
+    """Groups of 4, 1, 3 and 2 completions, two of one token, in mixed order; one prompt is a single token."""
+    draws = random.Random(0)
+    samples = []
+    for prompt_length, lengths in ((9, (3, 1, 7, 4)), (4, (6,)), (1, (2, 5, 1)), (13, (8, 8))):
+        prompt = tuple(draws.choices(range(61), k=prompt_length))
+        for length in lengths:
+            samples.append(Sample(Rollout(prompt, draws.choices(range(61), k=length), [], "stop", 0), draws.uniform(-1, 1)))
+    draws.shuffle(samples)
+    return samples
+
+
+def alone(model: Transformer, sample: Sample) -> torch.Tensor:
+    """The oracle: one sequence, ordinary causal attention, log-softmax over plain logits in float64."""
+    prompt, completion = list(sample.rollout.prompt_ids), sample.rollout.completion_ids
+    ids = torch.tensor(prompt + completion)
+    attention = PackedAttention([len(ids) - 1])
+    hidden = model(ids[:-1], attention.positions, attention)[len(prompt) - 1 :]
+    logprobs = torch.log_softmax((hidden @ model.head_weight.T).double() / TEMPERATURE, dim=-1)
+    return logprobs.gather(1, ids[len(prompt) :, None]).squeeze(1)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("tokens_per_batch", [1, 20, 40, 10_000])
+def test_log_probs_are_those_of_each_sequence_alone(heads, tokens_per_batch):
+    model, samples = make_model(heads), make_samples()
+    expected = torch.cat([alone(model, sample).detach() for sample in samples])  # in the order of the samples
+    logprobs = completion_logprobs(model, samples, tokens_per_batch, TEMPERATURE)
+    assert logprobs.dtype == torch.float32
+    torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("tokens_per_batch", [20, 10_000])
+def test_gradients_are_those_of_each_sequence_alone(heads, tokens_per_batch):
+    """Through the shared prompt, too: all its completions pull on it."""
+    model, samples = make_model(heads), make_samples()
+    sum(sample.advantage * alone(model, sample).sum() for sample in samples).backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    model.zero_grad()
+    advantages = torch.cat([torch.full((len(sample.rollout.completion_ids),), sample.advantage) for sample in samples])
+    for batch in policy_batches(samples, tokens_per_batch, "cpu"):
+        logits = predicting_states(model, batch) @ model.head_weight.T / TEMPERATURE
+        chosen = torch.log_softmax(logits, dim=-1).gather(1, batch.targets[:, None]).squeeze(1)
+        (chosen * advantages[batch.rows]).sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-4 * expected[name].abs().max().item(), msg=name)
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 20, 40, 10_000])
+def test_every_completion_token_is_predicted_once_and_batches_keep_to_their_size(tokens_per_batch):
+    samples = make_samples()
+    tokens = [token for sample in samples for token in sample.rollout.completion_ids]
+    batches = policy_batches(samples, tokens_per_batch, "cpu")
+    rows = torch.cat([batch.rows for batch in batches])
+    assert sorted(rows.tolist()) == list(range(len(tokens)))
+    assert [tokens[row] for row in rows] == torch.cat([batch.targets for batch in batches]).tolist()
+    for batch in batches:
+        assert len(batch.input_ids) <= tokens_per_batch or len(batch.attention.completions.lengths) == 1
+    assert len(batches) == {1: len(samples), 10_000: 1}.get(tokens_per_batch, len(batches))
+
+
+def test_a_prompt_is_computed_once_for_its_group():
+    samples = make_samples()
+    (batch,) = policy_batches(samples, 10_000, "cpu")
+    prompts = {sample.rollout.prompt_ids for sample in samples}
+    assert len(batch.input_ids) == sum(map(len, prompts)) + sum(len(s.rollout.completion_ids) - 1 for s in samples)
+
+
+def test_completions_of_one_token_need_no_token_of_their_own():
+    model = make_model()
+    samples = [Sample(Rollout((5, 6, 7), [token], [], "stop", 0), 1.0) for token in (1, 2, 3)]
+    expected = torch.cat([alone(model, sample).detach() for sample in samples])
+    torch.testing.assert_close(completion_logprobs(model, samples, 100, TEMPERATURE).double(), expected, rtol=0, atol=1e-5)

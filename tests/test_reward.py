@@ -1,0 +1,65 @@
+"""The teaching reward against the published table, and group advantages against numpy in float64."""
+
+import numpy as np
+import pytest
+
+from nano_atlas.reward import RewardConfig, efficiency, group_advantages, teaching_reward
+
+
+@pytest.mark.parametrize(("tokens", "improved", "kept"), [(0, 2.0, 1.0), (100, 1.5, 0.75), (400, 1.2, 0.6)])
+def test_the_published_table(tokens, improved, kept):
+    assert teaching_reward(0, 1, tokens) == pytest.approx(improved)
+    assert teaching_reward(1, 1, tokens) == pytest.approx(kept)
+    assert teaching_reward(0, 0, tokens) == 0.0
+    assert teaching_reward(1, 0, tokens) == -2.0  # harm costs the same at any length
+
+
+@pytest.mark.parametrize("baseline", [0.25, 0.5, 0.75])
+def test_a_fractional_baseline_scales_gain_and_harm(baseline):
+    assert teaching_reward(baseline, 1, 100) == pytest.approx((1 - baseline) * 1.5)
+    assert teaching_reward(baseline, 0, 100) == pytest.approx(-2 * baseline)
+
+
+def test_the_expected_reward_of_a_teaching_without_effect_is_negative_where_the_baseline_varies():
+    """b = 1/2 and a guided answer that is right as often: 1/2 * gain + 1/2 * harm. Doing nothing must not pay."""
+    assert (teaching_reward(0.5, 1, 100) + teaching_reward(0.5, 0, 100)) / 2 < 0
+
+
+@pytest.mark.parametrize(("baseline", "guided"), [(0, 1), (1, 1), (0, 0), (1, 0), (0.5, 1)])
+def test_a_leak_forfeits_every_gain_and_costs_the_penalty(baseline, guided):
+    honest = teaching_reward(baseline, guided, 10)
+    assert teaching_reward(baseline, guided, 10, is_leak=True) == pytest.approx(min(honest, 0) - 1)
+
+
+@pytest.mark.parametrize(("option", "value", "situation", "reward"), [
+    ("degradation_penalty", 0.0, (1, 0, 100, False), 0.0),
+    ("degradation_penalty", 3.0, (0.5, 0, 100, False), -1.5),
+    ("keep_correct", 0.2, (1, 1, 100, False), 0.3),
+    ("efficiency_weight", 0.0, (0, 1, 100, False), 1.0),
+    ("efficiency_weight", 2.0, (1, 1, 100, False), 1.0),
+    ("leak_penalty", 0.25, (0, 1, 100, True), -0.25),
+])  # fmt: skip
+def test_every_coefficient_changes_the_reward(option, value, situation, reward):
+    changed = RewardConfig(**{option: value})
+    assert teaching_reward(*situation, changed) == pytest.approx(reward)
+    assert teaching_reward(*situation) != pytest.approx(reward)
+
+
+def test_efficiency_falls_from_one_by_half_per_hundred_tokens():
+    assert [efficiency(tokens) for tokens in (0, 100, 300)] == [1.0, 0.5, 0.25]
+
+
+@pytest.mark.parametrize("size", [2, 3, 8, 32])
+def test_advantages_are_grpos_formula(size):
+    rewards = np.random.default_rng(size).normal(size=size)
+    expected = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-4)
+    np.testing.assert_allclose(group_advantages(rewards.tolist()), expected, rtol=1e-12)
+    np.testing.assert_allclose(group_advantages(rewards.tolist(), "none"), rewards - rewards.mean(), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("scale", ["std", "none"])
+def test_equal_rewards_give_exactly_zero_advantages(scale):
+    """Exactly, because a group without variance is recognised by it: seven times 0.7 do not add up to 4.9 in floating point."""
+    for reward in (0.0, 0.7, -0.1, 1.5238095238095237):
+        for size in (1, 3, 7, 8):
+            assert group_advantages([reward] * size, scale) == [0.0] * size

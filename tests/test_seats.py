@@ -1,0 +1,166 @@
+"""Seats: an embedded model's replies, and an endpoint that misbehaves in every way a server can."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from conftest import STUDENT_WORDS, byte_tokenizer, lively_checkpoint, lively_model
+
+from nano_atlas import seats
+from nano_atlas.errors import UserError
+from nano_atlas.seats import EmbeddedSeat, EndpointSeat, Generation, is_url, open_seat
+
+KEY = "sk-very-secret-key"
+HELLO = [[{"role": "user", "content": "Hello"}]]
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """An OpenAI-compatible endpoint that plays `server.script`, a list of (status, body), and then answers properly."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(seats.time, "sleep", lambda seconds: instance.pauses.append(seconds))
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self):
+            body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "null")
+            with instance.lock:
+                instance.requests.append((self.path, self.headers["Authorization"], body))
+                status, reply = instance.script.pop(0) if instance.script else (200, None)
+            if reply is None and self.path == "/v1/models":
+                reply = {"data": [{"id": "first"}, {"id": "second"}]}
+            elif reply is None:
+                content = body["messages"][-1]["content"]
+                choices = [{"message": {"content": f"{content} {i}"}, "finish_reason": "length" if i else "stop"} for i in range(body["n"])]
+                reply = {"choices": choices, "usage": {"completion_tokens": 7 * body["n"]}}
+            payload = (reply if isinstance(reply, str) else json.dumps(reply)).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(payload)))
+            self.end_headers()
+            self.wfile.write(payload)
+
+        do_GET = do_POST = answer
+
+        def log_message(self, *arguments):
+            pass
+
+    instance = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    instance.script, instance.requests, instance.pauses, instance.lock = [], [], [], threading.Lock()
+    instance.url = f"http://127.0.0.1:{instance.server_port}"
+    thread = threading.Thread(target=instance.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield instance
+    instance.shutdown()
+    thread.join()
+    instance.server_close()
+
+
+def say(seat, conversations=HELLO, n=1, seeds=None):
+    return seat.ask(conversations, Generation(20, 0.6, 0.9), seeds or [5] * len(conversations), n=n)
+
+
+@pytest.mark.parametrize("ending", ["", "/", "/v1", "/v1/", "/v1/chat/completions"])
+def test_any_usual_form_of_the_url_is_taken_and_the_first_listed_model_is_used(server, ending):
+    seat = EndpointSeat(server.url + ending)
+    say(seat)
+    (models, _, _), (chat, _, body) = server.requests
+    assert (models, chat, body["model"]) == ("/v1/models", "/v1/chat/completions", "first")
+
+
+def test_a_request_says_all_that_matters_and_replies_come_in_order(server):
+    conversations = [[{"role": "user", "content": f"Hello {i}"}] for i in range(9)]
+    replies = say(EndpointSeat(server.url, "named"), conversations, n=2, seeds=[2**40 + i for i in range(9)])
+    assert [[reply.text for reply in group] for group in replies] == [[f"Hello {i} 0", f"Hello {i} 1"] for i in range(9)]
+    assert [(reply.tokens, reply.is_truncated, reply.rollout) for reply in replies[0]] == [(7, False, None), (7, True, None)]
+    path, key, body = next(request for request in server.requests if request[2]["messages"] == conversations[3])
+    assert key == f"Bearer {KEY}"
+    assert body == {"model": "named", "messages": conversations[3], "n": 2, "max_tokens": 20, "temperature": 0.6, "top_p": 0.9,
+                    "seed": (2**40 + 3) % 2**31}  # fmt: skip
+
+
+@pytest.mark.parametrize("trouble", [(500, "oh"), (503, "busy"), (429, "slow down"), (200, "<html>")])
+def test_passing_trouble_is_waited_out_longer_each_time(server, trouble):
+    seat = EndpointSeat(server.url, "m")
+    server.script = [trouble] * 3
+    assert say(seat)[0][0].text == "Hello 0"
+    assert len(server.requests) == 4 and server.pauses == sorted(server.pauses) and len(server.pauses) == 3
+
+
+def test_lasting_trouble_ends_with_the_servers_own_words(server):
+    seat = EndpointSeat(server.url, "m")
+    server.script = [(500, "the GPU is on fire")] * 4
+    with pytest.raises(UserError, match=r"/v1/chat/completions failed \(HTTP 500: the GPU is on fire\); check that the server"):
+        say(seat)
+
+
+def test_a_refusal_is_not_repeated_and_never_shows_the_key(server):
+    seat = EndpointSeat(server.url, "m")
+    server.script = [(400, f"Incorrect API key provided: {KEY}, maximum context length")]
+    with pytest.raises(UserError, match="HTTP 400: .*maximum context length") as caught:
+        say(seat)
+    assert KEY not in str(caught.value) and len(server.requests) == 1
+
+
+def test_a_server_that_is_not_there_is_named_and_the_key_is_not(monkeypatch):
+    monkeypatch.setattr(seats.time, "sleep", lambda seconds: None)
+    for key in (KEY, KEY + "\n"):  # a line break, as from a file, would be an illegal header
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(UserError, match="http://127.0.0.1:9/v1/models failed .ConnectError") as caught:
+            EndpointSeat("http://127.0.0.1:9")
+        assert KEY not in str(caught.value)
+
+
+def test_a_server_without_models_and_replies_without_content_or_usage(server):
+    server.script = [(200, {"data": []})]
+    with pytest.raises(UserError, match="lists no model; name one with"):
+        EndpointSeat(server.url)
+    server.script = [(200, {"choices": [{"message": {"content": None}}], "usage": None})]
+    reply = say(EndpointSeat(server.url, "m"))[0][0]
+    assert (reply.text, reply.tokens, reply.is_truncated) == ("", 0, False)
+
+
+def test_without_a_key_the_one_that_vllm_ignores_is_sent(server, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    say(EndpointSeat(server.url, "m"))
+    assert server.requests[0][1] == "Bearer EMPTY"
+
+
+def test_an_embedded_reply_ends_at_the_end_of_turn_which_counts_as_a_token_but_is_no_text():
+    tokenizer = byte_tokenizer()
+    seat = EmbeddedSeat(lively_model(0, STUDENT_WORDS, tokenizer), tokenizer)
+    (replies,) = seat.ask(HELLO, Generation(12, 1.0), [3], n=40)
+    (end,) = tokenizer.eos_ids
+    assert {reply.is_truncated for reply in replies} == {True, False}
+    for reply in replies:
+        ids = reply.rollout.completion_ids
+        assert reply.tokens == len(ids) == len(reply.rollout.logprobs) and "<|im_end|>" not in reply.text
+        assert reply.is_truncated == (end not in ids) and (not reply.is_truncated or len(ids) == 12)
+        assert end not in ids[:-1]
+        assert reply.text == tokenizer.decode(ids[:-1] if ids[-1] == end else ids)
+        assert list(reply.rollout.prompt_ids) == tokenizer.chat_ids(HELLO[0], add_generation_prompt=True)
+
+
+def test_an_embedded_seat_follows_the_weights_of_its_model():
+    tokenizer = byte_tokenizer()
+    model = lively_model(0, STUDENT_WORDS, tokenizer)
+    seat = EmbeddedSeat(model, tokenizer)
+    before = seat.ask(HELLO, Generation(12, 0.0), [0])[0][0].text
+    model.load_state_dict(lively_model(0, ("x", "y", "<|im_end|>"), tokenizer).state_dict())
+    after = seat.ask(HELLO, Generation(12, 0.0), [0])[0][0].text
+    assert "x" not in before + "y" and set(after) <= {"x", "y"}
+
+
+def test_the_thinking_switch_reaches_the_template():
+    tokenizer = byte_tokenizer()
+    switched = type(tokenizer)(tokenizer.backend, "{{ 'on' if enable_thinking else 'off' }}", eos_token="<|im_end|>")
+    model = lively_model(0, STUDENT_WORDS, tokenizer)
+    assert [switched.decode(EmbeddedSeat(model, switched, thinking=t).prompt_ids(HELLO[0])) for t in (True, False)] == ["on", "off"]
+
+
+def test_a_seat_opens_from_a_directory_or_a_url(server, tmp_path):
+    assert is_url("http://host") and is_url("https://host") and not is_url("runs/http")
+    assert isinstance(open_seat(server.url), EndpointSeat)
+    seat = open_seat(str(lively_checkpoint(tmp_path / "model", 0, STUDENT_WORDS)))
+    assert isinstance(seat, EmbeddedSeat) and seat.count_tokens("héllo") == 6
+    with pytest.raises(UserError, match="nowhere"):
+        open_seat(str(tmp_path / "nowhere"))

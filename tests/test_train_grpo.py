@@ -1,0 +1,388 @@
+"""train_grpo.py end to end on checkpoints of 50k parameters whose students and teachers draw from four phrases each."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import grpo_flags as flags
+from conftest import records
+from conftest import run_grpo as run
+from safetensors.torch import load_file
+
+import train_grpo
+from nano_atlas import protocol
+from nano_atlas.checkpoint import load_model
+from nano_atlas.config import parse, run_script
+from nano_atlas.errors import UserError
+from nano_atlas.policy import Sample
+from nano_atlas.sampler import Rollout
+from nano_atlas.tokenizer import Tokenizer
+from nano_atlas.traces import trace_from_episode
+from train_grpo import Config, problems_of_step, update, usable
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def is_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def copy_of(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.fixture
+def updates(monkeypatch) -> list[dict]:
+    """What each call of `update` was given, with copies of the weights before it."""
+    seen = []
+
+    def spy(config, policy, reference, optimizer, samples, rate):
+        seen.append({"policy": copy_of(policy), "samples": samples, "reference": reference and copy_of(reference)})
+        return update(config, policy, reference, optimizer, samples, rate)
+
+    monkeypatch.setattr(train_grpo, "update", spy)
+    return seen
+
+
+# ----------------------------------------------------------------------------------------------------------- a whole run
+
+
+def test_a_run_trains_the_teacher_alone_on_the_very_tokens_it_sampled(place, tmp_path, updates, monkeypatch):
+    groups = []
+    monkeypatch.setattr(train_grpo, "rollout_teaching", lambda *a, real=train_grpo.rollout_teaching: groups.append(real(*a)) or groups[-1])
+    frozen = {name: weights(place / name) for name in ("teacher", "student")}
+    metrics = run(place, tmp_path / "out")
+    assert [record["step"] for record in metrics] == [1, 2, 3, 4]
+    for record in metrics:
+        assert record["sampling/logp_diff_max"] <= 1e-4  # trainer and sampler: same weights, same prompts, same tokens
+        assert math.isfinite(record["loss"]) and record["grad_norm"] > 0 and record["clip_ratio"] == 0
+    assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6) and metrics[-1]["kl"] > 1e-4
+
+    tokenizer = Tokenizer.from_directory(place / "teacher")
+    for episodes, samples in groups:
+        for group, sampled in zip(episodes, samples, strict=True):
+            for episode, sample in zip(group, sampled, strict=True):
+                question, approach = episode.sketch.problem.question, episode.sketch.approach
+                asked = tokenizer.chat_ids(protocol.teacher_messages(question, approach))
+                assert list(sample.rollout.prompt_ids) == asked and sample.advantage == episode.advantage
+    assert [sample.rollout.weight_version for seen in updates for sample in seen["samples"][:1]] == [0, 1, 2, 3]
+
+    assert is_same(weights(place / "teacher"), frozen["teacher"]) and is_same(weights(place / "student"), frozen["student"])
+    assert all(is_same(seen["reference"], updates[0]["reference"]) for seen in updates)
+    assert not is_same(weights(tmp_path / "out/model"), frozen["teacher"])
+    final = copy_of(load_model(tmp_path / "out/model"))
+    assert all(torch.isfinite(tensor).all() for tensor in final.values())
+
+
+def test_the_records_hold_the_metrics_people_know_and_whole_episodes(place, tmp_path):
+    metrics = run(place, tmp_path / "out", steps=2, episodes_per_step=1)
+    known = {"reward", "reward_std", "kl", "entropy", "clip_ratio", "completions/mean_length", "completions/truncated_ratio", "loss",
+             "grad_norm", "lr", "student_accuracy", "baseline_accuracy", "accuracy_delta", "improvement_rate", "degradation_rate",
+             "non_degradation_rate", "token_efficiency", "teaching_length_mean", "leak_rate", "malformed_rate",
+             "zero_variance_ratio"}  # fmt: skip
+    assert all(known <= set(record) for record in metrics)
+    assert "eval/reward" not in metrics[0] and "eval/reward" in metrics[1]
+    episodes = records(tmp_path / "out/episodes.jsonl")
+    assert [record["step"] for record in episodes] == [1, 2]
+    for record in episodes:
+        assert {"question", "approach", "baselines", "completion", "guided", "reward", "advantage", "is_leak"} <= set(record)
+        assert ("teaching" in record) == (protocol.parse_teaching(record["completion"]) is not None)
+        assert len(record["baselines"]) == 2
+
+
+def test_grpo_learns_what_the_reward_asks_for(place, tmp_path):
+    """Of four phrases one is a leak, one a teaching and two are no teaching at all: it ends with the teaching.
+
+    The student does not listen, so harm is noise here and left out of the reward.
+    """
+    metrics = run(place, tmp_path / "out", steps=15, beta=0.0, group_size=8, eval_every=0, degradation_penalty=0.0)
+    first, last = ({name: sum(record[name] for record in part) / 3 for name in ("reward", "leak_rate", "malformed_rate")}
+                   for part in (metrics[:3], metrics[-3:]))  # fmt: skip
+    assert first["leak_rate"] + first["malformed_rate"] > 0.3
+    assert last["leak_rate"] + last["malformed_rate"] < 0.15 and last["reward"] > first["reward"] + 0.3
+
+
+def test_the_student_itself_can_be_trained_on_right_and_wrong(place, tmp_path):
+    metrics = run(place, tmp_path / "out", reward="exact", steps=12, lr=3e-2, group_size=8, eval_every=12, normalization="constant",
+                  teaching_tokens=1)  # fmt: skip
+    assert metrics[-1]["reward"] > metrics[0]["reward"] + 0.3 and metrics[-1]["eval/reward"] == 1.0
+    assert not is_same(weights(tmp_path / "out/model"), weights(place / "student"))
+
+
+def test_traces_of_the_runtime_are_a_source_of_problems(place, tmp_path, monkeypatch):
+    """The one-touch second round: what one run's episodes export, another trains on."""
+    taken = []
+    monkeypatch.setattr(train_grpo, "rollout_teaching", lambda *a, real=train_grpo.rollout_teaching: taken.append(real(*a)) or taken[-1])
+    run(place, tmp_path / "first", steps=2)
+    traces = []
+    for number, group in enumerate(group for episodes, _ in taken for group in episodes):
+        metadata = {"session_id": f"s{number}", "learning_key": "math"}
+        traces.append(trace_from_episode(group[0], "guided", metadata, {}))
+    (tmp_path / "traces.jsonl").write_text("".join(json.dumps(trace) + "\n" for trace in traces))
+    questions = {trace["task"] for trace in traces}
+    taken.clear()
+    run(place, tmp_path / "second", steps=2, problems=None, traces=tmp_path / "traces.jsonl", held_out=0.0)
+    assert {group[0].sketch.problem.question for episodes, _ in taken for group in episodes} <= questions
+
+
+# ----------------------------------------------------------------------------------------------------- options of the loss
+
+
+class Descent:
+    """Plain gradient descent in the optimizer's place: weights after it differ as gradients do."""
+
+    def __init__(self, model):
+        self.model = model
+
+    @torch.no_grad()
+    def step(self, rate):
+        for parameter in self.model.parameters():
+            parameter -= rate * parameter.grad
+            parameter.grad = None
+        return 0.0
+
+
+def config_of(place: Path, **options) -> Config:
+    return parse(Config, flags(place, Path("unused"), **options), train_grpo.PRESETS, "")
+
+
+@pytest.fixture(scope="module")
+def sampled(place) -> list[Sample]:
+    """Completions of the policy, of 1 to 6 tokens, with the log-probs it gave them, and made-up advantages."""
+    from nano_atlas.seats import EmbeddedSeat, Generation
+
+    seat = EmbeddedSeat(load_model(place / "teacher"), Tokenizer.from_directory(place / "teacher"))
+    conversations = [protocol.teacher_messages(f"Pick {word}.", "None.") for word in ("one", "any of the two")]
+    groups = seat.ask(conversations, Generation(6, 1.0), [1, 2], n=4)
+    return [Sample(reply.rollout, (index + 1) * (-1) ** index) for index, reply in enumerate(r for group in groups for r in group)]
+
+
+def after_update(place, samples, **options) -> tuple[dict[str, torch.Tensor], dict]:
+    policy, reference = load_model(place / "teacher"), load_model(place / "student")
+    metrics = update(config_of(place, **options), policy, reference, Descent(policy), samples, 1e-2)
+    return copy_of(policy), metrics
+
+
+@pytest.mark.parametrize("normalization", ["sequence", "token", "constant"])
+def test_unequal_micro_batches_take_the_same_step_as_one_batch(place, sampled, normalization):
+    whole, whole_metrics = after_update(place, sampled, normalization=normalization, tokens_per_batch=10_000)
+    for tokens_per_batch in (1, 203, 300):
+        split, metrics = after_update(place, sampled, normalization=normalization, tokens_per_batch=tokens_per_batch)
+        for name, tensor in whole.items():
+            torch.testing.assert_close(split[name], tensor, rtol=0, atol=1e-6, msg=name)
+        assert metrics == pytest.approx(whole_metrics, rel=1e-4, abs=1e-6)
+
+
+def test_normalization_weighs_tokens_as_its_name_says(place, sampled):
+    """On the policy that sampled, the ratio is 1 and without KL the loss is the weighted sum of -A."""
+    lengths = [len(sample.rollout.completion_ids) for sample in sampled]
+    assert len(set(lengths)) > 1
+    advantages = [sample.advantage for sample in sampled]
+    by_token = -sum(advantage * length for advantage, length in zip(advantages, lengths))
+    expected = {"sequence": -sum(advantages) / len(sampled), "token": by_token / sum(lengths), "constant": by_token / (len(sampled) * 6)}
+    for normalization, loss in expected.items():
+        _, metrics = after_update(place, sampled, normalization=normalization, beta=0.0)
+        assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_each_option_of_the_loss_changes_the_step(place, sampled):
+    plain, _ = after_update(place, sampled)
+    for changes in ({"beta": 0.5}, {"kl": "exact"}, {"normalization": "token"}, {"updates_per_batch": 2}):
+        changed, _ = after_update(place, sampled, **changes)
+        assert not is_same(plain, changed), changes
+    twice, loose, tight = (
+        after_update(place, sampled, updates_per_batch=2, **clips)
+        for clips in ({}, {"clip_low": 10.0, "clip_high": 10.0}, {"clip_low": 0.0, "clip_high": 0.0})
+    )
+    assert loose[1]["clip_ratio"] == 0 < tight[1]["clip_ratio"] <= 0.5  # half of the updates start on the old policy itself
+    assert not is_same(loose[0], tight[0]) and 0 <= twice[1]["clip_ratio"] <= tight[1]["clip_ratio"]
+
+
+def test_the_kl_is_that_to_the_reference(place, sampled):
+    """k3 of both models' own log-probs, formula written out in float64."""
+    from nano_atlas.policy import completion_logprobs
+
+    ours, theirs = (completion_logprobs(load_model(place / name), sampled, 10_000, 1.0).double() for name in ("teacher", "student"))
+    _, metrics = after_update(place, sampled)
+    assert metrics["kl"] == pytest.approx(((theirs - ours).exp() - (theirs - ours) - 1).mean().item(), rel=1e-4)
+
+
+def test_several_updates_per_batch_are_clipped_against_the_first(place, tmp_path):
+    metrics = run(place, tmp_path / "out", steps=2, updates_per_batch=3, lr=2e-2, eval_every=0)
+    assert any(record["clip_ratio"] > 0 for record in metrics)
+    assert all(record["sampling/logp_diff_max"] <= 1e-4 for record in metrics)
+
+
+def sample(advantage: float, finish_reason: str = "stop") -> Sample:
+    return Sample(Rollout((1, 2), [3], [-0.5], finish_reason, 0), advantage)
+
+
+def test_groups_without_variance_and_truncated_completions_can_be_left_out(place):
+    even, mixed = [sample(0.0), sample(0.0, "length")], [sample(1.0, "length"), sample(-1.0), sample(0.0)]
+    for options, expected in (
+        ({}, even + mixed),
+        ({"skip_zero_variance": True}, mixed),
+        ({"mask_truncated": True}, [even[0], *mixed[1:]]),
+        ({"skip_zero_variance": True, "mask_truncated": True}, mixed[1:]),
+    ):
+        assert usable(config_of(place, **options), [even, mixed]) == expected
+
+
+def test_a_step_of_which_nothing_is_left_changes_nothing(place, tmp_path):
+    """A greedy-like policy whose rewards are all equal, and groups without variance skipped: the step is logged, not taken."""
+    metrics = run(place, tmp_path / "out", steps=2, skip_zero_variance=True, teaching_tokens=1, degradation_penalty=0.0,
+                  keep_correct=0.0, leak_penalty=0.0, malformed_penalty=0.0, reward="teaching", baseline_samples=1, eval_every=0,
+                  efficiency_weight=0.0, answer_tokens=1, probe_tokens=1, teacher_temperature=1e-3,
+                  student_temperature=1e-3)  # fmt: skip
+    assert [record["zero_variance_ratio"] for record in metrics] == [1.0, 1.0] and all("loss" not in record for record in metrics)
+    assert is_same(weights(tmp_path / "out/model"), weights(place / "teacher"))
+
+
+def test_the_reference_is_mixed_with_the_policy_only_if_asked(place, tmp_path, updates):
+    run(place, tmp_path / "out", reference_mixing=0.75, reference_mixing_every=2, eval_every=0)
+    start, second = updates[0]["reference"], updates[2]
+    assert is_same(updates[1]["reference"], start) and is_same(updates[3]["reference"], second["reference"])
+    for name, tensor in second["reference"].items():
+        torch.testing.assert_close(tensor, 0.25 * start[name] + 0.75 * second["policy"][name], rtol=1e-5, atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------------- resuming
+
+
+TIMES = {"seconds/rollout": 0, "seconds/update": 0}
+MIXED = {"reference_mixing": 0.5, "reference_mixing_every": 1, "updates_per_batch": 2, "steps": 5}
+
+
+@pytest.fixture(scope="module")
+def straight(place, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("straight") / "out"
+    run(place, out, **MIXED)
+    return out
+
+
+@pytest.mark.parametrize(("function", "call"), [
+    ("rollout_teaching", 1),  # before anything is saved
+    ("update", 4),  # in step 4, after the state of step 2
+    ("evaluate", 2),  # after the update of step 4
+    ("save_training_state", 2),  # when the reference of step 4 is there and its state is not
+    ("save_model", 1),  # when all is done but the last model
+])  # fmt: skip
+def test_an_interrupted_run_ends_exactly_as_an_uninterrupted_one(place, tmp_path, straight, monkeypatch, function, call):
+    out, calls, real = tmp_path / "out", [], getattr(train_grpo, function)
+
+    def interrupted(*arguments, **options):
+        if function != "save_model" or arguments[0].name == "model":
+            calls.append(arguments)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_grpo, function, interrupted)
+        run(place, out, **MIXED)
+    resumed = run(place, out, **MIXED)
+    assert [{**record, **TIMES} for record in resumed] == [{**record, **TIMES} for record in records(straight / "metrics.jsonl")]
+    assert (out / "episodes.jsonl").read_text() == (straight / "episodes.jsonl").read_text()
+    assert is_same(weights(out / "model"), weights(straight / "model"))
+    assert is_same(weights(out / "best"), weights(straight / "best"))
+
+
+def test_a_finished_run_is_not_repeated_and_other_options_are_refused(place, tmp_path, capsys):
+    run(place, tmp_path / "out", steps=2)
+    run(place, tmp_path / "out", steps=2)
+    assert "already trained (2 steps)" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"--beta 0\.04 -> 0\.1\. .* --restart"):
+        run(place, tmp_path / "out", steps=2, beta=0.1)
+    assert len(run(place, tmp_path / "out", steps=3)) == 3
+    assert len(run(place, tmp_path / "out", steps=1, beta=0.1, restart=True)) == 1
+
+
+def test_held_out_problems_stay_held_out(place, tmp_path):
+    """Evaluating on more or fewer of them would move problems between the two sets in the middle of a run."""
+    run(place, tmp_path / "out", steps=2)
+    with pytest.raises(UserError, match="--eval-problems 200 -> 1"):
+        run(place, tmp_path / "out", steps=3, eval_problems=1)
+    training, held_out = train_grpo.load_data(config_of(place))
+    assert len(training) == 6 and len(held_out) == 2 and not {p.id for p in training} & {p.id for p in held_out}
+    assert (training, held_out) == train_grpo.load_data(config_of(place, steps=99))
+
+
+def test_every_problem_comes_once_per_epoch_in_an_order_of_its_own():
+    from nano_atlas.data import Problem
+
+    problems = [Problem(str(i), f"q{i}", "1") for i in range(10)]
+    steps = [problems_of_step(problems, step, 4, seed=0) for step in range(10)]
+    asked = [problem.question for step in steps for problem in step]
+    epochs = [asked[start : start + 10] for start in range(0, 40, 10)]
+    assert all(sorted(epoch) == sorted(problem.question for problem in problems) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert len({problem.id for step in steps for problem in step}) == 40  # seeds come from ids: no draw is repeated
+    assert steps == [problems_of_step(problems, step, 4, seed=0) for step in range(10)]
+    assert steps != [problems_of_step(problems, step, 4, seed=1) for step in range(10)]
+
+
+# ------------------------------------------------------------------------------------------------------------ command line
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_grpo.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(Config):
+        assert "--" + field.name.replace("_", "-") in text
+
+
+@pytest.mark.parametrize("name", train_grpo.PRESETS)
+def test_every_preset_sets_options_that_exist_and_agree(name):
+    data = [] if name.startswith("nano") else ["--problems", "x.jsonl"]
+    config = parse(Config, ["--preset", name, *data], train_grpo.PRESETS, "")
+    for option, value in train_grpo.PRESETS[name].overrides.items():
+        assert getattr(config, option) == value
+    assert "GB" in train_grpo.PRESETS[name].help
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({"traces": "traces.jsonl"}, "--problems and --traces exclude each other"),
+    ({"group_size": 1}, "--group-size must be 2 or more, not 1"),
+    ({"teacher_temperature": 0}, "--teacher-temperature must be above 0"),
+    ({"reference_mixing": 0.5, "beta": 0}, "--reference-mixing has no effect with --beta 0"),
+    ({"reference_mixing": 1.5}, "--reference-mixing must be from 0 to 1"),
+    ({"clip_low": -0.1}, "--clip-low must not be below 0"),
+    ({"lr": 0}, "--lr must be above 0"),
+    ({"normalization": "sentence"}, "sentence"),
+    ({"device": "cuda:99"}, "there is no device cuda:99 here"),
+    ({"problems": "none.jsonl"}, "none.jsonl: no such file"),
+    ({"held_out": 1.0}, "no problem left to train on.*lower --held-out"),
+    ({"teacher": "nowhere"}, "no model at nowhere; train it with `python train_sft.py`, or name another with --teacher"),
+    ({"student": "nowhere"}, "no model at nowhere; .*--student"),
+    ({"student": "nowhere", "reward": "exact"}, "no model at nowhere; .*--student"),
+])  # fmt: skip
+def test_contradictions_and_missing_things_are_explained(place, tmp_path, options, said):
+    with pytest.raises(UserError, match=said):
+        run(place, tmp_path / "out", **options)
+
+
+def test_two_gpus_are_shared_out_and_the_exact_kl_keeps_the_reference_beside_the_policy(place, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert train_grpo.devices(config_of(place, device="auto")) == ("cuda:0", "cuda:1", "cuda:1")
+    assert train_grpo.devices(config_of(place, device="auto", kl="exact")) == ("cuda:0", "cuda:1", "cuda:0")
+    with pytest.raises(UserError, match="--kl exact .* the reference must be on cuda:0"):
+        train_grpo.devices(config_of(place, device="auto", kl="exact", reference_device="cuda:1"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match="there is no device cuda here"):
+        train_grpo.devices(config_of(place, device="cuda"))
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(place, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"question": "1?", "answer": "1"}\n{"question": "2?"}\n')
+    with pytest.raises(SystemExit) as stop:
+        run_script(lambda: run(place, tmp_path / "out", problems=bad))
+    assert stop.value.code == 2 and f"error: {bad}:2: no gold answer" in capsys.readouterr().err
+    with pytest.raises(UserError, match="unknown option --group-sise; did you mean --group-size"):
+        train_grpo.main(["--group-sise", "4"])
