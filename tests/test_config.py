@@ -52,8 +52,8 @@ def test_help_gives_meaning_default_and_group_of_each_option_and_the_memory_of_e
         read("--help")
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
-    for piece in ("what the script does", "optimization:", "peak learning rate, 100% of it (default: 0.001)",
-                  "{cosine,constant}", "(default: 0.9 0.95)", "optimizer steps (default: none)", "--no-compile",
+    for piece in ("what the script does", "optimization:", "peak learning rate, 100% of it (default: 0.001; large: 1e-05)",
+                  "{cosine,constant}", "(default: 0.9 0.95)", "optimizer steps (default: none; large: 7)", "--no-compile",
                   "large: one GPU, 20 GB", "(default: small)"):
         assert piece in text
 
