@@ -35,16 +35,15 @@ from nano_atlas import protocol, world
 from nano_atlas.checkpoint import load_model, save_model
 from nano_atlas.config import Preset, option, parse, refuse_changes, run_script, to_json
 from nano_atlas.data import Problem, derive_seed, load_problems
-from nano_atlas.episodes import Episode, EpisodeConfig, attempt, sketch_problems, teach, teaching_metrics
+from nano_atlas.episodes import Episode, attempt, sketch_problems, teach, teaching_metrics
 from nano_atlas.errors import UserError
 from nano_atlas.files import read_json, write_json
-from nano_atlas.loss import grpo_loss, step_token_weights
 from nano_atlas.metrics import RunLog
 from nano_atlas.model import Transformer
 from nano_atlas.optim import (
     SCHEDULES, MasterAdamW, latest_training_state, learning_rate, load_training_state, save_training_state,
 )
-from nano_atlas.policy import Sample, completion_logprobs, policy_batches, predicting_states
+from nano_atlas.policy import Sample, UpdateConfig, mix_reference, update, usable
 from nano_atlas.reward import RewardConfig, group_advantages
 from nano_atlas.seats import EmbeddedSeat, Generation
 from nano_atlas.tokenizer import Tokenizer
@@ -73,7 +72,7 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
-class Config(EpisodeConfig, RewardConfig):
+class Config(UpdateConfig, RewardConfig):
     preset: str = option("nano", "", group="run")
     out: Path = option(Path("runs/grpo"), "directory of the run: models, metrics, episodes, state")
     restart: bool = option(False, "delete what --out holds of an earlier run instead of continuing it", resumable=True)
@@ -100,8 +99,6 @@ class Config(EpisodeConfig, RewardConfig):
     problems_per_step: int = option(4, "problems P per step")
     group_size: int = option(8, "teachings G sampled per problem")
     baseline_samples: int = option(4, "answers K of the student alone per problem; their mean is the baseline b")
-    updates_per_batch: int = option(1, "optimizer updates per batch of rollouts; above 1, ratios are clipped against the first")
-    tokens_per_batch: int = option(16384, "most tokens in one micro-batch, which is what memory depends on")
     lr: float = option(1e-6, "peak learning rate")
     schedule: str = option("constant", "learning rate after the warm-up", SCHEDULES)
     warmup: float = option(0.03, "share of the steps (0 to 1) over which the learning rate rises")
@@ -109,18 +106,9 @@ class Config(EpisodeConfig, RewardConfig):
     weight_decay: float = option(0.0, "decoupled decay of the matrices, times the learning rate, per update")
     clip_norm: float = option(1.0, "longest gradient (global norm); a longer one is scaled down to it")
 
-    beta: float = option(0.04, "weight of the KL to the reference (nats)", group="GRPO")
-    kl: str = option("k3", "KL per token: k3 (estimated from the sampled token) or exact (over the vocabulary)", ["k3", "exact"])
-    clip_low: float = option(0.2, "ratios below 1 - this get no gradient where the advantage is negative")
-    clip_high: float = option(0.2, "ratios above 1 + this get no gradient where the advantage is positive")
-    normalization: str = option("sequence", "weights of tokens: sequence (GRPO), token (DAPO), constant (Dr. GRPO)",
-                                ["sequence", "token", "constant"])
     advantage_scale: str = option("std", "divide centred rewards by the group's std, or by nothing (Dr. GRPO)", ["std", "none"])
     reference_mixing: float = option(0.0, "share of the policy mixed into the reference (0: frozen); the published run used 0.9")
     reference_mixing_every: int = option(2, "steps between mixings, where --reference-mixing is above 0")
-    skip_zero_variance: bool = option(False, "leave groups out of the update whose rewards are all equal (only KL acts on them)")
-    mask_truncated: bool = option(False, "leave completions out of the update that ran into --teaching-tokens")
-    max_logp_diff: float = option(0.1, "stop if trainer and sampler differ by more in the mean log-prob of sampled tokens (nats)")
 
     eval_every: int = option(25, "steps between evaluations on held-out problems (0: never)", group="records", resumable=True)
     eval_problems: int = option(200, "held-out problems per evaluation, answered greedily")
@@ -129,6 +117,10 @@ class Config(EpisodeConfig, RewardConfig):
     episodes_per_step: int = option(2, "whole episodes written to episodes.jsonl per step", resumable=True)
     wandb_project: str = option("", "mirror the metrics to this Weights & Biases project", resumable=True)
     wandb_run_name: str = option("", "name of the run there; by default that of --out", resumable=True)
+
+    @property
+    def longest_completion(self) -> int:
+        return self.answer_tokens if self.reward == "exact" else self.teaching_tokens
 
     def check(self) -> None:
         positive = ("steps", "problems_per_step", "baseline_samples", "updates_per_batch", "tokens_per_batch", "lr", "clip_norm",
@@ -237,75 +229,6 @@ def spread(values: Sequence[float]) -> float:
     """Unbiased standard deviation."""
     mean = sum(values) / len(values)
     return (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
-
-
-# -------------------------------------------------------------------------------------------------------------- update
-
-
-def update(
-    config: Config, policy: Transformer, reference: Transformer | None, optimizer: MasterAdamW, samples: Sequence[Sample], rate: float
-) -> dict[str, float]:
-    """All updates on one step's samples; returns the metrics of the first (they describe the sampled batch)."""
-    device = policy.head_weight.device
-    lengths = [len(sample.rollout.completion_ids) for sample in samples]
-    per_token = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(lengths))
-    longest = config.answer_tokens if config.reward == "exact" else config.teaching_tokens
-    weights = torch.tensor(step_token_weights(lengths, config.normalization, longest))[per_token].to(device)
-    advantages = torch.tensor([sample.advantage for sample in samples])[per_token].to(device)
-    sampled = torch.tensor([logprob for sample in samples for logprob in sample.rollout.logprobs], device=device)
-    is_k3 = reference is not None and config.kl == "k3"
-    ref_logprobs = completion_logprobs(reference, samples, config.tokens_per_batch, config.teacher_temperature).to(device) if is_k3 else None
-    old_logprobs, metrics = None, {}
-    for update_index in range(config.updates_per_batch):
-        parts = {name: torch.zeros(sum(lengths), device=device) for name in ("logprobs", "entropy", "kl", "is_clipped")}
-        loss_sum = 0.0
-        for batch in policy_batches(samples, config.tokens_per_batch, device):
-            exact = {}
-            if reference is not None and config.kl == "exact":
-                with torch.no_grad():
-                    exact = {"ref_hidden": predicting_states(reference, batch), "ref_weight": reference.head_weight}
-            loss, stats = grpo_loss(
-                predicting_states(policy, batch), policy.head_weight, batch.targets, weights[batch.rows], advantages[batch.rows],
-                old_logprobs=None if old_logprobs is None else old_logprobs[batch.rows],
-                ref_logprobs=None if ref_logprobs is None else ref_logprobs[batch.rows],
-                beta=config.beta if reference is not None else 0.0, clip_low=config.clip_low, clip_high=config.clip_high,
-                temperature=config.teacher_temperature, kl=config.kl, **exact,
-            )  # fmt: skip
-            loss.backward()
-            loss_sum += loss.item()
-            for name, values in parts.items():
-                value = getattr(stats, name)
-                if value is not None:
-                    values[batch.rows] = value.to(values.dtype)
-        if update_index == 0:
-            difference = (parts["logprobs"] - sampled).abs()
-            metrics = {
-                "loss": loss_sum, "kl": parts["kl"].mean().item(), "entropy": parts["entropy"].mean().item(),
-                "sampling/logp_diff_mean": difference.mean().item(), "sampling/logp_diff_max": difference.max().item(),
-            }
-            if not metrics["sampling/logp_diff_mean"] <= config.max_logp_diff:
-                raise UserError(
-                    f"trainer and sampler disagree about the sampled tokens by {metrics['sampling/logp_diff_mean']:.3f} nats on "
-                    f"average (--max-logp-diff {config.max_logp_diff}): the sampler's weights or prompts are not the trainer's")
-            old_logprobs = parts["logprobs"] if config.updates_per_batch > 1 else None
-        metrics["clip_ratio"] = metrics.get("clip_ratio", 0.0) + parts["is_clipped"].mean().item() / config.updates_per_batch
-        metrics["grad_norm"] = optimizer.step(rate)
-    return metrics
-
-
-def usable(config: Config, groups: Sequence[Sequence[Sample]]) -> list[Sample]:
-    """The samples that take part in the update."""
-    return [
-        sample for group in groups for sample in group
-        if not (config.skip_zero_variance and not any(s.advantage for s in group))
-        and not (config.mask_truncated and sample.rollout.finish_reason == "length")
-    ]  # fmt: skip
-
-
-@torch.no_grad()
-def mix_reference(reference: Transformer, policy: Transformer, share: float) -> None:
-    for old, new in zip(reference.parameters(), policy.parameters(), strict=True):
-        old.lerp_(new.to(old.device), share)
 
 
 # ---------------------------------------------------------------------------------------------------------------- loop

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -89,8 +91,11 @@ def vllm_server(model: Transformer, dtype: str):
         fields = {name: getattr(config, name) for name in names.split()}
         fields |= {"architectures": ["Qwen3ForCausalLM"], "rope_theta": config.rope_theta, "hidden_act": "silu"}
         Path(folder, "config.json").write_text(json.dumps(fields | {"eos_token_id": 0, "bos_token_id": 0}))
+        vocabulary = {f"t{i}": i for i in range(config.vocab_size)}
+        Tokenizer(models.WordLevel(vocabulary, unk_token="t0")).save(f"{folder}/tokenizer.json")
+        Path(folder, "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--port", str(port)]
-        command += ["--dtype", dtype, "--max-model-len", "1024", "--skip-tokenizer-init", "--served-model-name", "bench"]
+        command += ["--dtype", dtype, "--max-model-len", "1024", "--served-model-name", "bench"]
         environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
         if not torch.cuda.is_available():
             environment["VLLM_TARGET_DEVICE"] = "cpu"
@@ -98,18 +103,24 @@ def vllm_server(model: Transformer, dtype: str):
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         url = f"http://127.0.0.1:{port}"
 
-        def post(prompt: list[int], length: int) -> int:
-            body = {"model": "bench", "prompt": prompt, "max_tokens": length, "temperature": 1.0, "ignore_eos": True}
-            body |= {"logprobs": 0, "return_token_ids": True, "detokenize": False}
+        def post(prompts: list[list[int]], length: int) -> int:
+            body = {"model": "bench", "prompt": prompts, "max_tokens": length, "temperature": 1.0, "ignore_eos": True}
+            body |= {"logprobs": 0, "return_token_ids": True}
             call = urllib.request.Request(
                 f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
             )
-            with urllib.request.urlopen(call, timeout=300) as answer:
-                return len(json.load(answer)["choices"][0]["token_ids"])
+            try:
+                with urllib.request.urlopen(call, timeout=300) as answer:
+                    return sum(len(choice["token_ids"]) for choice in json.load(answer)["choices"])
+            except urllib.error.HTTPError as error:
+                sys.exit(f"error: the vLLM server refused the request: {error.read().decode()}")
 
         def generate(prompts: list[list[int]], lengths: list[int]) -> int:
-            with ThreadPoolExecutor(len(prompts)) as pool:
-                return sum(pool.map(post, prompts, lengths))
+            by_length: dict[int, list[list[int]]] = {}
+            for prompt, length in zip(prompts, lengths):
+                by_length.setdefault(length, []).append(prompt)
+            with ThreadPoolExecutor(len(by_length)) as pool:
+                return sum(pool.map(post, by_length.values(), by_length))
 
         try:
             deadline = time.monotonic() + 300

@@ -1,4 +1,4 @@
-"""The policy's side of GRPO: from sampled completions to the hidden states that predicted them.
+"""The policy's side of GRPO: from sampled completions to the update.
 
 The prompt of a group is computed once for all its completions (`SharedPromptAttention`).
 """
@@ -9,9 +9,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nano_atlas.loss import token_stats
+from nano_atlas.config import option
+from nano_atlas.episodes import EpisodeConfig
+from nano_atlas.errors import UserError
+from nano_atlas.loss import grpo_loss, step_token_weights, token_stats
 from nano_atlas.model import SharedPromptAttention, Transformer
+from nano_atlas.optim import MasterAdamW
 from nano_atlas.sampler import Rollout
+
+
+@dataclass(frozen=True)
+class UpdateConfig(EpisodeConfig):
+    """Options of the update, which also has to know how the completions were sampled."""
+
+    beta: float = option(0.04, "weight of the KL to the reference (nats)", group="GRPO")
+    kl: str = option("k3", "KL per token: k3 (estimated from the sampled token) or exact (over the vocabulary)", ["k3", "exact"])
+    clip_low: float = option(0.2, "ratios below 1 - this get no gradient where the advantage is negative")
+    clip_high: float = option(0.2, "ratios above 1 + this get no gradient where the advantage is positive")
+    normalization: str = option("sequence", "weights of tokens: sequence (GRPO), token (DAPO), constant (Dr. GRPO)",
+                                ["sequence", "token", "constant"])
+    skip_zero_variance: bool = option(False, "leave groups out of the update whose rewards are all equal (only KL acts on them)")
+    mask_truncated: bool = option(False, "leave completions out of the update that ran into --teaching-tokens")
+    max_logp_diff: float = option(0.1, "stop if trainer and sampler differ by more in the mean log-prob of sampled tokens (nats)")
+    updates_per_batch: int = option(1, "optimizer updates per batch of rollouts; above 1, ratios are clipped against the first")
+    tokens_per_batch: int = option(16384, "most tokens in one micro-batch, which is what memory depends on")
+
+    @property
+    def longest_completion(self) -> int:
+        return self.teaching_tokens
 
 
 @dataclass
@@ -95,3 +120,74 @@ def completion_logprobs(model: Transformer, samples: Sequence[Sample], tokens_pe
         hidden = predicting_states(model, batch)
         logprobs[batch.rows] = token_stats(hidden, model.head_weight, batch.targets, temperature=temperature).logprobs
     return logprobs
+
+
+def update(
+    config: UpdateConfig, policy: Transformer, reference: Transformer | None, optimizer: MasterAdamW, samples: Sequence[Sample],
+    rate: float,
+) -> dict[str, float]:  # fmt: skip
+    """All updates on one step's samples; returns the metrics of the first (they describe the sampled batch).
+
+    Raises UserError when the policy's log-probs of the sampled tokens are not those that the sampler reported.
+    """
+    device = policy.head_weight.device
+    lengths = [len(sample.rollout.completion_ids) for sample in samples]
+    per_token = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(lengths))
+    weights = torch.tensor(step_token_weights(lengths, config.normalization, config.longest_completion))[per_token].to(device)
+    advantages = torch.tensor([sample.advantage for sample in samples])[per_token].to(device)
+    sampled = torch.tensor([logprob for sample in samples for logprob in sample.rollout.logprobs], device=device)
+    is_k3 = reference is not None and config.kl == "k3"
+    ref_logprobs = old_logprobs = None
+    if is_k3:
+        ref_logprobs = completion_logprobs(reference, samples, config.tokens_per_batch, config.teacher_temperature).to(device)
+    metrics: dict[str, float] = {}
+    for update_index in range(config.updates_per_batch):
+        parts = {name: torch.zeros(sum(lengths), device=device) for name in ("logprobs", "entropy", "kl", "is_clipped")}
+        loss_sum = 0.0
+        for batch in policy_batches(samples, config.tokens_per_batch, device):
+            exact = {}
+            if reference is not None and config.kl == "exact":
+                with torch.no_grad():
+                    exact = {"ref_hidden": predicting_states(reference, batch), "ref_weight": reference.head_weight}
+            loss, stats = grpo_loss(
+                predicting_states(policy, batch), policy.head_weight, batch.targets, weights[batch.rows], advantages[batch.rows],
+                old_logprobs=None if old_logprobs is None else old_logprobs[batch.rows],
+                ref_logprobs=None if ref_logprobs is None else ref_logprobs[batch.rows],
+                beta=config.beta if reference is not None else 0.0, clip_low=config.clip_low, clip_high=config.clip_high,
+                temperature=config.teacher_temperature, kl=config.kl, **exact,
+            )  # fmt: skip
+            loss.backward()
+            loss_sum += loss.item()
+            for name, values in parts.items():
+                value = getattr(stats, name)
+                if value is not None:
+                    values[batch.rows] = value.to(values.dtype)
+        if update_index == 0:
+            difference = (parts["logprobs"] - sampled).abs()
+            metrics = {
+                "loss": loss_sum, "kl": parts["kl"].mean().item(), "entropy": parts["entropy"].mean().item(),
+                "sampling/logp_diff_mean": difference.mean().item(), "sampling/logp_diff_max": difference.max().item(),
+            }
+            if not metrics["sampling/logp_diff_mean"] <= config.max_logp_diff:
+                raise UserError(
+                    f"trainer and sampler disagree about the sampled tokens by {metrics['sampling/logp_diff_mean']:.3f} nats on "
+                    f"average (--max-logp-diff {config.max_logp_diff}): the sampler's weights or prompts are not the trainer's")
+            old_logprobs = parts["logprobs"] if config.updates_per_batch > 1 else None
+        metrics["clip_ratio"] = metrics.get("clip_ratio", 0.0) + parts["is_clipped"].mean().item() / config.updates_per_batch
+        metrics["grad_norm"] = optimizer.step(rate)
+    return metrics
+
+
+def usable(config: UpdateConfig, groups: Sequence[Sequence[Sample]]) -> list[Sample]:
+    """The samples that take part in the update."""
+    return [
+        sample for group in groups for sample in group
+        if not (config.skip_zero_variance and not any(s.advantage for s in group))
+        and not (config.mask_truncated and sample.rollout.finish_reason == "length")
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def mix_reference(reference: Transformer, policy: Transformer, share: float) -> None:
+    for old, new in zip(reference.parameters(), policy.parameters(), strict=True):
+        old.lerp_(new.to(old.device), share)

@@ -15,7 +15,7 @@ import torch
 from conftest import ScriptedSeat, run_grpo
 
 import train_grpo
-from nano_atlas import protocol
+from nano_atlas import policy, protocol
 from nano_atlas.data import Problem
 from nano_atlas.episodes import EpisodeConfig, sketch_problems, teach
 from nano_atlas.errors import UserError
@@ -53,13 +53,13 @@ def test_fault_1_the_baseline_has_no_template_or_asks_for_no_answer_tag():
 
 def test_fault_2_the_gradient_is_taken_on_another_prompt_than_was_sampled_from(place, tmp_path, monkeypatch):
     """Sampled from question + approach, scored after the bare question: the run must stop at its first step."""
-    real = train_grpo.policy_batches
+    real = policy.policy_batches
 
     def on_the_bare_problem(samples, *arguments):
         bare = [dataclasses.replace(s, rollout=dataclasses.replace(s.rollout, prompt_ids=s.rollout.prompt_ids[:40])) for s in samples]
         return real(bare, *arguments)
 
-    monkeypatch.setattr(train_grpo, "policy_batches", on_the_bare_problem)
+    monkeypatch.setattr(policy, "policy_batches", on_the_bare_problem)
     with pytest.raises(UserError, match="trainer and sampler disagree about the sampled tokens .* weights or prompts"):
         run_grpo(place, tmp_path / "out", max_logp_diff=0.01)
     assert not (tmp_path / "out/metrics.jsonl").read_text()
