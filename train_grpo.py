@@ -2,7 +2,7 @@
 
     python train_grpo.py                                                                   # CPU: the nano world's teacher
     python train_grpo.py --preset 80gb --teacher runs/sft/model --student Qwen/Qwen3-0.6B --problems gsm8k.jsonl --out runs/grpo
-    python train_grpo.py --traces traces.jsonl --teacher runs/nano/grpo/model --out runs/nano/round2  # on what the runtime exported
+    python train_grpo.py --traces traces.jsonl --teacher runs/nano/teacher-grpo/model --out runs/nano/round2  # on what the runtime exported
     python train_grpo.py --reward exact ...      # plain RL of the student itself on right or wrong: the control without a teacher
 
 One step: P problems; one probe and K answers per problem by the student alone; G teachings per problem by the current policy; one
