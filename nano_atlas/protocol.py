@@ -64,8 +64,8 @@ def visible(completion: str) -> str:
 def parse_teaching(completion: str) -> str | None:
     """The guidance for the student, or None if the completion has no closed, non-empty <teaching> tag.
 
-    Tags inside <thinking>, closed or not, do not count, and nothing else of the completion is ever passed on: handing the student
-    the whole text when the tag is missing, as the published code does, rewards the teacher for leaking its private reasoning.
+    Tags inside <thinking>, closed or not, do not count, and nothing else of the completion is ever passed on: handing the
+    student the whole text when the tag is missing, as the published code does, rewards the teacher for leaking its reasoning.
     """
     text = visible(completion).rpartition("</thinking>")[2].partition("<thinking>")[0]
     match = re.search(r"<teaching>(.*?)</teaching>", text, re.DOTALL)

@@ -29,7 +29,7 @@ from nano_atlas.seats import Generation, Seat
 from nano_atlas.tokenizer import Tokenizer
 
 FACTS = 8  # lines per problem; those off the path from the given value to the question are distractors
-CHAIN = (3, 5)  # shortest and longest path of full-size problems, both ends counted; the base corpus begins at 1
+CHAIN = (1, 5)  # shortest and longest path, both ends counted; 1: the value is given
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,8 @@ def base_corpus(count: int, seed: object) -> Iterator[dict]:
     """The student's pre-training texts as chats, all domains alike, in the order of learning.
 
     The first quarter is looking up alone: a model that cannot yet find a line learns nothing else from these texts. Then 15 %
-    looking up, 30 % solving alone, 8 % planning, 47 % guided. Problems have 2 to 8 lines and any path length that fits. Of the
-    guided ones most get the plan, some only where to start, and some the plan of an unrelated problem, with the right solution
+    looking up, 25 % solving alone, 8 % planning, 52 % guided. Problems have 2 to 8 lines and any path length that fits. Of the
+    guided ones most get the plan, some only where to start, and a third the plan of an unrelated problem, with the right solution
     all the same: guidance is to be read, not obeyed.
     """
     rng = random.Random(f"corpus/{seed}")
@@ -158,15 +158,15 @@ def base_corpus(count: int, seed: object) -> Iterator[dict]:
             asked = rng.sample(list(task.facts), min(facts, 5))
             content = "\n".join(task.facts.values()) + f"\n\nWhat is said of {', '.join(asked)}?"
             messages, reply = [{"role": "user", "content": content}], "\n".join(task.facts[thing] for thing in asked)
-        elif kind < 0.45:
+        elif kind < 0.40:
             messages, reply = protocol.baseline_messages(task.question), task.solution
-        elif kind < 0.53:
+        elif kind < 0.48:
             messages, reply = protocol.probe_messages(task.question), plan(task.chain)
         else:
             teaching = plan(task.chain)
-            if kind > 0.92:
+            if kind > 0.84:
                 teaching = plan(make_task(domain, rng, rng.randint(1, CHAIN[1])).chain)
-            elif kind > 0.84:
+            elif kind > 0.78:
                 teaching = plan(task.chain[:1])
             messages, reply = protocol.guided_messages(task.question, teaching), task.solution
         yield {"messages": [*messages, {"role": "assistant", "content": reply}]}

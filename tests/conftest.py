@@ -27,7 +27,8 @@ def byte_tokenizer() -> Tokenizer:
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    backend.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in (*TAGS, *TEACHER_WORDS[:3], *STUDENT_WORDS[:2])])
+    words = (*TAGS, *TEACHER_WORDS[:3], *STUDENT_WORDS[:2])
+    backend.add_tokens([AddedToken(word, special=False, normalized=False) for word in words])
     return Tokenizer(backend, eos_token="<|im_end|>")
 
 
@@ -81,8 +82,8 @@ class ScriptedSeat:
 
 SMALL = {  # options that make train_grpo.py take a tenth of a second per step
     "device": "cpu", "problems_per_step": 2, "group_size": 4, "baseline_samples": 2, "probe_tokens": 3, "teaching_tokens": 6,
-    "answer_tokens": 6, "teacher_temperature": 1.0, "student_temperature": 1.0, "lr": 3e-3, "warmup": 0.0, "tokens_per_batch": 600,
-    "held_out": 0.25, "eval_every": 2, "save_every": 2, "steps": 4,
+    "answer_tokens": 6, "teacher_temperature": 1.0, "student_temperature": 1.0, "lr": 3e-3, "warmup": 0.0,
+    "tokens_per_batch": 600, "held_out": 0.25, "eval_every": 2, "save_every": 2, "steps": 4,
 }  # fmt: skip
 
 
@@ -98,7 +99,8 @@ def place(tmp_path_factory) -> Path:
 
 
 def grpo_flags(place: Path, out: Path, **options) -> list[str]:
-    options = {"teacher": place / "teacher", "student": place / "student", "problems": place / "problems.jsonl", **SMALL, **options}
+    places = {"teacher": place / "teacher", "student": place / "student", "problems": place / "problems.jsonl"}
+    options = places | SMALL | options
     argv = ["--out", str(out)]
     for name, value in options.items():
         flag = "--" + name.replace("_", "-")

@@ -91,7 +91,8 @@ def test_a_leak_is_counted_and_penalised_though_the_student_was_right():
 
 def test_the_answer_in_the_teachers_thoughts_is_no_leak_because_nobody_hears_it():
     student = ScriptedSeat(student_rule)
-    (group,) = run(teacher_of("<thinking>it is canary0</thinking><teaching>good</teaching>"), student, PROBLEMS[:1], group_size=1)
+    teacher = teacher_of("<thinking>it is canary0</thinking><teaching>good</teaching>")
+    (group,) = run(teacher, student, PROBLEMS[:1], group_size=1)
     assert not group[0].is_leak and group[0].reward > 0
     assert not any("canary" in prompt for prompt in student.asked)
 
@@ -146,7 +147,8 @@ def test_the_metrics_are_what_their_names_say():
     ])  # fmt: skip
     assert metrics == pytest.approx({
         "reward": -2.5 / 4, "student_accuracy": 2 / 4, "baseline_accuracy": 2.5 / 4, "accuracy_delta": -0.5 / 4,
-        "improvement_rate": 1 / 4, "degradation_rate": 1 / 4, "non_degradation_rate": 3 / 4, "token_efficiency": (1 + 0.5 + 1 + 0.25) / 4,
+        "improvement_rate": 1 / 4, "degradation_rate": 1 / 4, "non_degradation_rate": 3 / 4,
+        "token_efficiency": (1 + 0.5 + 1 + 0.25) / 4,
         "teaching_length_mean": 100, "student_approach_length": 7, "leak_rate": 1 / 4, "malformed_rate": 1 / 4,
         "completions/mean_length": 25, "completions/truncated_ratio": 1 / 4,
     })  # fmt: skip

@@ -56,8 +56,8 @@ def test_fault_2_the_gradient_is_taken_on_another_prompt_than_was_sampled_from(p
     real = policy.policy_batches
 
     def on_the_bare_problem(samples, *arguments):
-        bare = [dataclasses.replace(s, rollout=dataclasses.replace(s.rollout, prompt_ids=s.rollout.prompt_ids[:40])) for s in samples]
-        return real(bare, *arguments)
+        bare = [dataclasses.replace(s.rollout, prompt_ids=s.rollout.prompt_ids[:40]) for s in samples]
+        return real([dataclasses.replace(s, rollout=rollout) for s, rollout in zip(samples, bare)], *arguments)
 
     monkeypatch.setattr(policy, "policy_batches", on_the_bare_problem)
     with pytest.raises(UserError, match="trainer and sampler disagree about the sampled tokens .* weights or prompts"):
@@ -84,7 +84,7 @@ def test_fault_4_the_reward_sees_the_teachers_text_instead_of_the_students_guide
     alone = {protocol.PROBE_REQUEST: "Add.", "Teacher's guidance": "<solution>9</solution>", "": "<solution>9</solution>"}
     failed, _, _ = episodes_of(boasting, alone)
     helped, _, _ = episodes_of(boasting, {**alone, "Teacher's guidance": "<solution>18</solution>"})
-    known, _, _ = episodes_of(boasting, {**alone, "Teacher's guidance": "<solution>18</solution>", "": "<solution>18</solution>"})
+    known, _, _ = episodes_of(boasting, {protocol.PROBE_REQUEST: "Add.", "": "<solution>18</solution>"})
     assert (failed.reward, failed.guided.answer) == (0.0, "9")
     assert helped.reward > 1 > known.reward > 0  # the improvement over the baseline is what counts
 

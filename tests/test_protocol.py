@@ -41,8 +41,9 @@ def test_each_style_asks_the_teacher_in_its_own_words_and_a_sentence_of_ones_own
     assert "Ask {one} question." in prompt(protocol.teacher_messages(QUESTION, "I add.", "Ask {one} question."))
 
 
-@pytest.mark.parametrize("text", ['{"principles": 1}', "{style} {question} {0} {{", "<teaching>x</teaching>", "<solution>7</solution>",
-                                  "\\1 \\g<0> %s $x"])  # fmt: skip
+@pytest.mark.parametrize("text", [
+    '{"principles": 1}', "{style} {question} {0} {{", "<teaching>x</teaching>", "<solution>7</solution>", "\\1 \\g<0> %s $x",
+])  # fmt: skip
 def test_braces_and_tags_in_texts_are_inert(text):
     """Texts are values, never templates; what a question or an approach says is not read as a teaching or an answer."""
     prompts = [protocol.probe_messages(text), protocol.baseline_messages(text), protocol.teacher_messages(text, text),
@@ -101,24 +102,26 @@ def test_the_target_of_a_demonstration_is_read_back_as_its_teaching():
     (r"<think>\boxed{9} <solution>8</solution></think> \boxed{10}", "10"),
     (r"<think>\boxed{9}</think> no idea", None),
     (r"<think>\boxed{9} <solution>8</solution>", None),  # cut off while thinking
-    (r"\boxed{1", None), ("<solution>18", None), ("18</solution>", None), ("<solution> </solution>", None), ("The answer is 18", None),
-    ("", None),
+    (r"\boxed{1", None), ("<solution>18", None), ("18</solution>", None), ("<solution> </solution>", None),
+    ("The answer is 18", None), ("", None),
 ])  # fmt: skip
 def test_the_answer_is_the_last_tagged_or_boxed_one_and_is_never_guessed(completion, answer):
     assert protocol.extract_answer(completion) == answer
 
 
 @pytest.mark.parametrize(("answer", "gold"), [
-    ("18", "18"), ("016", "16"), ("1,000", "1000"), ("1000", "1,000"), ("18.", "18"), ("18.0", "18"), ("$18", "18"), ("18%", "18"),
-    ("-3", "-3"), ("+3", "3"), (".5", "0.50"), ("Paris", "paris"), ("New  York.", "new york"), (r"\frac{1}{2}", r"\frac{1}{2}"),
+    ("18", "18"), ("016", "16"), ("1,000", "1000"), ("1000", "1,000"), ("18.", "18"), ("18.0", "18"), ("$18", "18"),
+    ("18%", "18"), ("-3", "-3"), ("+3", "3"), (".5", "0.50"), ("Paris", "paris"),
+    ("New  York.", "new york"), (r"\frac{1}{2}", r"\frac{1}{2}"),
 ])  # fmt: skip
 def test_answers_are_equal_by_value_or_by_word(answer, gold):
     assert protocol.is_correct(answer, gold)
 
 
 @pytest.mark.parametrize(("answer", "gold"), [
-    (None, "18"), ("", "18"), ("18 apples", "18"), ("-18", "18"), ("1", "10"), ("1,8", "18"), ("18.5", "18"), ("New York City", "New York"),
-    ("0.30000000000000001", "0.3"), ("10000000000000001", "10000000000000000"), ("nan", "18"), ("1e3", "1000"), ("five", "5"),
+    (None, "18"), ("", "18"), ("18 apples", "18"), ("-18", "18"), ("1", "10"), ("1,8", "18"), ("18.5", "18"),
+    ("New York City", "New York"), ("0.30000000000000001", "0.3"), ("10000000000000001", "10000000000000000"),
+    ("nan", "18"), ("1e3", "1000"), ("five", "5"),
 ])  # fmt: skip
 def test_everything_else_is_wrong(answer, gold):
     assert not protocol.is_correct(answer, gold)
@@ -128,17 +131,19 @@ def test_everything_else_is_wrong(answer, gold):
 
 
 @pytest.mark.parametrize(("teaching", "gold"), [
-    ("It is 18.", "18"), ("18", "18"), ("6*3=18, see", "18"), ("Take 018 or 18.0", "18"), ("$1,000!", "1000"), ("1000", "1,000"),
-    ("one of 3,18,40", "18"), ("between 16-18", "18"), ("f(6)-18", "18"), ("minus three is -3", "-3"), ("half is .5", "0.5"), ("(18)", "18"),
-    ("The capital is PARIS", "Paris"), ("say New\nYork now", "New York"), ("It is Paris", "Paris."), (r"so \frac{1}{2}.", r"\frac{1}{2}"),
+    ("It is 18.", "18"), ("18", "18"), ("6*3=18, see", "18"), ("Take 018 or 18.0", "18"), ("$1,000!", "1000"),
+    ("1000", "1,000"), ("one of 3,18,40", "18"), ("between 16-18", "18"), ("f(6)-18", "18"), ("minus three is -3", "-3"),
+    ("half is .5", "0.5"), ("(18)", "18"), ("The capital is PARIS", "Paris"), ("say New\nYork now", "New York"),
+    ("It is Paris", "Paris."), (r"so \frac{1}{2}.", r"\frac{1}{2}"),
 ])  # fmt: skip
 def test_the_gold_answer_anywhere_in_a_teaching_is_a_leak(teaching, gold):
     assert protocol.reveals_answer(teaching, gold)
 
 
 @pytest.mark.parametrize(("teaching", "gold"), [
-    ("Multiply the two.", "18"), ("118 or 180 or 1.8 or 18.5 or 3.18", "18"), ("1,018", "18"), ("18,000", "18"), ("the answer is -3", "3"),
-    ("3", "-3"), ("Comparisons", "Paris"), ("fairly", "fair"), ("New Jersey, York", "New York"), ("", "18"),
+    ("Multiply the two.", "18"), ("118 or 180 or 1.8 or 18.5 or 3.18", "18"), ("1,018", "18"), ("18,000", "18"),
+    ("the answer is -3", "3"), ("3", "-3"), ("Comparisons", "Paris"), ("fairly", "fair"),
+    ("New Jersey, York", "New York"), ("", "18"),
 ])  # fmt: skip
 def test_numbers_inside_numbers_and_words_inside_words_are_not_leaks(teaching, gold):
     assert not protocol.reveals_answer(teaching, gold)

@@ -31,7 +31,10 @@ def server(monkeypatch):
                 reply = {"data": [{"id": "first"}, {"id": "second"}]}
             elif reply is None:
                 content = body["messages"][-1]["content"]
-                choices = [{"message": {"content": f"{content} {i}"}, "finish_reason": "length" if i else "stop"} for i in range(body["n"])]
+                choices = [
+                    {"message": {"content": f"{content} {i}"}, "finish_reason": "length" if i else "stop"}
+                    for i in range(body["n"])
+                ]
                 reply = {"choices": choices, "usage": {"completion_tokens": 7 * body["n"]}}
             payload = (reply if isinstance(reply, str) else json.dumps(reply)).encode()
             self.send_response(status)
@@ -154,7 +157,8 @@ def test_the_thinking_switch_reaches_the_template():
     tokenizer = byte_tokenizer()
     switched = type(tokenizer)(tokenizer.backend, "{{ 'on' if enable_thinking else 'off' }}", eos_token="<|im_end|>")
     model = lively_model(0, STUDENT_WORDS, tokenizer)
-    assert [switched.decode(EmbeddedSeat(model, switched, thinking=t).prompt_ids(HELLO[0])) for t in (True, False)] == ["on", "off"]
+    prompts = [EmbeddedSeat(model, switched, thinking=is_on).prompt_ids(HELLO[0]) for is_on in (True, False)]
+    assert [switched.decode(ids) for ids in prompts] == ["on", "off"]
 
 
 def test_a_seat_opens_from_a_directory_or_a_url(server, tmp_path):

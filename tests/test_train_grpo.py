@@ -48,12 +48,23 @@ def updates(monkeypatch) -> list[dict]:
     return seen
 
 
+@pytest.fixture
+def rollouts(monkeypatch) -> list[tuple]:
+    """What each call of `rollout_teaching` returned."""
+    seen, real = [], train_grpo.rollout_teaching
+
+    def spy(*arguments):
+        seen.append(real(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(train_grpo, "rollout_teaching", spy)
+    return seen
+
+
 # ----------------------------------------------------------------------------------------------------------- a whole run
 
 
-def test_a_run_trains_the_teacher_alone_on_the_very_tokens_it_sampled(place, tmp_path, updates, monkeypatch):
-    groups = []
-    monkeypatch.setattr(train_grpo, "rollout_teaching", lambda *a, real=train_grpo.rollout_teaching: groups.append(real(*a)) or groups[-1])
+def test_a_run_trains_the_teacher_alone_on_the_very_tokens_it_sampled(place, tmp_path, updates, rollouts):
     frozen = {name: weights(place / name) for name in ("teacher", "student")}
     metrics = run(place, tmp_path / "out")
     assert [record["step"] for record in metrics] == [1, 2, 3, 4]
@@ -63,7 +74,7 @@ def test_a_run_trains_the_teacher_alone_on_the_very_tokens_it_sampled(place, tmp
     assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6) and metrics[-1]["kl"] > 1e-4
 
     tokenizer = Tokenizer.from_directory(place / "teacher")
-    for episodes, samples in groups:
+    for episodes, samples in rollouts:
         for group, sampled in zip(episodes, samples, strict=True):
             for episode, sample in zip(group, sampled, strict=True):
                 question, approach = episode.sketch.problem.question, episode.sketch.approach
@@ -80,10 +91,10 @@ def test_a_run_trains_the_teacher_alone_on_the_very_tokens_it_sampled(place, tmp
 
 def test_the_records_hold_the_metrics_people_know_and_whole_episodes(place, tmp_path):
     metrics = run(place, tmp_path / "out", steps=2, episodes_per_step=1)
-    known = {"reward", "reward_std", "kl", "entropy", "clip_ratio", "completions/mean_length", "completions/truncated_ratio", "loss",
-             "grad_norm", "lr", "student_accuracy", "baseline_accuracy", "accuracy_delta", "improvement_rate", "degradation_rate",
-             "non_degradation_rate", "token_efficiency", "teaching_length_mean", "leak_rate", "malformed_rate",
-             "zero_variance_ratio"}  # fmt: skip
+    known = {"reward", "reward_std", "kl", "entropy", "clip_ratio", "completions/mean_length", "completions/truncated_ratio",
+             "loss", "grad_norm", "lr", "student_accuracy", "baseline_accuracy", "accuracy_delta", "improvement_rate",
+             "degradation_rate", "non_degradation_rate", "token_efficiency", "teaching_length_mean", "leak_rate",
+             "malformed_rate", "zero_variance_ratio"}  # fmt: skip
     assert all(known <= set(record) for record in metrics)
     assert "eval/reward" not in metrics[0] and "eval/reward" in metrics[1]
     episodes = records(tmp_path / "out/episodes.jsonl")
@@ -113,20 +124,18 @@ def test_the_student_itself_can_be_trained_on_right_and_wrong(place, tmp_path):
     assert not is_same(weights(tmp_path / "out/model"), weights(place / "student"))
 
 
-def test_traces_of_the_runtime_are_a_source_of_problems(place, tmp_path, monkeypatch):
+def test_traces_of_the_runtime_are_a_source_of_problems(place, tmp_path, rollouts):
     """The one-touch second round: what one run's episodes export, another trains on."""
-    taken = []
-    monkeypatch.setattr(train_grpo, "rollout_teaching", lambda *a, real=train_grpo.rollout_teaching: taken.append(real(*a)) or taken[-1])
     run(place, tmp_path / "first", steps=2)
     traces = []
-    for number, group in enumerate(group for episodes, _ in taken for group in episodes):
+    for number, group in enumerate(group for episodes, _ in rollouts for group in episodes):
         metadata = {"session_id": f"s{number}", "learning_key": "math"}
         traces.append(trace_from_episode(group[0], "guided", metadata, {}))
     (tmp_path / "traces.jsonl").write_text("".join(json.dumps(trace) + "\n" for trace in traces))
     questions = {trace["task"] for trace in traces}
-    taken.clear()
+    rollouts.clear()
     run(place, tmp_path / "second", steps=2, problems=None, traces=tmp_path / "traces.jsonl", held_out=0.0)
-    assert {group[0].sketch.problem.question for episodes, _ in taken for group in episodes} <= questions
+    assert {group[0].sketch.problem.question for episodes, _ in rollouts for group in episodes} <= questions
 
 
 # ----------------------------------------------------------------------------------------------------- options of the loss
@@ -158,7 +167,8 @@ def sampled(place) -> list[Sample]:
     seat = EmbeddedSeat(load_model(place / "teacher"), Tokenizer.from_directory(place / "teacher"))
     conversations = [protocol.teacher_messages(f"Pick {word}.", "None.") for word in ("one", "any of the two")]
     groups = seat.ask(conversations, Generation(6, 1.0), [1, 2], n=4)
-    return [Sample(reply.rollout, (index + 1) * (-1) ** index) for index, reply in enumerate(r for group in groups for r in group)]
+    replies = [reply for group in groups for reply in group]
+    return [Sample(reply.rollout, (index + 1) * (-1) ** index) for index, reply in enumerate(replies)]
 
 
 def after_update(place, samples, **options) -> tuple[dict[str, torch.Tensor], dict]:
@@ -183,7 +193,9 @@ def test_normalization_weighs_tokens_as_its_name_says(place, sampled):
     assert len(set(lengths)) > 1
     advantages = [sample.advantage for sample in sampled]
     by_token = -sum(advantage * length for advantage, length in zip(advantages, lengths))
-    expected = {"sequence": -sum(advantages) / len(sampled), "token": by_token / sum(lengths), "constant": by_token / (len(sampled) * 6)}
+    by_sequence = -sum(advantages)
+    expected = {"sequence": by_sequence / len(sampled), "token": by_token / sum(lengths),
+                "constant": by_token / len(sampled) / 6}  # fmt: skip
     for normalization, loss in expected.items():
         _, metrics = after_update(place, sampled, normalization=normalization, beta=0.0)
         assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
@@ -206,7 +218,8 @@ def test_the_kl_is_that_to_the_reference(place, sampled):
     """k3 of both models' own log-probs, formula written out in float64."""
     from nano_atlas.policy import completion_logprobs
 
-    ours, theirs = (completion_logprobs(load_model(place / name), sampled, 10_000, 1.0).double() for name in ("teacher", "student"))
+    models = (load_model(place / name) for name in ("teacher", "student"))
+    ours, theirs = (completion_logprobs(model, sampled, 10_000, 1.0).double() for model in models)
     _, metrics = after_update(place, sampled)
     assert metrics["kl"] == pytest.approx(((theirs - ours).exp() - (theirs - ours) - 1).mean().item(), rel=1e-4)
 
@@ -234,11 +247,10 @@ def test_groups_without_variance_and_truncated_completions_can_be_left_out(place
 
 def test_a_step_of_which_nothing_is_left_changes_nothing(place, tmp_path):
     """A greedy-like policy whose rewards are all equal, and groups without variance skipped: the step is logged, not taken."""
-    metrics = run(place, tmp_path / "out", steps=2, skip_zero_variance=True, teaching_tokens=1, degradation_penalty=0.0,
-                  keep_correct=0.0, leak_penalty=0.0, malformed_penalty=0.0, reward="teaching", baseline_samples=1, eval_every=0,
-                  efficiency_weight=0.0, answer_tokens=1, probe_tokens=1, teacher_temperature=1e-3,
-                  student_temperature=1e-3)  # fmt: skip
-    assert [record["zero_variance_ratio"] for record in metrics] == [1.0, 1.0] and all("loss" not in record for record in metrics)
+    metrics = run(place, tmp_path / "out", steps=2, skip_zero_variance=True, teacher_temperature=1e-3, student_temperature=1e-3,
+                  eval_every=0)  # fmt: skip
+    assert [record["zero_variance_ratio"] for record in metrics] == [1.0, 1.0]
+    assert all("loss" not in record for record in metrics)
     assert is_same(weights(tmp_path / "out/model"), weights(place / "teacher"))
 
 
@@ -285,7 +297,8 @@ def test_an_interrupted_run_ends_exactly_as_an_uninterrupted_one(place, tmp_path
         patch.setattr(train_grpo, function, interrupted)
         run(place, out, **MIXED)
     resumed = run(place, out, **MIXED)
-    assert [{**record, **TIMES} for record in resumed] == [{**record, **TIMES} for record in records(straight / "metrics.jsonl")]
+    expected = records(straight / "metrics.jsonl")
+    assert [{**record, **TIMES} for record in resumed] == [{**record, **TIMES} for record in expected]
     assert (out / "episodes.jsonl").read_text() == (straight / "episodes.jsonl").read_text()
     assert is_same(weights(out / "model"), weights(straight / "model"))
     assert is_same(weights(out / "best"), weights(straight / "best"))

@@ -20,7 +20,7 @@ def scale_and_names(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def solve(question: str) -> tuple[str, list[str]]:
-    """(answer, things from the given value to the one asked for): each thing is its value, or the one that it names, shifted."""
+    """(answer, things from the given value to the one asked for); a thing is its value, or the one that it names, shifted."""
     scale, things = scale_and_names(question)
     stated = dict(re.findall(r"^(\w+): (\w+)$", question, re.MULTILINE))
     (shift,) = map(int, re.findall(r"[+-]\d+", question))
@@ -68,7 +68,8 @@ def test_problems_are_those_of_their_seed():
 def teaching_demonstrations(count: int) -> list[dict]:
     """From a student whose stated approach is sometimes the right one."""
     rules = [lambda question: "No idea.", lambda question: world.plan(solve(question)[1])]
-    return world.demonstrations(count, "test", ScriptedSeat(lambda prompt, seed, index: rules[seed % 2](prompt.split("\n\n")[0])))
+    student = ScriptedSeat(lambda prompt, seed, index: rules[seed % 2](prompt.split("\n\n")[0]))
+    return world.demonstrations(count, "test", student)
 
 
 def test_no_question_is_in_two_of_the_sets():
