@@ -110,17 +110,20 @@ def test_grpo_learns_what_the_reward_asks_for(place, tmp_path):
 
     The student does not listen, so harm is noise here and left out of the reward.
     """
-    metrics = run(place, tmp_path / "out", steps=15, beta=0.0, group_size=8, eval_every=0, degradation_penalty=0.0)
+    metrics = run(place, tmp_path / "out", steps=16, lr=2e-3, beta=0.0, problems_per_step=4, group_size=8, eval_every=0,
+                  degradation_penalty=0.0)  # fmt: skip
     first, last = ({name: sum(record[name] for record in part) / 3 for name in ("reward", "leak_rate", "malformed_rate")}
                    for part in (metrics[:3], metrics[-3:]))  # fmt: skip
-    assert first["leak_rate"] + first["malformed_rate"] > 0.3
-    assert last["leak_rate"] + last["malformed_rate"] < 0.15 and last["reward"] > first["reward"] + 0.3
+    assert last["leak_rate"] + last["malformed_rate"] < 0.1 < first["leak_rate"] + first["malformed_rate"]
+    assert last["reward"] > first["reward"] + 0.2
 
 
 def test_the_student_itself_can_be_trained_on_right_and_wrong(place, tmp_path):
-    metrics = run(place, tmp_path / "out", reward="exact", steps=12, lr=3e-2, group_size=8, eval_every=12, normalization="constant",
-                  teaching_tokens=1)  # fmt: skip
-    assert metrics[-1]["reward"] > metrics[0]["reward"] + 0.3 and metrics[-1]["eval/reward"] == 1.0
+    """The control; its completions are answers, so --teaching-tokens does not bound them."""
+    metrics = run(place, tmp_path / "out", reward="exact", steps=12, lr=2e-3, problems_per_step=4, group_size=8, eval_every=12,
+                  normalization="constant", teaching_tokens=1)  # fmt: skip
+    assert sum(record["reward"] for record in metrics[-3:]) / 3 > metrics[0]["reward"] + 0.1
+    assert metrics[-1]["eval/reward"] == 1.0
     assert not is_same(weights(tmp_path / "out/model"), weights(place / "student"))
 
 
