@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SMALL, records
 from conftest import grpo_flags as flags
-from conftest import records
 from conftest import run_grpo as run
 from safetensors.torch import load_file
 
@@ -169,7 +169,7 @@ def sampled(place) -> list[Sample]:
 
     seat = EmbeddedSeat(load_model(place / "teacher"), Tokenizer.from_directory(place / "teacher"))
     conversations = [protocol.teacher_messages(f"Pick {word}.", "None.") for word in ("one", "any of the two")]
-    groups = seat.ask(conversations, Generation(6, 1.0), [1, 2], n=4)
+    groups = seat.ask(conversations, Generation(6, SMALL["teacher_temperature"]), [1, 2], n=4)
     replies = [reply for group in groups for reply in group]
     return [Sample(reply.rollout, (index + 1) * (-1) ** index) for index, reply in enumerate(replies)]
 
@@ -222,7 +222,7 @@ def test_the_kl_is_that_to_the_reference(place, sampled):
     from nano_atlas.policy import completion_logprobs
 
     models = (load_model(place / name) for name in ("teacher", "student"))
-    ours, theirs = (completion_logprobs(model, sampled, 10_000, 1.0).double() for model in models)
+    ours, theirs = (completion_logprobs(model, sampled, 10_000, SMALL["teacher_temperature"]).double() for model in models)
     _, metrics = after_update(place, sampled)
     assert metrics["kl"] == pytest.approx(((theirs - ours).exp() - (theirs - ours) - 1).mean().item(), rel=1e-4)
 
