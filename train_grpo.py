@@ -50,6 +50,7 @@ from nano_atlas.tokenizer import Tokenizer
 from nano_atlas.traces import problems_from_traces
 
 NANO = Path("runs/nano")
+NANO_PROBLEMS = 4096  # whatever --steps is, so that a run that is continued for longer goes on with the same ones
 GPU = {"dtype": "bfloat16", "gradient_checkpointing": True, "tokens_per_batch": 16384}
 PRESETS = {
     "nano": Preset("the nano world on a CPU, 1 GB", {
@@ -124,7 +125,7 @@ class Config(UpdateConfig, RewardConfig):
 
     def check(self) -> None:
         positive = ("steps", "problems_per_step", "baseline_samples", "updates_per_batch", "tokens_per_batch", "lr", "clip_norm",
-                    "save_every", "keep", "probe_tokens", "teaching_tokens", "answer_tokens", "reference_mixing_every", "cache_rows")
+                    "save_every", "keep", "teaching_tokens", "answer_tokens", "reference_mixing_every", "cache_rows")
         for name in positive:
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
@@ -139,7 +140,7 @@ class Config(UpdateConfig, RewardConfig):
             raise UserError("--problems and --traces exclude each other")
         if not (self.problems or self.traces) and self.preset != "nano":
             raise UserError("name the problems to train on with --problems FILE or --traces FILE")
-        for name in ("beta", "clip_low", "clip_high", "eval_every", "episodes_per_step"):
+        for name in ("probe_tokens", "beta", "clip_low", "clip_high", "eval_every", "episodes_per_step"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} must not be below 0, not {getattr(self, name)}")
         if self.reference_mixing and not self.beta:
@@ -152,8 +153,7 @@ class Config(UpdateConfig, RewardConfig):
 def load_data(config: Config) -> tuple[list[Problem], list[Problem]]:
     """(training, held-out) problems."""
     if config.problems is None and config.traces is None:
-        count = config.steps * config.problems_per_step
-        return world.training_problems(count, config.seed), world.held_out("math", config.eval_problems, "validation")
+        return world.training_problems(NANO_PROBLEMS, config.seed), world.held_out("math", config.eval_problems, "validation")
     if config.traces is not None:
         problems, left_out = problems_from_traces(config.traces)
         for reason, count in left_out.items():
@@ -260,7 +260,7 @@ def episode_record(episode: Episode) -> dict:
     return {
         "id": episode.sketch.problem.id, "question": episode.sketch.problem.question, "answer": episode.sketch.problem.answer,
         "approach": episode.sketch.approach, "baselines": [a.text for a in episode.sketch.baselines],
-        "baseline_accuracy": episode.sketch.baseline_accuracy, "completion": episode.reply.text, "teaching": episode.teaching,
+        "baseline_accuracy": episode.sketch.baseline_accuracy, "completion": episode.reply.text, "teaching": episode.teaching or "",
         "guided": episode.guided.text, "is_correct": episode.guided.is_correct, "is_leak": episode.is_leak,
         "reward": episode.reward, "advantage": episode.advantage,
     }  # fmt: skip

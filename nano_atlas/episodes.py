@@ -19,7 +19,7 @@ from nano_atlas.seats import Generation, Reply, Seat
 class EpisodeConfig:
     """How the two models talk; lengths in tokens."""
 
-    probe_tokens: int = option(500, "longest student approach (tokens)", group="sampling")
+    probe_tokens: int = option(500, "longest student approach (tokens; 0: no probe)", group="sampling")
     teaching_tokens: int = option(4096, "longest teacher completion, thinking included (tokens)")
     answer_tokens: int = option(4096, "longest student answer, alone or guided (tokens)")
     student_temperature: float = option(0.7, "sampling temperature of the student (0 = greedy)")
@@ -80,12 +80,14 @@ def attempt(reply: Reply, gold: str | None) -> Attempt:
 def sketch_problems(
     student: Seat, problems: Sequence[Problem], config: EpisodeConfig, seed: object, baselines: int = 1, progress: str | None = None
 ) -> list[Sketch]:
-    """One probe and `baselines` answers per problem, by the student alone."""
+    """One probe and `baselines` answers per problem, by the student alone; with `probe_tokens` 0 the approach is empty."""
     probe_seeds, alone_seeds = ([derive_seed(seed, kind, problem.id) for problem in problems] for kind in ("probe", "alone"))
     probe = Generation(config.probe_tokens, config.student_temperature, config.top_p)
     alone = Generation(config.answer_tokens, config.student_temperature, config.top_p)
     probes, questions = ([messages(p.question) for p in problems] for messages in (protocol.probe_messages, protocol.baseline_messages))
-    approaches = student.ask(probes, probe, probe_seeds, progress=progress and f"{progress}: probe")
+    approaches = [[Reply("", 0, False)]] * len(problems)
+    if config.probe_tokens:
+        approaches = student.ask(probes, probe, probe_seeds, progress=progress and f"{progress}: probe")
     answers = student.ask(questions, alone, alone_seeds, n=baselines, progress=progress and f"{progress}: alone")
     return [
         Sketch(problem, approach[0].text, approach[0].tokens, [attempt(reply, problem.answer) for reply in replies])

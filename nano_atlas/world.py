@@ -29,6 +29,7 @@ from nano_atlas.seats import Generation, Seat
 from nano_atlas.tokenizer import Tokenizer
 
 FACTS = 8  # lines per problem; those off the path from the given value to the question are distractors
+GIVEN = 3  # lines with a value, of which one is where the path starts
 CHAIN = (1, 5)  # shortest and longest path, both ends counted; 1: the value is given
 
 
@@ -86,7 +87,7 @@ def make_task(domain: Domain, rng: random.Random, chain_length: int, facts_count
     chain, others = things[:chain_length], things[chain_length:]
     sources: dict[str, str | None] = {chain[0]: None, **dict(zip(chain[1:], chain))}
     for index, thing in enumerate(others):
-        sources[thing] = rng.choice(list(sources)) if index else None  # the first distractor is a second place to start
+        sources[thing] = rng.choice(list(sources)) if index >= GIVEN - 1 else None  # the first ones are other places to start
     top = len(domain.scale) - 1
     shift = rng.randint(1, max(1, min(domain.longest_shift, top // max(1, chain_length - 1))))
     shift *= rng.choice((-1, 1))
@@ -94,8 +95,8 @@ def make_task(domain: Domain, rng: random.Random, chain_length: int, facts_count
     level = rng.randint(max(0, -span), min(top, top - span))
     facts = {thing: f"{thing}: {source}" for thing, source in sources.items() if source is not None}
     facts[chain[0]] = f"{chain[0]}: {domain.scale[level]}"
-    if others:
-        facts[others[0]] = f"{others[0]}: {rng.choice(domain.scale)}"
+    for thing in others[: GIVEN - 1]:
+        facts[thing] = f"{thing}: {rng.choice(domain.scale)}"
     worked = [facts[chain[0]]]
     for thing in chain[1:]:
         worked.append(f"{facts[thing]} {domain.scale[level]} {shift:+d} = {domain.scale[level + shift]}")
@@ -131,8 +132,9 @@ def held_out(domain: str, count: int, seed: object) -> list[Problem]:
     return as_problems(tasks(domain, count, f"held-out/{seed}"), f"held-out-{domain}")
 
 
-def plan(chain: Sequence[str]) -> str:
-    return f"Work out {', '.join(chain)}."
+def plan(chain: Sequence[str], told: Sequence[str] | None = None) -> str:
+    """In which order to work (`told`: as much of it as is said). It names what is asked, so one can see whether it is to the point."""
+    return f"To find {chain[-1]}, work out {', '.join(chain if told is None else told)}."
 
 
 def opening(chain: Sequence[str]) -> Sequence[str]:
@@ -190,7 +192,7 @@ def demonstration(task: Task, approach: str, style: str, is_thorough: bool) -> d
         "problem_text": task.question,
         "student_approach": approach,
         "teacher_diagnosis": "\n".join([*walk, f"The approach is {'right' if is_right else 'wrong'}."]),
-        "teacher_teaching": plan(told),
+        "teacher_teaching": plan(task.chain, told),
         "strategy": style,
     }
 
