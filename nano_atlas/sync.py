@@ -5,7 +5,6 @@ Two ways, with the same three steps (`stage` on the trainer's side, `load` per s
 compares the log-probs of one sequence.
 """
 
-import dataclasses
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +28,8 @@ PROBE_TOKENS = 64
 def full_weights(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     """Every weight under its name in checkpoints, whole and one at a time; a tied head once more under its own name.
 
-    vLLM skips the second copy where it ties the two itself.
+    Without that copy, vLLM on a CPU gets new blocks under an old head: it packs a tied head when it starts, and `reload_weights`
+    packs it anew only where it meets `lm_head.weight`. It says nothing about it.
     """
     for name, weight in model.state_dict().items():
         yield name, weight.detach()
@@ -38,24 +38,19 @@ def full_weights(model: Transformer) -> Iterator[tuple[str, Tensor]]:
 
 
 class FileTransfer:
-    """A checkpoint in `folder`, best on shared memory, which servers of the same machine (or file system) read again.
+    """A checkpoint in `folder`, best on shared memory, which servers of the same machine (or file system) read again."""
 
-    untie: the checkpoint has a head of its own even where the model ties it to the embedding. vLLM on a CPU packs a tied head
-    when it starts and `reload_weights` leaves that copy as it was: new blocks under an old head, and no word of it.
-    """
-
-    def __init__(self, folder: Path, tokenizer: Tokenizer, untie: bool):
-        self.folder, self.tokenizer, self.untie = Path(folder).resolve(), tokenizer, untie
+    def __init__(self, folder: Path, tokenizer: Tokenizer):
+        self.folder, self.tokenizer = Path(folder).resolve(), tokenizer
 
     def stage(self, model: Transformer) -> None:
         """Replaces the checkpoint as a whole. Raises UserError where there is no room; the one before is then still there."""
-        config = dataclasses.replace(model.config, tie_word_embeddings=model.config.tie_word_embeddings and not self.untie)
         try:
             with atomic_directory(self.folder) as folder:
                 for number, (name, weight) in enumerate(full_weights(model)):  # a file each: never two tensors in host memory
                     save_file({name: weight.cpu().contiguous()}, folder / f"{number:05}.safetensors", {"format": "pt"})
                 self.tokenizer.save(folder)
-                write_json(folder / "config.json", config_to_dict(config, model.head_weight.dtype, self.tokenizer))
+                write_json(folder / "config.json", config_to_dict(model.config, model.head_weight.dtype, self.tokenizer))
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot write the weights for the server to {self.folder} ({error}); make room there, or name another "
                             "place with --sync-dir. The run continues from its last state") from error  # fmt: skip

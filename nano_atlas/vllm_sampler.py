@@ -205,7 +205,6 @@ class VllmSampler:
             self.is_asleep = False
 
     def close(self) -> None:
+        """Ends what is under way, in whichever thread; not the servers."""
         for client in self.clients:
             client.close()
-        if self.server is not None:
-            self.server.stop()

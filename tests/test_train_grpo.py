@@ -13,7 +13,7 @@ from conftest import run_grpo as run
 from safetensors.torch import load_file
 
 import train_grpo
-from nano_atlas import protocol
+from nano_atlas import layout, protocol
 from nano_atlas.checkpoint import load_model
 from nano_atlas.config import parse, run_script
 from nano_atlas.errors import UserError
@@ -40,7 +40,7 @@ def updates(monkeypatch) -> list[dict]:
     """What each call of `update` was given, with copies of the weights before it."""
     seen = []
 
-    def spy(config, policy, reference, optimizer, samples, rate):
+    def spy(config, policy, reference, optimizer, samples, rate, staleness):
         seen.append({"policy": copy_of(policy), "samples": samples, "reference": reference and copy_of(reference)})
         return update(config, policy, reference, optimizer, samples, rate)
 
@@ -268,7 +268,7 @@ def test_the_reference_is_mixed_with_the_policy_only_if_asked(place, tmp_path, u
 # -------------------------------------------------------------------------------------------------------------- resuming
 
 
-TIMES = {"seconds/rollout": 0, "seconds/update": 0}
+TIMES = dict.fromkeys(("seconds/rollout", "seconds/update", "idle/trainer", "idle/sampler"))
 MIXED = {"reference_mixing": 0.5, "reference_mixing_every": 1, "updates_per_batch": 2, "steps": 5}
 
 
@@ -383,15 +383,36 @@ def test_contradictions_and_missing_things_are_explained(place, tmp_path, option
         run(place, tmp_path / "out", **options)
 
 
-def test_two_gpus_are_shared_out_and_the_exact_kl_keeps_the_reference_beside_the_policy(place, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert train_grpo.devices(config_of(place, device="auto")) == ("cuda:0", "cuda:1", "cuda:1")
-    assert train_grpo.devices(config_of(place, device="auto", kl="exact")) == ("cuda:0", "cuda:1", "cuda:0")
-    with pytest.raises(UserError, match="--kl exact .* the reference must be on cuda:0"):
-        train_grpo.devices(config_of(place, device="auto", kl="exact", reference_device="cuda:1"))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(UserError, match="there is no device cuda here"):
-        train_grpo.devices(config_of(place, device="cuda"))
+@pytest.mark.parametrize(("gpus", "has_vllm", "options", "expected"), [
+    (0, True, {}, ("cpu", "cpu", "cpu", "embedded", "", "embedded")),
+    (0, True, {"rollout": "vllm"}, ("cpu", "cpu", "cpu", "vllm", "cpu", "embedded")),
+    (0, False, {"vllm_url": "http://far"}, ("cpu", "cpu", "cpu", "vllm", "", "embedded")),
+    (1, True, {}, ("cuda:0", "cuda:0", "cuda:0", "embedded", "", "embedded")),
+    (1, True, {"rollout": "vllm"}, ("cuda:0", "cuda:0", "cuda:0", "vllm", "cuda:0", "embedded")),
+    (2, True, {}, ("cuda:0", "cuda:1", "cuda:0", "vllm", "cuda:1", "vllm")),
+    (2, True, {"reward": "exact"}, ("cuda:0", "cuda:1", "cuda:0", "vllm", "cuda:1", "embedded")),
+    (2, False, {}, ("cuda:0", "cuda:1", "cuda:1", "embedded", "", "embedded")),
+    (2, False, {"kl": "exact"}, ("cuda:0", "cuda:1", "cuda:0", "embedded", "", "embedded")),
+    (4, True, {"vllm_device": "cuda:2,3"}, ("cuda:0", "cuda:3", "cuda:0", "vllm", "cuda:2,3", "vllm")),
+])  # fmt: skip
+def test_the_layout_follows_from_what_is_there(place, monkeypatch, capsys, gpus, has_vllm, options, expected):
+    monkeypatch.setattr(layout, "find_spec", lambda name: "found" if has_vllm else None)
+    config = config_of(place, device="auto", **options)
+    chosen = layout.choose_layout(config, config.student, config.reward == "teaching", config.kl, gpus)
+    assert dataclasses.astuple(chosen) == expected
+    assert "policy trained on" in capsys.readouterr().out and chosen.shares_gpu == (gpus == 1 and chosen.rollout == "vllm")
+
+
+@pytest.mark.parametrize(("gpus", "options", "said"), [
+    (2, {"kl": "exact", "reference_device": "cuda:1"}, "--kl exact .* the reference must be on cuda:0"),
+    (0, {"device": "cuda"}, "there is no device cuda here"),
+    (2, {"rollout": "vllm", "vllm_device": "cuda:1,2"}, "there is no device cuda:2 here"),
+    (0, {"overlap": True}, "--overlap needs --rollout vllm: the embedded sampler has the trainer's own weights"),
+])  # fmt: skip
+def test_a_layout_that_cannot_be_is_refused(place, gpus, options, said):
+    config = config_of(place, **{"device": "auto", **options})
+    with pytest.raises(UserError, match=said):
+        layout.choose_layout(config, config.student, True, config.kl, gpus)
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(place, tmp_path, capsys):
