@@ -59,8 +59,10 @@ class Batch:
 
     @classmethod
     def from_json(cls, values: dict) -> "Batch":
-        groups = [[Sample(Rollout(**s["rollout"]), s["advantage"]) for s in group] for group in values["groups"]]
-        return cls(**{**values, "groups": groups})
+        def sample(advantage: float, rollout: dict) -> Sample:
+            return Sample(Rollout(**{**rollout, "prompt_ids": tuple(rollout["prompt_ids"])}), advantage)
+
+        return cls(**{**values, "groups": [[sample(**record) for record in group] for group in values["groups"]]})
 
 
 @dataclass

@@ -76,18 +76,19 @@ class VllmServer:
 
     def _wait(self, start: int) -> None:
         began = reported = time.monotonic()
+        client = httpx.Client(timeout=5, trust_env=False)
         while (now := time.monotonic()) - began < self.patience:
             if self._process.poll() is not None:
                 break
             try:
-                if httpx.get(self.url + "/health", timeout=5, trust_env=False).status_code == 200:
+                if client.get(self.url + "/health").status_code == 200:
                     return
             except httpx.TransportError:
                 pass  # not listening yet
             if now - reported > REPORT_EVERY:
                 reported = now
                 print(f"  {now - began:.0f} s: {(self._output(start) or ['no output yet'])[-1][:150]}")
-            time.sleep(0.25)
+            time.sleep(0.5)
         output = self._output(start)
         state = "did not come up in time" if self._process.poll() is None else "ended"
         cause = next((line for line in output if re.search(r"\w(Error|Exception): ", line)), None)

@@ -100,19 +100,20 @@ class VllmSampler:
         with self._lock:
             place = min(range(len(self.clients)), key=self._under_way.__getitem__)
             self._under_way[place] += 1
-        client = self.clients[place]
+        client, count = self.clients[place], request.n if params.temperature else 1  # vLLM refuses groups of greedy samples
         body = {
-            "model": self.models[client.url], "prompt": list(request.prompt_ids), "n": request.n, "seed": request.seed % 2**62,
+            "model": self.models[client.url], "prompt": list(request.prompt_ids), "n": count, "seed": request.seed % 2**62,
             "max_tokens": params.max_tokens, "temperature": params.temperature, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
             "repetition_penalty": 1.0, "stop_token_ids": list(params.stop_token_ids), "ignore_eos": True,  # only those given stop it
             "logprobs": 0, "return_token_ids": True,
         }  # fmt: skip
         try:
-            choices = client.request("POST", "/v1/completions", body, check=check_choices(request.n))["choices"]
+            choices = client.request("POST", "/v1/completions", body, check=check_choices(count))["choices"]
         finally:
             with self._lock:
                 self._under_way[place] -= 1
-        return [self._rollout(request, choice, client) for choice in sorted(choices, key=lambda choice: choice["index"])]
+        choices = sorted(choices, key=lambda choice: choice["index"]) * (request.n // count)
+        return [self._rollout(request, choice, client) for choice in choices]
 
     def _rollout(self, request: Request, choice: dict, client: Client) -> Rollout:
         ids, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
