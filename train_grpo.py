@@ -16,7 +16,11 @@ with the sampler about them.
 
 Against the published recipe (ATLAS): the gradient is on the prompt that was sampled from; the sampler has the current weights;
 probe and baselines are shared by a group; the reward compares the guided answer with the student's own; the KL anchor is the SFT
-checkpoint unless --reference-mixing says otherwise. One process; models may sit on different GPUs.
+checkpoint unless --reference-mixing says otherwise. One process trains; models may sit on different GPUs.
+
+Who samples is chosen in nano_atlas/layout.py, or with --rollout: this process, or vLLM servers that get the weights after every
+update. With --overlap they sample step t + 1 while step t trains: from weights that are one update old, which importance weights
+correct. The state holds those samples, so a continued run trains on the very same ones.
 """
 
 import dataclasses
@@ -29,6 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import stdev
 
 from tqdm import tqdm
 
@@ -36,7 +41,7 @@ from nano_atlas import protocol, world
 from nano_atlas.checkpoint import save_model
 from nano_atlas.config import Preset, option, parse, refuse_changes, run_script, to_json
 from nano_atlas.data import Problem, derive_seed, load_problems
-from nano_atlas.episodes import Episode, attempt, sketch_problems, teach, teaching_metrics
+from nano_atlas.episodes import Episode, attempt, episode_record, sketch_problems, teach, teaching_metrics
 from nano_atlas.errors import UserError
 from nano_atlas.files import read_json, write_json
 from nano_atlas.layout import LayoutConfig, choose_layout, load, open_policy, open_student
@@ -173,7 +178,7 @@ def roll_out(config: Config, student: Seat | None, policy: TokenSeat, problems: 
     else:
         taught, groups = rollout_teaching(config, student, policy, chosen, step)
         metrics = teaching_metrics([episode for group in taught for episode in group])
-        metrics["reward_std"] = sum(spread([e.reward for e in group]) for group in taught) / len(taught)
+        metrics["reward_std"] = sum(stdev(e.reward for e in group) for group in taught) / len(taught)
         episodes = [episode_record(group[0]) for group in taught[: config.episodes_per_step]]
     metrics["zero_variance_ratio"] = sum(not any(s.advantage for s in group) for group in groups) / len(groups)
     return Batch(groups, metrics, episodes, time.perf_counter() - started)
@@ -205,17 +210,11 @@ def rollout_exact(config: Config, policy: TokenSeat, problems: Sequence[Problem]
     flat = [reply for group in replies for reply in group]
     metrics = {
         "reward": sum(map(sum, rewards)) / len(flat),
-        "reward_std": sum(map(spread, rewards)) / len(rewards),
+        "reward_std": sum(map(stdev, rewards)) / len(rewards),
         "completions/mean_length": sum(reply.tokens for reply in flat) / len(flat),
         "completions/truncated_ratio": sum(reply.is_truncated for reply in flat) / len(flat),
     }
     return metrics, groups
-
-
-def spread(values: Sequence[float]) -> float:
-    """Unbiased standard deviation."""
-    mean = sum(values) / len(values)
-    return (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
 
 
 # ---------------------------------------------------------------------------------------------------------------- loop
@@ -241,16 +240,6 @@ def problems_of_step(problems: Sequence[Problem], step: int, per_step: int, seed
         order = random.Random(derive_seed(seed, "epoch", epoch)).sample(range(len(problems)), len(problems))
         chosen.append(dataclasses.replace(problems[order[place]], id=f"{problems[order[place]].id}@{epoch}"))
     return chosen
-
-
-def episode_record(episode: Episode) -> dict:
-    return {
-        "id": episode.sketch.problem.id, "question": episode.sketch.problem.question, "answer": episode.sketch.problem.answer,
-        "approach": episode.sketch.approach, "baselines": [a.text for a in episode.sketch.baselines],
-        "baseline_accuracy": episode.sketch.baseline_accuracy, "completion": episode.reply.text, "teaching": episode.teaching,
-        "guided": episode.guided.text, "is_correct": episode.guided.is_correct, "is_leak": episode.is_leak,
-        "reward": episode.reward, "advantage": episode.advantage,
-    }  # fmt: skip
 
 
 def train(config: Config) -> None:
@@ -299,7 +288,7 @@ def train(config: Config) -> None:
         upcoming = ahead.submit(Batch.from_json, record["upcoming"]) if record.get("upcoming") else None
         for step in range(first_step, config.steps):
             is_last = step + 1 == config.steps
-            started = time.perf_counter()
+            started, is_ahead = time.perf_counter(), upcoming is not None
             batch = upcoming.result() if upcoming else roll_out(config, student, policy_seat, problems, step)
             rolled_out = time.perf_counter()
             upcoming = ahead.submit(roll_out, config, student, policy_seat, problems, step + 1) if config.overlap and not is_last else None
@@ -317,7 +306,7 @@ def train(config: Config) -> None:
             if samples:
                 metrics["sampling/parity"] = sampler.sync(policy, step + 1)
             ended = time.perf_counter()
-            sampling = upcoming.result().seconds if upcoming else batch.seconds if not config.overlap else 0.0
+            sampling = (0.0 if is_ahead else batch.seconds) + (upcoming.result().seconds if upcoming else 0.0)
             metrics |= {
                 "lr": rate, "skipped_steps": optimizer.skipped_steps, "seconds/rollout": batch.seconds,
                 "seconds/update": updated - rolled_out, "idle/trainer": 1 - (updated - rolled_out) / (ended - started),

@@ -93,7 +93,7 @@ class NcclTransfer:
                 return full_weights(transfer.model)
 
         workers = client.request("GET", "/get_world_size")["world_size"]
-        info = NCCLTrainerInitInfo(master_address=get_ip(), master_port=get_open_port(), world_size=1 + workers)
+        info = NCCLTrainerInitInfo(rank=0, master_address=get_ip(), master_port=get_open_port(), world_size=1 + workers)
         torch.cuda.set_device(self.model.head_weight.device)  # the communicator is opened on the current device
         return NCCLTrainerWeightTransferEngine.trainer_init(info, client=HTTPVLLMWeightSyncClient(client.url), source=Source())
 

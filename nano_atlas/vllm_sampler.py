@@ -195,7 +195,7 @@ class VllmSampler:
             self._check_parity(client)
 
     def rest(self) -> None:
-        """Frees the GPU that is shared with the trainer until the next call."""
+        """Frees the GPU that is shared with the trainer until the next call (vLLM's sleep mode; not run: that takes a GPU)."""
         if self.shares_gpu and not self.is_asleep:
             self.clients[0].request("POST", "/sleep?level=1")
             self.is_asleep = True

@@ -227,6 +227,41 @@ def test_the_kl_is_that_to_the_reference(place, sampled):
     assert metrics["kl"] == pytest.approx(((theirs - ours).exp() - (theirs - ours) - 1).mean().item(), rel=1e-4)
 
 
+def test_importance_weights_scale_the_policy_gradient_up_to_the_cap(place, sampled):
+    """Had the sampler drawn each token with 1 / r of the trainer's probability, the step would be min(r, 2) times as long."""
+    from nano_atlas.policy import completion_logprobs
+
+    start = load_model(place / "teacher")
+    own = completion_logprobs(start, sampled, 10_000, SMALL["teacher_temperature"]).split([len(s.rollout.completion_ids) for s in sampled])
+
+    def drawn_with(ratio: float, cap: float) -> tuple[dict[str, torch.Tensor], dict]:
+        samples = [
+            dataclasses.replace(s, rollout=dataclasses.replace(s.rollout, logprobs=(logprobs - math.log(ratio)).tolist()))
+            for s, logprobs in zip(sampled, own)
+        ]
+        options = {"beta": 0.0, "tokens_per_batch": 10_000, "importance_cap": cap, "max_logp_diff": 2.0, "updates_per_batch": 1}
+        end, metrics = after_update(place, samples, **options)
+        return {name: end[name] - value for name, value in start.named_parameters()}, metrics
+
+    (plain, _), (equal, metrics) = drawn_with(1.0, 0.0), drawn_with(1.0, 2.0)
+    assert is_same(plain, equal) and metrics["sampling/importance_mean"] == 1.0 and metrics["sampling/importance_capped"] == 0.0
+    for ratio, factor in ((0.5, 0.5), (1.5, 1.5), (3.0, 2.0)):
+        step, metrics = drawn_with(ratio, 2.0)
+        for name, value in step.items():
+            torch.testing.assert_close(value, factor * plain[name], rtol=1e-3, atol=1e-6, msg=name)
+        assert metrics["sampling/importance_mean"] == pytest.approx(factor) and metrics["sampling/importance_capped"] == (ratio > 2)
+        assert metrics["sampling/logp_diff_mean"] == pytest.approx(abs(math.log(ratio)), rel=1e-4)
+
+
+def test_stale_samples_may_differ_and_fresh_ones_may_not(place, sampled):
+    shifted = [dataclasses.replace(s, rollout=dataclasses.replace(s.rollout, logprobs=[p - 1 for p in s.rollout.logprobs])) for s in sampled]
+    policy = load_model(place / "teacher")
+    with pytest.raises(UserError, match="trainer and sampler disagree about the sampled tokens by 1.000 nats"):
+        update(config_of(place, beta=0.0), policy, None, Descent(policy), shifted, 1e-2)
+    metrics = update(config_of(place, beta=0.0), policy, None, Descent(policy), shifted, 1e-2, staleness=1)
+    assert metrics["sampling/staleness"] == 1 and metrics["sampling/importance_capped"] == 1.0
+
+
 def test_several_updates_per_batch_are_clipped_against_the_first(place, tmp_path):
     metrics = run(place, tmp_path / "out", steps=2, updates_per_batch=3, lr=2e-2, eval_every=0)
     assert any(record["clip_ratio"] > 0 for record in metrics)
