@@ -18,9 +18,9 @@ Against the published recipe (ATLAS): the gradient is on the prompt that was sam
 probe and baselines are shared by a group; the reward compares the guided answer with the student's own; the KL anchor is the SFT
 checkpoint unless --reference-mixing says otherwise. One process trains; models may sit on different GPUs.
 
-Who samples is chosen in nano_atlas/layout.py, or with --rollout: this process, or vLLM servers that get the weights after every
-update. With --overlap they sample step t + 1 while step t trains: from weights that are one update old, which importance weights
-correct. The state holds those samples, so a continued run trains on the very same ones.
+Who samples is chosen in nano_atlas/layout.py, or with --rollout: this process, or vLLM servers that get the weights after each
+update. With --overlap they sample step t + 1 while step t trains, from weights that are one update old; importance weights correct
+for that. The state holds those samples, so a continued run trains on the very same ones.
 """
 
 import dataclasses
@@ -291,7 +291,9 @@ def train(config: Config) -> None:
             started, is_ahead = time.perf_counter(), upcoming is not None
             batch = upcoming.result() if upcoming else roll_out(config, student, policy_seat, problems, step)
             rolled_out = time.perf_counter()
-            upcoming = ahead.submit(roll_out, config, student, policy_seat, problems, step + 1) if config.overlap and not is_last else None
+            upcoming = None
+            if config.overlap and not is_last:
+                upcoming = ahead.submit(roll_out, config, student, policy_seat, problems, step + 1)
             metrics, rate = batch.metrics, learning_rate(step, config.steps, config.lr, config.warmup, config.schedule)
             if samples := usable(config, batch.groups):
                 if not upcoming:

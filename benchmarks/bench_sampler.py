@@ -78,20 +78,23 @@ def vllm_arms(model: Transformer):
     """Yields two arms on these weights, in bfloat16: vLLM's own offline engine, and a server of it behind `VllmSampler`."""
     with tempfile.TemporaryDirectory() as folder:
         backend = Tokenizer(models.WordLevel({f"t{i}": i for i in range(model.config.vocab_size)}, unk_token="t0"))
-        FileTransfer(Path(folder, "model"), nano_atlas.tokenizer.Tokenizer(backend, eos_token="t0")).stage(model.to(torch.bfloat16))
+        tokenizer = nano_atlas.tokenizer.Tokenizer(backend, eos_token="t0")
+        FileTransfer(Path(folder, "model"), tokenizer).stage(model.to(torch.bfloat16))
         os.environ.update(ENVIRONMENT | ({} if torch.cuda.is_available() else CPU_ENVIRONMENT))
         from vllm import LLM
         from vllm import SamplingParams as VllmParams
 
-        engine = LLM(f"{folder}/model", dtype="bfloat16", max_model_len=1024, logprobs_mode="processed_logprobs", generation_config="vllm")
+        options = {"max_model_len": 1024, "logprobs_mode": "processed_logprobs", "generation_config": "vllm"}
+        engine = LLM(f"{folder}/model", dtype="bfloat16", **options)
 
         def offline(prompts: list[list[int]], lengths: list[int]) -> int:
-            params = [VllmParams(max_tokens=n, temperature=1.0, ignore_eos=True, logprobs=0, seed=i) for i, n in enumerate(lengths)]
+            params = [VllmParams(max_tokens=n, ignore_eos=True, logprobs=0, seed=i) for i, n in enumerate(lengths)]
             outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
             return sum(len(output.outputs[0].token_ids) for output in outputs)
 
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
-        with VllmServer(Path(folder, "model"), Path(folder, "log"), device=device, options=["--max-model-len", "1024"]) as server:
+        server = VllmServer(Path(folder, "model"), Path(folder, "log"), device=device, options=["--max-model-len", "1024"])
+        with server:
             sampler = VllmSampler([server.url])
             yield {"vLLM offline engine": offline, "VllmSampler": lambda prompts, lengths: embedded(sampler, prompts, lengths)}
 

@@ -16,9 +16,9 @@ class ServerLost(UserError):
 class Client:
     """Requests to one server over kept-alive connections; threads may share it.
 
-    url: of the server, with or without `/v1` or `/v1/chat/completions`; paths of requests begin with `/`. connections: most requests under way at once. timeout: seconds until an answer must be
-    there. tries: attempts per request, the waits between them doubling from 1 s. The key comes from OPENAI_API_KEY and is never
-    shown, not even where a server repeats it in its answer.
+    url: of the server, with or without `/v1` or `/v1/chat/completions`; paths of requests begin with `/`. connections: most
+    requests under way at once. timeout: seconds until an answer must be there. tries: attempts per request, the waits between
+    them doubling from 1 s. The key comes from OPENAI_API_KEY and is never shown, not even where a server repeats it.
     """
 
     def __init__(self, url: str, *, connections: int = 16, timeout: float = 120.0, tries: int = 4):
@@ -29,7 +29,8 @@ class Client:
         # No limit on the wait for a free connection: it says how much there is to do, not how the server is.
         patience = httpx.Timeout(timeout, connect=min(timeout, 10.0), pool=None)
         is_local = "//127.0.0.1" in url or "//localhost" in url  # no proxy leads back to this machine
-        self._http = httpx.Client(timeout=patience, limits=limits, headers={"Authorization": f"Bearer {self._key}"}, trust_env=not is_local)
+        headers = {"Authorization": f"Bearer {self._key}"}
+        self._http = httpx.Client(timeout=patience, limits=limits, headers=headers, trust_env=not is_local)
 
     def close(self) -> None:
         """Ends what is under way, in whichever thread."""

@@ -37,17 +37,17 @@ class LayoutConfig:
     thinking: bool = option(False, "render prompts with Qwen3's thinking mode on; other chat templates ignore it")
     cache_rows: int = option(256, "most sequences decoded at once by each sampler in this process (KV cache memory)")
 
-    rollout: str = option("auto", "who samples the policy: this process (embedded) or vLLM; auto: vLLM where it is installed and there "
-                          "are 2 GPUs or a --vllm-url", ["auto", "embedded", "vllm"], group="vLLM", resumable=True)  # fmt: skip
+    rollout: str = option("auto", "who samples the policy: this process (embedded) or vLLM; auto: vLLM where a --vllm-url is given, or "
+                          "2 GPUs are there and vLLM is", ["auto", "embedded", "vllm"], group="vLLM", resumable=True)  # fmt: skip
     student_rollout: str = option("auto", "who samples a --student directory; auto: as the policy on a GPU, else embedded",
                                   ["auto", "embedded", "vllm"], resumable=True)
     vllm_url: tuple[str, ...] = option((), "running servers to sample the policy on, instead of one started here", resumable=True)
-    vllm_device: str = option("auto", "where the policy's server runs: cpu, cuda:1, cuda:1,2, ...; auto: the last GPU", resumable=True)
-    vllm_args: str = option("", "more options for the servers started here: --vllm-args='--tensor-parallel-size 2'", resumable=True)
+    vllm_device: str = option("auto", "where the policy's server runs: cpu, cuda:1, cuda:1,2; auto: the last GPU", resumable=True)
+    vllm_args: str = option("", "options for servers started here: --vllm-args='--tensor-parallel-size 2'", resumable=True)
     vllm_timeout: float = option(600.0, "seconds within which a server must answer one request", resumable=True)
-    weight_sync: str = option("auto", "how a server gets new weights: nccl (GPU to GPU) or file; auto: nccl to a server on a GPU of its "
-                              "own that is started here", ["auto", "nccl", "file"], resumable=True)  # fmt: skip
-    sync_dir: Path | None = option(None, "where --weight-sync file writes; default: shared memory if a server is started here, else in "
+    weight_sync: str = option("auto", "how a server gets new weights: nccl (GPU to GPU) or file; auto: nccl to one that is started here "
+                              "on a GPU of its own", ["auto", "nccl", "file"], resumable=True)  # fmt: skip
+    sync_dir: Path | None = option(None, "where --weight-sync file writes; default: shared memory for a server started here, else in "
                                    "--out", resumable=True)  # fmt: skip
     overlap: bool = option(False, "sample the next step while this one trains: its weights are one update old (vLLM only)")
 
@@ -65,20 +65,25 @@ class Layout:
     def shares_gpu(self) -> bool:
         return self.server == self.policy and self.server.startswith("cuda")
 
+    @property
+    def server_memory(self) -> float:  # share of a GPU; two servers on one halve it
+        return 0.45 if self.student_rollout == "vllm" and self.student == self.server else 0.9
+
 
 def choose_layout(config: LayoutConfig, student: str, needs_student: bool, kl: str, gpus: int | None = None) -> Layout:
     """Fills in what is "auto" and prints the choice. Raises UserError for what is not there or does not go together."""
     gpus = torch.cuda.device_count() if gpus is None else gpus
     last = f"cuda:{gpus - 1}" if gpus else "cpu"
+    has_vllm = find_spec("vllm") is not None
     policy = config.device if config.device != "auto" else "cuda:0" if gpus else "cpu"
     rollout, reason = config.rollout, "as asked"
     if rollout == "auto":
         reasons = {
             "a --vllm-url is given": bool(config.vllm_url),
-            f"there are {gpus} GPUs, one to train and one to sample": gpus > 1 and find_spec("vllm") is not None,
+            f"there are {gpus} GPUs, one to train and one to sample": gpus > 1 and has_vllm,
         }
         reason = next((text for text, holds in reasons.items() if holds), None)
-        rollout, reason = ("vllm", reason) if reason else ("embedded", f"{gpus} GPUs" + (", no vLLM" if find_spec("vllm") is None else ""))
+        rollout, reason = ("vllm", reason) if reason else ("embedded", f"{gpus} GPUs, vLLM {'is' if has_vllm else 'not'} installed")
     server = ""
     if rollout == "vllm" and not config.vllm_url:
         server = config.vllm_device if config.vllm_device != "auto" else last
@@ -88,7 +93,8 @@ def choose_layout(config: LayoutConfig, student: str, needs_student: bool, kl: s
         student_rollout = "endpoint"
     elif student_rollout == "auto":
         student_rollout = "vllm" if rollout == "vllm" and gpus > 1 and needs_student else "embedded"
-    beside = policy if kl == "exact" or (rollout == "vllm" and gpus > 1) else student_device  # a server takes what memory there is
+    is_crowded = rollout == "vllm" and gpus > 1  # a server takes what memory its GPU has
+    beside = policy if kl == "exact" or is_crowded else student_device
     reference = config.reference_device if config.reference_device != "auto" else beside
     if kl == "exact" and reference != policy:
         raise UserError(f"--kl exact compares whole distributions: the reference must be on {policy}, the policy's device")
@@ -96,7 +102,7 @@ def choose_layout(config: LayoutConfig, student: str, needs_student: bool, kl: s
         if name.startswith("cuda") and (not gpus or torch.device(name).index not in (None, *range(gpus))):
             raise UserError(f"there is no device {name} here ({gpus} GPUs)")
     if config.overlap and rollout == "embedded":
-        raise UserError("--overlap needs --rollout vllm: the embedded sampler has the trainer's own weights, which change as it trains")
+        raise UserError("--overlap needs --rollout vllm: the embedded sampler's weights are the trainer's, which change as it trains")
     place = f"vLLM at {', '.join(config.vllm_url)}" if config.vllm_url else f"vLLM on {server}" if server else "this process"
     print(f"policy trained on {policy} and sampled by {place} ({reason}); student: {student_rollout} on "
           f"{student if student_rollout == 'endpoint' else student_device}; reference on {reference}")  # fmt: skip
@@ -127,7 +133,7 @@ def open_policy(config, layout: Layout, policy: Transformer, tokenizer: Tokenize
     server, urls = None, config.vllm_url
     if is_own:
         files.stage(policy)  # what the server starts from, and starts from again if it must
-        memory = 0.35 if layout.shares_gpu else 0.45 if layout.student_rollout == "vllm" and layout.student == layout.server else 0.9
+        memory = 0.35 if layout.shares_gpu else layout.server_memory
         options = ["--weight-transfer-config", '{"backend": "nccl"}'] if method == "nccl" else []
         options += ["--enable-sleep-mode"] if layout.shares_gpu else []
         server = stack.enter_context(start_server(config, layout.server, folder, "vllm.log", memory, options, remove))
@@ -138,7 +144,7 @@ def open_policy(config, layout: Layout, policy: Transformer, tokenizer: Tokenize
     )  # fmt: skip
     stack.callback(sampler.close)
     difference = sampler.sync(policy, version)
-    print(f"weights by {method}; trainer and server differ by {difference:.1e} nats a token, up to {sampler.parity.limit:.1e} are allowed")
+    print(f"weights by {method}; trainer and server differ by {difference:.1e} nats a token (allowed: {sampler.parity.limit:.1e})")
     return TokenSeat(sampler, tokenizer, thinking=config.thinking)
 
 
@@ -147,9 +153,10 @@ def open_student(config, layout: Layout, stack: ExitStack) -> Seat:
         return EndpointSeat(config.student, config.student_model or None, timeout=config.vllm_timeout)
     if layout.student_rollout == "embedded":
         frozen = load(config.student, layout.student, config.dtype, "name the student's checkpoint directory with --student")
-        return EmbeddedSeat(frozen, Tokenizer.from_directory(config.student), thinking=config.thinking, max_rows=config.cache_rows)
-    memory = 0.45 if layout.student == layout.server else 0.9
-    server = stack.enter_context(start_server(config, layout.student, Path(config.student), "vllm_student.log", memory))
+        tokenizer = Tokenizer.from_directory(config.student)
+        return EmbeddedSeat(frozen, tokenizer, thinking=config.thinking, max_rows=config.cache_rows)
+    model = Path(config.student)
+    server = stack.enter_context(start_server(config, layout.student, model, "vllm_student.log", layout.server_memory))
     sampler = VllmSampler((server.url,), server=server, timeout=config.vllm_timeout)
     stack.callback(sampler.close)
     return TokenSeat(sampler, Tokenizer.from_directory(config.student), thinking=config.thinking)
@@ -159,5 +166,5 @@ def start_server(config, device: str, model: Path, log: str, memory: float, opti
                  remove: Path | None = None) -> VllmServer:  # fmt: skip
     """memory: share of the GPU's memory that the server takes for weights and KV cache."""
     options = [*(["--gpu-memory-utilization", str(memory)] if device.startswith("cuda") else []), *options]
-    return VllmServer(model, config.out / log, device=device, dtype=config.dtype, options=options + shlex.split(config.vllm_args),
-                      remove=remove)  # fmt: skip
+    options += shlex.split(config.vllm_args)
+    return VllmServer(model, config.out / log, device=device, dtype=config.dtype, options=options, remove=remove)

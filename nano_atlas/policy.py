@@ -31,7 +31,7 @@ class UpdateConfig(EpisodeConfig):
     skip_zero_variance: bool = option(False, "leave groups out of the update whose rewards are all equal (only KL acts on them)")
     mask_truncated: bool = option(False, "leave completions out of the update that ran into --teaching-tokens")
     max_logp_diff: float = option(0.1, "stop if trainer and sampler differ by more in the mean log-prob of sampled tokens (nats)")
-    importance_cap: float = option(2.0, "weigh each token by p_trainer / p_sampler, at most this (0: by 1); truncated importance sampling")
+    importance_cap: float = option(2.0, "weigh tokens by p_trainer / p_sampler, at most this (0: no weights): truncated IS")
     updates_per_batch: int = option(1, "optimizer updates per batch of rollouts; above 1, ratios are clipped against the first")
     tokens_per_batch: int = option(16384, "most tokens in one micro-batch, which is what memory depends on")
 
@@ -146,8 +146,8 @@ def update(
 ) -> dict[str, float]:  # fmt: skip
     """All updates on one step's samples; returns the metrics of the first (they describe the sampled batch).
 
-    Sampler and trainer never compute quite the same log-probs (kernels, precision), and differ for good reason where the samples
-    are `staleness` > 0 updates old. So each token's policy term is weighed by p_trainer / p_sampler, truncated at
+    Sampler and trainer never compute quite the same log-probs (kernels, precision), and differ for good reason where samples are
+    `staleness` > 0 updates old. So each token's policy term is weighed by p_trainer / p_sampler, truncated at
     `importance_cap` (Ionides 2008; for LLMs, Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL
     Training"). Raises UserError when fresh samples' log-probs are not those that the sampler reported.
     """
@@ -172,9 +172,9 @@ def update(
                 with torch.no_grad():
                     exact = {"ref_hidden": predicting_states(reference, batch), "ref_weight": reference.head_weight}
             hidden = predicting_states(policy, batch)
-            if config.importance_cap and update_index == 0:  # the head once more, which is little beside the model and its gradient
-                now = token_stats(hidden.detach(), policy.head_weight, batch.targets, temperature=config.teacher_temperature).logprobs
-                importance[batch.rows] = (now - sampled[batch.rows]).exp().clamp(max=config.importance_cap)
+            if config.importance_cap and update_index == 0:  # costs the head once more, little beside the model and its gradient
+                now = token_stats(hidden.detach(), policy.head_weight, batch.targets, temperature=config.teacher_temperature)
+                importance[batch.rows] = (now.logprobs - sampled[batch.rows]).exp().clamp(max=config.importance_cap)
             loss, stats = grpo_loss(
                 hidden, policy.head_weight, batch.targets, weights[batch.rows], advantages[batch.rows],
                 importance=importance[batch.rows],

@@ -187,7 +187,7 @@ class Sampler:
 
 
     def sync(self, model: Transformer, version: int) -> float:
-        """The weights of `model`, which this samples with as they are, are `version` from now on; a sampler elsewhere fetches them.
+        """From now on the weights of `model` are `version`; a sampler elsewhere fetches them, this one has them already.
 
         Returns by how much a sampler elsewhere then differs (nats); here 0.
         """

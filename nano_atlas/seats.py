@@ -1,7 +1,7 @@
 """A seat is a student or a teacher one can talk to: a checkpoint in this process or on vLLM, or any OpenAI-compatible endpoint.
 
-Whoever asks does not know which it has: `ask` takes conversations and gives replies. A seat with a sampler also returns the exact
-token ids and log-probabilities of each reply, which is what training needs.
+Whoever asks does not know which it has: `ask` takes conversations and gives replies. A seat with a sampler also returns the
+exact token ids and log-probabilities of each reply, which is what training needs.
 """
 
 from collections.abc import Sequence
@@ -103,7 +103,7 @@ class EndpointSeat:
         return models[0]["id"]
 
     def ask(self, conversations, generation, seeds, n=1, progress=None) -> list[list[Reply]]:
-        """Each reply is a request of its own: not every server knows `n`, and none says how many tokens each of n replies has."""
+        """Each reply is a request of its own: not every server knows `n`, and none counts the tokens of each of n replies."""
 
         def one(job: tuple[Messages, int]) -> Reply:
             messages, seed = job

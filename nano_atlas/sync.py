@@ -52,8 +52,8 @@ class FileTransfer:
                 self.tokenizer.save(folder)
                 write_json(folder / "config.json", config_to_dict(model.config, model.head_weight.dtype, self.tokenizer))
         except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot write the weights for the server to {self.folder} ({error}); make room there, or name another "
-                            "place with --sync-dir. The run continues from its last state") from error  # fmt: skip
+            raise UserError(f"cannot write the weights for the server to {self.folder} ({error}); make room there, or name "
+                            "another place with --sync-dir. The run continues from its last state") from error  # fmt: skip
 
     def load(self, client: Client) -> None:
         client.request("POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}})
@@ -133,11 +133,11 @@ class Parity:
             if is_unmoved or to_old < difference:
                 cause = "the server still has the weights from before the last update: it is stale"
             elif url in self.before:
-                cause = "the server has neither the present nor the previous weights; some of its weights are stale (on a CPU, a tied head)"
+                cause = "the server has neither the present nor the previous weights; some are stale (on a CPU, a tied head)"
             else:
                 cause = "the server has another model, or one trained further"
-            raise UserError(f"{url} and the trainer differ by {difference:.2g} nats a token on the same sequence, where {self.limit:.2g} are "
-                            f"allowed: {cause}. The run continues from its last state, with a new server")  # fmt: skip
+            raise UserError(f"{url} and the trainer differ by {difference:.2g} nats a token on the same sequence, where "
+                            f"{self.limit:.2g} are allowed: {cause}. The run continues from its last state, with a new server")
         self.before[url] = trainer, server
         if self._is_first:
             self.limit, self._is_first = min(self.limit, max(self.FLOOR, self.FACTOR * difference)), False

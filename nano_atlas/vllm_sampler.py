@@ -1,7 +1,7 @@
 """`VllmSampler`: the interface of `Sampler` in front of one or more vLLM servers. Token ids in, token ids and log-probs out.
 
-Each request is one HTTP request (its `n` samples share the prefill), many are under way at once, and each goes to the server with
-the fewest. Every sync puts a tag on the servers; it is compared before and after each `generate`, so no rollout ever carries the
+Each request is one HTTP request (its `n` samples share the prefill), many are under way at once, and each goes to the server
+with the fewest. Every sync puts a tag on the servers; it is compared before and after each `generate`, so no rollout carries a
 version of weights that it was not drawn with, even where somebody has restarted a server in between.
 """
 
@@ -33,8 +33,10 @@ class VllmSampler:
     Raises UserError where a server is not there, is not started as this needs it, or holds a different model.
     """
 
-    def __init__(self, urls: Sequence[str], *, server: VllmServer | None = None, transfer: FileTransfer | NcclTransfer | None = None,
-                 parity: Parity | None = None, connections: int = 64, timeout: float = 600.0, shares_gpu: bool = False):  # fmt: skip
+    def __init__(
+        self, urls: Sequence[str], *, server: VllmServer | None = None, transfer: FileTransfer | NcclTransfer | None = None,
+        parity: Parity | None = None, connections: int = 64, timeout: float = 600.0, shares_gpu: bool = False,
+    ):  # fmt: skip
         self.server, self.transfer, self.parity, self.shares_gpu = server, transfer, parity, shares_gpu
         self.clients = [Client(url, connections=connections, timeout=timeout) for url in urls]
         self.weight_version, self._run = 0, uuid.uuid4().hex[:8]  # two trainers at one server notice each other
@@ -54,7 +56,7 @@ class VllmSampler:
         except (UserError, KeyError) as error:
             raise UserError(f"{client.url} does not offer the endpoints that exchange weights ({error}); {remedy}") from None
         if config["logprobs_mode"] != "processed_logprobs":  # raw ones are those of temperature 1
-            raise UserError(f"{client.url} reports {config['logprobs_mode']}, not log-probs at the sampling temperature; {remedy}")
+            raise UserError(f"{client.url} reports {config['logprobs_mode']}, not those at the sampling temperature; {remedy}")
 
     # ---- generation
 
@@ -104,8 +106,8 @@ class VllmSampler:
         body = {
             "model": self.models[client.url], "prompt": list(request.prompt_ids), "n": count, "seed": request.seed % 2**62,
             "max_tokens": params.max_tokens, "temperature": params.temperature, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
-            "repetition_penalty": 1.0, "stop_token_ids": list(params.stop_token_ids), "ignore_eos": True,  # only those given stop it
-            "logprobs": 0, "return_token_ids": True,
+            "repetition_penalty": 1.0, "logprobs": 0, "return_token_ids": True,
+            "stop_token_ids": list(params.stop_token_ids), "ignore_eos": True,  # those given stop it, and no others
         }  # fmt: skip
         try:
             choices = client.request("POST", "/v1/completions", body, check=check_choices(count))["choices"]
@@ -125,10 +127,11 @@ class VllmSampler:
     def _check(self, index: int, request: Request) -> None:
         needed = len(request.prompt_ids) + request.params.max_tokens
         if needed > self.max_model_len:
-            raise UserError(f"request {index} has {len(request.prompt_ids)} prompt tokens and max_tokens = {request.params.max_tokens}, more "
-                            f"than the server's context of {self.max_model_len}: start it with --max-model-len {needed} or more")  # fmt: skip
+            raise UserError(f"request {index} has {len(request.prompt_ids)} prompt tokens and max_tokens = "
+                            f"{request.params.max_tokens}, more than the server's context of {self.max_model_len}: start it with "
+                            f"--max-model-len {needed} or more")  # fmt: skip
         if request.params.top_p < 1 and request.params.temperature > 0:
-            raise UserError("vLLM gives log-probs before temperature and top_p or after both; training needs those between: use --top-p 1")
+            raise UserError("vLLM has log-probs before temperature and top_p, or after both; training needs those between: --top-p 1")
 
     # ---- weights
 
@@ -167,7 +170,7 @@ class VllmSampler:
     def _confirm_version(self) -> None:
         for client in self.clients if self.transfer else ():
             if (found := client.request("GET", "/weight_info").get("weight_version")) != self.tag:
-                raise ServerLost(f"{client.url} has weights {found!r}, not {self.tag!r}: it was restarted, or another run uses it")
+                raise ServerLost(f"{client.url} has weights {found!r}, not {self.tag!r}: it was restarted or another run uses it")
 
     def _check_parity(self, client: Client) -> float:
         return self.parity.check(client.url, self.trainer_logprobs, self.prompt_logprobs(client, self.parity.token_ids))
@@ -189,7 +192,7 @@ class VllmSampler:
             self.server.restart()  # reads the checkpoint of the last sync, or the frozen model
             self.is_asleep = False
         if isinstance(self.transfer, NcclTransfer):  # the trainer's weights may have moved on
-            raise UserError(f"{lost}. Weights sent by NCCL cannot be sent again; the run continues from its last state") from lost
+            raise UserError(f"{lost}. Weights that went by NCCL are not kept; the run continues from its last state") from lost
         for client in self.clients if self.transfer else ():
             self._load(client)
             self._check_parity(client)
