@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nano_atlas.checkpoint import EMBEDDING, config_to_dict
-from nano_atlas.client import Client
+from nano_atlas.client import Client, ServerLost
 from nano_atlas.errors import UserError
 from nano_atlas.files import atomic_directory, write_json
 from nano_atlas.loss import token_stats
@@ -56,7 +56,12 @@ class FileTransfer:
                             "another place with --sync-dir. The run continues from its last state") from error  # fmt: skip
 
     def load(self, client: Client) -> None:
-        client.request("POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}})
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
+        try:
+            client.request("POST", "/collective_rpc", body, tries=1)
+        except ServerLost as lost:
+            raise ServerLost(f"{client.url} could not load the weights: it must serve a model of the same shape and see {self.folder}. "
+                             f"Its log says more; start it anew ({lost})") from lost  # fmt: skip
 
 
 class NcclTransfer:

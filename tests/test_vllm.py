@@ -321,3 +321,11 @@ def test_a_server_killed_during_a_sync_comes_back_with_the_new_weights(server, m
     assert sampler.sync(random_model(3), 1) < 1e-4
     (group,) = sampler.generate(requests_of(1.0, count=1))
     assert killed and all(rollout.weight_version == 1 and is_exact(random_model(3), rollout, 1.0) for rollout in group)
+
+
+def test_weights_of_another_shape_are_refused_by_name(server, tmp_path):
+    """Last of all: such a server has lost its weights."""
+    config = ModelConfig("qwen3", byte_tokenizer().vocab_size, 64, 64, 2, 4, 2, 32, max_position_embeddings=512, qk_norm=True)
+    sampler = VllmSampler([server.url], transfer=FileTransfer(tmp_path / "model", byte_tokenizer()), parity=Parity(config.vocab_size, 0.1))
+    with pytest.raises(UserError, match="could not load the weights: it must serve a model of the same shape"):
+        sampler.sync(Transformer(config).initialize(0), 0)
