@@ -37,8 +37,8 @@ class LayoutConfig:
     thinking: bool = option(False, "render prompts with Qwen3's thinking mode on; other chat templates ignore it")
     cache_rows: int = option(256, "most sequences decoded at once by each sampler in this process (KV cache memory)")
 
-    rollout: str = option("auto", "who samples the policy: this process (embedded) or vLLM; auto: vLLM where a --vllm-url is given, or "
-                          "2 GPUs are there and vLLM is", ["auto", "embedded", "vllm"], group="vLLM", resumable=True)  # fmt: skip
+    rollout: str = option("auto", "who samples the policy: this process (embedded) or vLLM; auto: vLLM with a --vllm-url, or with 2 "
+                          "GPUs where it is installed", ["auto", "embedded", "vllm"], group="vLLM", resumable=True)  # fmt: skip
     student_rollout: str = option("auto", "who samples a --student directory; auto: as the policy on a GPU, else embedded",
                                   ["auto", "embedded", "vllm"], resumable=True)
     vllm_url: tuple[str, ...] = option((), "running servers to sample the policy on, instead of one started here", resumable=True)

@@ -115,9 +115,9 @@ def sequence_logprobs(model: Transformer, token_ids: list[int]) -> Tensor:
 class Parity:
     """Compares trainer and server on a fixed sequence after each sync, and says which of the two is stale.
 
-    The first comparison measures what their kernels differ by (float32: 1e-5 nats; bfloat16: some 1e-2); later ones may come to
-    `FACTOR` times that, at least to `FLOOR`. A server that gives bit for bit what it gave before, where the trainer does not,
-    is stale however little the weights have moved.
+    The first comparison measures what their kernels differ by (float32: 1e-6 nats; bfloat16: some 1e-2); later ones may come to
+    `FACTOR` times that, at least to `FLOOR`. A server that gives bit for bit what it gave before is stale sooner: as soon as the
+    trainer has moved by a hundredth of that since.
     """
 
     FACTOR, FLOOR = 5.0, 1e-4
@@ -126,13 +126,14 @@ class Parity:
         """largest_start: what the first comparison may come to (mean over tokens, nats)."""
         self.token_ids = random.Random(0).choices(range(vocab_size), k=PROBE_TOKENS)
         self.limit, self._is_first = largest_start, True
-        self.before: dict[str, tuple[Tensor, Tensor]] = {}  # by server: the trainer's and its log-probs after the sync before
+        self.before: dict[str, tuple[Tensor, Tensor]] = {}  # by server: the trainer's and its log-probs when its last changed
 
     def check(self, url: str, trainer: Tensor, server: Tensor) -> float:
         """The mean absolute difference in nats. Raises UserError where it is too large."""
         difference = (server - trainer).abs().mean().item()
         old_trainer, old_server = self.before.get(url, (trainer, server))
-        is_unmoved = not torch.equal(trainer, old_trainer) and torch.equal(server, old_server)
+        is_same = torch.equal(server, old_server)
+        is_unmoved = is_same and (trainer - old_trainer).abs().mean().item() > self.limit / 100
         to_old = (server - old_trainer).abs().mean().item()
         if is_unmoved or not difference <= self.limit:
             if is_unmoved or to_old < difference:
@@ -143,7 +144,8 @@ class Parity:
                 cause = "the server has another model, or one trained further"
             raise UserError(f"{url} and the trainer differ by {difference:.2g} nats a token on the same sequence, where "
                             f"{self.limit:.2g} are allowed: {cause}. The run continues from its last state, with a new server")
-        self.before[url] = trainer, server
+        if url not in self.before or not is_same:
+            self.before[url] = trainer, server
         if self._is_first:
             self.limit, self._is_first = min(self.limit, max(self.FLOOR, self.FACTOR * difference)), False
         return difference

@@ -68,7 +68,8 @@ class VllmSampler:
         """
         for index, request in enumerate(requests):
             self._check(index, request)
-        results: list[list[Rollout] | None] = [None] * len(requests)
+        unanswered: list[list[Rollout] | None] = [None if request.n else [] for request in requests]
+        results = list(unanswered)
         with tqdm(total=sum(request.n for request in requests), desc=progress, unit="sample", disable=progress is None) as bar:
             for recovery in range(RECOVERIES + 1):
                 try:
@@ -78,7 +79,7 @@ class VllmSampler:
                     try:
                         self._confirm_version()
                     except ServerLost:
-                        results = [None] * len(requests)
+                        results = list(unanswered)
                         raise
                     return results
                 except ServerLost as lost:

@@ -124,11 +124,15 @@ def test_parity_tells_which_side_is_stale():
     parity, (old, new) = Parity(100, 0.1), torch.randn(2, 63).double()
     parity.check("a", old, old + 0.001)
     assert parity.limit == pytest.approx(0.005)  # five times what the kernels differ by
-    parity.check("a", old, old + 0.004)
+    server = old + 0.004
+    parity.check("a", old, server)
     with pytest.raises(UserError, match="from before the last update: it is stale"):
         parity.check("a", new, old + 0.003)
     with pytest.raises(UserError, match="from before the last update: it is stale"):
-        parity.check("a", old + 1e-9, old + 0.004)  # the trainer has moved by less than the noise, the server not at all
+        for _ in range(5):  # the trainer moves by less than the noise each time, the server not at all
+            old = old + 2e-5
+            parity.check("a", old, server)
+    assert parity.check("a", old, old + 0.003) == pytest.approx(0.003)  # it moves with the trainer: fine again
     with pytest.raises(UserError, match="neither the present nor the previous weights"):
         parity.check("a", new, new + 2 * (new - old))
     with pytest.raises(UserError, match="another model"):
@@ -221,6 +225,7 @@ def test_a_stale_tied_head_is_noticed(server, monkeypatch):
     """What plain `reload_weights` of a tied checkpoint does on a CPU: new blocks, the old head, and no error."""
     sampler, real = sampler_at(server, random_model(2)), sync_room.full_weights
     monkeypatch.setattr(sync_room, "full_weights", lambda model: ((n, w) for n, w in real(model) if n != "lm_head.weight"))
+    assert parity.check("a", old, old + 0.003) == pytest.approx(0.003)  # it moves with the trainer: fine again
     with pytest.raises(UserError, match="neither the present nor the previous weights; .* a tied head"):
         sampler.sync(random_model(3), 1)
 
@@ -280,6 +285,28 @@ def test_grpo_through_vllm_with_overlap_resumes_with_the_batch_it_had_sampled(se
     assert [samples[0].rollout.weight_version for samples in seen] == [0, 0, 1, 1, 2]
     assert all(record["sampling/parity"] < 1e-4 for record in metrics)
     assert metrics[0]["sampling/importance_mean"] == pytest.approx(1, abs=1e-4) != metrics[1]["sampling/importance_mean"]
+
+
+def test_grpo_starts_a_server_of_its_own_and_leaves_nothing_of_it(place, tmp_path, monkeypatch):
+    """An error in the midst of the run: server, engine and the weights in shared memory are gone, and the run can go on."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vllm is not installed")
+    save_model(tmp_path / "teacher", random_model(4), byte_tokenizer())
+    processes, folders, real = [], [], VllmSampler.sync
+
+    def sync(self, model, version):
+        if version == 1:
+            processes.extend(processes_of(self.server))
+            folders.append(self.transfer.folder)
+            assert folders[0].is_dir()
+            raise UserError("out of luck")
+        return real(self, model, version)
+
+    monkeypatch.setattr(VllmSampler, "sync", sync)
+    with pytest.raises(UserError, match="out of luck"):
+        run_grpo(place, tmp_path / "out", teacher=tmp_path / "teacher", rollout="vllm", vllm_args="--enforce-eager", eval_every=0)
+    assert len(processes) > 2 and all(map(gone, processes)) and not folders[0].parent.exists()
+    assert "Application startup complete" in (tmp_path / "out/vllm.log").read_text()
 
 
 # ------------------------------------------------------------------------------------- last, because it is restarted
