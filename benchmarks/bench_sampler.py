@@ -85,6 +85,7 @@ def vllm_arms(model: Transformer):
         from vllm import SamplingParams as VllmParams
 
         options = {"max_model_len": 1024, "logprobs_mode": "processed_logprobs", "generation_config": "vllm"}
+        options |= {} if torch.cuda.is_available() else {"enable_chunked_prefill": False}  # as in VllmServer
         engine = LLM(f"{folder}/model", dtype="bfloat16", **options)
 
         def offline(prompts: list[list[int]], lengths: list[int]) -> int:

@@ -53,6 +53,8 @@ class VllmServer:
         kind, _, indices = device.partition(":")
         if kind == "cpu":
             self._environment = CPU_ENVIRONMENT | self._environment
+            # vLLM 0.32 on a CPU dies of "CPU Generator does not use offset" when it splits the prompt of a request with a seed
+            self._command.insert(self._command.index("--dtype"), "--no-enable-chunked-prefill")
         else:
             visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
             chosen = [int(index) for index in (indices or "0").split(",")]

@@ -212,6 +212,13 @@ def test_rollouts_hold_the_ids_and_their_log_probs_at_the_sampling_temperature(s
         assert len({tuple(rollout.completion_ids) for group in groups for rollout in group}) > 9  # and its samples differ
 
 
+def test_more_prompts_with_seeds_than_fit_into_one_prefill(server):
+    """With chunked prefill, which is vLLM's default, a CPU engine dies here."""
+    sampler = VllmSampler([server.url])
+    requests = [Request(tuple(range(1, 200)) + (i,), SamplingParams(2), seed=i) for i in range(40)]
+    assert [len(group) for group in sampler.generate(requests)] == [1] * 40
+
+
 def test_new_weights_arrive_also_under_a_tied_head_and_rollouts_carry_their_version(server):
     sampler, (request,) = sampler_at(server, random_model(2)), requests_of(0.0, count=1)
     before = sampler.generate([request])[0][0]
