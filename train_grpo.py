@@ -16,7 +16,11 @@ with the sampler about them.
 
 Against the published recipe (ATLAS): the gradient is on the prompt that was sampled from; the sampler has the current weights;
 probe and baselines are shared by a group; the reward compares the guided answer with the student's own; the KL anchor is the SFT
-checkpoint unless --reference-mixing says otherwise. One process; models may sit on different GPUs.
+checkpoint unless --reference-mixing says otherwise. One process trains; models may sit on different GPUs.
+
+Who samples is chosen in nano_atlas/layout.py, or with --rollout: this process, or vLLM servers that get the weights after each
+update. With --overlap they sample step t + 1 while step t trains, from weights that are one update old; importance weights correct
+for that. The state holds those samples, so a continued run trains on the very same ones.
 """
 
 import dataclasses
@@ -25,27 +29,29 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import stdev
 
-import torch
 from tqdm import tqdm
 
 from nano_atlas import protocol, world
-from nano_atlas.checkpoint import load_model, save_model
+from nano_atlas.checkpoint import save_model
 from nano_atlas.config import Preset, option, parse, refuse_changes, run_script, to_json
 from nano_atlas.data import Problem, derive_seed, load_problems
-from nano_atlas.episodes import Episode, attempt, sketch_problems, teach, teaching_metrics
+from nano_atlas.episodes import Episode, attempt, episode_record, sketch_problems, teach, teaching_metrics
 from nano_atlas.errors import UserError
 from nano_atlas.files import read_json, write_json
+from nano_atlas.layout import LayoutConfig, choose_layout, load, open_policy, open_student
 from nano_atlas.metrics import RunLog
-from nano_atlas.model import Transformer
 from nano_atlas.optim import (
     SCHEDULES, MasterAdamW, latest_training_state, learning_rate, load_training_state, save_training_state,
 )
-from nano_atlas.policy import Sample, UpdateConfig, mix_reference, update, usable
+from nano_atlas.policy import Batch, Sample, UpdateConfig, mix_reference, update, usable
 from nano_atlas.reward import RewardConfig, group_advantages
-from nano_atlas.seats import EmbeddedSeat, Generation
+from nano_atlas.seats import Generation, Seat, TokenSeat
 from nano_atlas.tokenizer import Tokenizer
 from nano_atlas.traces import problems_from_traces
 
@@ -54,26 +60,26 @@ NANO_PROBLEMS = 4096  # whatever --steps is, so that a run that is continued for
 GPU = {"dtype": "bfloat16", "gradient_checkpointing": True, "tokens_per_batch": 16384}
 PRESETS = {
     "nano": Preset("the nano world on a CPU, 1 GB", {
-        "student": NANO / "student/model", "teacher": NANO / "teacher-sft/model", "out": NANO / "teacher-grpo",
+        "student": str(NANO / "student/model"), "teacher": NANO / "teacher-sft/model", "out": NANO / "teacher-grpo",
         "steps": 100, "problems_per_step": 16, "baseline_samples": 4, "lr": 2e-4, "schedule": "cosine", "probe_tokens": 40, "teaching_tokens": 96,
         "answer_tokens": 120, "tokens_per_batch": 8192, "eval_every": 20, "eval_problems": 200, "save_every": 1,
     }),
     "24gb": Preset("0.6B teacher and student on one GPU: 18 bytes x 0.6e9 + 2 x 1.2 GB of frozen models + 6 GB = 19 GB; --problems", {
-        **GPU, "student": Path("Qwen/Qwen3-0.6B"), "answer_tokens": 1024, "teaching_tokens": 1024, "cache_rows": 32,
+        **GPU, "student": "Qwen/Qwen3-0.6B", "answer_tokens": 1024, "teaching_tokens": 1024, "cache_rows": 32,
     }),
     "80gb": Preset("1.7B teacher, 4B student on one GPU: 18 bytes x 1.7e9 + 3.4 GB + 8 GB + 20 GB = 62 GB; --problems", {
-        **GPU, "student": Path("Qwen/Qwen3-4B"), "answer_tokens": 2048, "teaching_tokens": 2048, "cache_rows": 64,
+        **GPU, "student": "Qwen/Qwen3-4B", "answer_tokens": 2048, "teaching_tokens": 2048, "cache_rows": 64,
     }),
     "2gpu": Preset("8B teacher, 4B student on two 80 GB GPUs: 6 bytes x 8.2e9 + 20 GB = 69 GB on the first, 16 + 8 + 20 GB on the "
                    "second, 12 x 8.2e9 = 98 GB of host memory; --problems", {
-        **GPU, "student": Path("Qwen/Qwen3-4B"), "optimizer_device": "cpu", "answer_tokens": 4096, "teaching_tokens": 4096,
+        **GPU, "student": "Qwen/Qwen3-4B", "optimizer_device": "cpu", "answer_tokens": 4096, "teaching_tokens": 4096,
         "cache_rows": 64,
     }),
 }
 
 
 @dataclass(frozen=True)
-class Config(UpdateConfig, RewardConfig):
+class Config(UpdateConfig, RewardConfig, LayoutConfig):
     preset: str = option("nano", "", group="run")
     out: Path = option(Path("runs/grpo"), "directory of the run: models, metrics, episodes, state")
     restart: bool = option(False, "delete what --out holds of an earlier run instead of continuing it", resumable=True)
@@ -86,15 +92,8 @@ class Config(UpdateConfig, RewardConfig):
                          ["teaching", "exact"])
 
     teacher: Path = option(Path("runs/sft/model"), "checkpoint the policy starts from, and the KL reference", group="models")
-    student: Path = option(Path("Qwen/Qwen3-0.6B"), "checkpoint of the frozen student")
-    device: str = option("auto", "where the policy is trained and sampled: cpu, cuda, cuda:1, ...")
-    student_device: str = option("auto", "where the student is sampled; auto: a second GPU if there is one, else --device")
-    reference_device: str = option("auto", "where the reference is; auto: beside the student (the policy for --kl exact)")
-    optimizer_device: str = option("auto", "where masters and moments are (12 bytes per parameter); auto: beside the policy")
-    dtype: str = option("float32", "compute precision; masters and moments are float32 always", ["float32", "bfloat16"])
-    gradient_checkpointing: bool = option(False, "keep one activation per layer and recompute the rest: less memory, 4/3 the time")
-    thinking: bool = option(False, "render prompts with Qwen3's thinking mode on; other chat templates ignore it")
-    cache_rows: int = option(256, "most sequences decoded at once by each sampler (KV cache memory)")
+    student: str = option("Qwen/Qwen3-0.6B", "checkpoint of the frozen student, or the URL of any OpenAI-compatible endpoint")
+    student_model: str = option("", "model to ask for where --student is a URL; by default the first that it lists")
 
     steps: int = option(250, "optimizer steps to train", group="optimization", resumable=True)
     problems_per_step: int = option(4, "problems P per step")
@@ -125,7 +124,8 @@ class Config(UpdateConfig, RewardConfig):
 
     def check(self) -> None:
         positive = ("steps", "problems_per_step", "baseline_samples", "updates_per_batch", "tokens_per_batch", "lr", "clip_norm",
-                    "save_every", "keep", "teaching_tokens", "answer_tokens", "reference_mixing_every", "cache_rows")
+                    "save_every", "keep", "teaching_tokens", "answer_tokens", "reference_mixing_every", "cache_rows",
+                    "vllm_timeout")
         for name in positive:
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
@@ -140,7 +140,7 @@ class Config(UpdateConfig, RewardConfig):
             raise UserError("--problems and --traces exclude each other")
         if not (self.problems or self.traces) and self.preset != "nano":
             raise UserError("name the problems to train on with --problems FILE or --traces FILE")
-        for name in ("probe_tokens", "beta", "clip_low", "clip_high", "eval_every", "episodes_per_step"):
+        for name in ("probe_tokens", "beta", "clip_low", "clip_high", "importance_cap", "eval_every", "episodes_per_step"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} must not be below 0, not {getattr(self, name)}")
         if self.reference_mixing and not self.beta:
@@ -167,33 +167,25 @@ def load_data(config: Config) -> tuple[list[Problem], list[Problem]]:
     return order[count:], order[:count]
 
 
-def devices(config: Config) -> tuple[str, str, str]:
-    """(policy, student, reference), from what is there; prints the choice with its reason."""
-    gpus = torch.cuda.device_count()
-    policy = config.device if config.device != "auto" else "cuda:0" if gpus else "cpu"
-    student = config.student_device if config.student_device != "auto" else "cuda:1" if gpus > 1 else policy
-    beside = policy if config.kl == "exact" else student
-    reference = config.reference_device if config.reference_device != "auto" else beside
-    if config.kl == "exact" and reference != policy:
-        raise UserError(f"--kl exact compares whole distributions: the reference must be on {policy}, the policy's device")
-    for name in (policy, student, reference):
-        if name.startswith("cuda") and (not gpus or torch.device(name).index not in (None, *range(gpus))):
-            raise UserError(f"there is no device {name} here ({gpus} GPUs)")
-    print(f"{gpus} GPUs: policy on {policy}, student on {student}, reference on {reference}")
-    return policy, student, reference
-
-
-def load(path: Path, device: str, dtype: str, made_by: str) -> Transformer:
-    if not (path / "config.json").is_file():
-        raise UserError(f"no model at {path}; {made_by}")
-    return load_model(path, dtype=getattr(torch, dtype), device=device)
-
-
 # ------------------------------------------------------------------------------------------------------------ rollouts
 
 
+def roll_out(config: Config, student: Seat | None, policy: TokenSeat, problems: Sequence[Problem], step: int) -> Batch:
+    started, episodes = time.perf_counter(), []
+    chosen = problems_of_step(problems, step, config.problems_per_step, config.seed)
+    if config.reward == "exact":
+        metrics, groups = rollout_exact(config, policy, chosen, step)
+    else:
+        taught, groups = rollout_teaching(config, student, policy, chosen, step)
+        metrics = teaching_metrics([episode for group in taught for episode in group])
+        metrics["reward_std"] = sum(stdev(e.reward for e in group) for group in taught) / len(taught)
+        episodes = [episode_record(group[0]) for group in taught[: config.episodes_per_step]]
+    metrics["zero_variance_ratio"] = sum(not any(s.advantage for s in group) for group in groups) / len(groups)
+    return Batch(groups, metrics, episodes, time.perf_counter() - started)
+
+
 def rollout_teaching(
-    config: Config, student: EmbeddedSeat, policy: EmbeddedSeat, problems: Sequence[Problem], step: int
+    config: Config, student: Seat, policy: TokenSeat, problems: Sequence[Problem], step: int
 ) -> tuple[list[list[Episode]], list[list[Sample]]]:
     """Groups of episodes, and the same groups as samples."""
     seed = (config.seed, "step", step)
@@ -205,7 +197,7 @@ def rollout_teaching(
     return groups, [[Sample(episode.reply.rollout, episode.advantage) for episode in group] for group in groups]
 
 
-def rollout_exact(config: Config, policy: EmbeddedSeat, problems: Sequence[Problem], step: int) -> tuple[dict, list[list[Sample]]]:
+def rollout_exact(config: Config, policy: TokenSeat, problems: Sequence[Problem], step: int) -> tuple[dict, list[list[Sample]]]:
     """The control: the policy answers by itself and is rewarded for being right."""
     seeds = [derive_seed(config.seed, "step", step, problem.id) for problem in problems]
     answering = Generation(config.answer_tokens, config.teacher_temperature, config.top_p)
@@ -218,23 +210,17 @@ def rollout_exact(config: Config, policy: EmbeddedSeat, problems: Sequence[Probl
     flat = [reply for group in replies for reply in group]
     metrics = {
         "reward": sum(map(sum, rewards)) / len(flat),
-        "reward_std": sum(map(spread, rewards)) / len(rewards),
+        "reward_std": sum(map(stdev, rewards)) / len(rewards),
         "completions/mean_length": sum(reply.tokens for reply in flat) / len(flat),
         "completions/truncated_ratio": sum(reply.is_truncated for reply in flat) / len(flat),
     }
     return metrics, groups
 
 
-def spread(values: Sequence[float]) -> float:
-    """Unbiased standard deviation."""
-    mean = sum(values) / len(values)
-    return (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
-
-
 # ---------------------------------------------------------------------------------------------------------------- loop
 
 
-def evaluate(config: Config, student: EmbeddedSeat, policy: EmbeddedSeat, sketches: Sequence, problems: Sequence[Problem]) -> dict:
+def evaluate(config: Config, student: Seat | None, policy: TokenSeat, sketches: Sequence, problems: Sequence[Problem]) -> dict:
     """Metrics on the held-out problems, everything greedy; names begin with `eval/`."""
     greedy = dataclasses.replace(config, student_temperature=0.0, teacher_temperature=0.0)
     if config.reward == "exact":
@@ -256,16 +242,6 @@ def problems_of_step(problems: Sequence[Problem], step: int, per_step: int, seed
     return chosen
 
 
-def episode_record(episode: Episode) -> dict:
-    return {
-        "id": episode.sketch.problem.id, "question": episode.sketch.problem.question, "answer": episode.sketch.problem.answer,
-        "approach": episode.sketch.approach, "baselines": [a.text for a in episode.sketch.baselines],
-        "baseline_accuracy": episode.sketch.baseline_accuracy, "completion": episode.reply.text, "teaching": episode.teaching or "",
-        "guided": episode.guided.text, "is_correct": episode.guided.is_correct, "is_leak": episode.is_leak,
-        "reward": episode.reward, "advantage": episode.advantage,
-    }  # fmt: skip
-
-
 def train(config: Config) -> None:
     state_dir, options_file = config.out / "state", config.out / "options.json"
     if config.restart:
@@ -278,77 +254,82 @@ def train(config: Config) -> None:
             print(f"{config.out / 'model'} is already trained ({record['step']} steps); more with --steps, anew with --restart")
             return
     problems, held_out = load_data(config)
-    policy_device, student_device, reference_device = devices(config)
-    start = config.student if config.reward == "exact" else config.teacher
-    flag = "--student" if config.reward == "exact" else "--teacher"
-    policy = load(start, policy_device, config.dtype, f"train it with `python train_sft.py`, or name another with {flag}")
+    start, flag = (config.student, "--student") if config.reward == "exact" else (config.teacher, "--teacher")
+    layout = choose_layout(config, config.student, config.reward == "teaching", config.kl)
+    policy = load(start, layout.policy, config.dtype, f"train it with `python train_sft.py`, or name another with {flag}")
     policy.recompute_activations = config.gradient_checkpointing
     reference_dir = config.out / "reference"  # one beside each state, so that a crash between the two mixes nothing twice
     anchor = reference_dir / resumed.name if resumed and config.reference_mixing else start
-    reference = load(anchor, reference_device, config.dtype, "start over with --restart") if config.beta else None
+    reference = load(anchor, layout.reference, config.dtype, "start over with --restart") if config.beta else None
     tokenizer = Tokenizer.from_directory(start)
-    options = {"thinking": config.thinking, "max_rows": config.cache_rows}
-    policy_seat = EmbeddedSeat(policy, tokenizer, **options)
-    student = None
-    if config.reward == "teaching":
-        frozen = load(config.student, student_device, config.dtype, "name the student's checkpoint directory with --student")
-        student = EmbeddedSeat(frozen, Tokenizer.from_directory(config.student), **options)
-
     optimizer = MasterAdamW(
         policy, betas=config.betas, weight_decay=config.weight_decay, clip_norm=config.clip_norm,
         state_device=None if config.optimizer_device == "auto" else config.optimizer_device,
     )  # fmt: skip
     record = load_training_state(resumed, optimizer) if resumed else {"step": 0, "best": None}
     first_step, best = record["step"], record["best"]
-    policy_seat.sampler.weight_version = first_step
     config.out.mkdir(parents=True, exist_ok=True)
     write_json(options_file, to_json(config))
     print(f"{len(problems)} problems, {len(held_out)} held out; {config.problems_per_step} x {config.group_size} completions a step")
 
-    greedy = dataclasses.replace(config, student_temperature=0.0)
-    sketches = sketch_problems(student, held_out, greedy, "evaluation") if student and config.eval_every else []
     with (
+        ThreadPoolExecutor(1) as ahead,  # samples one step ahead with --overlap
+        ExitStack() as servers,
         RunLog(config.out, first_step, wandb_project=config.wandb_project, wandb_run_name=config.wandb_run_name,
                config=to_json(config)) as log,
         RunLog(config.out, first_step, filename="episodes.jsonl") as episodes,
         tqdm(total=config.steps, initial=first_step, unit="step", desc=config.out.name) as progress,
     ):  # fmt: skip
+        policy_seat = open_policy(config, layout, policy, tokenizer, first_step, servers)
+        sampler = policy_seat.sampler
+        student = open_student(config, layout, servers) if config.reward == "teaching" else None
+        greedy = dataclasses.replace(config, student_temperature=0.0)
+        sketches = sketch_problems(student, held_out, greedy, "evaluation") if student and config.eval_every else []
+        upcoming = ahead.submit(Batch.from_json, record["upcoming"]) if record.get("upcoming") else None
         for step in range(first_step, config.steps):
-            started = time.perf_counter()
-            chosen = problems_of_step(problems, step, config.problems_per_step, config.seed)
-            if config.reward == "exact":
-                metrics, groups = rollout_exact(config, policy_seat, chosen, step)
-            else:
-                taught, groups = rollout_teaching(config, student, policy_seat, chosen, step)
-                metrics = teaching_metrics([episode for group in taught for episode in group])
-                metrics["reward_std"] = sum(spread([e.reward for e in group]) for group in taught) / len(taught)
-                for group in taught[: config.episodes_per_step]:
-                    episodes.log(step + 1, **episode_record(group[0]))
+            is_last = step + 1 == config.steps
+            started, is_ahead = time.perf_counter(), upcoming is not None
+            batch = upcoming.result() if upcoming else roll_out(config, student, policy_seat, problems, step)
             rolled_out = time.perf_counter()
-            metrics["zero_variance_ratio"] = sum(not any(s.advantage for s in group) for group in groups) / len(groups)
-            rate = learning_rate(step, config.steps, config.lr, config.warmup, config.schedule)
-            samples = usable(config, groups)
-            if samples:
-                metrics |= update(config, policy, reference, optimizer, samples, rate)
-                policy_seat.sampler.weight_version = step + 1
+            upcoming = None
+            if config.overlap and not is_last:
+                upcoming = ahead.submit(roll_out, config, student, policy_seat, problems, step + 1)
+            metrics, rate = batch.metrics, learning_rate(step, config.steps, config.lr, config.warmup, config.schedule)
+            if samples := usable(config, batch.groups):
+                if not upcoming:
+                    sampler.rest()
+                staleness = max(sampler.weight_version - sample.rollout.weight_version for sample in samples)
+                metrics |= update(config, policy, reference, optimizer, samples, rate, staleness)
             if reference is not None and config.reference_mixing and (step + 1) % config.reference_mixing_every == 0:
                 mix_reference(reference, policy, config.reference_mixing)
-            metrics |= {"lr": rate, "seconds/rollout": rolled_out - started, "seconds/update": time.perf_counter() - rolled_out,
-                        "skipped_steps": optimizer.skipped_steps}
+            updated = time.perf_counter()
+            if upcoming:
+                upcoming.result()  # all of it from the old weights
+            if samples:
+                metrics["sampling/parity"] = sampler.sync(policy, step + 1)
+            ended = time.perf_counter()
+            sampling = (0.0 if is_ahead else batch.seconds) + (upcoming.result().seconds if upcoming else 0.0)
+            metrics |= {
+                "lr": rate, "skipped_steps": optimizer.skipped_steps, "seconds/rollout": batch.seconds,
+                "seconds/update": updated - rolled_out, "idle/trainer": 1 - (updated - rolled_out) / (ended - started),
+                "idle/sampler": 1 - min(1.0, sampling / (ended - started)),
+            }  # fmt: skip
 
-            is_last = step + 1 == config.steps
             if held_out and config.eval_every and ((step + 1) % config.eval_every == 0 or is_last):
                 metrics |= evaluate(config, student, policy_seat, sketches, held_out)
                 if best is None or metrics["eval/reward"] > best:
                     best = metrics["eval/reward"]
                     save_model(config.out / "best", policy, tokenizer)
+            for episode in batch.episodes:
+                episodes.log(step + 1, **episode)
             log.log(step + 1, **metrics)
             progress.set_postfix_str(f"reward {metrics['reward']:.2f}, kl {metrics.get('kl', 0):.3f}")
             progress.update()
             if (step + 1) % config.save_every == 0 or is_last:
                 if reference is not None and config.reference_mixing:
                     save_model(reference_dir / f"step-{step + 1:08d}", reference, tokenizer)
-                save_training_state(state_dir, optimizer, step + 1, {"best": best}, config.keep)
+                extra = {"best": best, "upcoming": dataclasses.asdict(upcoming.result()) if upcoming else None}
+                save_training_state(state_dir, optimizer, step + 1, extra, config.keep)
                 for old in reference_dir.glob("step-*"):
                     if not (state_dir / old.name).is_dir():
                         shutil.rmtree(old)

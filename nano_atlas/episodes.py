@@ -170,3 +170,14 @@ def teaching_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
         "completions/mean_length": sum(e.reply.tokens for e in episodes) / count,
         "completions/truncated_ratio": sum(e.reply.is_truncated for e in episodes) / count,
     }
+
+
+def episode_record(episode: Episode) -> dict:
+    """A whole episode as JSON values, for people to read."""
+    return {
+        "id": episode.sketch.problem.id, "question": episode.sketch.problem.question, "answer": episode.sketch.problem.answer,
+        "approach": episode.sketch.approach, "baselines": [a.text for a in episode.sketch.baselines],
+        "baseline_accuracy": episode.sketch.baseline_accuracy, "completion": episode.reply.text, "teaching": episode.teaching or "",
+        "guided": episode.guided.text, "is_correct": episode.guided.is_correct, "is_leak": episode.is_leak,
+        "reward": episode.reward, "advantage": episode.advantage,
+    }  # fmt: skip

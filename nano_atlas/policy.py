@@ -31,6 +31,7 @@ class UpdateConfig(EpisodeConfig):
     skip_zero_variance: bool = option(False, "leave groups out of the update whose rewards are all equal (only KL acts on them)")
     mask_truncated: bool = option(False, "leave completions out of the update that ran into --teaching-tokens")
     max_logp_diff: float = option(0.1, "stop if trainer and sampler differ by more in the mean log-prob of sampled tokens (nats)")
+    importance_cap: float = option(2.0, "weigh tokens by p_trainer / p_sampler, at most this (0: no weights): truncated IS")
     updates_per_batch: int = option(1, "optimizer updates per batch of rollouts; above 1, ratios are clipped against the first")
     tokens_per_batch: int = option(16384, "most tokens in one micro-batch, which is what memory depends on")
 
@@ -45,6 +46,23 @@ class Sample:
 
     rollout: Rollout
     advantage: float
+
+
+@dataclass
+class Batch:
+    """What one step trains on."""
+
+    groups: list[list[Sample]]
+    metrics: dict[str, float]
+    episodes: list[dict]  # some of them, for episodes.jsonl
+    seconds: float  # that sampling took
+
+    @classmethod
+    def from_json(cls, values: dict) -> "Batch":
+        def sample(advantage: float, rollout: dict) -> Sample:
+            return Sample(Rollout(**{**rollout, "prompt_ids": tuple(rollout["prompt_ids"])}), advantage)
+
+        return cls(**{**values, "groups": [[sample(**record) for record in group] for group in values["groups"]]})
 
 
 @dataclass
@@ -124,11 +142,14 @@ def completion_logprobs(model: Transformer, samples: Sequence[Sample], tokens_pe
 
 def update(
     config: UpdateConfig, policy: Transformer, reference: Transformer | None, optimizer: MasterAdamW, samples: Sequence[Sample],
-    rate: float,
+    rate: float, staleness: int = 0,
 ) -> dict[str, float]:  # fmt: skip
     """All updates on one step's samples; returns the metrics of the first (they describe the sampled batch).
 
-    Raises UserError when the policy's log-probs of the sampled tokens are not those that the sampler reported.
+    Sampler and trainer never compute quite the same log-probs (kernels, precision), and differ for good reason where samples are
+    `staleness` > 0 updates old. So each token's policy term is weighed by p_trainer / p_sampler, truncated at
+    `importance_cap` (Ionides 2008; for LLMs, Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL
+    Training"). Raises UserError when fresh samples' log-probs are not those that the sampler reported.
     """
     device = policy.head_weight.device
     lengths = [len(sample.rollout.completion_ids) for sample in samples]
@@ -141,6 +162,7 @@ def update(
     if is_k3:
         ref_logprobs = completion_logprobs(reference, samples, config.tokens_per_batch, config.teacher_temperature).to(device)
     metrics: dict[str, float] = {}
+    importance = torch.ones_like(sampled)  # a factor of exactly 1 where the log-probs are equal
     for update_index in range(config.updates_per_batch):
         parts = {name: torch.zeros(sum(lengths), device=device) for name in ("logprobs", "entropy", "kl", "is_clipped")}
         loss_sum = 0.0
@@ -149,8 +171,13 @@ def update(
             if reference is not None and config.kl == "exact":
                 with torch.no_grad():
                     exact = {"ref_hidden": predicting_states(reference, batch), "ref_weight": reference.head_weight}
+            hidden = predicting_states(policy, batch)
+            if config.importance_cap and update_index == 0:  # costs the head once more, little beside the model and its gradient
+                now = token_stats(hidden.detach(), policy.head_weight, batch.targets, temperature=config.teacher_temperature)
+                importance[batch.rows] = (now.logprobs - sampled[batch.rows]).exp().clamp(max=config.importance_cap)
             loss, stats = grpo_loss(
-                predicting_states(policy, batch), policy.head_weight, batch.targets, weights[batch.rows], advantages[batch.rows],
+                hidden, policy.head_weight, batch.targets, weights[batch.rows], advantages[batch.rows],
+                importance=importance[batch.rows],
                 old_logprobs=None if old_logprobs is None else old_logprobs[batch.rows],
                 ref_logprobs=None if ref_logprobs is None else ref_logprobs[batch.rows],
                 beta=config.beta if reference is not None else 0.0, clip_low=config.clip_low, clip_high=config.clip_high,
@@ -167,8 +194,10 @@ def update(
             metrics = {
                 "loss": loss_sum, "kl": parts["kl"].mean().item(), "entropy": parts["entropy"].mean().item(),
                 "sampling/logp_diff_mean": difference.mean().item(), "sampling/logp_diff_max": difference.max().item(),
+                "sampling/importance_mean": importance.mean().item(), "sampling/staleness": staleness,
+                "sampling/importance_capped": (importance == config.importance_cap).float().mean().item(),
             }
-            if not metrics["sampling/logp_diff_mean"] <= config.max_logp_diff:
+            if not staleness and not metrics["sampling/logp_diff_mean"] <= config.max_logp_diff:
                 raise UserError(
                     f"trainer and sampler disagree about the sampled tokens by {metrics['sampling/logp_diff_mean']:.3f} nats on "
                     f"average (--max-logp-diff {config.max_logp_diff}): the sampler's weights or prompts are not the trainer's")

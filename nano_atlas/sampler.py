@@ -155,7 +155,7 @@ class Sampler:
     max_rows: samples decoded together at most. max_cache_tokens: bound on rows x longest request (prompt + completion), that is
     on the cache's memory: 2 L H_kv D_head numbers per token (0.14 MB for Qwen3-8B in bf16). steps_per_sync: decoding steps
     between two looks at what was drawn (1; 8 on a GPU, where looking means waiting); what a row draws past its end is cut.
-    `weight_version` is the caller's to raise with each update of the weights; rollouts carry it.
+    Rollouts carry `weight_version`, which `sync` raises with each update of the weights.
     """
 
     def __init__(
@@ -184,6 +184,21 @@ class Sampler:
                     results[sample.request_index][sample.index] = rollout
                     bar.update()
         return results
+
+
+    def sync(self, model: Transformer, version: int) -> float:
+        """From now on the weights of `model` are `version`; a sampler elsewhere fetches them, this one has them already.
+
+        Returns by how much a sampler elsewhere then differs (nats); here 0.
+        """
+        self.weight_version = version
+        return 0.0
+
+    def rest(self) -> None:
+        """Called when nothing is sampled for a while; a sampler elsewhere on this GPU then frees it."""
+
+    def close(self) -> None:
+        """Called when nothing is sampled any more."""
 
 
 class _Batch:

@@ -1,26 +1,25 @@
-"""A seat is a student or a teacher one can talk to: a checkpoint in this process, or any OpenAI-compatible endpoint.
+"""A seat is a student or a teacher one can talk to: a checkpoint in this process or on vLLM, or any OpenAI-compatible endpoint.
 
-Whoever asks does not know which it has: `ask` takes conversations and gives replies. The embedded seat also returns the exact
-token ids and log-probabilities of each reply, which is what training needs.
+Whoever asks does not know which it has: `ask` takes conversations and gives replies. A seat with a sampler also returns the
+exact token ids and log-probabilities of each reply, which is what training needs.
 """
 
-import os
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
-import httpx
 import torch
 from tqdm import tqdm
 
 from nano_atlas.checkpoint import load_model
+from nano_atlas.client import Client, check_choices
 from nano_atlas.errors import UserError
 from nano_atlas.model import Transformer
 from nano_atlas.protocol import Messages
 from nano_atlas.sampler import Request, Rollout, Sampler, SamplingParams
 from nano_atlas.tokenizer import Tokenizer
+from nano_atlas.vllm_sampler import VllmSampler
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Reply:
     text: str
     tokens: int  # generated tokens, the end-of-turn token included
     is_truncated: bool  # it ran into max_tokens
-    rollout: Rollout | None = None  # exact ids and log-probs (embedded seats only)
+    rollout: Rollout | None = None  # exact ids and log-probs (None from an endpoint)
 
 
 class Seat(Protocol):
@@ -52,12 +51,11 @@ class Seat(Protocol):
         ...
 
 
-class EmbeddedSeat:
-    """A model in this process. It samples with whatever weights `model` has at the moment of the call."""
+class TokenSeat:
+    """A model behind a sampler, in this process (`Sampler`) or on vLLM servers (`VllmSampler`), and its tokenizer."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, thinking: bool = False, **sampler_options):
-        self.tokenizer = tokenizer
-        self.sampler = Sampler(model, **sampler_options)
+    def __init__(self, sampler: Sampler | VllmSampler, tokenizer: Tokenizer, *, thinking: bool = False):
+        self.sampler, self.tokenizer = sampler, tokenizer
         self.template_options = {"enable_thinking": thinking}  # Qwen3's switch; other templates ignore it
 
     def ask(self, conversations, generation, seeds, n=1, progress=None) -> list[list[Reply]]:
@@ -84,72 +82,52 @@ class EmbeddedSeat:
         return Reply(text, len(rollout.completion_ids), rollout.finish_reason == "length", rollout)
 
 
+class EmbeddedSeat(TokenSeat):
+    """A model in this process. It samples with whatever weights `model` has at the moment of the call."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, thinking: bool = False, **sampler_options):
+        super().__init__(Sampler(model, **sampler_options), tokenizer, thinking=thinking)
+
+
 class EndpointSeat:
     """A chat endpoint that speaks the OpenAI protocol, such as `vllm serve`; the key comes from OPENAI_API_KEY."""
 
     def __init__(self, url: str, model: str | None = None, *, workers: int = 16, timeout: float = 120.0, tries: int = 4):
-        self.url = url.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1") + "/v1"
-        key = self._key = os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"
-        limits = httpx.Limits(max_connections=workers)
-        self.client = httpx.Client(timeout=timeout, limits=limits, headers={"Authorization": f"Bearer {key}"})
-        self.workers, self.tries = workers, tries
+        self.client = Client(url, connections=workers, timeout=timeout, tries=tries)
         self.model = model or self._first_model()
 
     def _first_model(self) -> str:
-        models = self._request("GET", "/models").get("data") or []
+        models = self.client.request("GET", "/v1/models").get("data") or []
         if not models:
-            raise UserError(f"{self.url}/models lists no model; name one with --student-model or --teacher-model")
+            raise UserError(f"{self.client.url}/v1/models lists no model; name one with --student-model or --teacher-model")
         return models[0]["id"]
 
     def ask(self, conversations, generation, seeds, n=1, progress=None) -> list[list[Reply]]:
-        def one(job: tuple[Messages, int]) -> list[Reply]:
+        """Each reply is a request of its own: not every server knows `n`, and none counts the tokens of each of n replies."""
+
+        def one(job: tuple[Messages, int]) -> Reply:
             messages, seed = job
             body = {
                 "model": self.model,
                 "messages": messages,
-                "n": n,
                 "max_tokens": generation.max_tokens,
                 "temperature": generation.temperature,
                 "top_p": generation.top_p,
                 "seed": seed % 2**31,
             }
-            answer = self._request("POST", "/chat/completions", body)
-            total = (answer.get("usage") or {}).get("completion_tokens", 0)
-            return [
-                Reply(choice["message"].get("content") or "", round(total / n), choice.get("finish_reason") == "length")
-                for choice in answer["choices"]
-            ]
+            answer = self.client.request("POST", "/v1/chat/completions", body, check=check_choices(1))
+            (choice,) = answer["choices"]
+            tokens = (answer.get("usage") or {}).get("completion_tokens", 0)
+            return Reply((choice.get("message") or {}).get("content") or "", tokens, choice.get("finish_reason") == "length")
 
-        jobs = list(zip(conversations, seeds, strict=True))
-        with ThreadPoolExecutor(self.workers) as pool:
-            return list(tqdm(pool.map(one, jobs), total=len(jobs), desc=progress, disable=progress is None, leave=False))
+        jobs = [(messages, seed + place) for messages, seed in zip(conversations, seeds, strict=True) for place in range(n)]
+        with ThreadPoolExecutor(self.client.connections) as pool:
+            replies = list(tqdm(pool.map(one, jobs), total=len(jobs), desc=progress, disable=progress is None, leave=False))
+        return [replies[start : start + n] for start in range(0, len(replies), n)] if n else [[] for _ in conversations]
 
     def count_tokens(self, text: str) -> int:
         """An endpoint does not show its tokenizer: about four characters a token."""
         return (len(text) + 3) // 4
-
-    def _request(self, method: str, path: str, body: dict | None = None) -> dict:
-        """One call with retries on 429, 5xx and transport errors; raises UserError with the last cause."""
-        cause = ""
-        for attempt in range(self.tries):
-            if attempt:
-                time.sleep(min(2.0**attempt, 20.0) / 2)
-            try:
-                response = self.client.request(method, self.url + path, json=body)
-            except httpx.TransportError as error:
-                cause = f"{type(error).__name__}: {error}"
-                continue
-            if response.status_code == 200:
-                try:
-                    return response.json()
-                except ValueError:
-                    cause = f"not JSON: {response.text[:200]!r}"
-                    continue
-            cause = f"HTTP {response.status_code}: {response.text[:200]}"
-            if response.status_code != 429 and response.status_code < 500:
-                break
-        cause = cause.replace(self._key, "***")  # some servers repeat the key that they refuse
-        raise UserError(f"{self.url}{path} failed ({cause}); check that the server is up and serves this model")
 
 
 def is_url(spec: str) -> bool:

@@ -15,7 +15,8 @@ import torch
 from conftest import ScriptedSeat, run_grpo
 
 import train_grpo
-from nano_atlas import policy, protocol
+from nano_atlas import layout, policy, protocol
+from nano_atlas.checkpoint import load_model
 from nano_atlas.data import Problem
 from nano_atlas.episodes import EpisodeConfig, sketch_problems, teach
 from nano_atlas.errors import UserError
@@ -72,7 +73,7 @@ def test_fault_3_the_sampler_keeps_the_weights_it_started_with(place, tmp_path, 
         def __init__(self, model, *arguments, **options):
             super().__init__(copy.deepcopy(model), *arguments, **options)
 
-    monkeypatch.setattr(train_grpo, "EmbeddedSeat", StaleSeat)
+    monkeypatch.setattr(layout, "EmbeddedSeat", StaleSeat)
     with pytest.raises(UserError, match="trainer and sampler disagree .* the sampler's weights"):
         run_grpo(place, tmp_path / "out", lr=5e-2, steps=8, eval_every=0)
     assert 1 <= len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) < 8  # the first step still agreed
@@ -119,7 +120,7 @@ def test_the_reference_drifts_with_the_policy_unless_asked(place, tmp_path, monk
 
     monkeypatch.setattr(train_grpo, "update", spy)
     run_grpo(place, tmp_path / "out", eval_every=0)
-    start = train_grpo.load_model(place / "teacher").parameters()
+    start = load_model(place / "teacher").parameters()
     assert all(torch.equal(parameter, first) for parameter, first in zip(seen[-1], start, strict=True))
 
 

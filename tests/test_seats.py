@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import STUDENT_WORDS, byte_tokenizer, lively_checkpoint, lively_model
 
-from nano_atlas import seats
+from nano_atlas import client
 from nano_atlas.errors import UserError
 from nano_atlas.seats import EmbeddedSeat, EndpointSeat, Generation, is_url, open_seat
 
@@ -19,7 +19,7 @@ HELLO = [[{"role": "user", "content": "Hello"}]]
 def server(monkeypatch):
     """An OpenAI-compatible endpoint that plays `server.script`, a list of (status, body), and then answers properly."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(seats.time, "sleep", lambda seconds: instance.pauses.append(seconds))
+    monkeypatch.setattr(client.time, "sleep", lambda seconds: instance.pauses.append(seconds))
 
     class Handler(BaseHTTPRequestHandler):
         def answer(self):
@@ -31,11 +31,9 @@ def server(monkeypatch):
                 reply = {"data": [{"id": "first"}, {"id": "second"}]}
             elif reply is None:
                 content = body["messages"][-1]["content"]
-                choices = [
-                    {"message": {"content": f"{content} {i}"}, "finish_reason": "length" if i else "stop"}
-                    for i in range(body["n"])
-                ]
-                reply = {"choices": choices, "usage": {"completion_tokens": 7 * body["n"]}}
+                place = body["seed"] % 10
+                choice = {"message": {"content": f"{content} {place}"}, "finish_reason": "length" if place == 1 else "stop"}
+                reply = {"choices": [choice], "usage": {"completion_tokens": 7 + place}}
             payload = (reply if isinstance(reply, str) else json.dumps(reply)).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(payload)))
@@ -72,20 +70,23 @@ def test_any_usual_form_of_the_url_is_taken_and_the_first_listed_model_is_used(s
 
 def test_a_request_says_all_that_matters_and_replies_come_in_order(server):
     conversations = [[{"role": "user", "content": f"Hello {i}"}] for i in range(9)]
-    replies = say(EndpointSeat(server.url, "named"), conversations, n=2, seeds=[2**40 + i for i in range(9)])
+    replies = say(EndpointSeat(server.url, "named"), conversations, n=2, seeds=[2**31 + 10 * i for i in range(9)])
     assert [[reply.text for reply in group] for group in replies] == [[f"Hello {i} 0", f"Hello {i} 1"] for i in range(9)]
-    assert [(reply.tokens, reply.is_truncated, reply.rollout) for reply in replies[0]] == [(7, False, None), (7, True, None)]
-    path, key, body = next(request for request in server.requests if request[2]["messages"] == conversations[3])
-    assert key == f"Bearer {KEY}"
-    assert body == {"model": "named", "messages": conversations[3], "n": 2, "max_tokens": 20, "temperature": 0.6, "top_p": 0.9,
-                    "seed": (2**40 + 3) % 2**31}  # fmt: skip
+    assert [(reply.tokens, reply.is_truncated, reply.rollout) for reply in replies[0]] == [(7, False, None), (8, True, None)]
+    asked = [(key, body) for _, key, body in server.requests if body["messages"] == conversations[3]]
+    assert [key for key, _ in asked] == [f"Bearer {KEY}"] * 2
+    assert sorted((body for _, body in asked), key=lambda body: body["seed"]) == [
+        {"model": "named", "messages": conversations[3], "max_tokens": 20, "temperature": 0.6, "top_p": 0.9, "seed": 30 + place}
+        for place in range(2)
+    ]
 
 
-@pytest.mark.parametrize("trouble", [(500, "oh"), (503, "busy"), (429, "slow down"), (200, "<html>")])
+@pytest.mark.parametrize("trouble", [(500, "oh"), (503, "busy"), (429, "slow down"), (200, "<html>"), (200, "[]"),
+                                     (200, {"error": "overloaded"}), (200, {"choices": []})])  # fmt: skip
 def test_passing_trouble_is_waited_out_longer_each_time(server, trouble):
     seat = EndpointSeat(server.url, "m")
     server.script = [trouble] * 3
-    assert say(seat)[0][0].text == "Hello 0"
+    assert say(seat)[0][0].text == "Hello 5"
     assert len(server.requests) == 4 and server.pauses == sorted(server.pauses) and len(server.pauses) == 3
 
 
@@ -105,7 +106,7 @@ def test_a_refusal_is_not_repeated_and_never_shows_the_key(server):
 
 
 def test_a_server_that_is_not_there_is_named_and_the_key_is_not(monkeypatch):
-    monkeypatch.setattr(seats.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
     for key in (KEY, KEY + "\n"):  # a line break, as from a file, would be an illegal header
         monkeypatch.setenv("OPENAI_API_KEY", key)
         with pytest.raises(UserError, match="http://127.0.0.1:9/v1/models failed .ConnectError") as caught:
@@ -113,11 +114,17 @@ def test_a_server_that_is_not_there_is_named_and_the_key_is_not(monkeypatch):
         assert KEY not in str(caught.value)
 
 
+@pytest.mark.parametrize("url", ["http://127.0.0.1:port", "http://127.0.0.1:99999", "http:///nowhere"])
+def test_a_url_that_is_none_is_refused(url):
+    with pytest.raises(UserError, match="/v1/models failed"):
+        EndpointSeat(url)
+
+
 def test_a_server_without_models_and_replies_without_content_or_usage(server):
     server.script = [(200, {"data": []})]
     with pytest.raises(UserError, match="lists no model; name one with"):
         EndpointSeat(server.url)
-    server.script = [(200, {"choices": [{"message": {"content": None}}], "usage": None})]
+    server.script = [(200, {"choices": [{"message": {"content": None}}], "usage": None}), (200, {"choices": [{}]})]
     reply = say(EndpointSeat(server.url, "m"))[0][0]
     assert (reply.text, reply.tokens, reply.is_truncated) == ("", 0, False)
 

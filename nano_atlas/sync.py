@@ -1,0 +1,151 @@
+"""The trainer's weights on their way to a vLLM server, and the proof that they have arrived.
+
+Two ways, with the same three steps (`stage` on the trainer's side, `load` per server, and the server's own reset of its caches):
+`FileTransfer` writes a checkpoint that the server reads again, `NcclTransfer` broadcasts from GPU to GPU. After each, `Parity`
+compares the log-probs of one sequence.
+"""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nano_atlas.checkpoint import EMBEDDING, config_to_dict
+from nano_atlas.client import Client, ServerLost
+from nano_atlas.errors import UserError
+from nano_atlas.files import atomic_directory, write_json
+from nano_atlas.loss import token_stats
+from nano_atlas.model import PackedAttention, Transformer
+from nano_atlas.tokenizer import Tokenizer
+
+PROBE_TOKENS = 64
+
+
+def full_weights(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """Every weight under its name in checkpoints, whole and one at a time; a tied head once more under its own name.
+
+    Without that copy, vLLM on a CPU gets new blocks under an old head: it packs a tied head when it starts, and `reload_weights`
+    packs it anew only where it meets `lm_head.weight`. It says nothing about it.
+    """
+    for name, weight in model.state_dict().items():
+        yield name, weight.detach()
+        if name == EMBEDDING and model.config.tie_word_embeddings:
+            yield "lm_head.weight", weight.detach()
+
+
+class FileTransfer:
+    """A checkpoint in `folder`, best on shared memory, which servers of the same machine (or file system) read again."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer):
+        self.folder, self.tokenizer = Path(folder).resolve(), tokenizer
+
+    def stage(self, model: Transformer) -> None:
+        """Replaces the checkpoint as a whole. Raises UserError where there is no room; the one before is then still there."""
+        try:
+            with atomic_directory(self.folder) as folder:
+                for number, (name, weight) in enumerate(full_weights(model)):  # a file each: never two tensors in host memory
+                    save_file({name: weight.cpu().contiguous()}, folder / f"{number:05}.safetensors", {"format": "pt"})
+                self.tokenizer.save(folder)
+                write_json(folder / "config.json", config_to_dict(model.config, model.head_weight.dtype, self.tokenizer))
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot write the weights for the server to {self.folder} ({error}); make room there, or name "
+                            "another place with --sync-dir. The run continues from its last state") from error  # fmt: skip
+
+    def load(self, client: Client) -> None:
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
+        try:
+            client.request("POST", "/collective_rpc", body, tries=1)
+        except ServerLost as lost:
+            raise ServerLost(f"{client.url} could not load the weights: it must serve a model of the same shape and see {self.folder}. "
+                             f"Its log says more; start it anew ({lost})") from lost  # fmt: skip
+
+
+class NcclTransfer:
+    """vLLM's own weight transfer: a broadcast from the policy's GPU to the server's workers, no file in between.
+
+    Written against the trainer-side classes of vLLM 0.32 (`vllm/distributed/weight_transfer/nccl_engine.py`). **It has not been
+    run**: that takes two GPUs. The server must be started with `--weight-transfer-config '{"backend": "nccl"}'`.
+    """
+
+    def __init__(self):
+        self.model: Transformer | None = None
+        self.engines: dict[str, object] = {}  # one process group per server
+
+    def stage(self, model: Transformer) -> None:
+        self.model = model
+
+    def load(self, client: Client) -> None:
+        if client.url not in self.engines:
+            self.engines[client.url] = self._connect(client)
+        self.engines[client.url].send_weights()
+
+    def _connect(self, client: Client) -> object:
+        from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient, ParamMeta, WeightSource
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
+        from vllm.utils.network_utils import get_ip, get_open_port
+
+        transfer = self
+
+        class Source(WeightSource):
+            def metadata(self):
+                return [ParamMeta(name, weight.dtype, tuple(weight.shape)) for name, weight in full_weights(transfer.model)]
+
+            def __iter__(self):
+                return full_weights(transfer.model)
+
+        workers = client.request("GET", "/get_world_size")["world_size"]
+        info = NCCLTrainerInitInfo(rank=0, master_address=get_ip(), master_port=get_open_port(), world_size=1 + workers)
+        torch.cuda.set_device(self.model.head_weight.device)  # the communicator is opened on the current device
+        return NCCLTrainerWeightTransferEngine.trainer_init(info, client=HTTPVLLMWeightSyncClient(client.url), source=Source())
+
+
+@torch.no_grad()
+def sequence_logprobs(model: Transformer, token_ids: list[int]) -> Tensor:
+    """Log-probs `[T - 1]`, float32, on the CPU, of each token but the first given those before it; nats."""
+    device = model.head_weight.device
+    attention = PackedAttention([len(token_ids)], device)
+    hidden = model(torch.tensor(token_ids, device=device), attention.positions, attention)[:-1]
+    return token_stats(hidden, model.head_weight, torch.tensor(token_ids[1:], device=device)).logprobs.cpu()
+
+
+class Parity:
+    """Compares trainer and server on a fixed sequence after each sync, and says which of the two is stale.
+
+    The first comparison measures what their kernels differ by (float32: 1e-6 nats; bfloat16: some 1e-2); later ones may come to
+    `FACTOR` times that, at least to `FLOOR`. A server that gives bit for bit what it gave before is stale sooner: as soon as the
+    trainer has moved by a hundredth of that since.
+    """
+
+    FACTOR, FLOOR = 5.0, 1e-4
+
+    def __init__(self, vocab_size: int, largest_start: float):
+        """largest_start: what the first comparison may come to (mean over tokens, nats)."""
+        self.token_ids = random.Random(0).choices(range(vocab_size), k=PROBE_TOKENS)
+        self.limit, self._is_first = largest_start, True
+        self.before: dict[str, tuple[Tensor, Tensor]] = {}  # by server: the trainer's and its log-probs when its last changed
+
+    def check(self, url: str, trainer: Tensor, server: Tensor) -> float:
+        """The mean absolute difference in nats. Raises UserError where it is too large."""
+        difference = (server - trainer).abs().mean().item()
+        old_trainer, old_server = self.before.get(url, (trainer, server))
+        is_same = torch.equal(server, old_server)
+        is_unmoved = is_same and (trainer - old_trainer).abs().mean().item() > self.limit / 100
+        to_old = (server - old_trainer).abs().mean().item()
+        if is_unmoved or not difference <= self.limit:
+            if is_unmoved or to_old < difference:
+                cause = "the server still has the weights from before the last update: it is stale"
+            elif url in self.before:
+                cause = "the server has neither the present nor the previous weights; some are stale (on a CPU, a tied head)"
+            else:
+                cause = "the server has another model, or one trained further"
+            raise UserError(f"{url} and the trainer differ by {difference:.2g} nats a token on the same sequence, where "
+                            f"{self.limit:.2g} are allowed: {cause}. The run continues from its last state, with a new server")
+        if url not in self.before or not is_same:
+            self.before[url] = trainer, server
+        if self._is_first:
+            self.limit, self._is_first = min(self.limit, max(self.FLOOR, self.FACTOR * difference)), False
+        return difference
