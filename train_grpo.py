@@ -19,6 +19,7 @@ probe and baselines are shared by a group; the reward compares the guided answer
 checkpoint unless --reference-mixing says otherwise. One process; models may sit on different GPUs.
 """
 
+import copy
 import dataclasses
 import random
 import shutil
@@ -31,7 +32,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nano_atlas import protocol, world
+from nano_atlas import distributed, protocol, world
 from nano_atlas.checkpoint import load_model, save_model
 from nano_atlas.config import Preset, option, parse, refuse_changes, run_script, to_json
 from nano_atlas.data import Problem, derive_seed, load_problems
@@ -170,8 +171,9 @@ def load_data(config: Config) -> tuple[list[Problem], list[Problem]]:
 def devices(config: Config) -> tuple[str, str, str]:
     """(policy, student, reference), from what is there; prints the choice with its reason."""
     gpus = torch.cuda.device_count()
-    policy = config.device if config.device != "auto" else "cuda:0" if gpus else "cpu"
-    student = config.student_device if config.student_device != "auto" else "cuda:1" if gpus > 1 else policy
+    policy = distributed.device(config.device)
+    has_second = gpus > 1 and distributed.size() == 1
+    student = config.student_device if config.student_device != "auto" else "cuda:1" if has_second else policy
     beside = policy if config.kl == "exact" else student
     reference = config.reference_device if config.reference_device != "auto" else beside
     if config.kl == "exact" and reference != policy:
@@ -268,8 +270,9 @@ def episode_record(episode: Episode) -> dict:
 
 def train(config: Config) -> None:
     state_dir, options_file = config.out / "state", config.out / "options.json"
-    if config.restart:
+    if config.restart and distributed.rank() == 0:
         shutil.rmtree(config.out, ignore_errors=True)
+    distributed.wait()
     resumed = latest_training_state(state_dir)
     if resumed:
         refuse_changes(config, read_json(options_file), str(config.out))
@@ -283,16 +286,19 @@ def train(config: Config) -> None:
     flag = "--student" if config.reward == "exact" else "--teacher"
     policy = load(start, policy_device, config.dtype, f"train it with `python train_sft.py`, or name another with {flag}")
     policy.recompute_activations = config.gradient_checkpointing
+    sampled = copy.deepcopy(policy) if distributed.size() > 1 else policy  # a sampler needs whole weights
+    distributed.shard(policy)
     reference_dir = config.out / "reference"  # one beside each state, so that a crash between the two mixes nothing twice
     anchor = reference_dir / resumed.name if resumed and config.reference_mixing else start
     reference = load(anchor, reference_device, config.dtype, "start over with --restart") if config.beta else None
     tokenizer = Tokenizer.from_directory(start)
     options = {"thinking": config.thinking, "max_rows": config.cache_rows}
-    policy_seat = EmbeddedSeat(policy, tokenizer, **options)
+    policy_seat = EmbeddedSeat(sampled, tokenizer, **options)
+    teacher = distributed.divide(policy_seat)
     student = None
     if config.reward == "teaching":
         frozen = load(config.student, student_device, config.dtype, "name the student's checkpoint directory with --student")
-        student = EmbeddedSeat(frozen, Tokenizer.from_directory(config.student), **options)
+        student = distributed.divide(EmbeddedSeat(frozen, Tokenizer.from_directory(config.student), **options))
 
     optimizer = MasterAdamW(
         policy, betas=config.betas, weight_decay=config.weight_decay, clip_norm=config.clip_norm,
@@ -301,8 +307,12 @@ def train(config: Config) -> None:
     record = load_training_state(resumed, optimizer) if resumed else {"step": 0, "best": None}
     first_step, best = record["step"], record["best"]
     policy_seat.sampler.weight_version = first_step
-    config.out.mkdir(parents=True, exist_ok=True)
-    write_json(options_file, to_json(config))
+    if resumed and sampled is not policy:
+        distributed.copy_parameters(policy, sampled)
+    distributed.wait()  # all have read the earlier options
+    if distributed.rank() == 0:
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_json(options_file, to_json(config))
     print(f"{len(problems)} problems, {len(held_out)} held out; {config.problems_per_step} x {config.group_size} completions a step")
 
     greedy = dataclasses.replace(config, student_temperature=0.0)
@@ -311,15 +321,15 @@ def train(config: Config) -> None:
         RunLog(config.out, first_step, wandb_project=config.wandb_project, wandb_run_name=config.wandb_run_name,
                config=to_json(config)) as log,
         RunLog(config.out, first_step, filename="episodes.jsonl") as episodes,
-        tqdm(total=config.steps, initial=first_step, unit="step", desc=config.out.name) as progress,
+        tqdm(total=config.steps, initial=first_step, unit="step", desc=config.out.name, disable=distributed.rank() > 0) as progress,
     ):  # fmt: skip
         for step in range(first_step, config.steps):
             started = time.perf_counter()
             chosen = problems_of_step(problems, step, config.problems_per_step, config.seed)
             if config.reward == "exact":
-                metrics, groups = rollout_exact(config, policy_seat, chosen, step)
+                metrics, groups = rollout_exact(config, teacher, chosen, step)
             else:
-                taught, groups = rollout_teaching(config, student, policy_seat, chosen, step)
+                taught, groups = rollout_teaching(config, student, teacher, chosen, step)
                 metrics = teaching_metrics([episode for group in taught for episode in group])
                 metrics["reward_std"] = sum(spread([e.reward for e in group]) for group in taught) / len(taught)
                 for group in taught[: config.episodes_per_step]:
@@ -330,6 +340,8 @@ def train(config: Config) -> None:
             samples = usable(config, groups)
             if samples:
                 metrics |= update(config, policy, reference, optimizer, samples, rate)
+                if sampled is not policy:
+                    distributed.copy_parameters(policy, sampled)
                 policy_seat.sampler.weight_version = step + 1
             if reference is not None and config.reference_mixing and (step + 1) % config.reference_mixing_every == 0:
                 mix_reference(reference, policy, config.reference_mixing)
@@ -338,7 +350,7 @@ def train(config: Config) -> None:
 
             is_last = step + 1 == config.steps
             if held_out and config.eval_every and ((step + 1) % config.eval_every == 0 or is_last):
-                metrics |= evaluate(config, student, policy_seat, sketches, held_out)
+                metrics |= evaluate(config, student, teacher, sketches, held_out)
                 if best is None or metrics["eval/reward"] > best:
                     best = metrics["eval/reward"]
                     save_model(config.out / "best", policy, tokenizer)
@@ -349,7 +361,7 @@ def train(config: Config) -> None:
                 if reference is not None and config.reference_mixing:
                     save_model(reference_dir / f"step-{step + 1:08d}", reference, tokenizer)
                 save_training_state(state_dir, optimizer, step + 1, {"best": best}, config.keep)
-                for old in reference_dir.glob("step-*"):
+                for old in reference_dir.glob("step-*") if distributed.rank() == 0 else ():
                     if not (state_dir / old.name).is_dir():
                         shutil.rmtree(old)
 

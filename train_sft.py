@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nano_atlas import world
+from nano_atlas import distributed, world
 from nano_atlas.checkpoint import load_model, save_model
 from nano_atlas.config import Preset, option, parse, refuse_changes, run_script, to_json
 from nano_atlas.data import (
@@ -131,17 +131,16 @@ def load(config: Config) -> tuple[Transformer, Tokenizer]:
     if not (config.model / "config.json").is_file():
         raise UserError(f"no model at {config.model}; fetch one with `hf download {config.model} --local-dir {config.model}`, "
                         "or name another directory with --model")
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    for name in (device, config.optimizer_device):
-        if name.startswith("cuda") and torch.device(name).index not in (None, *range(torch.cuda.device_count())):
-            raise UserError(f"there is no device {name} here ({torch.cuda.device_count()} GPUs)")
-    model = load_model(config.model, dtype=getattr(torch, config.dtype), device=device)
+    if config.optimizer_device != "auto":
+        distributed.device(config.optimizer_device)
+    model = load_model(config.model, dtype=getattr(torch, config.dtype), device=distributed.device(config.device))
     model.recompute_activations = config.gradient_checkpointing
     if config.compile:
         # The lengths of the documents differ in every batch; a compiler that saw them would compile for each anew.
         PackedAttention.__call__ = torch.compiler.disable(PackedAttention.__call__)
         for layer in model.model.layers:
             layer.compile(dynamic=True)
+    distributed.shard(model)
     return model, Tokenizer.from_directory(config.model)
 
 
@@ -175,21 +174,30 @@ def batch_loss(model: Transformer, batch: Batch, target_tokens: int) -> torch.Te
     return sft_loss(hidden[batch.target_positions], model.head_weight, batch.targets, weights)[0]
 
 
+def micro_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[list[int]]]:
+    """Of each rank, the documents (by index) of each of its micro-batches."""
+    shares = distributed.shares(lengths)
+    return [[[share[i] for i in group] for group in pack([lengths[i] for i in share], tokens_per_batch)] for share in shares]
+
+
 @torch.no_grad()
 def evaluate(model: Transformer, examples: list[Example], tokens_per_batch: int, device: torch.device) -> float:
     """Mean -log p of the target tokens, in nats."""
-    groups = pack([len(example.input_ids) - 1 for example in examples], tokens_per_batch)
-    batches = [collate([examples[i] for i in group], device) for group in groups]
-    target_tokens = sum(len(batch.targets) for batch in batches)
-    return sum(float(batch_loss(model, batch, target_tokens)) for batch in batches)
+    lengths = [len(example.input_ids) - 1 for example in examples]
+    target_tokens = sum(sum(example.is_target[1:]) for example in examples)
+    loss = torch.zeros((), device=device)
+    for documents, is_own in distributed.in_step(micro_batches(lengths, tokens_per_batch)[distributed.rank()], [0]):
+        loss += batch_loss(model, collate([examples[i] for i in documents], device), target_tokens) * is_own
+    return distributed.sum_over_ranks(loss).item()
 
 
 def train(config: Config) -> None:
     state_dir, options_file = config.out / "state", config.out / "options.json"
     data_hash = fingerprint(config.data)
-    if config.restart:
+    if config.restart and distributed.rank() == 0:
         for directory in (state_dir, config.out / "model"):
             shutil.rmtree(directory, ignore_errors=True)
+    distributed.wait()
     resumed = latest_training_state(state_dir)
     record = read_json(resumed / "state.json") if resumed else {}
     if resumed:
@@ -221,13 +229,15 @@ def train(config: Config) -> None:
         state_device=None if config.optimizer_device == "auto" else config.optimizer_device,
     )
     first_step = load_training_state(resumed, optimizer)["step"] if resumed else 0
-    config.out.mkdir(parents=True, exist_ok=True)
-    write_json(options_file, to_json(config))
+    distributed.wait()  # all have read the earlier options
+    if distributed.rank() == 0:
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_json(options_file, to_json(config))
 
     with (
         RunLog(config.out, first_step, wandb_project=config.wandb_project, wandb_run_name=config.wandb_run_name,
                config=to_json(config)) as log,
-        tqdm(total=total_steps, initial=first_step, unit="step", desc=config.out.name) as progress,
+        tqdm(total=total_steps, initial=first_step, unit="step", desc=config.out.name, disable=distributed.rank() > 0) as progress,
     ):
         for step in range(first_step, total_steps):
             started = time.perf_counter()
@@ -236,14 +246,15 @@ def train(config: Config) -> None:
                 plan = shuffle_epoch(lengths, config.tokens_per_step, config.seed, epoch, config.shuffle)
             documents = plan[index]
             step_lengths = [lengths[i] for i in documents]
-            micro_batches = pack(step_lengths, config.tokens_per_batch)
+            batches = micro_batches(step_lengths, config.tokens_per_batch)
             target_tokens = sum(sum(learned[i].is_target[1:]) for i in documents)
             loss = torch.zeros((), device=device)
-            for micro_batch in micro_batches:
+            for micro_batch, is_own in distributed.in_step(batches[distributed.rank()], [0]):
                 batch = collate([learned[documents[i]] for i in micro_batch], device)
-                partial_loss = batch_loss(model, batch, target_tokens)
+                partial_loss = batch_loss(model, batch, target_tokens) * is_own
                 partial_loss.backward()
                 loss += partial_loss.detach()
+            distributed.sum_over_ranks(loss)
             rate = learning_rate(step, total_steps, config.lr, config.warmup, config.schedule)
             grad_norm = optimizer.step(rate)
 
@@ -254,7 +265,7 @@ def train(config: Config) -> None:
             log.log(step + 1, loss=loss.item(), eval_loss=eval_loss, lr=rate, grad_norm=grad_norm,
                     epoch=(step + 1) / epoch_steps, tokens=sum(step_lengths), target_tokens=target_tokens,
                     tokens_per_second=tokens_per_second,
-                    padding_share=padding_share(micro_batches, step_lengths), skipped_steps=optimizer.skipped_steps)
+                    padding_share=padding_share(sum(batches, []), step_lengths), skipped_steps=optimizer.skipped_steps)
             progress.set_postfix_str(f"loss {loss.item():.3f}, {tokens_per_second:,.0f} tokens/s")
             progress.update()
             if (step + 1) % config.save_every == 0 or is_last:
@@ -289,11 +300,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, sys.argv[1:] if argv is None else argv, PRESETS, __doc__)
     overrides = PRESETS[config.preset].overrides
     uses_nano_world = config.data == overrides.get("data") and config.model == overrides["model"]
-    if config.preset == "nano-student" and uses_nano_world:
-        make_nano_base(config.data[0], config.model, config.seed)
     if config.preset == "nano" and uses_nano_world:
         main(["--preset", "nano-student"])
-        make_nano_demonstrations(config.data[0], config.model, config.seed)
+    if uses_nano_world and distributed.rank() == 0:
+        make = {"nano-student": make_nano_base, "nano": make_nano_demonstrations}[config.preset]
+        make(config.data[0], config.model, config.seed)
+    distributed.wait()
     train(config)
 
 

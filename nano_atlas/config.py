@@ -17,12 +17,14 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
+from nano_atlas.distributed import is_first_failure, process_group
 from nano_atlas.errors import UserError
 
 ConfigType = TypeVar("ConfigType")
@@ -146,12 +148,20 @@ def refuse_changes(config: Any, saved: Mapping[str, Any], where: str) -> None:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`, and end with one readable line where the user can mend what went wrong."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues from the last saved state", file=sys.stderr)
-        sys.exit(130)
+    """Run a script's `main`, and end with one readable line where the user can mend what went wrong.
+
+    Of torchrun's processes the first that fails says why, and the others, which fail of its absence, nothing.
+    """
+    with process_group():
+        try:
+            main()
+        except BaseException as error:
+            if not is_first_failure():
+                os._exit(1)  # torch would report, at an orderly end, that the others are gone
+            if isinstance(error, UserError):
+                print(f"error: {error}", file=sys.stderr)
+                sys.exit(2)
+            if isinstance(error, KeyboardInterrupt):
+                print("\ninterrupted; the same command continues from the last saved state", file=sys.stderr)
+                sys.exit(130)
+            raise
