@@ -39,6 +39,7 @@ from nano_atlas.data import Problem, derive_seed, load_problems
 from nano_atlas.episodes import Episode, attempt, sketch_problems, teach, teaching_metrics
 from nano_atlas.errors import UserError
 from nano_atlas.files import read_json, write_json
+from nano_atlas.memory import grpo_needs
 from nano_atlas.metrics import RunLog
 from nano_atlas.model import Transformer
 from nano_atlas.optim import (
@@ -51,23 +52,22 @@ from nano_atlas.tokenizer import Tokenizer
 from nano_atlas.traces import problems_from_traces
 
 NANO = Path("runs/nano")
-GPU = {"dtype": "bfloat16", "gradient_checkpointing": True, "tokens_per_batch": 16384}
+GPU = {"dtype": "bfloat16", "gradient_checkpointing": True, "tokens_per_batch": 8192}
 PRESETS = {
     "nano": Preset("the nano world on a CPU, 1 GB", {
         "student": NANO / "student/model", "teacher": NANO / "teacher-sft/model", "out": NANO / "teacher-grpo",
         "steps": 100, "problems_per_step": 16, "baseline_samples": 4, "lr": 2e-4, "schedule": "cosine", "probe_tokens": 40, "teaching_tokens": 96,
         "answer_tokens": 120, "tokens_per_batch": 8192, "eval_every": 20, "eval_problems": 200, "save_every": 1,
     }),
-    "24gb": Preset("0.6B teacher and student on one GPU: 18 bytes x 0.6e9 + 2 x 1.2 GB of frozen models + 6 GB = 19 GB; --problems", {
+    "24gb": Preset(f"0.6B teacher and student on one GPU: {grpo_needs('Qwen/Qwen3-0.6B', 'Qwen/Qwen3-0.6B', 1, 8192, 32, 2560)}; --problems", {
         **GPU, "student": Path("Qwen/Qwen3-0.6B"), "answer_tokens": 1024, "teaching_tokens": 1024, "cache_rows": 32,
     }),
-    "80gb": Preset("1.7B teacher, 4B student on one GPU: 18 bytes x 1.7e9 + 3.4 GB + 8 GB + 20 GB = 62 GB; --problems", {
-        **GPU, "student": Path("Qwen/Qwen3-4B"), "answer_tokens": 2048, "teaching_tokens": 2048, "cache_rows": 64,
+    "80gb": Preset(f"1.7B teacher, 4B student on one GPU: {grpo_needs('Qwen/Qwen3-1.7B', 'Qwen/Qwen3-4B', 1, 8192, 48, 4608)}; --problems", {
+        **GPU, "student": Path("Qwen/Qwen3-4B"), "answer_tokens": 2048, "teaching_tokens": 2048, "cache_rows": 48,
     }),
-    "2gpu": Preset("8B teacher, 4B student on two 80 GB GPUs: 6 bytes x 8.2e9 + 20 GB = 69 GB on the first, 16 + 8 + 20 GB on the "
-                   "second, 12 x 8.2e9 = 98 GB of host memory; --problems", {
+    "2gpu": Preset(f"8B teacher, 4B student on two 80 GB GPUs: {grpo_needs('Qwen/Qwen3-8B', 'Qwen/Qwen3-4B', 2, 8192, 16, 8704)}; --problems", {
         **GPU, "student": Path("Qwen/Qwen3-4B"), "optimizer_device": "cpu", "answer_tokens": 4096, "teaching_tokens": 4096,
-        "cache_rows": 64,
+        "cache_rows": 16,
     }),
 }
 
@@ -173,14 +173,12 @@ def devices(config: Config) -> tuple[str, str, str]:
     gpus = torch.cuda.device_count()
     policy = distributed.device(config.device)
     has_second = gpus > 1 and distributed.size() == 1
-    student = config.student_device if config.student_device != "auto" else "cuda:1" if has_second else policy
+    beside = "cuda:1" if has_second else policy
+    student = beside if config.student_device == "auto" else distributed.device(config.student_device)
     beside = policy if config.kl == "exact" else student
-    reference = config.reference_device if config.reference_device != "auto" else beside
+    reference = beside if config.reference_device == "auto" else distributed.device(config.reference_device)
     if config.kl == "exact" and reference != policy:
         raise UserError(f"--kl exact compares whole distributions: the reference must be on {policy}, the policy's device")
-    for name in (policy, student, reference):
-        if name.startswith("cuda") and (not gpus or torch.device(name).index not in (None, *range(gpus))):
-            raise UserError(f"there is no device {name} here ({gpus} GPUs)")
     print(f"{gpus} GPUs: policy on {policy}, student on {student}, reference on {reference}")
     return policy, student, reference
 

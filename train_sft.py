@@ -35,6 +35,7 @@ from nano_atlas.data import (
 from nano_atlas.errors import UserError
 from nano_atlas.files import read_json, write_json
 from nano_atlas.loss import sft_loss
+from nano_atlas.memory import sft_needs
 from nano_atlas.metrics import RunLog
 from nano_atlas.model import PackedAttention, Transformer
 from nano_atlas.optim import (
@@ -56,13 +57,13 @@ PRESETS = {
         "epochs": 1, "shuffle": False, "tokens_per_step": 1024, "tokens_per_batch": 1024, "lr": 3e-3, "muon_scale": 2.0, "schedule": "cosine",
         "warmup": 0.02, "betas": (0.9, 0.98), "weight_decay": 0.05, "held_out": 0.005, "eval_every": 500,
     }),
-    "24gb": Preset("Qwen3-0.6B on one GPU: 18 bytes x 0.6e9 = 11 GB, and 4 GB for a micro-batch", {
+    "24gb": Preset(f"Qwen3-0.6B on one 24 GB GPU: {sft_needs('Qwen/Qwen3-0.6B', 8192)}", {
         **GPU, "model": Path("Qwen/Qwen3-0.6B"),
     }),
-    "2gpu": Preset("Qwen3-1.7B on two 24 GB GPUs: 6 bytes x 1.7e9 + 6 GB = 16 GB, and 12 x 1.7e9 + 1 GB = 22 GB", {
+    "2gpu": Preset(f"Qwen3-1.7B on two 24 GB GPUs: {sft_needs('Qwen/Qwen3-1.7B', 8192, True)}", {
         **GPU, "model": Path("Qwen/Qwen3-1.7B"), "optimizer_device": "cuda:1",
     }),
-    "80gb": Preset("Qwen3-8B on one GPU: 6 bytes x 8.2e9 + 9 GB = 58 GB, and 12 x 8.2e9 = 98 GB of host memory", {
+    "80gb": Preset(f"Qwen3-8B on one 80 GB GPU: {sft_needs('Qwen/Qwen3-8B', 8192, True)}, which is host memory", {
         **GPU, "model": Path("Qwen/Qwen3-8B"), "optimizer_device": "cpu",
     }),
 }

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import sys
+import time
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -155,9 +156,12 @@ def run_script(main: Callable[[], None]) -> None:
     with process_group():
         try:
             main()
+        except SystemExit:
+            raise
         except BaseException as error:
             if not is_first_failure():
-                os._exit(1)  # torch would report, at an orderly end, that the others are gone
+                time.sleep(1)  # torchrun ends the job at the first exit, which the one that says why should be
+                os._exit(1)  # at an orderly end, torch would report that the others are gone
             if isinstance(error, UserError):
                 print(f"error: {error}", file=sys.stderr)
                 sys.exit(2)

@@ -21,9 +21,6 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from nano_atlas.errors import UserError
 from nano_atlas.model import Transformer
@@ -74,10 +71,10 @@ def wait() -> None:
 
 
 def device(choice: str) -> str:
-    """The device named by an option; "auto" is a GPU, one for each process of a machine, or the CPU where there is none."""
+    """The device that an option names; "auto" is a GPU, a process's own, or the CPU where there is none. Raises UserError."""
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0)) if size() > 1 else 0
     if size() > 1 and choice.startswith("cuda"):
-        raise UserError(f"--device {choice}: torchrun's processes take one GPU each; leave it at auto")
+        raise UserError(f"device {choice}: each of torchrun's processes has a GPU of its own; use auto or cpu")
     if choice == "auto":
         choice = f"cuda:{local}" if gpus else "cpu"
     if choice.startswith("cuda") and (torch.device(choice).index or 0) >= gpus:
@@ -149,12 +146,15 @@ def shard(model: Transformer) -> None:
     """
     if size() == 1:
         return
+    from torch.distributed.device_mesh import init_device_mesh  # here, because these take as long to import as torch itself
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     model.compute_dtype = model.head_weight.dtype
     mesh = init_device_mesh(model.head_weight.device.type, (size(),))
     precision = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32)
     for module in (*model.model.layers, model):
         for parameter in module.parameters():
-            if not isinstance(parameter, DTensor):
+            if own_part(parameter) is parameter:
                 parameter.data = parameter.data.float()
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=module is not model)
         module.set_gradient_divide_factor(1.0)
@@ -163,7 +163,7 @@ def shard(model: Transformer) -> None:
 
 def own_part(tensor: Tensor) -> Tensor:
     """This rank's rows of a sharded tensor, as a view; any other tensor itself."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def own_rows(whole: Tensor, dim: int = 0) -> Tensor:
@@ -188,13 +188,12 @@ def gather_rows(part: Tensor, rows: int, dim: int = 0) -> Tensor:
 @torch.no_grad()
 def full_parameters(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     """(name, whole tensor) one at a time, in the model's dtype. All ranks must go through all of them, whoever needs them."""
-    if isinstance(model, FSDPModule):
-        model.reshard()  # a forward pass without a backward one leaves embedding and head gathered
+    if model.compute_dtype is None:
+        yield from ((name, parameter.detach()) for name, parameter in model.named_parameters())
+        return
+    model.reshard()  # a forward pass without a backward one leaves embedding and head gathered
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
-            yield name, gather_rows(own_part(parameter).to(model.compute_dtype), len(parameter))
-        else:
-            yield name, parameter.detach()
+        yield name, gather_rows(own_part(parameter).to(model.compute_dtype), len(parameter))
 
 
 def copy_parameters(source: Transformer, target: Transformer) -> None:
