@@ -4,6 +4,7 @@
     python train_grpo.py --preset 80gb --teacher runs/sft/model --student Qwen/Qwen3-0.6B --problems gsm8k.jsonl --out runs/grpo
     python train_grpo.py --traces traces.jsonl --teacher runs/nano/teacher-grpo/model --out runs/nano/round2  # on what the runtime exported
     python train_grpo.py --reward exact ...      # plain RL of the student itself on right or wrong: the control without a teacher
+    torchrun --nproc-per-node 8 train_grpo.py --preset 2gpu --optimizer-device auto ...    # eight GPUs; the same options on any number
 
 One step: P problems; one probe and K answers per problem by the student alone; G teachings per problem by the current policy; one
 guided answer each; reward; advantages within each group; one update (or several). Log-probabilities are those of the sampled
@@ -16,7 +17,8 @@ with the sampler about them.
 
 Against the published recipe (ATLAS): the gradient is on the prompt that was sampled from; the sampler has the current weights;
 probe and baselines are shared by a group; the reward compares the guided answer with the student's own; the KL anchor is the SFT
-checkpoint unless --reference-mixing says otherwise. One process; models may sit on different GPUs.
+checkpoint unless --reference-mixing says otherwise. In one process models may sit on different GPUs; under torchrun each rank
+shards the policy and has the frozen models, and a copy to sample from, to itself.
 """
 
 import copy
@@ -39,7 +41,7 @@ from nano_atlas.data import Problem, derive_seed, load_problems
 from nano_atlas.episodes import Episode, attempt, sketch_problems, teach, teaching_metrics
 from nano_atlas.errors import UserError
 from nano_atlas.files import read_json, write_json
-from nano_atlas.memory import grpo_needs
+from nano_atlas.memory import needs
 from nano_atlas.metrics import RunLog
 from nano_atlas.model import Transformer
 from nano_atlas.optim import (
@@ -59,13 +61,13 @@ PRESETS = {
         "steps": 100, "problems_per_step": 16, "baseline_samples": 4, "lr": 2e-4, "schedule": "cosine", "probe_tokens": 40, "teaching_tokens": 96,
         "answer_tokens": 120, "tokens_per_batch": 8192, "eval_every": 20, "eval_problems": 200, "save_every": 1,
     }),
-    "24gb": Preset(f"0.6B teacher and student on one GPU: {grpo_needs('Qwen/Qwen3-0.6B', 'Qwen/Qwen3-0.6B', 1, 8192, 32, 2560)}; --problems", {
+    "24gb": Preset(f"0.6B teacher and student on one GPU: {needs('Qwen/Qwen3-0.6B', 'Qwen/Qwen3-0.6B', 1, 32, 2560)}; --problems", {
         **GPU, "student": Path("Qwen/Qwen3-0.6B"), "answer_tokens": 1024, "teaching_tokens": 1024, "cache_rows": 32,
     }),
-    "80gb": Preset(f"1.7B teacher, 4B student on one GPU: {grpo_needs('Qwen/Qwen3-1.7B', 'Qwen/Qwen3-4B', 1, 8192, 48, 4608)}; --problems", {
+    "80gb": Preset(f"1.7B teacher, 4B student on one GPU: {needs('Qwen/Qwen3-1.7B', 'Qwen/Qwen3-4B', 1, 48, 4608)}; --problems", {
         **GPU, "student": Path("Qwen/Qwen3-4B"), "answer_tokens": 2048, "teaching_tokens": 2048, "cache_rows": 48,
     }),
-    "2gpu": Preset(f"8B teacher, 4B student on two 80 GB GPUs: {grpo_needs('Qwen/Qwen3-8B', 'Qwen/Qwen3-4B', 2, 8192, 16, 8704)}; --problems", {
+    "2gpu": Preset(f"8B teacher, 4B student on two 80 GB GPUs: {needs('Qwen/Qwen3-8B', 'Qwen/Qwen3-4B', 2)} on the host; --problems", {
         **GPU, "student": Path("Qwen/Qwen3-4B"), "optimizer_device": "cpu", "answer_tokens": 4096, "teaching_tokens": 4096,
         "cache_rows": 16,
     }),
@@ -372,4 +374,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, is_parallel=True)

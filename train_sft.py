@@ -2,6 +2,7 @@
 
     python train_sft.py                                                    # CPU: the nano world's student, then its teacher
     python train_sft.py --preset 24gb --data sft.jsonl --model Qwen/Qwen3-0.6B --out runs/teacher-sft       # one GPU
+    torchrun --nproc-per-node 8 train_sft.py --preset 80gb --optimizer-device auto --data sft.jsonl --out runs/teacher-sft  # eight
 
 Data are JSONL files of Arc-ATLAS-Teach-v0 demonstrations, chats, or prompt/completion pairs (nano_atlas/data.py); a model is a
 directory in Hugging Face layout. Only what the assistant says is learned. The same command continues an interrupted run.
@@ -12,7 +13,7 @@ directory in Hugging Face layout. Only what the assistant says is learned. The s
 
 Against the published recipe (ATLAS: Qwen3-8B, 16 documents a step, 10 epochs, ZeRO-3): the target is the text that GRPO samples
 later, `<thinking>..</thinking><teaching>..</teaching>` after the student's approach in the prompt, and not a text with labels
-of its own; a step is measured in tokens; one process, where the optimizer's state may live on another GPU or in host memory.
+of its own; a step is measured in tokens; on one GPU the optimizer's state may live on another or in host memory.
 """
 
 import hashlib
@@ -35,7 +36,7 @@ from nano_atlas.data import (
 from nano_atlas.errors import UserError
 from nano_atlas.files import read_json, write_json
 from nano_atlas.loss import sft_loss
-from nano_atlas.memory import sft_needs
+from nano_atlas.memory import needs
 from nano_atlas.metrics import RunLog
 from nano_atlas.model import PackedAttention, Transformer
 from nano_atlas.optim import (
@@ -57,13 +58,13 @@ PRESETS = {
         "epochs": 1, "shuffle": False, "tokens_per_step": 1024, "tokens_per_batch": 1024, "lr": 3e-3, "muon_scale": 2.0, "schedule": "cosine",
         "warmup": 0.02, "betas": (0.9, 0.98), "weight_decay": 0.05, "held_out": 0.005, "eval_every": 500,
     }),
-    "24gb": Preset(f"Qwen3-0.6B on one 24 GB GPU: {sft_needs('Qwen/Qwen3-0.6B', 8192)}", {
+    "24gb": Preset(f"Qwen3-0.6B on one 24 GB GPU: {needs('Qwen/Qwen3-0.6B')}", {
         **GPU, "model": Path("Qwen/Qwen3-0.6B"),
     }),
-    "2gpu": Preset(f"Qwen3-1.7B on two 24 GB GPUs: {sft_needs('Qwen/Qwen3-1.7B', 8192, True)}", {
+    "2gpu": Preset(f"Qwen3-1.7B on two 24 GB GPUs: {needs('Qwen/Qwen3-1.7B', host=True)} on the second", {
         **GPU, "model": Path("Qwen/Qwen3-1.7B"), "optimizer_device": "cuda:1",
     }),
-    "80gb": Preset(f"Qwen3-8B on one 80 GB GPU: {sft_needs('Qwen/Qwen3-8B', 8192, True)}, which is host memory", {
+    "80gb": Preset(f"Qwen3-8B on one 80 GB GPU: {needs('Qwen/Qwen3-8B', host=True)} on the host", {
         **GPU, "model": Path("Qwen/Qwen3-8B"), "optimizer_device": "cpu",
     }),
 }
@@ -83,8 +84,8 @@ class Config:
     thinking: bool = option(False, "render prompts with Qwen3's thinking mode on; other chat templates ignore it")
 
     model: Path = option(Path("Qwen/Qwen3-0.6B"), "checkpoint directory to start from", group="model")
-    device: str = option("auto", "where the model is: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
-    optimizer_device: str = option("auto", "where masters and moments are (12 bytes per parameter); auto: beside the model")
+    device: str = option("auto", "where the model is: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one", resumable=True)
+    optimizer_device: str = option("auto", "where masters and moments are (12 bytes per parameter); auto: beside the model", resumable=True)
     dtype: str = option("float32", "compute precision; masters and moments are float32 always", ["float32", "bfloat16"])
     gradient_checkpointing: bool = option(False, "keep one activation per layer, recompute the rest: less memory, 4/3 the time")
     compile: bool = option(False, "compile the layers (torch.compile): faster, after a minute")
@@ -311,4 +312,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, is_parallel=True)

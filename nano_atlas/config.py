@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
-from nano_atlas.distributed import is_first_failure, process_group
+from nano_atlas.distributed import is_first_failure, process_group, size
 from nano_atlas.errors import UserError
 
 ConfigType = TypeVar("ConfigType")
@@ -148,13 +148,16 @@ def refuse_changes(config: Any, saved: Mapping[str, Any], where: str) -> None:
                         "Repeat the earlier ones to continue it, choose another --out, or start over with --restart")
 
 
-def run_script(main: Callable[[], None]) -> None:
+def run_script(main: Callable[[], None], is_parallel: bool = False) -> None:
     """Run a script's `main`, and end with one readable line where the user can mend what went wrong.
 
-    Of torchrun's processes the first that fails says why, and the others, which fail of its absence, nothing.
+    is_parallel: the script has work for several processes of torchrun. Of these the first that fails says why, and the others,
+    which fail of its absence, nothing.
     """
     with process_group():
         try:
+            if size() > 1 and not is_parallel:
+                raise UserError("this script is work for one process: start it with python, not with torchrun")
             main()
         except SystemExit:
             raise

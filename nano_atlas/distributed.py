@@ -118,13 +118,13 @@ class DividedSeat:
     """A seat on every rank; each asks its own a part of the conversations, and all get all replies."""
 
     def __init__(self, seat):
-        self.seat = seat
+        self.seat, self.group = seat, dist.new_group(backend="gloo", timeout=PATIENCE)  # its own, so that a thread may ask
 
     def ask(self, conversations, generation, seeds, n=1, progress=None) -> list[list]:
         own = slice(rank(), None, size())
         replies = self.seat.ask(conversations[own], generation, seeds[own], n, progress if rank() == 0 else None)
         parts: list[list] = [[] for _ in range(size())]
-        dist.all_gather_object(parts, replies)  # pickled on the way between the ranks; nothing of it is stored
+        dist.all_gather_object(parts, replies, self.group)  # pickled on the way between the ranks; nothing of it is stored
         return [parts[index % size()][index // size()] for index in range(len(conversations))]
 
     def count_tokens(self, text: str) -> int:

@@ -101,7 +101,8 @@ class MasterAdamW:
                  weight_decay: float = 1e-4, clip_norm: float = 1.0, muon_scale: float = 0.0,
                  state_device: torch.device | str | None = None):
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.weights = {name: _own_part(p) for name, p in self.parameters.items()}
+        # this rank's part of each; the parameters themselves where the model is not sharded
+        self.weights = {name: own_part(p) for name, p in self.parameters.items()}
         self.masters = {name: _master(weight, state_device) for name, weight in self.weights.items()}
         self.gradient_sums: dict[str, Tensor] = {}  # name -> float32, of the low-precision parameters
         for name, parameter in self.parameters.items():
@@ -160,12 +161,13 @@ class MasterAdamW:
     def _chunks(self, gradients: Mapping[str, Tensor]) -> Iterable[list[str]]:
         chunk: list[str] = []
         size = 0
-        for name, gradient in gradients.items():
-            if chunk and size + gradient.numel() > CHUNK_ELEMENTS:
+        for name in gradients:
+            count = self.parameters[name].numel()  # of the whole, because all ranks cut alike (Muon gathers)
+            if chunk and size + count > CHUNK_ELEMENTS:
                 yield chunk
                 chunk, size = [], 0
             chunk.append(name)
-            size += gradient.numel()
+            size += count
         yield chunk
 
     def _update(self, names: list[str], gradients: Mapping[str, Tensor]) -> None:
@@ -211,11 +213,6 @@ class MasterAdamW:
     def _state_of(self, master: Tensor) -> dict[str, Tensor]:
         is_muon = self.muon is not None and any(master is other for other in self.muon.param_groups[0]["params"])
         return (self.muon if is_muon else self.adamw).state[master]
-
-
-def _own_part(parameter: nn.Parameter) -> nn.Parameter:
-    part = own_part(parameter)
-    return parameter if part is parameter else nn.Parameter(part)
 
 
 def _master(parameter: nn.Parameter, device: torch.device | str | None) -> nn.Parameter:

@@ -13,7 +13,7 @@ from conftest import byte_tokenizer, records
 from distributed_cases import CASES
 from safetensors.torch import load_file
 
-from nano_atlas import distributed
+from nano_atlas import config, distributed
 from nano_atlas.checkpoint import save_model
 from nano_atlas.errors import UserError
 from nano_atlas.model import ModelConfig, Transformer
@@ -131,3 +131,11 @@ def test_a_process_of_torchrun_takes_its_own_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match="there is no device cuda:2 here"):
         distributed.device("auto")
+
+
+def test_a_script_for_one_process_refuses_torchrun(monkeypatch, capsys):
+    monkeypatch.setattr(config, "size", lambda: 2)
+    with pytest.raises(SystemExit, match="2"):
+        config.run_script(lambda: print("never"))
+    said = capsys.readouterr()
+    assert said.out == "" and "error: this script is work for one process: start it with python" in said.err

@@ -37,12 +37,13 @@ def test_weights_gradients_and_optimizer_state_to_the_byte(shape, dtype):
     (hidden @ model.head_weight.T).float().sum().backward()
     b = dtype.itemsize
     assert memory.parameters(shape) == sum(p.numel() for p in model.parameters())
-    assert memory.weights(shape, b) == bytes_of(model.parameters())
-    assert memory.gradients(shape) == bytes_of(optimizer._gradients().values())
+    items = memory.training(shape, 5, b=b)
+    assert items["policy"] == bytes_of(model.parameters())
+    assert items["gradients"] == bytes_of(optimizer._gradients().values())
     optimizer.step(1e-3)
     moments = [value for name, value in optimizer.state_tensors() if name.endswith(("exp_avg", "exp_avg_sq"))]
     masters = [m for name, m in optimizer.masters.items() if m is not optimizer.parameters[name]]
-    assert memory.optimizer_state(shape, b) == bytes_of(moments) + bytes_of(masters)
+    assert items["masters, moments"] == bytes_of(moments) + bytes_of(masters)
 
 
 def test_known_models_have_the_published_numbers_of_parameters():
@@ -99,7 +100,7 @@ def test_presets_of_grpo_state_what_the_formulas_give(name, gpus):
     config = parse(train_grpo.Config, ["--preset", name, "--problems", "x"], train_grpo.PRESETS, "")
     teacher = {"24gb": "Qwen/Qwen3-0.6B", "80gb": "Qwen/Qwen3-1.7B", "2gpu": "Qwen/Qwen3-8B"}[name]
     sequence = 512 + config.teaching_tokens + config.answer_tokens  # the guided prompt holds question and teaching
-    said = memory.grpo_needs(teacher, str(config.student), gpus, config.tokens_per_batch, config.cache_rows, sequence)
+    said = memory.needs(teacher, str(config.student), gpus, config.cache_rows, sequence, config.tokens_per_batch)
     assert said in train_grpo.PRESETS[name].help
     assert config.gradient_checkpointing and config.dtype == "bfloat16"
 
@@ -107,6 +108,6 @@ def test_presets_of_grpo_state_what_the_formulas_give(name, gpus):
 @pytest.mark.parametrize("name", ["24gb", "2gpu", "80gb"])
 def test_presets_of_sft_state_what_the_formulas_give(name):
     config = parse(train_sft.Config, ["--preset", name, "--data", "x"], train_sft.PRESETS, "")
-    said = memory.sft_needs(str(config.model), config.tokens_per_batch, config.optimizer_device != "auto")
+    said = memory.needs(str(config.model), tokens=config.tokens_per_batch, host=config.optimizer_device != "auto")
     assert said in train_sft.PRESETS[name].help
     assert config.gradient_checkpointing and config.dtype == "bfloat16"
