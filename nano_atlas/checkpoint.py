@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from nano_atlas.distributed import full_parameters, rank, wait
+from nano_atlas.distributed import full_parameters, rank
 from nano_atlas.errors import UserError
 from nano_atlas.files import atomic_directory, read_json, write_json
 from nano_atlas.model import Llama3RopeScaling, ModelConfig, Transformer
@@ -261,7 +261,7 @@ def save_model(path: str | Path, model: Transformer, tokenizer: Tokenizer | None
     tensors = full_parameters(model)
     if rank() > 0:
         deque(tensors, maxlen=0)  # it takes part in gathering
-        return wait()
+        return
     with atomic_directory(path) as folder:
         weight_map = {}
         for number, names in enumerate(shards, start=1):
@@ -275,4 +275,3 @@ def save_model(path: str | Path, model: Transformer, tokenizer: Tokenizer | None
         if tokenizer is not None:
             tokenizer.save(folder)
         write_json(folder / "config.json", config_to_dict(model.config, dtype, tokenizer))
-    wait()

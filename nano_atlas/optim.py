@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nano_atlas.distributed import gather_rows, own_part, own_rows, rank, size, sum_over_ranks, wait
+from nano_atlas.distributed import gather_rows, own_part, own_rows, rank, size, sum_over_ranks
 from nano_atlas.errors import UserError
 from nano_atlas.files import atomic_directory, read_json, write_json
 
@@ -242,7 +242,6 @@ def save_training_state(root: Path, optimizer: MasterAdamW, step: int, extra: Ma
         for old in _states(root)[:-keep]:
             shutil.rmtree(old)
     deque(tensors, maxlen=0)  # the other ranks take part in gathering
-    wait()
     return target
 
 
