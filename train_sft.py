@@ -85,7 +85,8 @@ class Config:
 
     model: Path = option(Path("Qwen/Qwen3-0.6B"), "checkpoint directory to start from", group="model")
     device: str = option("auto", "where the model is: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one", resumable=True)
-    optimizer_device: str = option("auto", "where masters and moments are (12 bytes per parameter); auto: beside the model", resumable=True)
+    optimizer_device: str = option("auto", "where masters and moments are (12 bytes per parameter); auto: beside the model",
+                                   resumable=True)
     dtype: str = option("float32", "compute precision; masters and moments are float32 always", ["float32", "bfloat16"])
     gradient_checkpointing: bool = option(False, "keep one activation per layer, recompute the rest: less memory, 4/3 the time")
     compile: bool = option(False, "compile the layers (torch.compile): faster, after a minute")

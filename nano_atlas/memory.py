@@ -92,9 +92,11 @@ def training(
     return items
 
 
-def grpo(policy: ModelConfig, student: ModelConfig, gpus: int, tokens: int, rows: int, slots: int, **options) -> dict[str, dict[str, int]]:
+def grpo(
+    policy: ModelConfig, student: ModelConfig, gpus: int, rows: int, slots: int, tokens: int
+) -> dict[str, dict[str, int]]:
     """{kind of GPU: {item: bytes}}; rows x slots: of the embedded sampler's cache."""
-    train = training(policy, tokens, ranks=gpus if gpus > 2 else 1, is_offloaded=gpus == 2, **options)
+    train = training(policy, tokens, ranks=gpus if gpus > 2 else 1, is_offloaded=gpus == 2)
     copy, reference, learner = ({name: 2 * parameters(c)} for name, c in (
         ("sampler's copy", policy), ("reference", policy), ("student", student)))  # fmt: skip
     if gpus == 2:
@@ -113,12 +115,14 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.1f}" if size < 9.95e9 else f"{size / 1e9:.0f}"
 
 
-def needs(policy: str, student: str = "", gpus: int = 1, rows: int = 0, slots: int = 0, tokens: int = 8192, host: bool = False) -> str:
+def needs(
+    policy: str, student: str = "", gpus: int = 1, rows: int = 0, slots: int = 0, tokens: int = 8192, host: bool = False
+) -> str:
     """For the help text of a preset; host: the optimizer's state is elsewhere."""
     c = known_config(policy)
-    columns = grpo(c, known_config(student), gpus, tokens, rows, slots) if student else {"": training(c, tokens, is_offloaded=host)}
+    taught = grpo(c, known_config(student), gpus, rows, slots, tokens) if student else {"": training(c, tokens, is_offloaded=host)}
     rest = f", {gigabytes(12 * parameters(c))} GB of optimizer state" if host or gpus == 2 else ""
-    return " and ".join(f"{gigabytes(peak(items))} GB" for items in columns.values()) + rest
+    return " and ".join(f"{gigabytes(peak(items))} GB" for items in taught.values()) + rest
 
 
 @dataclass(frozen=True)
@@ -138,16 +142,16 @@ class Config:
 def table(config: Config) -> str:
     """Markdown: GB (10^9 bytes) per GPU."""
     policy, student = known_config(config.policy), known_config(config.student)
-    sizes = config.tokens_per_batch, config.cache_rows, config.sequence_tokens
-    columns = {name: items for gpus in config.gpus for name, items in grpo(policy, student, gpus, *sizes).items()}
+    rows, slots, tokens = config.cache_rows, config.sequence_tokens, config.tokens_per_batch
+    columns = {name: items for gpus in config.gpus for name, items in grpo(policy, student, gpus, rows, slots, tokens).items()}
     names = dict.fromkeys(name for items in columns.values() for name in items)
-    rows = [["GB per GPU", *columns], ["---", *["---:"] * len(columns)]]
-    rows += [[name, *(gigabytes(items[name]) if items.get(name) else "" for items in columns.values())] for name in names]
-    rows += [["**peak**", *(f"**{gigabytes(peak(items))}**" for items in columns.values())]]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + (
-        f"\n\nAn 80 GB card has {gigabytes(CARD)} GB. Activations of {sizes[0]:,} tokens with gradient checkpointing; without, "
-        f"{gigabytes(activations(policy, sizes[0], False))} GB. One sequence of {sizes[2]:,} tokens has "
-        f"{gigabytes(kv_cache(policy, 1, sizes[2]))} GB of KV cache. Masters and moments of 2 GPUs, "
+    lines = [["GB per GPU", *columns], ["---", *["---:"] * len(columns)]]
+    lines += [[name, *(gigabytes(items[name]) if items.get(name) else "" for items in columns.values())] for name in names]
+    lines += [["**peak**", *(f"**{gigabytes(peak(items))}**" for items in columns.values())]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + (
+        f"\n\nAn 80 GB card has {gigabytes(CARD)} GB. Activations of {tokens:,} tokens with gradient checkpointing; without, "
+        f"{gigabytes(activations(policy, tokens, False))} GB. One sequence of {slots:,} tokens has "
+        f"{gigabytes(kv_cache(policy, 1, slots))} GB of KV cache. Masters and moments of 2 GPUs, "
         f"{gigabytes(12 * parameters(policy))} GB, are on the host.")  # fmt: skip
 
 

@@ -217,6 +217,19 @@ def test_each_option_of_the_loss_changes_the_step(place, sampled):
     assert not is_same(loose[0], tight[0]) and 0 <= twice[1]["clip_ratio"] <= tight[1]["clip_ratio"]
 
 
+def test_the_norm_of_the_gradient_is_the_mean_over_the_updates(place, sampled):
+    class Measured(Descent):
+        norms = iter((1.0, 4.0))
+
+        def step(self, rate):
+            super().step(rate)
+            return next(self.norms)
+
+    policy, reference = load_model(place / "teacher"), load_model(place / "student")
+    metrics = update(config_of(place, updates_per_batch=2), policy, reference, Measured(policy), sampled, 1e-2)
+    assert metrics["grad_norm"] == 2.5
+
+
 def test_the_kl_is_that_to_the_reference(place, sampled):
     """k3 of both models' own log-probs, formula written out in float64."""
     from nano_atlas.policy import completion_logprobs
