@@ -4,6 +4,7 @@
     python train_grpo.py --preset 80gb --teacher runs/sft/model --student Qwen/Qwen3-0.6B --problems gsm8k.jsonl --out runs/grpo
     python train_grpo.py --traces traces.jsonl --teacher runs/nano/teacher-grpo/model --out runs/nano/round2  # on what the runtime exported
     python train_grpo.py --reward exact ...      # plain RL of the student itself on right or wrong: the control without a teacher
+    torchrun --nproc-per-node 8 train_grpo.py --preset 2gpu --optimizer-device auto ...    # eight GPUs; the same options on any number
 
 One step: P problems; one probe and K answers per problem by the student alone; G teachings per problem by the current policy; one
 guided answer each; reward; advantages within each group; one update (or several). Log-probabilities are those of the sampled
@@ -16,7 +17,8 @@ with the sampler about them.
 
 Against the published recipe (ATLAS): the gradient is on the prompt that was sampled from; the sampler has the current weights;
 probe and baselines are shared by a group; the reward compares the guided answer with the student's own; the KL anchor is the SFT
-checkpoint unless --reference-mixing says otherwise. One process trains; models may sit on different GPUs.
+checkpoint unless --reference-mixing says otherwise. In one process models may sit on different GPUs; under torchrun each rank
+shards the policy and has the frozen models, and a copy to sample from, to itself.
 
 Who samples is chosen in nano_atlas/layout.py, or with --rollout: this process, or vLLM servers that get the weights after each
 update. With --overlap they sample step t + 1 while step t trains, from weights that are one update old; importance weights correct
@@ -37,7 +39,7 @@ from statistics import stdev
 
 from tqdm import tqdm
 
-from nano_atlas import protocol, world
+from nano_atlas import distributed, protocol, world
 from nano_atlas.checkpoint import save_model
 from nano_atlas.config import Preset, option, parse, refuse_changes, run_script, to_json
 from nano_atlas.data import Problem, derive_seed, load_problems
@@ -45,6 +47,7 @@ from nano_atlas.episodes import Episode, attempt, episode_record, sketch_problem
 from nano_atlas.errors import UserError
 from nano_atlas.files import read_json, write_json
 from nano_atlas.layout import LayoutConfig, choose_layout, load, open_policy, open_student
+from nano_atlas.memory import needs
 from nano_atlas.metrics import RunLog
 from nano_atlas.optim import (
     SCHEDULES, MasterAdamW, latest_training_state, learning_rate, load_training_state, save_training_state,
@@ -57,23 +60,22 @@ from nano_atlas.traces import problems_from_traces
 
 NANO = Path("runs/nano")
 NANO_PROBLEMS = 4096  # whatever --steps is, so that a run that is continued for longer goes on with the same ones
-GPU = {"dtype": "bfloat16", "gradient_checkpointing": True, "tokens_per_batch": 16384}
+GPU = {"dtype": "bfloat16", "gradient_checkpointing": True, "tokens_per_batch": 8192}
 PRESETS = {
     "nano": Preset("the nano world on a CPU, 1 GB", {
         "student": str(NANO / "student/model"), "teacher": NANO / "teacher-sft/model", "out": NANO / "teacher-grpo",
         "steps": 100, "problems_per_step": 16, "baseline_samples": 4, "lr": 2e-4, "schedule": "cosine", "probe_tokens": 40, "teaching_tokens": 96,
         "answer_tokens": 120, "tokens_per_batch": 8192, "eval_every": 20, "eval_problems": 200, "save_every": 1,
     }),
-    "24gb": Preset("0.6B teacher and student on one GPU: 18 bytes x 0.6e9 + 2 x 1.2 GB of frozen models + 6 GB = 19 GB; --problems", {
+    "24gb": Preset(f"0.6B teacher and student on one GPU: {needs('Qwen/Qwen3-0.6B', 'Qwen/Qwen3-0.6B', 1, 32, 2560)}; --problems", {
         **GPU, "student": "Qwen/Qwen3-0.6B", "answer_tokens": 1024, "teaching_tokens": 1024, "cache_rows": 32,
     }),
-    "80gb": Preset("1.7B teacher, 4B student on one GPU: 18 bytes x 1.7e9 + 3.4 GB + 8 GB + 20 GB = 62 GB; --problems", {
-        **GPU, "student": "Qwen/Qwen3-4B", "answer_tokens": 2048, "teaching_tokens": 2048, "cache_rows": 64,
+    "80gb": Preset(f"1.7B teacher, 4B student on one GPU: {needs('Qwen/Qwen3-1.7B', 'Qwen/Qwen3-4B', 1, 48, 4608)}; --problems", {
+        **GPU, "student": "Qwen/Qwen3-4B", "answer_tokens": 2048, "teaching_tokens": 2048, "cache_rows": 48,
     }),
-    "2gpu": Preset("8B teacher, 4B student on two 80 GB GPUs: 6 bytes x 8.2e9 + 20 GB = 69 GB on the first, 16 + 8 + 20 GB on the "
-                   "second, 12 x 8.2e9 = 98 GB of host memory; --problems", {
+    "2gpu": Preset(f"8B teacher, 4B student on two 80 GB GPUs: {needs('Qwen/Qwen3-8B', 'Qwen/Qwen3-4B', 2)} on the host; --problems", {
         **GPU, "student": "Qwen/Qwen3-4B", "optimizer_device": "cpu", "answer_tokens": 4096, "teaching_tokens": 4096,
-        "cache_rows": 64,
+        "cache_rows": 16,
     }),
 }
 
@@ -244,8 +246,9 @@ def problems_of_step(problems: Sequence[Problem], step: int, per_step: int, seed
 
 def train(config: Config) -> None:
     state_dir, options_file = config.out / "state", config.out / "options.json"
-    if config.restart:
+    if config.restart and distributed.rank() == 0:
         shutil.rmtree(config.out, ignore_errors=True)
+    distributed.wait()
     resumed = latest_training_state(state_dir)
     if resumed:
         refuse_changes(config, read_json(options_file), str(config.out))
@@ -258,6 +261,7 @@ def train(config: Config) -> None:
     layout = choose_layout(config, config.student, config.reward == "teaching", config.kl)
     policy = load(start, layout.policy, config.dtype, f"train it with `python train_sft.py`, or name another with {flag}")
     policy.recompute_activations = config.gradient_checkpointing
+    distributed.shard(policy)
     reference_dir = config.out / "reference"  # one beside each state, so that a crash between the two mixes nothing twice
     anchor = reference_dir / resumed.name if resumed and config.reference_mixing else start
     reference = load(anchor, layout.reference, config.dtype, "start over with --restart") if config.beta else None
@@ -268,8 +272,10 @@ def train(config: Config) -> None:
     )  # fmt: skip
     record = load_training_state(resumed, optimizer) if resumed else {"step": 0, "best": None}
     first_step, best = record["step"], record["best"]
-    config.out.mkdir(parents=True, exist_ok=True)
-    write_json(options_file, to_json(config))
+    distributed.wait()  # all have read the earlier options
+    if distributed.rank() == 0:
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_json(options_file, to_json(config))
     print(f"{len(problems)} problems, {len(held_out)} held out; {config.problems_per_step} x {config.group_size} completions a step")
 
     with (
@@ -278,7 +284,7 @@ def train(config: Config) -> None:
         RunLog(config.out, first_step, wandb_project=config.wandb_project, wandb_run_name=config.wandb_run_name,
                config=to_json(config)) as log,
         RunLog(config.out, first_step, filename="episodes.jsonl") as episodes,
-        tqdm(total=config.steps, initial=first_step, unit="step", desc=config.out.name) as progress,
+        tqdm(total=config.steps, initial=first_step, unit="step", desc=config.out.name, disable=distributed.rank() > 0) as progress,
     ):  # fmt: skip
         policy_seat = open_policy(config, layout, policy, tokenizer, first_step, servers)
         sampler = policy_seat.sampler
@@ -330,7 +336,7 @@ def train(config: Config) -> None:
                     save_model(reference_dir / f"step-{step + 1:08d}", reference, tokenizer)
                 extra = {"best": best, "upcoming": dataclasses.asdict(upcoming.result()) if upcoming else None}
                 save_training_state(state_dir, optimizer, step + 1, extra, config.keep)
-                for old in reference_dir.glob("step-*"):
+                for old in reference_dir.glob("step-*") if distributed.rank() == 0 else ():
                     if not (state_dir / old.name).is_dir():
                         shutil.rmtree(old)
 
@@ -343,4 +349,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, is_parallel=True)

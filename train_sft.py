@@ -2,6 +2,7 @@
 
     python train_sft.py                                                    # CPU: the nano world's student, then its teacher
     python train_sft.py --preset 24gb --data sft.jsonl --model Qwen/Qwen3-0.6B --out runs/teacher-sft       # one GPU
+    torchrun --nproc-per-node 8 train_sft.py --preset 80gb --optimizer-device auto --data sft.jsonl --out runs/teacher-sft  # eight
 
 Data are JSONL files of Arc-ATLAS-Teach-v0 demonstrations, chats, or prompt/completion pairs (nano_atlas/data.py); a model is a
 directory in Hugging Face layout. Only what the assistant says is learned. The same command continues an interrupted run.
@@ -12,7 +13,7 @@ directory in Hugging Face layout. Only what the assistant says is learned. The s
 
 Against the published recipe (ATLAS: Qwen3-8B, 16 documents a step, 10 epochs, ZeRO-3): the target is the text that GRPO samples
 later, `<thinking>..</thinking><teaching>..</teaching>` after the student's approach in the prompt, and not a text with labels
-of its own; a step is measured in tokens; one process, where the optimizer's state may live on another GPU or in host memory.
+of its own; a step is measured in tokens; on one GPU the optimizer's state may live on another or in host memory.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nano_atlas import world
+from nano_atlas import distributed, world
 from nano_atlas.checkpoint import load_model, save_model
 from nano_atlas.config import Preset, option, parse, refuse_changes, run_script, to_json
 from nano_atlas.data import (
@@ -35,6 +36,7 @@ from nano_atlas.data import (
 from nano_atlas.errors import UserError
 from nano_atlas.files import read_json, write_json
 from nano_atlas.loss import sft_loss
+from nano_atlas.memory import needs
 from nano_atlas.metrics import RunLog
 from nano_atlas.model import PackedAttention, Transformer
 from nano_atlas.optim import (
@@ -56,13 +58,13 @@ PRESETS = {
         "epochs": 1, "shuffle": False, "tokens_per_step": 1024, "tokens_per_batch": 1024, "lr": 3e-3, "muon_scale": 2.0, "schedule": "cosine",
         "warmup": 0.02, "betas": (0.9, 0.98), "weight_decay": 0.05, "held_out": 0.005, "eval_every": 500,
     }),
-    "24gb": Preset("Qwen3-0.6B on one GPU: 18 bytes x 0.6e9 = 11 GB, and 4 GB for a micro-batch", {
+    "24gb": Preset(f"Qwen3-0.6B on one 24 GB GPU: {needs('Qwen/Qwen3-0.6B')}", {
         **GPU, "model": Path("Qwen/Qwen3-0.6B"),
     }),
-    "2gpu": Preset("Qwen3-1.7B on two 24 GB GPUs: 6 bytes x 1.7e9 + 6 GB = 16 GB, and 12 x 1.7e9 + 1 GB = 22 GB", {
+    "2gpu": Preset(f"Qwen3-1.7B on two 24 GB GPUs: {needs('Qwen/Qwen3-1.7B', host=True)} on the second", {
         **GPU, "model": Path("Qwen/Qwen3-1.7B"), "optimizer_device": "cuda:1",
     }),
-    "80gb": Preset("Qwen3-8B on one GPU: 6 bytes x 8.2e9 + 9 GB = 58 GB, and 12 x 8.2e9 = 98 GB of host memory", {
+    "80gb": Preset(f"Qwen3-8B on one 80 GB GPU: {needs('Qwen/Qwen3-8B', host=True)} on the host", {
         **GPU, "model": Path("Qwen/Qwen3-8B"), "optimizer_device": "cpu",
     }),
 }
@@ -82,8 +84,9 @@ class Config:
     thinking: bool = option(False, "render prompts with Qwen3's thinking mode on; other chat templates ignore it")
 
     model: Path = option(Path("Qwen/Qwen3-0.6B"), "checkpoint directory to start from", group="model")
-    device: str = option("auto", "where the model is: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
-    optimizer_device: str = option("auto", "where masters and moments are (12 bytes per parameter); auto: beside the model")
+    device: str = option("auto", "where the model is: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one", resumable=True)
+    optimizer_device: str = option("auto", "where masters and moments are (12 bytes per parameter); auto: beside the model",
+                                   resumable=True)
     dtype: str = option("float32", "compute precision; masters and moments are float32 always", ["float32", "bfloat16"])
     gradient_checkpointing: bool = option(False, "keep one activation per layer, recompute the rest: less memory, 4/3 the time")
     compile: bool = option(False, "compile the layers (torch.compile): faster, after a minute")
@@ -131,17 +134,16 @@ def load(config: Config) -> tuple[Transformer, Tokenizer]:
     if not (config.model / "config.json").is_file():
         raise UserError(f"no model at {config.model}; fetch one with `hf download {config.model} --local-dir {config.model}`, "
                         "or name another directory with --model")
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    for name in (device, config.optimizer_device):
-        if name.startswith("cuda") and torch.device(name).index not in (None, *range(torch.cuda.device_count())):
-            raise UserError(f"there is no device {name} here ({torch.cuda.device_count()} GPUs)")
-    model = load_model(config.model, dtype=getattr(torch, config.dtype), device=device)
+    if config.optimizer_device != "auto":
+        distributed.device(config.optimizer_device)
+    model = load_model(config.model, dtype=getattr(torch, config.dtype), device=distributed.device(config.device))
     model.recompute_activations = config.gradient_checkpointing
     if config.compile:
         # The lengths of the documents differ in every batch; a compiler that saw them would compile for each anew.
         PackedAttention.__call__ = torch.compiler.disable(PackedAttention.__call__)
         for layer in model.model.layers:
             layer.compile(dynamic=True)
+    distributed.shard(model)
     return model, Tokenizer.from_directory(config.model)
 
 
@@ -175,21 +177,30 @@ def batch_loss(model: Transformer, batch: Batch, target_tokens: int) -> torch.Te
     return sft_loss(hidden[batch.target_positions], model.head_weight, batch.targets, weights)[0]
 
 
+def micro_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[list[int]]]:
+    """Of each rank, the documents (by index) of each of its micro-batches."""
+    shares = distributed.shares(lengths)
+    return [[[share[i] for i in group] for group in pack([lengths[i] for i in share], tokens_per_batch)] for share in shares]
+
+
 @torch.no_grad()
 def evaluate(model: Transformer, examples: list[Example], tokens_per_batch: int, device: torch.device) -> float:
     """Mean -log p of the target tokens, in nats."""
-    groups = pack([len(example.input_ids) - 1 for example in examples], tokens_per_batch)
-    batches = [collate([examples[i] for i in group], device) for group in groups]
-    target_tokens = sum(len(batch.targets) for batch in batches)
-    return sum(float(batch_loss(model, batch, target_tokens)) for batch in batches)
+    lengths = [len(example.input_ids) - 1 for example in examples]
+    target_tokens = sum(sum(example.is_target[1:]) for example in examples)
+    loss = torch.zeros((), device=device)
+    for documents, is_own in distributed.in_step(micro_batches(lengths, tokens_per_batch)[distributed.rank()], [0]):
+        loss += batch_loss(model, collate([examples[i] for i in documents], device), target_tokens) * is_own
+    return distributed.sum_over_ranks(loss).item()
 
 
 def train(config: Config) -> None:
     state_dir, options_file = config.out / "state", config.out / "options.json"
     data_hash = fingerprint(config.data)
-    if config.restart:
+    if config.restart and distributed.rank() == 0:
         for directory in (state_dir, config.out / "model"):
             shutil.rmtree(directory, ignore_errors=True)
+    distributed.wait()
     resumed = latest_training_state(state_dir)
     record = read_json(resumed / "state.json") if resumed else {}
     if resumed:
@@ -221,13 +232,15 @@ def train(config: Config) -> None:
         state_device=None if config.optimizer_device == "auto" else config.optimizer_device,
     )
     first_step = load_training_state(resumed, optimizer)["step"] if resumed else 0
-    config.out.mkdir(parents=True, exist_ok=True)
-    write_json(options_file, to_json(config))
+    distributed.wait()  # all have read the earlier options
+    if distributed.rank() == 0:
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_json(options_file, to_json(config))
 
     with (
         RunLog(config.out, first_step, wandb_project=config.wandb_project, wandb_run_name=config.wandb_run_name,
                config=to_json(config)) as log,
-        tqdm(total=total_steps, initial=first_step, unit="step", desc=config.out.name) as progress,
+        tqdm(total=total_steps, initial=first_step, unit="step", desc=config.out.name, disable=distributed.rank() > 0) as progress,
     ):
         for step in range(first_step, total_steps):
             started = time.perf_counter()
@@ -236,14 +249,15 @@ def train(config: Config) -> None:
                 plan = shuffle_epoch(lengths, config.tokens_per_step, config.seed, epoch, config.shuffle)
             documents = plan[index]
             step_lengths = [lengths[i] for i in documents]
-            micro_batches = pack(step_lengths, config.tokens_per_batch)
+            batches = micro_batches(step_lengths, config.tokens_per_batch)
             target_tokens = sum(sum(learned[i].is_target[1:]) for i in documents)
             loss = torch.zeros((), device=device)
-            for micro_batch in micro_batches:
+            for micro_batch, is_own in distributed.in_step(batches[distributed.rank()], [0]):
                 batch = collate([learned[documents[i]] for i in micro_batch], device)
-                partial_loss = batch_loss(model, batch, target_tokens)
+                partial_loss = batch_loss(model, batch, target_tokens) * is_own
                 partial_loss.backward()
                 loss += partial_loss.detach()
+            distributed.sum_over_ranks(loss)
             rate = learning_rate(step, total_steps, config.lr, config.warmup, config.schedule)
             grad_norm = optimizer.step(rate)
 
@@ -254,7 +268,7 @@ def train(config: Config) -> None:
             log.log(step + 1, loss=loss.item(), eval_loss=eval_loss, lr=rate, grad_norm=grad_norm,
                     epoch=(step + 1) / epoch_steps, tokens=sum(step_lengths), target_tokens=target_tokens,
                     tokens_per_second=tokens_per_second,
-                    padding_share=padding_share(micro_batches, step_lengths), skipped_steps=optimizer.skipped_steps)
+                    padding_share=padding_share(sum(batches, []), step_lengths), skipped_steps=optimizer.skipped_steps)
             progress.set_postfix_str(f"loss {loss.item():.3f}, {tokens_per_second:,.0f} tokens/s")
             progress.update()
             if (step + 1) % config.save_every == 0 or is_last:
@@ -289,13 +303,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, sys.argv[1:] if argv is None else argv, PRESETS, __doc__)
     overrides = PRESETS[config.preset].overrides
     uses_nano_world = config.data == overrides.get("data") and config.model == overrides["model"]
-    if config.preset == "nano-student" and uses_nano_world:
-        make_nano_base(config.data[0], config.model, config.seed)
     if config.preset == "nano" and uses_nano_world:
         main(["--preset", "nano-student"])
-        make_nano_demonstrations(config.data[0], config.model, config.seed)
+    if uses_nano_world and distributed.rank() == 0:
+        make = {"nano-student": make_nano_base, "nano": make_nano_demonstrations}[config.preset]
+        make(config.data[0], config.model, config.seed)
+    distributed.wait()
     train(config)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, is_parallel=True)

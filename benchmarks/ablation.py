@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import train_grpo
 import train_sft
-from nano_atlas import protocol, stats, world
+from nano_atlas import layout, protocol, stats, world
 from nano_atlas.checkpoint import load_model
 from nano_atlas.data import derive_seed, read_jsonl
 from nano_atlas.episodes import EpisodeConfig, sketch_problems, teach, teaching_metrics
@@ -68,8 +68,9 @@ def sampler_never_updated(stack: ExitStack) -> None:
     class StaleSeat(EmbeddedSeat):
         def __init__(self, model, *arguments, **options):
             super().__init__(copy.deepcopy(model), *arguments, **options)
+            self.sampler.sync = lambda model, version: 0.0
 
-    stack.enter_context(patch.object(train_grpo, "EmbeddedSeat", StaleSeat))
+    stack.enter_context(patch.object(layout, "EmbeddedSeat", StaleSeat))
 
 
 def whole_text_without_a_tag(stack: ExitStack) -> None:

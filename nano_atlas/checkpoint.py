@@ -4,13 +4,16 @@ Loading maps tensors by name alone, because `model.py` names its parameters as t
 that `model.py` does not compute is refused by the name of its field, because it would load and silently be another model.
 """
 
+from collections import deque
 from dataclasses import asdict, fields
+from itertools import islice
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from nano_atlas.distributed import full_parameters, rank
 from nano_atlas.errors import UserError
 from nano_atlas.files import atomic_directory, read_json, write_json
 from nano_atlas.model import Llama3RopeScaling, ModelConfig, Transformer
@@ -238,7 +241,8 @@ def save_model(path: str | Path, model: Transformer, tokenizer: Tokenizer | None
     """Writes a directory that `load_model`, transformers and vLLM read, replacing an earlier checkpoint at `path` atomically.
 
     `dtype` converts the weights (default: as they are). Weights above `max_shard_bytes` are split into several files with an
-    index. Raises UserError where `path` holds something else than a checkpoint, which would be lost.
+    index. All ranks call it, and rank 0 writes. Raises UserError where `path` holds something else than a checkpoint, which would
+    be lost.
     """
     path = Path(path)
     entries = list(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
@@ -246,24 +250,28 @@ def save_model(path: str | Path, model: Transformer, tokenizer: Tokenizer | None
     if foreign:
         listed = ", ".join(foreign[:5])
         raise UserError(f"{path} holds {listed}, which saving a checkpoint would delete; choose another directory")
-    state = model.state_dict()
-    tensor_bytes = {name: tensor.numel() * (dtype or tensor.dtype).itemsize for name, tensor in state.items()}
+    dtype = dtype or model.compute_dtype or model.head_weight.dtype
+    tensor_bytes = {name: parameter.numel() * dtype.itemsize for name, parameter in model.named_parameters()}
     shards: list[list[str]] = [[]]
     for name, size in tensor_bytes.items():
         if shards[-1] and sum(tensor_bytes[other] for other in shards[-1]) + size > max_shard_bytes:
             shards.append([])
         shards[-1].append(name)
 
+    tensors = full_parameters(model)
+    if rank() > 0:
+        deque(tensors, maxlen=0)  # it takes part in gathering
+        return
     with atomic_directory(path) as folder:
         weight_map = {}
         for number, names in enumerate(shards, start=1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
             weight_map |= dict.fromkeys(names, file)
-            tensors = {name: state[name].detach().to("cpu", dtype or state[name].dtype).contiguous() for name in names}
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            run = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in islice(tensors, len(names))}
+            save_file(run, folder / file, metadata={"format": "pt"})
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(tensor_bytes.values())}, "weight_map": weight_map}
             write_json(folder / "model.safetensors.index.json", index)
         if tokenizer is not None:
             tokenizer.save(folder)
-        write_json(folder / "config.json", config_to_dict(model.config, dtype or state[EMBEDDING].dtype, tokenizer))
+        write_json(folder / "config.json", config_to_dict(model.config, dtype, tokenizer))

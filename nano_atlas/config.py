@@ -17,12 +17,15 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import sys
+import time
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
+from nano_atlas.distributed import is_first_failure, process_group, size
 from nano_atlas.errors import UserError
 
 ConfigType = TypeVar("ConfigType")
@@ -145,13 +148,27 @@ def refuse_changes(config: Any, saved: Mapping[str, Any], where: str) -> None:
                         "Repeat the earlier ones to continue it, choose another --out, or start over with --restart")
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`, and end with one readable line where the user can mend what went wrong."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues from the last saved state", file=sys.stderr)
-        sys.exit(130)
+def run_script(main: Callable[[], None], is_parallel: bool = False) -> None:
+    """Run a script's `main`, and end with one readable line where the user can mend what went wrong.
+
+    is_parallel: the script has work for several processes of torchrun. Of these the first that fails says why, and the others,
+    which fail of its absence, nothing.
+    """
+    with process_group():
+        try:
+            if size() > 1 and not is_parallel:
+                raise UserError("this script is work for one process: start it with python, not with torchrun")
+            main()
+        except SystemExit:
+            raise
+        except BaseException as error:
+            if not is_first_failure():
+                time.sleep(1)  # torchrun ends the job at the first exit, which the one that says why should be
+                os._exit(1)  # at an orderly end, torch would report that the others are gone
+            if isinstance(error, UserError):
+                print(f"error: {error}", file=sys.stderr)
+                sys.exit(2)
+            if isinstance(error, KeyboardInterrupt):
+                print("\ninterrupted; the same command continues from the last saved state", file=sys.stderr)
+                sys.exit(130)
+            raise

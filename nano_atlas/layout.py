@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from nano_atlas import distributed
 from nano_atlas.checkpoint import load_model
 from nano_atlas.config import option
 from nano_atlas.errors import UserError
@@ -72,35 +73,38 @@ class Layout:
 
 def choose_layout(config: LayoutConfig, student: str, needs_student: bool, kl: str, gpus: int | None = None) -> Layout:
     """Fills in what is "auto" and prints the choice. Raises UserError for what is not there or does not go together."""
-    gpus = torch.cuda.device_count() if gpus is None else gpus
-    last = f"cuda:{gpus - 1}" if gpus else "cpu"
+    gpus, is_alone = torch.cuda.device_count() if gpus is None else gpus, distributed.size() == 1
+    policy = distributed.device(config.device, gpus)
+    last = f"cuda:{gpus - 1}" if gpus and is_alone else policy
     has_vllm = find_spec("vllm") is not None
-    policy = config.device if config.device != "auto" else "cuda:0" if gpus else "cpu"
     rollout, reason = config.rollout, "as asked"
     if rollout == "auto":
         reasons = {
             "a --vllm-url is given": bool(config.vllm_url),
-            f"there are {gpus} GPUs, one to train and one to sample": gpus > 1 and has_vllm,
+            f"there are {gpus} GPUs, one to train and one to sample": gpus > 1 and has_vllm and is_alone,
         }
         reason = next((text for text, holds in reasons.items() if holds), None)
         rollout, reason = ("vllm", reason) if reason else ("embedded", f"{gpus} GPUs, vLLM {'is' if has_vllm else 'not'} installed")
     server = ""
     if rollout == "vllm" and not config.vllm_url:
         server = config.vllm_device if config.vllm_device != "auto" else last
-    student_device = config.student_device if config.student_device != "auto" else last if gpus > 1 else policy
+        if gpus and not is_alone and config.vllm_device == "auto":
+            raise UserError("under torchrun name the server's GPUs, which no process trains on: --vllm-device cuda:6,7")
+    student_device = last if config.student_device == "auto" else distributed.device(config.student_device, gpus)
     student_rollout = config.student_rollout
     if is_url(student):
         student_rollout = "endpoint"
     elif student_rollout == "auto":
-        student_rollout = "vllm" if rollout == "vllm" and gpus > 1 and needs_student else "embedded"
-    is_crowded = rollout == "vllm" and gpus > 1  # a server takes what memory its GPU has
+        student_rollout = "vllm" if rollout == "vllm" and gpus > 1 and needs_student and is_alone else "embedded"
+    if not is_alone and (student_rollout == "vllm" or config.weight_sync == "nccl"):
+        raise UserError("under torchrun the student is embedded or a URL, and weights go to vLLM with --weight-sync file")
+    is_crowded = rollout == "vllm" and gpus > 1 and is_alone  # a server takes what memory its GPU has
     beside = policy if kl == "exact" or is_crowded else student_device
-    reference = config.reference_device if config.reference_device != "auto" else beside
+    reference = beside if config.reference_device == "auto" else distributed.device(config.reference_device, gpus)
     if kl == "exact" and reference != policy:
         raise UserError(f"--kl exact compares whole distributions: the reference must be on {policy}, the policy's device")
-    for name in (policy, student_device, reference, *(f"cuda:{i}" for i in server.partition(":")[2].split(",") if i)):
-        if name.startswith("cuda") and (not gpus or torch.device(name).index not in (None, *range(gpus))):
-            raise UserError(f"there is no device {name} here ({gpus} GPUs)")
+    for index in filter(None, server.partition(":")[2].split(",")):
+        distributed.check_gpu(f"cuda:{index}", gpus)
     if config.overlap and rollout == "embedded":
         raise UserError("--overlap needs --rollout vllm: the embedded sampler's weights are the trainer's, which change as it trains")
     place = f"vLLM at {', '.join(config.vllm_url)}" if config.vllm_url else f"vLLM on {server}" if server else "this process"
@@ -118,21 +122,24 @@ def load(path: str | Path, device: str, dtype: str, made_by: str) -> Transformer
 def open_policy(config, layout: Layout, policy: Transformer, tokenizer: Tokenizer, version: int, stack: ExitStack) -> TokenSeat:
     """The policy's seat; its sampler has the weights of `policy` as `version`. What was started ends with `stack`."""
     if layout.rollout == "embedded":
-        seat = EmbeddedSeat(policy, tokenizer, thinking=config.thinking, max_rows=config.cache_rows)
+        whole = distributed.whole_copy(policy)
+        seat = EmbeddedSeat(whole, tokenizer, thinking=config.thinking, max_rows=config.cache_rows)
         seat.sampler.sync(policy, version)
-        return seat
+        return distributed.divide(seat)
     is_own = bool(layout.server)
     method = config.weight_sync
     if method == "auto":
-        method = "nccl" if is_own and not layout.shares_gpu and layout.server.startswith("cuda") else "file"
+        is_apart = is_own and not layout.shares_gpu and layout.server.startswith("cuda")
+        method = "nccl" if is_apart and distributed.size() == 1 else "file"
     folder, remove = config.sync_dir or config.out / "served", None
     if is_own and config.sync_dir is None and SHARED_MEMORY.is_dir():
         remove = SHARED_MEMORY / f"nano-atlas-{hashlib.sha256(str(config.out.resolve()).encode()).hexdigest()[:12]}"
         folder = remove / "model"
     files = FileTransfer(folder, tokenizer)
-    server, urls = None, config.vllm_url
+    server, urls = None, config.vllm_url if distributed.rank() == 0 else ()
     if is_own:
         files.stage(policy)  # what the server starts from, and starts from again if it must
+    if is_own and distributed.rank() == 0:
         memory = 0.35 if layout.shares_gpu else layout.server_memory
         options = ["--weight-transfer-config", '{"backend": "nccl"}'] if method == "nccl" else []
         options += ["--enable-sleep-mode"] if layout.shares_gpu else []
@@ -145,16 +152,16 @@ def open_policy(config, layout: Layout, policy: Transformer, tokenizer: Tokenize
     stack.callback(sampler.close)
     difference = sampler.sync(policy, version)
     print(f"weights by {method}; trainer and server differ by {difference:.1e} nats a token (allowed: {sampler.parity.limit:.1e})")
-    return TokenSeat(sampler, tokenizer, thinking=config.thinking)
+    return distributed.divide(TokenSeat(sampler, tokenizer, thinking=config.thinking), is_first_only=True)
 
 
 def open_student(config, layout: Layout, stack: ExitStack) -> Seat:
     if layout.student_rollout == "endpoint":
-        return EndpointSeat(config.student, config.student_model or None, timeout=config.vllm_timeout)
+        return distributed.divide(EndpointSeat(config.student, config.student_model or None, timeout=config.vllm_timeout))
     if layout.student_rollout == "embedded":
         frozen = load(config.student, layout.student, config.dtype, "name the student's checkpoint directory with --student")
         tokenizer = Tokenizer.from_directory(config.student)
-        return EmbeddedSeat(frozen, tokenizer, thinking=config.thinking, max_rows=config.cache_rows)
+        return distributed.divide(EmbeddedSeat(frozen, tokenizer, thinking=config.thinking, max_rows=config.cache_rows))
     model = Path(config.student)
     server = stack.enter_context(start_server(config, layout.student, model, "vllm_student.log", layout.server_memory))
     sampler = VllmSampler((server.url,), server=server, timeout=config.vllm_timeout)

@@ -7,6 +7,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from nano_atlas.distributed import rank
 from nano_atlas.errors import UserError
 
 
@@ -22,11 +23,12 @@ class RunLog:
                  wandb_run_name: str = "", config: dict[str, Any] | None = None):
         self.path = Path(directory) / filename
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
+        is_first = rank() == 0  # the other ranks write nothing
+        if is_first and self.path.exists():
             _keep_until(self.path, resumed_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = (self.path if is_first else Path(os.devnull)).open("a", encoding="utf-8")
         self._wandb = None
-        if wandb_project:
+        if wandb_project and is_first:
             try:
                 import wandb
             except ImportError:

@@ -155,6 +155,7 @@ class Transformer(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.recompute_activations = False  # gradient checkpointing, one layer at a time
+        self.compute_dtype: torch.dtype | None = None  # of a sharded model, whose parameters are float32 (distributed.py)
 
     @property
     def head_weight(self) -> Tensor:

@@ -4,12 +4,13 @@ The model computes in its own dtype (bfloat16 or float32); what is *updated* is 
 1e-5 relative size is below the resolution of bfloat16 (2^-8) and would be rounded away. Bytes per parameter with bfloat16
 compute: 2 (weights) + 4 (gradients, summed in float32 over the micro-batches) + 4 (masters) + 8 (the two moments of Adam) = 18;
 with float32 compute a weight is its own master and its own gradient sum: 16. The last 12 (masters and moments) may live on
-another device.
+another device. Of a sharded model (distributed.py) each rank updates its own rows, and its parameters are the masters: 16 / N.
 """
 
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nano_atlas.distributed import gather_rows, own_part, own_rows, rank, size, sum_over_ranks
 from nano_atlas.errors import UserError
 from nano_atlas.files import atomic_directory, read_json, write_json
 
@@ -59,18 +61,20 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized (Jordan et al. 2024, kellerjordan.github.io/posts/muon), for the matrices of the layers.
 
     Like torch.optim.Muon, but in float32 and all matrices of one shape at once: on a CPU, at this size, several times faster.
+    `rows` gives the height of each whole matrix where ranks hold a part; all of them orthogonalize the whole.
     """
 
-    def __init__(self, params: list[Tensor], momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(self, params: list[Tensor], momentum: float = 0.95, weight_decay: float = 0.0, rows: Sequence[int] | None = None):
         super().__init__(params, {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay})
+        self.shapes = {p: (n, p.shape[1]) for p, n in zip(params, rows or map(len, params), strict=True)}
 
     @torch.no_grad()
     def step(self) -> None:
         (group,) = self.param_groups
-        by_shape: dict[torch.Size, list[Tensor]] = {}
+        by_shape: dict[tuple[int, int], list[Tensor]] = {}
         for parameter in group["params"]:
             if parameter.grad is not None:
-                by_shape.setdefault(parameter.shape, []).append(parameter)
+                by_shape.setdefault(self.shapes[parameter], []).append(parameter)
         for shape, parameters in by_shape.items():
             updates = []
             for parameter in parameters:
@@ -78,7 +82,8 @@ class Muon(torch.optim.Optimizer):
                 average.lerp_(parameter.grad, 1 - group["momentum"])
                 updates.append(parameter.grad.lerp(average, group["momentum"]))  # Nesterov's look ahead
             step_size = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
-            for parameter, update in zip(parameters, orthogonalize(torch.stack(updates))):
+            whole = orthogonalize(gather_rows(torch.stack(updates), shape[0], dim=1))
+            for parameter, update in zip(parameters, own_rows(whole, dim=1)):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=step_size)
 
 
@@ -96,14 +101,17 @@ class MasterAdamW:
                  weight_decay: float = 1e-4, clip_norm: float = 1.0, muon_scale: float = 0.0,
                  state_device: torch.device | str | None = None):
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.masters = {name: _master(p, state_device) for name, p in self.parameters.items()}
+        # this rank's part of each; the parameters themselves where the model is not sharded
+        self.weights = {name: own_part(p) for name, p in self.parameters.items()}
+        self.masters = {name: _master(weight, state_device) for name, weight in self.weights.items()}
         self.gradient_sums: dict[str, Tensor] = {}  # name -> float32, of the low-precision parameters
         for name, parameter in self.parameters.items():
             if parameter.dtype != torch.float32:
                 parameter.register_post_accumulate_grad_hook(lambda p, name=name: self._hand_over(name, p))
-        hidden = [master for name, master in self.masters.items() if muon_scale and ".layers." in name and master.ndim == 2]
+        hidden_names = [name for name, p in self.parameters.items() if muon_scale and ".layers." in name and p.ndim == 2]
+        hidden, rows = [self.masters[name] for name in hidden_names], [len(self.parameters[name]) for name in hidden_names]
         self.muon_scale = muon_scale
-        self.muon = Muon(hidden, weight_decay=weight_decay) if hidden else None
+        self.muon = Muon(hidden, weight_decay=weight_decay, rows=rows) if hidden else None
         is_hidden = {id(master) for master in hidden}
         matrices = [master for master in self.masters.values() if master.ndim > 1 and id(master) not in is_hidden]
         vectors = [master for master in self.masters.values() if master.ndim <= 1]
@@ -121,7 +129,7 @@ class MasterAdamW:
 
     def _gradients(self) -> dict[str, Tensor]:
         """name -> float32 gradient of this step, for the parameters that took part in it."""
-        own = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        own = {name: own_part(p.grad) for name, p in self.parameters.items() if p.grad is not None}
         return {**own, **self.gradient_sums}
 
     @torch.no_grad()
@@ -134,6 +142,8 @@ class MasterAdamW:
         if not gradients:
             raise RuntimeError("step() without a backward pass before it")
         norm = float(torch.nn.utils.get_total_norm(list(gradients.values()), foreach=True))
+        if size() > 1:
+            norm = float(sum_over_ranks(torch.tensor(norm**2, dtype=torch.float64))) ** 0.5
         if math.isfinite(norm):
             if norm > self.clip_norm:
                 torch._foreach_mul_(list(gradients.values()), self.clip_norm / norm)
@@ -151,12 +161,13 @@ class MasterAdamW:
     def _chunks(self, gradients: Mapping[str, Tensor]) -> Iterable[list[str]]:
         chunk: list[str] = []
         size = 0
-        for name, gradient in gradients.items():
-            if chunk and size + gradient.numel() > CHUNK_ELEMENTS:
+        for name in gradients:
+            count = self.parameters[name].numel()  # of the whole, because all ranks cut alike (Muon gathers)
+            if chunk and size + count > CHUNK_ELEMENTS:
                 yield chunk
                 chunk, size = [], 0
             chunk.append(name)
-            size += gradient.numel()
+            size += count
         yield chunk
 
     def _update(self, names: list[str], gradients: Mapping[str, Tensor]) -> None:
@@ -168,30 +179,34 @@ class MasterAdamW:
         if self.muon:
             self.muon.step()
         for name in names:
-            if self.masters[name] is not self.parameters[name]:
-                self.parameters[name].copy_(self.masters[name])
+            if self.masters[name] is not self.weights[name]:
+                self.weights[name].copy_(self.masters[name])
 
     def clear_gradients(self) -> None:
         self.gradient_sums.clear()
         for tensor in (*self.parameters.values(), *self.masters.values()):
             tensor.grad = None
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """All that the next step depends on, as `{parameter name}.{master|step|exp_avg|exp_avg_sq|momentum}`, float32."""
-        tensors = {f"{name}.master": master.detach() for name, master in self.masters.items()}
+    def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All that the next step depends on, as `{parameter name}.{master|step|exp_avg|exp_avg_sq|momentum}`, float32.
+
+        Whole tensors, one at a time, which all ranks gather together.
+        """
         for name, master in self.masters.items():
-            tensors |= {f"{name}.{key}": value for key, value in self._state_of(master).items()}
-        return tensors
+            for kind, value in {"master": master.detach(), **self._state_of(master)}.items():
+                yield f"{name}.{kind}", value if kind == "step" else gather_rows(value, len(self.parameters[name]))
 
     @torch.no_grad()
     def load_state_tensor(self, key: str, value: Tensor) -> None:
         """Take over one tensor of `state_tensors()`; a master also sets the model's weight. Raises KeyError if unknown."""
         name, _, kind = key.rpartition(".")
         master = self.masters[name]
+        if kind != "step":
+            value = own_rows(value)
         if kind == "master":
             master.copy_(value)
-            if master is not self.parameters[name]:
-                self.parameters[name].copy_(master)
+            if master is not self.weights[name]:
+                self.weights[name].copy_(master)
         else:
             self._state_of(master)[kind] = value.to(master.device, copy=True)
 
@@ -218,21 +233,27 @@ def save_training_state(root: Path, optimizer: MasterAdamW, step: int, extra: Ma
     training comes from a seed derived from (seed, step).
     """
     target = Path(root) / f"step-{step:08d}"
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for key, tensor in optimizer.state_tensors().items():
-        if size > 0 and size + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][key] = tensor
-        size += tensor.nbytes
-    with atomic_directory(target) as folder:
-        for number, shard in enumerate(shards):
-            save_file({key: tensor.contiguous() for key, tensor in shard.items()}, folder / f"state-{number:05d}.safetensors")
-        write_json(folder / "state.json", {"step": step, "skipped_steps": optimizer.skipped_steps, **extra})
-    for old in _states(root)[:-keep]:
-        shutil.rmtree(old)
+    tensors = optimizer.state_tensors()
+    if rank() == 0:
+        with atomic_directory(target) as folder:
+            for number, run in enumerate(_runs(tensors)):
+                save_file(run, folder / f"state-{number:05d}.safetensors")
+            write_json(folder / "state.json", {"step": step, "skipped_steps": optimizer.skipped_steps, **extra})
+        for old in _states(root)[:-keep]:
+            shutil.rmtree(old)
+    deque(tensors, maxlen=0)  # the other ranks take part in gathering
     return target
+
+
+def _runs(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Tensors in host memory, of SHARD_BYTES together (a larger one alone)."""
+    run: dict[str, Tensor] = {}
+    for key, tensor in tensors:
+        if run and sum(t.nbytes for t in run.values()) + tensor.nbytes > SHARD_BYTES:
+            yield run
+            run = {}
+        run[key] = tensor.cpu().contiguous()
+    yield run
 
 
 def _states(root: Path) -> list[Path]:
@@ -251,7 +272,7 @@ def load_training_state(state: Path, optimizer: MasterAdamW) -> dict[str, Any]:
     Raises UserError naming the tensor or file that is missing, unknown or of another shape.
     """
     remedy = "the state belongs to another model or is damaged; use --restart to start over"
-    expected = {f"{name}.master": tuple(master.shape) for name, master in optimizer.masters.items()}
+    expected = {f"{name}.master": tuple(parameter.shape) for name, parameter in optimizer.parameters.items()}
     try:
         record = read_json(state / "state.json")
         for path in sorted(state.glob("*.safetensors")):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nano_atlas import distributed
 from nano_atlas.config import option
 from nano_atlas.episodes import EpisodeConfig
 from nano_atlas.errors import UserError
@@ -76,11 +77,16 @@ class PolicyBatch:
     rows: Tensor  # [M] int64: the place of each completion token among those of the whole step
 
 
-def policy_batches(samples: Sequence[Sample], tokens_per_batch: int, device: str | torch.device) -> list[PolicyBatch]:
-    """Cut a step's samples into micro-batches of at most `tokens_per_batch` tokens (a single longer completion is its own)."""
+def policy_batches(
+    samples: Sequence[Sample], tokens_per_batch: int, device: str | torch.device, own: Sequence[int] | None = None
+) -> list[PolicyBatch]:
+    """Cut a step's samples into micro-batches of at most `tokens_per_batch` tokens (a single longer completion is its own).
+
+    own: the samples (by index) to take; None takes all.
+    """
     groups: dict[tuple[int, ...], list[int]] = {}
-    for index, sample in enumerate(samples):
-        groups.setdefault(tuple(sample.rollout.prompt_ids), []).append(index)
+    for index in range(len(samples)) if own is None else own:
+        groups.setdefault(tuple(samples[index].rollout.prompt_ids), []).append(index)
     batches: list[list[tuple[tuple[int, ...], list[int]]]] = [[]]
     room = tokens_per_batch
     for prompt, members in sorted(groups.items(), key=lambda group: len(group[0])):  # prompts of similar length together
@@ -130,11 +136,13 @@ def predicting_states(model: Transformer, batch: PolicyBatch) -> Tensor:
 
 
 @torch.no_grad()
-def completion_logprobs(model: Transformer, samples: Sequence[Sample], tokens_per_batch: int, temperature: float) -> Tensor:
-    """Log-probs `[M_step]` float32 of all completion tokens of a step, at the sampling temperature."""
+def completion_logprobs(
+    model: Transformer, samples: Sequence[Sample], tokens_per_batch: int, temperature: float, own: Sequence[int] | None = None
+) -> Tensor:
+    """Log-probs `[M_step]` float32 of all completion tokens of a step, at the sampling temperature; 0 where not of `own`."""
     device = model.head_weight.device
-    logprobs = torch.empty(sum(len(sample.rollout.completion_ids) for sample in samples), device=device)
-    for batch in policy_batches(samples, tokens_per_batch, device):
+    logprobs = torch.zeros(sum(len(sample.rollout.completion_ids) for sample in samples), device=device)
+    for batch in policy_batches(samples, tokens_per_batch, device, own):
         hidden = predicting_states(model, batch)
         logprobs[batch.rows] = token_stats(hidden, model.head_weight, batch.targets, temperature=temperature).logprobs
     return logprobs
@@ -144,7 +152,10 @@ def update(
     config: UpdateConfig, policy: Transformer, reference: Transformer | None, optimizer: MasterAdamW, samples: Sequence[Sample],
     rate: float, staleness: int = 0,
 ) -> dict[str, float]:  # fmt: skip
-    """All updates on one step's samples; returns the metrics of the first (they describe the sampled batch).
+    """All updates on one step's samples; returns the metrics of the first (they describe the sampled batch), but of
+    `clip_ratio` and `grad_norm` the mean over the updates.
+
+    All ranks are given all samples; each computes its share, and statistics of all tokens come back to all.
 
     Sampler and trainer never compute quite the same log-probs (kernels, precision), and differ for good reason where samples are
     `staleness` > 0 updates old. So each token's policy term is weighed by p_trainer / p_sampler, truncated at
@@ -157,16 +168,20 @@ def update(
     weights = torch.tensor(step_token_weights(lengths, config.normalization, config.longest_completion))[per_token].to(device)
     advantages = torch.tensor([sample.advantage for sample in samples])[per_token].to(device)
     sampled = torch.tensor([logprob for sample in samples for logprob in sample.rollout.logprobs], device=device)
+    own = distributed.shares(lengths)[distributed.rank()]
     is_k3 = reference is not None and config.kl == "k3"
     ref_logprobs = old_logprobs = None
     if is_k3:
-        ref_logprobs = completion_logprobs(reference, samples, config.tokens_per_batch, config.teacher_temperature).to(device)
+        ref_logprobs = completion_logprobs(
+            reference, samples, config.tokens_per_batch, config.teacher_temperature, own).to(device)
     metrics: dict[str, float] = {}
-    importance = torch.ones_like(sampled)  # a factor of exactly 1 where the log-probs are equal
+    importance = torch.ones_like(sampled)  # a factor of exactly 1 where the log-probs are equal; of this rank's tokens
     for update_index in range(config.updates_per_batch):
-        parts = {name: torch.zeros(sum(lengths), device=device) for name in ("logprobs", "entropy", "kl", "is_clipped")}
-        loss_sum = 0.0
-        for batch in policy_batches(samples, config.tokens_per_batch, device):
+        parts = {name: torch.zeros(sum(lengths), device=device) for name in ("logprobs", "entropy", "kl", "is_clipped", "importance")}
+        loss_sum = torch.zeros((), device=device)
+        batches = policy_batches(samples, config.tokens_per_batch, device, own)
+        filler = batches[0] if batches else policy_batches(samples, config.tokens_per_batch, device, [0])[0]
+        for batch, is_own in distributed.in_step(batches, filler):
             exact = {}
             if reference is not None and config.kl == "exact":
                 with torch.no_grad():
@@ -176,7 +191,7 @@ def update(
                 now = token_stats(hidden.detach(), policy.head_weight, batch.targets, temperature=config.teacher_temperature)
                 importance[batch.rows] = (now.logprobs - sampled[batch.rows]).exp().clamp(max=config.importance_cap)
             loss, stats = grpo_loss(
-                hidden, policy.head_weight, batch.targets, weights[batch.rows], advantages[batch.rows],
+                hidden, policy.head_weight, batch.targets, weights[batch.rows] * is_own, advantages[batch.rows],
                 importance=importance[batch.rows],
                 old_logprobs=None if old_logprobs is None else old_logprobs[batch.rows],
                 ref_logprobs=None if ref_logprobs is None else ref_logprobs[batch.rows],
@@ -184,18 +199,20 @@ def update(
                 temperature=config.teacher_temperature, kl=config.kl, **exact,
             )  # fmt: skip
             loss.backward()
-            loss_sum += loss.item()
+            loss_sum += loss.detach()
             for name, values in parts.items():
-                value = getattr(stats, name)
-                if value is not None:
+                value = importance[batch.rows] if name == "importance" else getattr(stats, name)
+                if value is not None and is_own:
                     values[batch.rows] = value.to(values.dtype)
+        for values in (loss_sum, *parts.values()):
+            distributed.sum_over_ranks(values)
         if update_index == 0:
             difference = (parts["logprobs"] - sampled).abs()
             metrics = {
-                "loss": loss_sum, "kl": parts["kl"].mean().item(), "entropy": parts["entropy"].mean().item(),
+                "loss": loss_sum.item(), "kl": parts["kl"].mean().item(), "entropy": parts["entropy"].mean().item(),
                 "sampling/logp_diff_mean": difference.mean().item(), "sampling/logp_diff_max": difference.max().item(),
-                "sampling/importance_mean": importance.mean().item(), "sampling/staleness": staleness,
-                "sampling/importance_capped": (importance == config.importance_cap).float().mean().item(),
+                "sampling/importance_mean": parts["importance"].mean().item(), "sampling/staleness": staleness,
+                "sampling/importance_capped": (parts["importance"] == config.importance_cap).float().mean().item(),
             }
             if not staleness and not metrics["sampling/logp_diff_mean"] <= config.max_logp_diff:
                 raise UserError(
@@ -203,7 +220,7 @@ def update(
                     f"average (--max-logp-diff {config.max_logp_diff}): the sampler's weights or prompts are not the trainer's")
             old_logprobs = parts["logprobs"] if config.updates_per_batch > 1 else None
         metrics["clip_ratio"] = metrics.get("clip_ratio", 0.0) + parts["is_clipped"].mean().item() / config.updates_per_batch
-        metrics["grad_norm"] = optimizer.step(rate)
+        metrics["grad_norm"] = metrics.get("grad_norm", 0.0) + optimizer.step(rate) / config.updates_per_batch
     return metrics
 
 
@@ -218,5 +235,6 @@ def usable(config: UpdateConfig, groups: Sequence[Sequence[Sample]]) -> list[Sam
 
 @torch.no_grad()
 def mix_reference(reference: Transformer, policy: Transformer, share: float) -> None:
-    for old, new in zip(reference.parameters(), policy.parameters(), strict=True):
-        old.lerp_(new.to(old.device), share)
+    old = dict(reference.named_parameters())
+    for name, new in distributed.full_parameters(policy):
+        old[name].lerp_(new.to(old[name].device), share)

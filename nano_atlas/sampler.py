@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from nano_atlas.distributed import copy_parameters
 from nano_atlas.errors import UserError
 from nano_atlas.model import ModelConfig, PackedAttention, Transformer
 
@@ -185,12 +186,12 @@ class Sampler:
                     bar.update()
         return results
 
-
     def sync(self, model: Transformer, version: int) -> float:
-        """From now on the weights of `model` are `version`; a sampler elsewhere fetches them, this one has them already.
-
-        Returns by how much a sampler elsewhere then differs (nats); here 0.
+        """From now on the weights of `model` are `version`; a sampler elsewhere fetches them, this one has them already, unless
+        `model` is sharded. Returns by how much a sampler elsewhere then differs (nats); here 0.
         """
+        if model is not self.model:
+            copy_parameters(model, self.model)
         self.weight_version = version
         return 0.0
 

@@ -6,6 +6,7 @@ compares the log-probs of one sequence.
 """
 
 import random
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from nano_atlas.checkpoint import EMBEDDING, config_to_dict
 from nano_atlas.client import Client, ServerLost
+from nano_atlas.distributed import full_parameters, rank
 from nano_atlas.errors import UserError
 from nano_atlas.files import atomic_directory, write_json
 from nano_atlas.loss import token_stats
@@ -31,10 +33,10 @@ def full_weights(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     Without that copy, vLLM on a CPU gets new blocks under an old head: it packs a tied head when it starts, and `reload_weights`
     packs it anew only where it meets `lm_head.weight`. It says nothing about it.
     """
-    for name, weight in model.state_dict().items():
-        yield name, weight.detach()
+    for name, weight in full_parameters(model):
+        yield name, weight
         if name == EMBEDDING and model.config.tie_word_embeddings:
-            yield "lm_head.weight", weight.detach()
+            yield "lm_head.weight", weight
 
 
 class FileTransfer:
@@ -45,12 +47,15 @@ class FileTransfer:
 
     def stage(self, model: Transformer) -> None:
         """Replaces the checkpoint as a whole. Raises UserError where there is no room; the one before is then still there."""
+        if rank() > 0:
+            deque(full_weights(model), maxlen=0)  # it takes part in gathering
+            return
         try:
             with atomic_directory(self.folder) as folder:
                 for number, (name, weight) in enumerate(full_weights(model)):  # a file each: never two tensors in host memory
                     save_file({name: weight.cpu().contiguous()}, folder / f"{number:05}.safetensors", {"format": "pt"})
                 self.tokenizer.save(folder)
-                write_json(folder / "config.json", config_to_dict(model.config, model.head_weight.dtype, self.tokenizer))
+                write_json(folder / "config.json", config_to_dict(model.config, model.compute_dtype or model.head_weight.dtype, self.tokenizer))
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot write the weights for the server to {self.folder} ({error}); make room there, or name "
                             "another place with --sync-dir. The run continues from its last state") from error  # fmt: skip

@@ -28,6 +28,7 @@ RECOVERIES = 2  # restarts or reloads within one call, before giving up
 class VllmSampler:
     """Samples from vLLM servers that hold the policy's weights (`transfer` and `parity` given) or a frozen model's (neither).
 
+    Under torchrun rank 0 has the servers; the other ranks' samplers have none, and only take part in gathering the weights.
     urls: the servers; `server` is the one among them that was started here and may be restarted. connections: requests under
     way per server. timeout: seconds for one request. shares_gpu: the server sleeps between `rest` and its next use.
     Raises UserError where a server is not there, is not started as this needs it, or holds a different model.
@@ -149,7 +150,7 @@ class VllmSampler:
                 self._wake()
                 for client in self.clients:
                     self._load(client)
-                return max(self._check_parity(client) for client in self.clients)
+                return max((self._check_parity(client) for client in self.clients), default=0.0)
             except ServerLost as lost:
                 if recovery == RECOVERIES:
                     raise

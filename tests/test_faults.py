@@ -72,6 +72,7 @@ def test_fault_3_the_sampler_keeps_the_weights_it_started_with(place, tmp_path, 
     class StaleSeat(EmbeddedSeat):
         def __init__(self, model, *arguments, **options):
             super().__init__(copy.deepcopy(model), *arguments, **options)
+            self.sampler.sync = lambda model, version: 0.0
 
     monkeypatch.setattr(layout, "EmbeddedSeat", StaleSeat)
     with pytest.raises(UserError, match="trainer and sampler disagree .* the sampler's weights"):

@@ -73,11 +73,11 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted():
     optimizer = MasterAdamW(model)
     backward(model, 1)
     optimizer.step(0.1)
-    before = {key: tensor.clone() for key, tensor in optimizer.state_tensors().items()}
+    before = {key: tensor.clone() for key, tensor in optimizer.state_tensors()}
     backward(model, 2, scale=math.inf)
     assert not math.isfinite(optimizer.step(0.1))
     assert optimizer.skipped_steps == 1
-    assert all(torch.equal(before[key], tensor) for key, tensor in optimizer.state_tensors().items())
+    assert all(torch.equal(before[key], tensor) for key, tensor in optimizer.state_tensors())
     assert all(p.grad is None for p in model.parameters())
 
 

@@ -101,7 +101,7 @@ def test_the_records_hold_the_metrics_people_know_and_whole_episodes(place, tmp_
     assert [record["step"] for record in episodes] == [1, 2]
     for record in episodes:
         assert {"question", "approach", "baselines", "completion", "guided", "reward", "advantage", "is_leak"} <= set(record)
-        assert ("teaching" in record) == (protocol.parse_teaching(record["completion"]) is not None)
+        assert record["teaching"] == (protocol.parse_teaching(record["completion"]) or "")
         assert len(record["baselines"]) == 2
 
 
@@ -215,6 +215,19 @@ def test_each_option_of_the_loss_changes_the_step(place, sampled):
     )
     assert loose[1]["clip_ratio"] == 0 < tight[1]["clip_ratio"] <= 0.5  # half of the updates start on the old policy itself
     assert not is_same(loose[0], tight[0]) and 0 <= twice[1]["clip_ratio"] <= tight[1]["clip_ratio"]
+
+
+def test_the_norm_of_the_gradient_is_the_mean_over_the_updates(place, sampled):
+    class Measured(Descent):
+        norms = iter((1.0, 4.0))
+
+        def step(self, rate):
+            super().step(rate)
+            return next(self.norms)
+
+    policy, reference = load_model(place / "teacher"), load_model(place / "student")
+    metrics = update(config_of(place, updates_per_batch=2), policy, reference, Measured(policy), sampled, 1e-2)
+    assert metrics["grad_norm"] == 2.5
 
 
 def test_the_kl_is_that_to_the_reference(place, sampled):

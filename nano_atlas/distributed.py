@@ -1,0 +1,218 @@
+"""Several processes that train one model: FSDP2 under torchrun. In a single process every function here is a no-op.
+
+    torchrun --nproc-per-node 8 train_grpo.py --preset 80gb ...
+
+All ranks hold the same data and take the same decisions; what differs is who computes what. Each samples its share of the
+conversations (`divide`) and learns from its share of a step's tokens (`shares`), then everyone has everyone's results. Each stores
+its rows of every parameter, gradient and moment (Rajbhandari et al. 2020, arXiv:1910.02054, ZeRO stage 3); whole layers exist
+while they compute. Gradients are summed over the ranks, not averaged: the losses are normalised by the whole step already.
+
+They are summed after each micro-batch, not once per step, because to wait would take an unsharded float32 gradient (33 GB for 8B)
+to save one transfer of three. Rows are cut as FSDP2 cuts them: ceil(rows / N) each, the last ranks fewer or none.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nano_atlas.errors import UserError
+from nano_atlas.model import Transformer
+
+PATIENCE = timedelta(hours=2)  # a rank waits this long for the others, who may sample long answers or evaluate
+Item = TypeVar("Item")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Joins the processes that torchrun started, if it did; all but rank 0 print nothing but errors from here on."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "LOCAL_RANK" not in os.environ:
+        yield
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    if torch.cuda.is_available() and int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    yield
+    dist.destroy_process_group()  # not after an exception: it could wait for a rank that is gone
+
+
+def is_first_failure() -> bool:
+    """Whether this process is the first of the job to fail; the others then fail of its absence, and need not say so."""
+    if not dist.is_initialized():
+        return True
+    try:  # torchrun's own store, which outlives the ranks
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
+        return store.add(f"failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+    except RuntimeError:
+        return True
+
+
+def wait() -> None:
+    """Until all ranks are here: what rank 0 alone writes is then there for all."""
+    if size() > 1:
+        dist.barrier()
+
+
+def device(choice: str, gpus: int | None = None) -> str:
+    """The device that an option names; "auto" is a GPU, a process's own, or the CPU where there is none. Raises UserError."""
+    gpus = torch.cuda.device_count() if gpus is None else gpus
+    if size() > 1 and choice.startswith("cuda"):
+        raise UserError(f"device {choice}: each of torchrun's processes has a GPU of its own; use auto or cpu")
+    if choice == "auto":
+        choice = f"cuda:{os.environ['LOCAL_RANK'] if size() > 1 else 0}" if gpus else "cpu"
+    if choice.startswith("cuda"):
+        check_gpu(choice, gpus)
+    return choice
+
+
+def check_gpu(name: str, gpus: int) -> None:
+    if (torch.device(name).index or 0) >= gpus:
+        raise UserError(f"there is no device {name} here ({gpus} GPUs)")
+
+
+# ---- who computes what ----------------------------------------------------------------------------------------------------
+
+
+def shares(sizes: Sequence[int]) -> list[list[int]]:
+    """Items (by index) of each rank: neighbours stay together, and the sizes of all shares are equal, give or take an item."""
+    result: list[list[int]] = [[] for _ in range(size())]
+    before, total = 0, sum(sizes)
+    for index, item in enumerate(sizes):
+        result[int((before + item / 2) * len(result) / total)].append(index)  # the rank in whose share its middle lies
+        before += item
+    return result
+
+
+def in_step(batches: Sequence[Item], filler: Item) -> Iterator[tuple[Item, bool]]:
+    """(micro-batch, whether it counts): this rank's own, then `filler` until every rank has run as many.
+
+    Every pass through a sharded model gathers weights and sums gradients, which all ranks do together or wait for ever.
+    """
+    most = torch.tensor(len(batches))
+    if size() > 1:
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+    yield from ((batch, True) for batch in batches)
+    yield from ((filler, False) for _ in range(int(most) - len(batches)))
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """In place."""
+    if size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+class DividedSeat:
+    """A seat on every rank; each asks its own a part of the conversations (or rank 0 all of them), and all get all replies."""
+
+    def __init__(self, seat, is_first_only: bool):
+        self.seat, self.group = seat, dist.new_group(backend="gloo", timeout=PATIENCE)  # its own, so that a thread may ask
+        self.parts = 1 if is_first_only else size()
+
+    def ask(self, conversations, generation, seeds, n=1, progress=None) -> list[list]:
+        own = slice(rank(), None, self.parts) if rank() < self.parts else slice(0)
+        replies = self.seat.ask(conversations[own], generation, seeds[own], n, progress if rank() == 0 else None)
+        parts: list[list] = [[] for _ in range(size())]
+        dist.all_gather_object(parts, replies, self.group)  # pickled on the way between the ranks; nothing of it is stored
+        return [parts[index % self.parts][index // self.parts] for index in range(len(conversations))]
+
+    def __getattr__(self, name: str):
+        return getattr(self.seat, name)
+
+
+def divide(seat, is_first_only: bool = False):
+    """is_first_only: the seat of the other ranks has nothing to ask, as the server is rank 0's."""
+    return DividedSeat(seat, is_first_only) if size() > 1 else seat
+
+
+# ---- sharded parameters -----------------------------------------------------------------------------------------------------
+
+
+def shard(model: Transformer) -> None:
+    """Cuts the parameters into rows, in place: float32 from here on, and cast to the model's dtype when they are gathered.
+
+    A group per layer, and one of embedding, final norm and head. The latter stays gathered from the forward to the end of the
+    backward pass, because the loss uses `head_weight` outside of the model.
+    """
+    if size() == 1:
+        return
+    from torch.distributed.device_mesh import init_device_mesh  # here, because these take as long to import as torch itself
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model.compute_dtype = model.head_weight.dtype
+    mesh = init_device_mesh(model.head_weight.device.type, (size(),))
+    precision = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32)
+    for module in (*model.model.layers, model):
+        for parameter in module.parameters():
+            if own_part(parameter) is parameter:
+                parameter.data = parameter.data.float()
+        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=module is not model)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """This rank's rows of a sharded tensor, as a view; any other tensor itself."""
+    return tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def own_rows(whole: Tensor, dim: int = 0) -> Tensor:
+    """This rank's rows of a whole tensor, as a view."""
+    count = -(-whole.shape[dim] // size())
+    start = min(rank() * count, whole.shape[dim])
+    return whole.narrow(dim, start, min(count, whole.shape[dim] - start))
+
+
+def gather_rows(part: Tensor, rows: int, dim: int = 0) -> Tensor:
+    """The whole tensor, with `rows` along `dim`, of which each rank gives its part."""
+    if size() == 1:
+        return part
+    part = part.movedim(dim, 0)
+    padded = part.new_zeros(-(-rows // size()), *part.shape[1:])
+    padded[: len(part)] = part
+    parts = [torch.empty_like(padded) for _ in range(size())]
+    dist.all_gather(parts, padded)
+    return torch.cat(parts)[:rows].movedim(0, dim)
+
+
+@torch.no_grad()
+def full_parameters(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor) one at a time, in the model's dtype. All ranks must go through all of them, whoever needs them."""
+    if model.compute_dtype is None:
+        yield from ((name, parameter.detach()) for name, parameter in model.named_parameters())
+        return
+    model.reshard()  # a forward pass without a backward one leaves embedding and head gathered
+    for name, parameter in model.named_parameters():
+        yield name, gather_rows(own_part(parameter).to(model.compute_dtype), len(parameter))
+
+
+def copy_parameters(source: Transformer, target: Transformer) -> None:
+    """`target` is whole, on any device."""
+    targets = dict(target.named_parameters())
+    for name, tensor in full_parameters(source):
+        targets[name].data.copy_(tensor)
+
+
+def whole_copy(model: Transformer) -> Transformer:
+    """An unsharded model to sample from, on the same device, for `copy_parameters` to fill; without torchrun the model itself."""
+    if size() == 1:
+        return model
+    copy = Transformer(model.config).to(model.head_weight.device, model.compute_dtype)
+    return copy.requires_grad_(False)

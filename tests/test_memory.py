@@ -1,0 +1,113 @@
+"""The formulas of memory.py against the bytes of real tensors, and the presets' claims against the formulas."""
+
+import pytest
+import torch
+
+import train_grpo
+import train_sft
+from nano_atlas import memory
+from nano_atlas.config import parse
+from nano_atlas.errors import UserError
+from nano_atlas.model import ModelConfig, PackedAttention, Transformer
+from nano_atlas.optim import MasterAdamW
+from nano_atlas.sampler import CachedAttention
+
+SHAPES = [
+    ModelConfig("qwen3", 97, 256, 512, 4, 8, 2, 32, qk_norm=True),
+    ModelConfig("qwen2", 101, 96, 160, 3, 6, 3, 16, attention_bias=True, tie_word_embeddings=True),
+]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def run(model: Transformer, lengths: list[int]) -> torch.Tensor:
+    attention = PackedAttention(lengths)
+    return model(torch.zeros(sum(lengths), dtype=torch.int64), attention.positions, attention)
+
+
+def bytes_of(tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.model_type)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_gradients_and_optimizer_state_to_the_byte(shape, dtype):
+    model = Transformer(shape).initialize(0).to(dtype)
+    optimizer = MasterAdamW(model)
+    hidden = run(model, [5])
+    (hidden @ model.head_weight.T).float().sum().backward()
+    b = dtype.itemsize
+    assert memory.parameters(shape) == sum(p.numel() for p in model.parameters())
+    items = memory.training(shape, 5, b=b)
+    assert items["policy"] == bytes_of(model.parameters())
+    assert items["gradients"] == bytes_of(optimizer._gradients().values())
+    optimizer.step(1e-3)
+    moments = [value for name, value in optimizer.state_tensors() if name.endswith(("exp_avg", "exp_avg_sq"))]
+    masters = [m for name, m in optimizer.masters.items() if m is not optimizer.parameters[name]]
+    assert items["masters, moments"] == bytes_of(moments) + bytes_of(masters)
+
+
+def test_known_models_have_the_published_numbers_of_parameters():
+    published = {"Qwen/Qwen3-0.6B": 596_049_920, "Qwen/Qwen3-4B": 4_022_468_096, "Qwen/Qwen3-8B": 8_190_735_360}
+    assert {name: memory.parameters(memory.known_config(name)) for name in published} == published
+    with pytest.raises(UserError, match="Qwen/Qwen4 is not a checkpoint directory"):
+        memory.known_config("Qwen/Qwen4")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_cache_to_the_byte(dtype):
+    cache = CachedAttention(SHAPES[0], 3, 17, dtype, torch.device("cpu"))
+    assert memory.kv_cache(SHAPES[0], 3, 17, dtype.itemsize) == cache.kv.nbytes
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.model_type)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_activations_to_five_percent_of_what_autograd_keeps(shape, dtype, is_checkpointed):
+    model = Transformer(shape).initialize(0).to(dtype)
+    model.recompute_activations = is_checkpointed
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}  # by storage: views of one tensor count once
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    lengths = [64] * 4
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = run(model, lengths)
+        keep(hidden)  # the loss does
+    counted = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    expected = memory.activations(shape, sum(lengths), is_checkpointed, dtype.itemsize)
+    if is_checkpointed:  # the layer that is recomputed exists in the backward pass only
+        expected -= sum(lengths) * memory.layer_activations(shape, dtype.itemsize)
+    assert counted == pytest.approx(expected, rel=0.05)
+
+
+def test_8b_teacher_and_4b_student_fit_on_two_eight_and_sixteen_cards():
+    text = memory.table(memory.Config())
+    for gpus in (2, 8, 16):
+        for items in memory.grpo(*map(memory.known_config, ("Qwen/Qwen3-8B", "Qwen/Qwen3-4B")), gpus, 16, 8192, 8192).values():
+            assert memory.peak(items) < memory.CARD - 2e9
+            assert f"**{memory.gigabytes(memory.peak(items))}**" in text
+    assert "| policy | 16 |  | 4.1 | 2.0 |" in text
+    with pytest.raises(UserError, match="must be above 0"):
+        memory.main(["--gpus", "0"])
+
+
+@pytest.mark.parametrize(("name", "gpus"), [("24gb", 1), ("80gb", 1), ("2gpu", 2)])
+def test_presets_of_grpo_state_what_the_formulas_give(name, gpus):
+    config = parse(train_grpo.Config, ["--preset", name, "--problems", "x"], train_grpo.PRESETS, "")
+    teacher = {"24gb": "Qwen/Qwen3-0.6B", "80gb": "Qwen/Qwen3-1.7B", "2gpu": "Qwen/Qwen3-8B"}[name]
+    sequence = 512 + config.teaching_tokens + config.answer_tokens  # the guided prompt holds question and teaching
+    said = memory.needs(teacher, str(config.student), gpus, config.cache_rows, sequence, config.tokens_per_batch)
+    assert said in train_grpo.PRESETS[name].help
+    assert config.gradient_checkpointing and config.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("name", ["24gb", "2gpu", "80gb"])
+def test_presets_of_sft_state_what_the_formulas_give(name):
+    config = parse(train_sft.Config, ["--preset", name, "--data", "x"], train_sft.PRESETS, "")
+    said = memory.needs(str(config.model), tokens=config.tokens_per_batch, host=config.optimizer_device != "auto")
+    assert said in train_sft.PRESETS[name].help
+    assert config.gradient_checkpointing and config.dtype == "bfloat16"
