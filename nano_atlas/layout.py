@@ -59,15 +59,15 @@ class Layout:
     reference: str
     rollout: str  # "embedded" | "vllm"
     server: str  # device of the policy's server, if one is started here
-    student_rollout: str  # "embedded" | "vllm" | "endpoint"
+    student_rollout: str  # "embedded" | "vllm" | "endpoint" | "none"
 
     @property
     def shares_gpu(self) -> bool:
         return self.server == self.policy and self.server.startswith("cuda")
 
     @property
-    def server_memory(self) -> float:  # share of a GPU; two servers on one halve it
-        return 0.45 if self.student_rollout == "vllm" and self.student == self.server else 0.9
+    def server_memory(self) -> float:  # share of a GPU, for weights and KV cache; the student may need as much
+        return 0.45 if self.student_rollout in ("vllm", "embedded") and self.student == self.server else 0.9
 
 
 def choose_layout(config: LayoutConfig, student: str, needs_student: bool, kl: str, gpus: int | None = None) -> Layout:
@@ -89,10 +89,10 @@ def choose_layout(config: LayoutConfig, student: str, needs_student: bool, kl: s
         server = config.vllm_device if config.vllm_device != "auto" else last
     student_device = config.student_device if config.student_device != "auto" else last if gpus > 1 else policy
     student_rollout = config.student_rollout
-    if is_url(student):
-        student_rollout = "endpoint"
+    if not needs_student or is_url(student):
+        student_rollout = "endpoint" if needs_student else "none"
     elif student_rollout == "auto":
-        student_rollout = "vllm" if rollout == "vllm" and gpus > 1 and needs_student else "embedded"
+        student_rollout = "vllm" if rollout == "vllm" and gpus > 1 else "embedded"
     is_crowded = rollout == "vllm" and gpus > 1  # a server takes what memory its GPU has
     beside = policy if kl == "exact" or is_crowded else student_device
     reference = config.reference_device if config.reference_device != "auto" else beside
@@ -103,6 +103,8 @@ def choose_layout(config: LayoutConfig, student: str, needs_student: bool, kl: s
             raise UserError(f"there is no device {name} here ({gpus} GPUs)")
     if config.overlap and rollout == "embedded":
         raise UserError("--overlap needs --rollout vllm: the embedded sampler's weights are the trainer's, which change as it trains")
+    if config.vllm_url and rollout == "embedded":
+        raise UserError("--vllm-url has no effect with --rollout embedded")
     place = f"vLLM at {', '.join(config.vllm_url)}" if config.vllm_url else f"vLLM on {server}" if server else "this process"
     print(f"policy trained on {policy} and sampled by {place} ({reason}); student: {student_rollout} on "
           f"{student if student_rollout == 'endpoint' else student_device}; reference on {reference}")  # fmt: skip
