@@ -60,15 +60,15 @@ class Layout:
     reference: str
     rollout: str  # "embedded" | "vllm"
     server: str  # device of the policy's server, if one is started here
-    student_rollout: str  # "embedded" | "vllm" | "endpoint"
+    student_rollout: str  # "embedded" | "vllm" | "endpoint" | "none"
 
     @property
     def shares_gpu(self) -> bool:
         return self.server == self.policy and self.server.startswith("cuda")
 
     @property
-    def server_memory(self) -> float:  # share of a GPU; two servers on one halve it
-        return 0.45 if self.student_rollout == "vllm" and self.student == self.server else 0.9
+    def server_memory(self) -> float:  # share of a GPU, for weights and KV cache; the student may need as much
+        return 0.45 if self.student_rollout in ("vllm", "embedded") and self.student == self.server else 0.9
 
 
 def choose_layout(config: LayoutConfig, student: str, needs_student: bool, kl: str, gpus: int | None = None) -> Layout:
@@ -92,10 +92,10 @@ def choose_layout(config: LayoutConfig, student: str, needs_student: bool, kl: s
             raise UserError("under torchrun name the server's GPUs, which no process trains on: --vllm-device cuda:6,7")
     student_device = last if config.student_device == "auto" else distributed.device(config.student_device, gpus)
     student_rollout = config.student_rollout
-    if is_url(student):
-        student_rollout = "endpoint"
+    if not needs_student or is_url(student):
+        student_rollout = "endpoint" if needs_student else "none"
     elif student_rollout == "auto":
-        student_rollout = "vllm" if rollout == "vllm" and gpus > 1 and needs_student and is_alone else "embedded"
+        student_rollout = "vllm" if rollout == "vllm" and gpus > 1 and is_alone else "embedded"
     if not is_alone and (student_rollout == "vllm" or config.weight_sync == "nccl"):
         raise UserError("under torchrun the student is embedded or a URL, and weights go to vLLM with --weight-sync file")
     is_crowded = rollout == "vllm" and gpus > 1 and is_alone  # a server takes what memory its GPU has
@@ -107,6 +107,8 @@ def choose_layout(config: LayoutConfig, student: str, needs_student: bool, kl: s
         distributed.check_gpu(f"cuda:{index}", gpus)
     if config.overlap and rollout == "embedded":
         raise UserError("--overlap needs --rollout vllm: the embedded sampler's weights are the trainer's, which change as it trains")
+    if config.vllm_url and rollout == "embedded":
+        raise UserError("--vllm-url has no effect with --rollout embedded")
     place = f"vLLM at {', '.join(config.vllm_url)}" if config.vllm_url else f"vLLM on {server}" if server else "this process"
     print(f"policy trained on {policy} and sampled by {place} ({reason}); student: {student_rollout} on "
           f"{student if student_rollout == 'endpoint' else student_device}; reference on {reference}")  # fmt: skip

@@ -51,7 +51,7 @@ class VllmSampler:
         (model, *_) = client.request("GET", "/v1/models").get("data") or [{}]
         self.models[client.url] = model.get("id")
         self.max_model_len = min(self.max_model_len, model.get("max_model_len") or math.inf)
-        remedy = "start it with VLLM_SERVER_DEV_MODE=1 and --logprobs-mode processed_logprobs"
+        remedy = "start it with VLLM_SERVER_DEV_MODE=1 and --logprobs-mode processed_logprobs (see nano_atlas/server.py)"
         try:
             config = client.request("GET", "/server_info?config_format=json")["vllm_config"]["model_config"]
         except (UserError, KeyError) as error:

@@ -441,7 +441,8 @@ def test_contradictions_and_missing_things_are_explained(place, tmp_path, option
     (1, True, {}, ("cuda:0", "cuda:0", "cuda:0", "embedded", "", "embedded")),
     (1, True, {"rollout": "vllm"}, ("cuda:0", "cuda:0", "cuda:0", "vllm", "cuda:0", "embedded")),
     (2, True, {}, ("cuda:0", "cuda:1", "cuda:0", "vllm", "cuda:1", "vllm")),
-    (2, True, {"reward": "exact"}, ("cuda:0", "cuda:1", "cuda:0", "vllm", "cuda:1", "embedded")),
+    (2, True, {"reward": "exact"}, ("cuda:0", "cuda:1", "cuda:0", "vllm", "cuda:1", "none")),
+    (2, True, {"student": "https://far"}, ("cuda:0", "cuda:1", "cuda:0", "vllm", "cuda:1", "endpoint")),
     (2, False, {}, ("cuda:0", "cuda:1", "cuda:1", "embedded", "", "embedded")),
     (2, False, {"kl": "exact"}, ("cuda:0", "cuda:1", "cuda:0", "embedded", "", "embedded")),
     (4, True, {"vllm_device": "cuda:2,3"}, ("cuda:0", "cuda:3", "cuda:0", "vllm", "cuda:2,3", "vllm")),
@@ -452,12 +453,15 @@ def test_the_layout_follows_from_what_is_there(place, monkeypatch, capsys, gpus,
     chosen = layout.choose_layout(config, config.student, config.reward == "teaching", config.kl, gpus)
     assert dataclasses.astuple(chosen) == expected
     assert "policy trained on" in capsys.readouterr().out and chosen.shares_gpu == (gpus == 1 and chosen.rollout == "vllm")
+    if gpus == 2 and chosen.rollout == "vllm":  # the student's server, or nobody, shares the policy's
+        assert chosen.server_memory == {"vllm": 0.45, "none": 0.9, "endpoint": 0.9}[chosen.student_rollout]
 
 
 @pytest.mark.parametrize(("gpus", "options", "said"), [
     (2, {"kl": "exact", "reference_device": "cuda:1"}, "--kl exact .* the reference must be on cuda:0"),
     (0, {"device": "cuda"}, "there is no device cuda here"),
     (2, {"rollout": "vllm", "vllm_device": "cuda:1,2"}, "there is no device cuda:2 here"),
+    (0, {"rollout": "embedded", "vllm_url": "http://far"}, "--vllm-url has no effect with --rollout embedded"),
     (0, {"overlap": True}, "--overlap needs --rollout vllm: the embedded sampler's weights are the trainer's"),
 ])  # fmt: skip
 def test_a_layout_that_cannot_be_is_refused(place, gpus, options, said):
