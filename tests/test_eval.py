@@ -13,14 +13,16 @@ import pytest
 import tokenizers
 
 import eval as evaluation
-from eval import SHUFFLED, UNTRAINED, Config, derange, evaluate, start_or_continue, stored_report
+from eval import Config, evaluate
+from nano_atlas.arms import SAME_BUDGET, SHUFFLED, TWO_VOTES, UNTRAINED, derange, stored_report
 from nano_atlas import protocol
 from nano_atlas.checkpoint import config_from_dict, save_model
 from nano_atlas.config import parse, run_script
 from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
 from nano_atlas.model import Transformer
-from nano_atlas.scores import STUDENT, TaskLog, make_report, read_results, tables
+from nano_atlas.results import STUDENT, TaskLog, read_results, start_or_continue
+from nano_atlas.scores import make_report, tables
 from nano_atlas.seats import Reply
 from nano_atlas.tokenizer import Tokenizer
 
@@ -91,17 +93,18 @@ TEACHERS = {"sft": weak_teacher, "grpo": good_teacher}
 
 def config_for(path, **changes) -> Config:
     options = {"bench": "gsm8k", "student": "http://student", "teacher": ("sft=http://sft", "grpo=http://grpo")}
-    return Config(**options | {"chunk": 8, "out": path} | changes)
+    options |= {"control": (SHUFFLED, UNTRAINED), "chunk": 8, "out": path}
+    return Config(**options | changes)
 
 
 def run(config, tasks=TASKS, student=None, teachers=None):
     """The middle of `eval.main`, with seats of our own."""
     student = student or Seat(student_rule)
     teachers = teachers if teachers is not None else {name: Seat(rule) for name, rule in TEACHERS.items()}
-    start_or_continue(config, tasks)
+    start_or_continue(config, config.contents() | {f"tasks {name}": repr(problems) for name, problems in tasks.items()})
     log = TaskLog(config.out / "tasks.jsonl")
     try:
-        evaluate(config, tasks, log, lambda: student, teachers.__getitem__)
+        evaluate(config, tasks, log, protocol.is_correct, lambda: student, teachers.__getitem__)
     finally:
         log.close()
     return log.results, student, teachers
@@ -119,7 +122,7 @@ def expected(domain):
 def test_every_number_of_the_tables_follows_from_the_rules(tmp_path):
     config = config_for(tmp_path)
     results, _, _ = run(config)
-    report, names = stored_report(tmp_path)
+    report, stored = stored_report(tmp_path, Config)
     rows = {(score.domain, score.arm): score for score in report.scores}
     assert list(rows) == [(domain, arm) for domain in TASKS for arm in (STUDENT, "sft", "grpo", SHUFFLED, UNTRAINED)]
     for domain in TASKS:
@@ -150,9 +153,9 @@ def test_every_number_of_the_tables_follows_from_the_rules(tmp_path):
     n, k = versus.improved + versus.degraded, versus.improved
     assert versus.p_value == pytest.approx(sum(math.comb(n, i) for i in range(n + 1) if abs(2 * i - n) >= abs(2 * k - n)) / 2**n)
 
-    text = tables(report, names)
+    text = tables(report, stored.names)
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    assert {len(row) for row in table} == {13} and len(table) == 2 * (2 + 5)
+    assert {len(row) for row in table} == {15} and len(table) == 2 * (2 + 5)
     assert [row[0] for row in table[2:7]] == ["student alone", "sft", "grpo", "control: shuffled grpo", "control: untrained"]
     assert table[4][1] == f"{100 * rows['math', 'grpo'].accuracy:.1f}"
     assert table[4][2].startswith(f"{100 * versus.delta:+.1f} [")
@@ -306,7 +309,7 @@ def test_two_writers_exclude_each_other(tmp_path):
 
 def test_several_samples_give_averages_with_errors_and_pass_at_k(tmp_path):
     results, _, _ = run(config_for(tmp_path, **SAMPLED))
-    report, names = stored_report(tmp_path)
+    report, stored = stored_report(tmp_path, Config)
     right = [[results["grpo", "math", p.id, s].attempt.is_correct for s in range(3)] for p in TASKS["math"]]
     means = [sum(task) / 3 for task in right]
     score = next(s for s in report.scores if (s.domain, s.arm) == ("math", "grpo"))
@@ -320,7 +323,7 @@ def test_several_samples_give_averages_with_errors_and_pass_at_k(tmp_path):
     assert versus.delta == pytest.approx(average - sum(alone) / 30) and versus.p_value is None
     assert versus.degraded == sum(a < b for a, b in zip(means, alone))
     assert versus.non_degradation_correct == pytest.approx(1 - versus.degraded / sum(b > 0 for b in alone))
-    assert "avg@3" in tables(report, names) and f"± {100 * score.error:.1f}" in tables(report, names)
+    assert "avg@3" in tables(report, stored.names) and f"± {100 * score.error:.1f}" in tables(report, stored.names)
 
 
 def test_an_unfinished_run_can_be_shown(tmp_path):
@@ -354,11 +357,10 @@ def test_nano_asks_the_world_for_held_out_tasks_of_each_domain(monkeypatch):
     monkeypatch.setattr(evaluation.world, "held_out", lambda *asked: [asked] * 500)
     config = parse(Config, ["--seed", "3"], evaluation.PRESETS, "")
     assert evaluation.load_tasks(config) == {"math": [("math", 500, 3)] * 500, "crm": [("crm", 500, 3)] * 500}
-    assert config.arms == [STUDENT, "sft", "grpo", SHUFFLED, UNTRAINED] and config.temperature == 0
+    assert config.arms == [STUDENT, "sft", "grpo", SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET] and config.temperature == 0
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--bench", "tau2"], "later version"),
     (["--bench", "gsm8k"], "needs --data"),
     (["--data", "x.jsonl"], "takes no --data"),
     (["--limit", "none"], "needs a number"),
@@ -430,11 +432,12 @@ def test_the_script_from_checkpoints_to_tables(tmp_path, monkeypatch, capsys):
     first = capsys.readouterr().out
     assert "### gsm8k: 5 tasks" in first and first.strip() == Path("out/tables.md").read_text().strip()
     written = json.loads(Path("out/results.json").read_text())
-    assert [score["arm"] for score in written["scores"]] == ["student", "teacher", "shuffled", "untrained"]
-    assert written["run"]["config"]["limit"] == 5 and len(Path("out/tasks.jsonl").read_bytes().splitlines()) == 20
+    assert [score["arm"] for score in written["scores"]] == [
+        "student", "teacher", "shuffled", "untrained", "two-votes", "same-budget"]
+    assert written["run"]["config"]["limit"] == 5 and len(Path("out/tasks.jsonl").read_bytes().splitlines()) == 30
     weights = hashlib.sha256(Path("student/model.safetensors").read_bytes()).hexdigest()
 
-    monkeypatch.setattr(evaluation, "open_seat", lambda *_, **__: pytest.fail("a finished run opened a model"))
+    monkeypatch.setattr(Config, "open", lambda *_: pytest.fail("a finished run opened a model"))
     evaluation.main()
     monkeypatch.setattr(sys, "argv", ["eval.py", "--tables", "--out", "out"])
     evaluation.main()
