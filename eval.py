@@ -117,12 +117,13 @@ def main() -> None:
         return
     tasks = load_tasks(config)
     is_right = verifier(config)
+    query = crmarena.salesforce() if config.bench == "crmarena" else None
     for spec in (config.student, *config.teachers.values()):
         require_checkpoint(spec, MADE_BY.get(spec))
     start_or_continue(config, config.contents() | {
         f"tasks {name}": digest(repr(problem).encode() for problem in problems) for name, problems in tasks.items()})
     with closing(TaskLog(config.out / "tasks.jsonl")) as log:
-        evaluate(config, tasks, log, is_right, lambda: open_student(config),
+        evaluate(config, tasks, log, is_right, lambda: open_student(config, query),
                  lambda name: config.open(config.teachers[name], config.teacher_model))
     print(write_report(config.out, Config, own_tables(config, config.out)))
 
@@ -247,9 +248,9 @@ def load_tasks(config: Config) -> dict[str, list[Problem]]:
     return {config.bench: [dataclasses.replace(problem, domain=config.bench) for problem in problems]}
 
 
-def open_student(config: Config) -> Seat:
+def open_student(config: Config, query: crmarena.Query | None) -> Seat:
     seat = config.open(config.student, config.student_model)
-    return crmarena.QueryingSeat(seat, crmarena.salesforce()) if config.bench == "crmarena" else seat
+    return crmarena.QueryingSeat(seat, query) if query else seat
 
 
 def verifier(config: Config) -> Callable[[str, str], bool]:

@@ -89,7 +89,7 @@ class EmbeddedDialogue:
 
     def say(self, messages, tools, tool_choice, generation, seed) -> Turn:
         seat = self.seat
-        messages = [{**message, "content": message.get("content", "")} for message in messages]
+        messages = [{**message, "content": message.get("content") or ""} for message in messages]
         for message in messages:  # templates write the arguments themselves, as JSON
             message["tool_calls"] = [{"type": "function", "function": {**call["function"],
                                       "arguments": json.loads(call["function"]["arguments"])}}

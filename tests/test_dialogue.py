@@ -360,16 +360,15 @@ def test_threads_share_a_sampler_and_keep_their_own_errors():
 
 def test_the_command_from_seats_to_tables_and_tau2s_own_metrics(tmp_path, monkeypatch, capsys):
     """Gold replay with a teacher, nothing alone: every number of the report follows, and tau2 scores the files alike."""
-    tasks = [TASKS[0], *[task for task in TASKS if "mms_issue" in task.id][:2]]
+    tickets = {task.ticket: task for task in TASKS}  # several tasks share one; here it must tell them apart
+    tasks = [TASKS[0], *[task for task in tickets.values() if "mms_issue" in task.id][:2]]
     monkeypatch.setattr(tau2, "load_tasks", lambda config: tasks)
-    monkeypatch.setattr(tau2.ArmsConfig, "open", lambda self, spec, model: Recorder({"http://s": "I look", "http://t": "<teaching>Do it.</teaching>"}.get(spec, "")))
+    says = {"http://s": "I look", "http://t": "<teaching>Do it.</teaching>"}
+    monkeypatch.setattr(tau2.ArmsConfig, "open", lambda self, spec, model: Recorder(says[spec]))
     deaths = [7]
 
     class ByTask:
         """Does nothing unless told to; then replays the gold actions of the task whose ticket is at hand."""
-
-        def __init__(self):
-            self.left = {}
 
         def say(self, messages, tools, tool_choice, generation, seed):
             deaths[0] -= 1
