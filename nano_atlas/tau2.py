@@ -53,6 +53,7 @@ INSTALL = """--bench tau2 needs the official package and its data:
     export TAU2_DATA_DIR=$PWD/tau2-bench/data
 (`pip install tau2` is a different project.)"""
 UNREACHED = ("infrastructure_error", "unexpected_error")  # terminations that say nothing about the student
+GIVE_UP = 4  # such dialogues in a row; each has tried again several times by itself
 
 
 @dataclass(frozen=True)
@@ -243,8 +244,8 @@ def evaluate(config: Config, tasks: Sequence, problems: Sequence[Problem], log: 
 
 
 def in_parallel(run: Callable[..., TaskResult], jobs: Sequence[tuple], workers: int) -> Iterator[TaskResult]:
-    """Results as they come. A seat that is gone for good ends the run, instead of failing all dialogues that are left: when as
-    many in a row as there are workers did not reach it, these are not yielded, and run again when the run is continued.
+    """Results as they come. A seat that is gone for good ends the run, instead of failing all dialogues that are left: when
+    GIVE_UP in a row did not reach it, these are not yielded, and run again when the run is continued.
     """
     unreached: list[TaskResult] = []
     pool = ThreadPoolExecutor(workers)
@@ -254,7 +255,7 @@ def in_parallel(run: Callable[..., TaskResult], jobs: Sequence[tuple], workers: 
             if termination(unreached[-1]) not in UNREACHED:
                 yield from unreached
                 unreached.clear()
-            elif len(unreached) > max(workers, 4):
+            elif len(unreached) == GIVE_UP:
                 raise UserError(f"{len(unreached)} dialogues in a row failed for reasons of infrastructure, the last with: "
                                 f"{unreached[-1].record['simulation']['info']['failure']}")
         yield from unreached

@@ -19,6 +19,7 @@ from nano_atlas import protocol
 from nano_atlas.checkpoint import config_from_dict, save_model
 from nano_atlas.config import parse, run_script
 from nano_atlas.data import Problem
+from nano_atlas.episodes import Attempt, attempt, majority
 from nano_atlas.errors import UserError
 from nano_atlas.model import Transformer
 from nano_atlas.results import STUDENT, TaskLog, read_results, start_or_continue
@@ -97,14 +98,14 @@ def config_for(path, **changes) -> Config:
     return Config(**options | changes)
 
 
-def run(config, tasks=TASKS, student=None, teachers=None):
+def run(config, tasks=TASKS, student=None, teachers=None, is_right=protocol.is_correct):
     """The middle of `eval.main`, with seats of our own."""
     student = student or Seat(student_rule)
     teachers = teachers if teachers is not None else {name: Seat(rule) for name, rule in TEACHERS.items()}
     start_or_continue(config, config.contents() | {f"tasks {name}": repr(problems) for name, problems in tasks.items()})
     log = TaskLog(config.out / "tasks.jsonl")
     try:
-        evaluate(config, tasks, log, protocol.is_correct, lambda: student, teachers.__getitem__)
+        evaluate(config, tasks, log, is_right, lambda: student, teachers.__getitem__)
     finally:
         log.close()
     return log.results, student, teachers
@@ -324,6 +325,76 @@ def test_several_samples_give_averages_with_errors_and_pass_at_k(tmp_path):
     assert versus.degraded == sum(a < b for a, b in zip(means, alone))
     assert versus.non_degradation_correct == pytest.approx(1 - versus.degraded / sum(b > 0 for b in alone))
     assert "avg@3" in tables(report, stored.names) and f"± {100 * score.error:.1f}" in tables(report, stored.names)
+
+
+def test_votes_are_the_majority_of_fresh_answers_at_their_price(tmp_path):
+    """The student of these rules is right by a coin toss alone; the pair's tokens (20 + 7 + 40) buy four answers of 20."""
+    config = config_for(tmp_path, control=(TWO_VOTES, SAME_BUDGET), teacher=("grpo=http://grpo",), samples=1, temperature=0.8)
+    results, student, _ = run(config, teachers={"grpo": Seat(good_teacher)})
+    report, stored = stored_report(tmp_path, Config)
+    rows = {(score.domain, score.arm): score for score in report.scores}
+    assert rows["math", TWO_VOTES].student_tokens == rows["math", TWO_VOTES].all_tokens == 40
+    assert rows["math", SAME_BUDGET].all_tokens == 80 and rows["math", SAME_BUDGET].leak is rows["math", SAME_BUDGET].malformed is None
+    assert 0.1 < rows["math", TWO_VOTES].accuracy < 0.9 and rows["math", TWO_VOTES].versus_student.improved > 0
+    questions = [protocol.baseline_messages(problem.question)[0]["content"] for problem in TASKS["math"]]
+    assert student.asked.count(questions[0]) == 1 + 2 + 4
+    text = tables(report, stored.names)
+    assert "control: vote of 2" in text and "control: vote, tokens of grpo" in text
+
+
+def vote(*answers) -> Attempt:
+    return majority([Attempt(f"text {i}", answer, answer == "7", 10, i == 2) for i, answer in enumerate(answers)])
+
+
+def test_a_majority_counts_equal_answers_and_the_first_wins_a_tie():
+    assert vote("3", "7", "07").text == "text 1" and vote("3", "7", "007.").is_truncated
+    assert vote("3", "7").answer == "3" and vote("3", "7").tokens == 20
+    assert vote(None, "7", None).answer == "7" and vote(None, None).answer is None
+    assert vote("A b", "7", "a B.", "7", "x", "a  b").answer == "A b"
+
+
+def test_majority_and_pass_hat_k_of_several_samples(tmp_path):
+    results, _, _ = run(config_for(tmp_path, **SAMPLED))
+    score = next(s for s in stored_report(tmp_path, Config)[0].scores if (s.domain, s.arm) == ("math", "grpo"))
+    right = [sum(results["grpo", "math", p.id, s].attempt.is_correct for s in range(3)) for p in TASKS["math"]]
+    assert score.pass_hat_k[3] == pytest.approx(sum(count == 3 for count in right) / 30)
+    assert score.majority == pytest.approx(sum(count >= 2 for count in right) / 30)  # all wrong answers are the same word
+
+
+def test_accuracy_with_and_without_leaks_stand_side_by_side(tmp_path):
+    run(config_for(tmp_path))
+    report, stored = stored_report(tmp_path, Config)
+    score = next(s for s in report.scores if (s.domain, s.arm) == ("math", "grpo"))
+    right = expected("math")["grpo"]
+    assert score.leak_free_accuracy == pytest.approx((sum(right) - right[6]) / 29)  # task 6 leaks
+    assert f"{100 * score.leak_free_accuracy:.1f}" in tables(report, stored.names)
+
+
+@pytest.mark.parametrize("reply, answer, gold, expected", [
+    ("so \\boxed{016}", "016", "16", True), ("\\boxed{1,000}", "1,000", "1000", True), ("\\boxed{18.}", "18.", "18", True),
+    ("\\boxed{1} no, \\boxed{2.50}", "2.50", "2.5", True), ("<think>\\boxed{5}</think> \\boxed{6}", "6", "5", False),
+    ("<think>\\boxed{5}</think> five", None, "5", False), ("it is 5", None, "5", False), ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}", "0.5", False),
+])  # fmt: skip
+def test_the_last_box_after_the_thoughts_is_the_answer(reply, answer, gold, expected):
+    tried = attempt(Reply(reply, 1, False), gold)
+    assert (tried.answer, tried.is_correct) == (answer, expected)
+
+
+def test_math_verify_compares_by_algebra_where_a_data_set_needs_it(tmp_path, monkeypatch):
+    config = config_for(tmp_path, verifier="math-verify")
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(UserError, match="pip install 'math-verify"):
+        evaluation.verifier(config)
+    monkeypatch.undo()
+    pytest.importorskip("math_verify")
+    is_right = evaluation.verifier(config)
+    assert is_right("\\frac{1}{2}", "0.5") and is_right("x+1", "1+x") and not is_right("2", "3") and is_right("016", "16")
+
+
+def test_a_verifier_judges_every_arm(tmp_path):
+    results, _, _ = run(config_for(tmp_path, control=(UNTRAINED, TWO_VOTES)), is_right=lambda answer, gold: answer == "wrong")
+    assert all(r.attempt.is_correct == (r.attempt.answer == "wrong") for r in results.values())
+    assert {arm for (arm, *_), r in results.items() if r.attempt.is_correct} == {STUDENT, "sft", "grpo", UNTRAINED, TWO_VOTES}
 
 
 def test_an_unfinished_run_can_be_shown(tmp_path):
