@@ -109,7 +109,7 @@ def main(argv: Sequence[str]) -> None:
         return
     if config.tables:
         report, stored = stored_report(config.out, Config)
-        print(scores.tables(report, stored.names) + own_tables(stored))
+        print(scores.tables(report, stored.names) + own_tables(stored, config.out))
         return
     contents = require_tau2(config)
     tasks = load_tasks(config)
@@ -127,7 +127,7 @@ def main(argv: Sequence[str]) -> None:
         evaluate(config, tasks, problems, log)
     replace_text(config.out / "floors.json", json.dumps(floors(config, tasks)))
     write_official(config, tasks, contents)
-    print(write_report(config.out, Config, own_tables(config)))
+    print(write_report(config.out, Config, own_tables(config, config.out)))
 
 
 # ---------------------------------------------------------------------------------------------------------------- the package
@@ -300,9 +300,9 @@ def write_official(config: Config, tasks: Sequence, contents: dict[str, str]) ->
         replace_text(config.out / f"tau2-{arm}.json", official.model_dump_json(indent=1))
 
 
-def own_tables(config: Config) -> str:
+def own_tables(config: Config, out: Path) -> str:
     """Markdown: pass^k by intent and persona, then the cost and the end of each arm's dialogues, the floors, and of what."""
-    results = list(read_results(config.out / "tasks.jsonl")[0].values())
+    results = list(read_results(out / "tasks.jsonl")[0].values())
     ks = range(1, config.trials + 1)
     passed = [["", "tasks", *(f"pass^{k}" for k in ks)]]
     costs = [["", "dialogues", "covered", "guidance tokens", "student tokens", "prompt tokens", "seconds"]]
@@ -330,9 +330,9 @@ def own_tables(config: Config) -> str:
         counts = Counter(map(termination, of_arm))
         ended.append([name, *(str(counts[end]) for end in ends)])
     lines = ["", "### pass^k", "", *scores.table(passed), "", "### dialogues", "", *scores.table(costs), "", *scores.table(ended), ""]
-    if floors_of_run := read_json(config.out / "floors.json"):
+    if floors_of_run := read_json(out / "floors.json"):
         lines += [floor_line(floors_of_run), ""]
-    contents = read_json(config.out / "run.json").get("contents", {})
+    contents = read_json(out / "run.json").get("contents", {})
     lines.append("; ".join(f"{name} {value[:16]}" for name, value in contents.items()) + f"; user {config.user} {config.user_model or ''}")
     return "\n".join([*lines, ""])
 
