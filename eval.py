@@ -154,7 +154,8 @@ def evaluate(config: Config, tasks: dict[str, list[Problem]], log: TaskLog, is_r
             teacher = student if arm == UNTRAINED else open_teacher(arm) if arm in config.teachers else None
             bar.set_description(arm)
             if arm == SHUFFLED:
-                donors = {(name, task): donor for name, domain in tasks.items() for task, donor in derange(domain, config.seed).items()}
+                donors = {(name, task): donor for name, domain in tasks.items()
+                          for task, donor in derange(domain, config.seed).items()}
             if arm in (TWO_VOTES, SAME_BUDGET):
                 votes = {name: 2 if arm == TWO_VOTES else same_budget(config, domain, log) for name, domain in tasks.items()}
             for chunk in missing[arm]:

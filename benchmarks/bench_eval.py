@@ -66,9 +66,9 @@ def main() -> None:
             alone = time.process_time() - start
             ratios.append(alone / evaluated)
             tokens, calls = (sum(getattr(seat.sampler, name) for seat in seats.values()) for name in ("tokens", "calls"))
-            print(f"round {round}: {tokens:,} tokens in {calls} calls; evaluation {evaluated:.1f} s, sampler alone {alone:.1f} s of CPU: "
-                  f"{100 * ratios[-1]:.1f} %")
-    print(f"the evaluation keeps {100 * statistics.median(ratios):.1f} % of the sampler's own throughput (median of {options.rounds})")
+            print(f"round {round}: {tokens:,} tokens in {calls} calls; CPU time of the evaluation {evaluated:.1f} s, "
+                  f"of the sampler alone {alone:.1f} s: {100 * ratios[-1]:.1f} %")
+    print(f"of the sampler's own throughput the evaluation keeps {100 * statistics.median(ratios):.1f} % (median)")
 
 
 if __name__ == "__main__":

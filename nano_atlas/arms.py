@@ -1,4 +1,4 @@
-"""What the benchmarks of eval.py have in common: the arms that they compare, the options of these, and what becomes of the results."""
+"""What the benchmarks of eval.py have in common: the arms that they compare, their options, and what becomes of the results."""
 
 import json
 import random
@@ -78,7 +78,8 @@ class ArmsConfig:
     def names(self) -> dict[str, str]:
         """What an arm is called in the tables."""
         last = "".join(list(self.teachers)[-1:])
-        names = {SHUFFLED: f"{SHUFFLED} {last}", SAME_BUDGET: f"vote, tokens of {last}", TWO_VOTES: "vote of 2", UNTRAINED: UNTRAINED}
+        names = {SHUFFLED: f"{SHUFFLED} {last}", UNTRAINED: UNTRAINED, TWO_VOTES: "vote of 2",
+                 SAME_BUDGET: f"vote, tokens of {last}"}
         return {STUDENT: "student alone"} | {arm: f"control: {name}" for arm, name in names.items()}
 
     @property
@@ -89,9 +90,9 @@ class ArmsConfig:
     def open(self, spec: str, model: str | None) -> Seat:
         return open_seat(spec, model=model, device=self.device, dtype=getattr(torch, self.dtype))
 
-    def contents(self, *others: str) -> dict[str, str]:
+    def contents(self) -> dict[str, str]:
         """Digests of the checkpoints of all seats, by what they are called in messages."""
-        seats = {STUDENT: self.student, **self.teachers} | {spec: spec for spec in others}
+        seats = {STUDENT: self.student, **self.teachers}
         return {f"checkpoint {name}": checkpoint_digest(Path(spec)) for name, spec in seats.items() if not is_url(spec)}
 
 

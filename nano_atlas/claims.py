@@ -78,7 +78,8 @@ def claims_table(files: list[Path]) -> str:
         if not {"run", "scores"} <= results.keys():
             raise UserError(f"{path}: not a results.json of eval.py")
         found.append((path, results))
-    lines = ["| claim | published | where it comes from | measured here | n | controls, the same measure | file |", "|---|---|---|---|---|---|---|"]
+    lines = ["| claim | published | where it comes from | measured here | n | controls, the same measure | file |",
+             "|---|---|---|---|---|---|---|"]
     for claim in CLAIMS:
         rows = [row for path, results in found if results["run"]["config"]["bench"] in claim.benches
                 for row in _measured(claim, path, results)]

@@ -117,7 +117,8 @@ def salesforce() -> Query:
 
     def query(text: str) -> tuple[str, bool]:
         try:
-            found = organisation.search(text)["searchRecords"] if text.upper().startswith("FIND") else organisation.query_all(text)["records"]
+            is_search = text.upper().startswith("FIND")  # SOSL
+            found = organisation.search(text)["searchRecords"] if is_search else organisation.query_all(text)["records"]
         except simple_salesforce.exceptions.SalesforceError as error:
             return str(error.content), False
         return json.dumps([{key: value for key, value in row.items() if key != "attributes"} for row in found]), True
@@ -145,7 +146,8 @@ def tables(results: Iterable[TaskResult], arms: Sequence[str], names: dict[str, 
     answers = next(iter(by_arm.values()))
     floor = sum(_items(result.gold) == none for result in answers)
     rows.append(["floor: always None", str(len(answers)), _share(floor, len(answers)), _share(0, len(answers) - floor), "–"])
-    return "\n".join(["", *scores.table(rows), "", "Recall and precision of saying that there is a violation, whichever; accuracy wants the right article.", ""])
+    note = "Recall and precision of saying that there is a violation, whichever; accuracy wants the right article."
+    return "\n".join(["", *scores.table(rows), "", note, ""])
 
 
 def _share(count: int, total: int) -> str:

@@ -12,14 +12,12 @@ nothing but the ticket is left. This file imports tau2 (v1.0.1) and is imported 
 """
 
 import json
-import queue
 import re
 import threading
 import traceback
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import tau2.agent.llm_agent
 import tau2.user.user_simulator
@@ -38,15 +36,14 @@ from nano_atlas import protocol
 from nano_atlas.data import derive_seed
 from nano_atlas.episodes import EpisodeConfig
 from nano_atlas.errors import UserError
-from nano_atlas.sampler import Request, Rollout, Sampler, SamplingParams
-from nano_atlas.seats import EmbeddedSeat, EndpointSeat, Generation, Seat
+from nano_atlas.seats import EndpointSeat, Generation, Reply, Seat
 
-# ------------------------------------------------------------------------------------------------------------ seats with tools
+# ----------------------------------------------------------------------------------------------- from tau2 to a seat and back
 
 
 @dataclass
 class Turn:
-    """What a seat says in a dialogue: text, calls of tools (name, arguments as JSON), or both."""
+    """What a model says in a dialogue: text, calls of tools (name, arguments as JSON), or both."""
 
     text: str
     calls: list[tuple[str, str]]
@@ -54,112 +51,22 @@ class Turn:
     tokens: int
 
 
-class DialogueSeat(Protocol):
-    def say(self, messages: list[dict], tools: list[dict] | None, tool_choice: str | None, generation: Generation, seed: int) -> Turn:
-        """messages, tools and tool_choice as in OpenAI's chat completions."""
-        ...
+@dataclass(frozen=True)
+class Model:
+    """What tau2 is given as an agent's or user's `llm`: a URL, whose server parses calls of tools."""
 
+    seat: EndpointSeat
+    generation: Generation
 
-class EndpointDialogue:
-    """A URL. The server parses the calls: `vllm serve ... --enable-auto-tool-choice --tool-call-parser hermes` for Qwen3."""
-
-    def __init__(self, seat: EndpointSeat):
-        self.seat = seat
-
-    def say(self, messages, tools, tool_choice, generation, seed) -> Turn:
-        body = {"model": self.seat.model, "messages": messages, "max_tokens": generation.max_tokens, "seed": seed % 2**31,
-                "temperature": generation.temperature, "top_p": generation.top_p}
+    def say(self, messages: list[dict], tools: list[dict] | None, tool_choice: str | None, seed: int) -> Turn:
+        """messages, tools and tool_choice as in OpenAI's chat completions. Raises UserError."""
+        body = {"model": self.seat.model, "messages": messages, "max_tokens": self.generation.max_tokens, "seed": seed % 2**31,
+                "temperature": self.generation.temperature, "top_p": self.generation.top_p}
         body |= {"tools": tools, "tool_choice": tool_choice} if tools else {}
         answer = self.seat._request("POST", "/chat/completions", body)
         message, usage = answer["choices"][0]["message"], answer.get("usage") or {}
         calls = [(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls") or []]
         return Turn(message.get("content") or "", calls, usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0))
-
-
-class EmbeddedDialogue:
-    """A checkpoint in this process whose chat template has Hermes' format of tools, as those of Qwen2.5 and Qwen3 have: they
-    are rendered into the prompt, and calls come as <tool_call>{"name": ..., "arguments": {...}}</tool_call> in the text.
-    """
-
-    def __init__(self, seat: EmbeddedSeat):
-        if "<tool_call>" not in seat.tokenizer.chat_template:
-            raise UserError(f"{seat.tokenizer.source}: its chat template has no <tool_call>, so it cannot call tools here; "
-                            "serve it by vLLM with the tool-call parser of its family, and give the URL")
-        self.seat = seat
-
-    def say(self, messages, tools, tool_choice, generation, seed) -> Turn:
-        seat = self.seat
-        messages = [{**message, "content": message.get("content") or ""} for message in messages]
-        for message in messages:  # templates write the arguments themselves, as JSON
-            message["tool_calls"] = [{"type": "function", "function": {**call["function"],
-                                      "arguments": json.loads(call["function"]["arguments"])}}
-                                     for call in message.get("tool_calls") or []]
-        prompt_ids = seat.tokenizer.chat_ids(messages, tools=tools, **seat.template_options)
-        params = SamplingParams(generation.max_tokens, generation.temperature, generation.top_p, seat.tokenizer.eos_ids)
-        ((rollout,),) = seat.sampler.generate([Request(tuple(prompt_ids), params, seed=seed)])
-        text = protocol.visible(seat.tokenizer.decode(rollout.completion_ids))
-        calls = []
-        for written in re.findall(r"<tool_call>(.*?)(?:</tool_call>|\Z)", text, re.DOTALL):
-            try:
-                call = json.loads(written)
-                calls.append((call["name"], json.dumps(call["arguments"])))
-            except (ValueError, TypeError, KeyError):
-                calls.append(("malformed", written))
-        text = re.sub(r"<tool_call>.*?(?:</tool_call>|\Z)", "", text, flags=re.DOTALL).strip()
-        return Turn(text, calls, len(prompt_ids), len(rollout.completion_ids))
-
-
-class SharedSampler:
-    """Lets many threads use one embedded sampler: the requests that wait while it is busy become its next batch."""
-
-    def __init__(self, sampler: Sampler):
-        self._sampler, self._jobs = sampler, queue.Queue()
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def generate(self, requests: Sequence[Request], progress: str | None = None) -> list[list[Rollout]]:
-        future: Future = Future()
-        self._jobs.put((list(requests), future))
-        return future.result()
-
-    def _serve(self) -> None:
-        while True:
-            jobs = [self._jobs.get()]
-            while not self._jobs.empty():
-                jobs.append(self._jobs.get())
-            try:
-                rollouts = iter(self._sampler.generate([request for requests, _ in jobs for request in requests]))
-                answers = [[next(rollouts) for _ in requests] for requests, _ in jobs]
-            except Exception as error:  # one bad request must not end the others; whoever asked gets the error
-                if len(jobs) > 1:
-                    for requests, future in jobs:
-                        self._answer(future, lambda requests=requests: self._sampler.generate(requests))
-                else:
-                    jobs[0][1].set_exception(error)
-                continue
-            for (_, future), answer in zip(jobs, answers):
-                future.set_result(answer)
-
-    @staticmethod
-    def _answer(future: Future, work: Callable[[], Any]) -> None:
-        try:
-            future.set_result(work())
-        except Exception as error:
-            future.set_exception(error)
-
-
-def share(seat: Seat) -> Seat:
-    """The same seat, which many threads may ask from now on."""
-    if isinstance(seat, EmbeddedSeat) and not isinstance(seat.sampler, SharedSampler):
-        seat.sampler = SharedSampler(seat.sampler)
-    return seat
-
-
-def dialogue_seat(seat: Seat) -> DialogueSeat:
-    seat = share(seat)
-    return EndpointDialogue(seat) if isinstance(seat, EndpointSeat) else EmbeddedDialogue(seat)
-
-
-# ------------------------------------------------------------------------------------------------ from tau2 to a seat and back
 
 
 class DialogueEnd(Exception):
@@ -168,14 +75,6 @@ class DialogueEnd(Exception):
     def __init__(self, reason: TerminationReason, message: str):
         super().__init__(message)
         self.reason = reason
-
-
-@dataclass(frozen=True)
-class Model:
-    """What tau2 is given as an agent's or user's `llm`."""
-
-    seat: DialogueSeat
-    generation: Generation
 
 
 def generate(model: Model, messages, tools=None, tool_choice=None, call_name=None, seed=0, **_) -> AssistantMessage:
@@ -190,7 +89,7 @@ def generate(model: Model, messages, tools=None, tool_choice=None, call_name=Non
     schemas = [tool.openai_schema for tool in tools] if tools else None
     choice = (tool_choice or "auto") if schemas else None
     try:
-        turn = model.seat.say(wire, schemas, choice, model.generation, derive_seed(seed, len(messages)))
+        turn = model.say(wire, schemas, choice, derive_seed(seed, len(messages)))
     except UserError as error:
         is_too_long = re.search("context length|max_position_embeddings", str(error)) is not None
         reason = TerminationReason.CONTEXT_WINDOW_EXCEEDED if is_too_long else TerminationReason.INFRASTRUCTURE_ERROR
@@ -229,8 +128,12 @@ Guide = Callable[[str, str, list[str], str, int], Guidance]  # system prompt, po
 
 
 def teacher_guide(student: Seat, teacher: Seat, config: EpisodeConfig) -> Guide:
-    def ask(seat: Seat, messages: protocol.Messages, tokens: int, temperature: float, seed: int):
-        return seat.ask([messages], Generation(tokens, temperature, config.top_p), [seed])[0][0]
+    """A guide that many threads may ask; a teacher in this process serves them one at a time."""
+    lock = nullcontext() if isinstance(teacher, EndpointSeat) else threading.Lock()
+
+    def ask(seat: Seat, messages: protocol.Messages, tokens: int, temperature: float, seed: int) -> Reply:
+        with lock if seat is teacher else nullcontext():
+            return seat.ask([messages], Generation(tokens, temperature, config.top_p), [seed])[0][0]
 
     def guide(system_prompt: str, policy: str, tools: list[str], opening: str, seed: int) -> Guidance:
         probe = [{"role": "system", "content": system_prompt}, *protocol.probe_messages(opening)]
@@ -238,7 +141,8 @@ def teacher_guide(student: Seat, teacher: Seat, config: EpisodeConfig) -> Guide:
         question = f"{policy}\n\nTools: {', '.join(tools)}\n\nUser: {opening}"
         prompt = protocol.teacher_messages(question, protocol.visible(approach.text).strip())
         reply = ask(teacher, prompt, config.teaching_tokens, config.teacher_temperature, derive_seed(seed, "teach"))
-        return Guidance(approach.text, approach.tokens, reply.text, reply.tokens, reply.is_truncated, protocol.parse_teaching(reply.text))
+        teaching = protocol.parse_teaching(reply.text)
+        return Guidance(approach.text, approach.tokens, reply.text, reply.tokens, reply.is_truncated, teaching)
 
     return guide
 
@@ -317,9 +221,9 @@ def simulate(task: Task, domain: str, student: Model, user: Model | None, guide:
         simulation = run_simulation(dialogue)
     except Exception as error:  # of tau2's own, on what a seat said: this one dialogue failed, and the tables count it
         dialogue.failure = "".join(traceback.format_exception(error))
-        simulation = SimulationRun(id=dialogue.simulation_id, task_id=task.id, start_time=start, end_time=get_now(), duration=0.0, seed=seed,
-                                   termination_reason=TerminationReason.UNEXPECTED_ERROR, messages=dialogue.trajectory,
-                                   reward_info=RewardInfo(reward=0.0))
+        simulation = SimulationRun(
+            id=dialogue.simulation_id, task_id=task.id, start_time=start, end_time=get_now(), duration=0.0, seed=seed,
+            messages=dialogue.trajectory, termination_reason=TerminationReason.UNEXPECTED_ERROR, reward_info=RewardInfo(reward=0.0))
     simulation.trial, simulation.policy = trial, None  # the policy is in the results' header once
     simulation.info = {"failure": dialogue.failure} if dialogue.failure else None
     return simulation, agent.guidance

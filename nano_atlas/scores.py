@@ -124,7 +124,7 @@ def _score(tasks: Tasks, versus_student: Comparison | None) -> Score:
         answers[0].domain, answers[0].arm, len(tasks), accuracy, None if math.isnan(error) else error,
         interval=stats.wilson_interval(sum(right), len(tasks)) if samples == 1 else None,
         pass_at_k={k: sum(stats.pass_at_k(samples, count, k) for count in right) / len(right) for k in some},
-        pass_hat_k={k: sum(stats.pass_hat_k(samples, count, k) for count in right) / len(right) for k in range(1, samples + 1)},
+        pass_hat_k={k: sum(stats.pass_hat_k(samples, n, k) for n in right) / len(right) for k in range(1, samples + 1)},
         majority=sum(majority([result.attempt for result in task]).is_correct for task in tasks.values()) / len(tasks),
         completion=mean(lambda result: result.attempt.answer is not None),
         truncated=mean(lambda result: result.attempt.is_truncated),
@@ -182,7 +182,7 @@ def _row(score: Score, name: str, expected_tasks: int) -> list[str]:
     most = max(score.pass_at_k)
     if most > 1:
         error = "" if score.error is None else f" ± {100 * score.error:.1f}"
-        row = [name, row[1] + error, *(f"{100 * x:.1f}" for x in (score.pass_at_k[most], score.pass_hat_k[most], score.majority))]
+        row = [name, row[1] + error, *map(_percent, (score.pass_at_k[most], score.pass_hat_k[most], score.majority))]
     versus = score.versus_student
     row += ["", "", "", "", "", ""] if versus is None else [
         _points(versus), _p_value(versus.p_value), str(versus.improved), str(versus.degraded),

@@ -7,9 +7,10 @@
     python eval.py --bench tau2 --out runs/mms --view 'bad_wifi_calling'              # the dialogues of matching tasks
 
 The official package runs and scores each dialogue (nano_atlas/dialogue.py); this file says which, and what became of them. Arms
-are those of eval.py, but for the votes: dialogues change the world, so there is no choosing among them afterwards. A seat is a
-URL, or a checkpoint whose chat template has Hermes' tool calls. A server must parse calls of tools itself:
-`vllm serve MODEL --enable-auto-tool-choice --tool-call-parser hermes` for Qwen3.
+are those of eval.py, but for the votes: dialogues change the world, so there is no choosing among them afterwards. Student and
+user are URLs: each turn repeats a prompt of some 8,000 tokens, which a server computes once and the embedded sampler would every
+time, and a server parses calls of tools in each family's format (`vllm serve MODEL --enable-auto-tool-choice --tool-call-parser
+hermes` for Qwen3). A teacher, asked once per dialogue and without tools, may be a checkpoint too.
 
 A dialogue that a seat breaks off (no text, malformed call, outgrown context) is a failure; so is one whose seat could not be
 reached, which tau2's own metrics leave out. *Covered* is the share of dialogues without such an error.
@@ -21,7 +22,6 @@ tau2-<arm>.json, which `tau2 evaluate-trajs` loads and scores again.
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import random
 import re
@@ -44,7 +44,7 @@ from nano_atlas.episodes import Attempt
 from nano_atlas.errors import UserError
 from nano_atlas.files import digest, files_digest, read_json, replace_text
 from nano_atlas.results import STUDENT, TaskLog, TaskResult, read_results, start_or_continue
-from nano_atlas.seats import Generation
+from nano_atlas.seats import Generation, is_url
 
 INSTALL = """--bench tau2 needs the official package and its data:
     git clone --branch v1.0.1 https://github.com/sierra-research/tau2-bench
@@ -63,9 +63,9 @@ class Config(ArmsConfig):
     split: str = option("base", "split of the domain's tasks")
     tasks: str | None = option(None, "only tasks whose id contains this, such as mms_issue")
     mode: str = option("user", "with a simulated user, or alone with a ticket and all tools", ("user", "solo"))
-    guidance: str = option("both", "arms: the student alone, with teachers, or both for a paired comparison", ("none", "teacher", "both"))
+    guidance: str = option("both", "the student alone, with teachers, or both in pairs", ("none", "teacher", "both"))
     control: tuple[str, ...] = option((SHUFFLED, UNTRAINED), "control arms", (SHUFFLED, UNTRAINED, "none"))
-    user: str | None = option(None, "checkpoint directory or URL of the simulated user")
+    user: str | None = option(None, "URL of the simulated user")
     user_model: str | None = option(None, "model name at the user's URL (none: the first it serves)")
     user_temperature: float = option(0.0, "of the simulated user")
     temperature: float = option(0.7, "of student and teachers (0: greedy)")
@@ -84,7 +84,10 @@ class Config(ArmsConfig):
         if self.tables or self.view or self.dry_run:
             return
         if self.student is None or self.mode == "user" and self.user is None:
-            raise UserError("--bench tau2 needs --student and, unless --mode solo, --user: a DIRECTORY or URL each")
+            raise UserError("--bench tau2 needs --student and, unless --mode solo, --user: the URL of a server each")
+        if not all(is_url(spec) for spec in (self.student, self.user or self.student)):
+            raise UserError("--bench tau2: --student and --user must be URLs; serve a checkpoint with "
+                            "`vllm serve DIRECTORY --enable-auto-tool-choice --tool-call-parser hermes`")
         if self.guidance != "none" and not self.teacher:
             raise UserError(f"--guidance {self.guidance} needs a --teacher; --guidance none evaluates the student alone")
 
@@ -119,10 +122,10 @@ def main(argv: Sequence[str]) -> None:
         print(f"{len(tasks)} tasks ({', '.join(f'{count} {name}' for name, count in kinds.items())}) x {config.trials} trials x "
               f"{len(config.arms)} arms ({', '.join(config.arms)})\n" + floor_line(floors(config, tasks)))
         return
-    specs = [config.student, *config.teachers.values()] + ([] if config.is_solo else [config.user])
-    for spec in specs:
+    for spec in config.teachers.values():
         require_checkpoint(spec)
-    start_or_continue(config, config.contents(*specs) | contents | {"tasks": digest(task.model_dump_json().encode() for task in tasks)})
+    contents["tasks"] = digest(task.model_dump_json().encode() for task in tasks)
+    start_or_continue(config, config.contents() | contents)
     with closing(TaskLog(config.out / "tasks.jsonl")) as log:
         evaluate(config, tasks, problems, log)
     replace_text(config.out / "floors.json", json.dumps(floors(config, tasks)))
@@ -199,7 +202,7 @@ def floors(config: Config, tasks: Sequence) -> dict[str, float]:
 
 def evaluate(config: Config, tasks: Sequence, problems: Sequence[Problem], log: TaskLog) -> None:
     """Every (arm, task, trial) that the log lacks, `workers` at a time. Teachers are opened one after the other."""
-    from nano_atlas.dialogue import Guidance, Model, dialogue_seat, share, simulate, teacher_guide
+    from nano_atlas.dialogue import Guidance, Model, simulate, teacher_guide
 
     pairs = list(zip(tasks, problems))
     missing = {arm: [(task, problem, trial) for trial in range(config.trials) for task, problem in pairs
@@ -209,12 +212,11 @@ def evaluate(config: Config, tasks: Sequence, problems: Sequence[Problem], log: 
     draws = random.Random(config.seed)
     trial_seeds = [draws.randint(0, 1_000_000) for _ in range(config.trials)]  # as tau2 draws them
     student = config.open(config.student, config.student_model)
-    asked = Model(dialogue_seat(student), Generation(config.answer_tokens, config.temperature, config.top_p))
+    asked = Model(student, Generation(config.answer_tokens, config.temperature, config.top_p))
     user = None
     if not config.is_solo:
-        is_same = (config.user, config.user_model) == (config.student, config.student_model)
-        seat = student if is_same else config.open(config.user, config.user_model)
-        user = Model(dialogue_seat(seat), Generation(config.answer_tokens, config.user_temperature))
+        seat = config.open(config.user, config.user_model)
+        user = Model(seat, Generation(config.answer_tokens, config.user_temperature))
     donors = derange(problems, config.seed) if SHUFFLED in config.arms else {}
 
     def shuffled(problem: Problem, trial: int) -> Guidance:
@@ -225,14 +227,13 @@ def evaluate(config: Config, tasks: Sequence, problems: Sequence[Problem], log: 
     with tqdm(total=len(pairs) * config.trials * len(config.arms), initial=len(log.results), unit="dialogue") as bar:
         for arm in (arm for arm, jobs in missing.items() if jobs):
             bar.set_description(arm)
-            teacher = None
+            teach = None
             if arm == UNTRAINED or arm in config.teachers:
-                teacher = student if arm == UNTRAINED else share(config.open(config.teachers[arm], config.teacher_model))
+                teacher = student if arm == UNTRAINED else config.open(config.teachers[arm], config.teacher_model)
+                teach = teacher_guide(student, teacher, config.episode)
 
             def run(task, problem: Problem, trial: int) -> TaskResult:
-                guide = teacher_guide(student, teacher, config.episode) if teacher else None
-                if arm == SHUFFLED:
-                    guide = lambda *_: shuffled(problem, trial)  # noqa: E731
+                guide = (lambda *_: shuffled(problem, trial)) if arm == SHUFFLED else teach
                 simulation, told = simulate(task, config.domain, asked, user, guide, trial=trial, seed=trial_seeds[trial],
                                             max_steps=config.max_steps)
                 tokens = student.count_tokens(told.teaching) if told.teaching else 0
@@ -320,7 +321,8 @@ def own_tables(config: Config, out: Path) -> str:
         for group, tasks in groups.items():
             whole = [right for right in tasks.values() if len(right) == config.trials]
             rates = [mean(stats.pass_hat_k(config.trials, sum(right), k) for right in whole) for k in ks if whole]
-            passed.append([f"{name}: {group}", str(len(whole)), *(f"{100 * rate:.1f}" for rate in rates or [math.nan] * len(ks))])
+            shown = [f"{100 * rate:.1f}" for rate in rates] or ["–"] * len(ks)
+            passed.append([f"{name}: {group}", str(len(whole)), *shown])
         prompts = [sum(message["usage"]["prompt_tokens"] for message in result.record["simulation"]["messages"]
                        if message["role"] == "assistant" and message.get("usage")) for result in of_arm]
         covered = mean(termination(result) not in UNREACHED for result in of_arm)
@@ -333,7 +335,7 @@ def own_tables(config: Config, out: Path) -> str:
     if floors_of_run := read_json(out / "floors.json"):
         lines += [floor_line(floors_of_run), ""]
     contents = read_json(out / "run.json").get("contents", {})
-    lines.append("; ".join(f"{name} {value[:16]}" for name, value in contents.items()) + f"; user {config.user} {config.user_model or ''}")
+    lines.append("; ".join([*(f"{name} {value[:16]}" for name, value in contents.items()), f"user {config.user}"]))
     return "\n".join([*lines, ""])
 
 

@@ -15,7 +15,6 @@ os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 pytest.importorskip("loguru").logger.disable("tau2")
 pytest.importorskip("tau2.orchestrator")
 
-from conftest import byte_tokenizer, lively_model  # noqa: E402
 from tau2.agent.llm_agent import LLMAgent, LLMSoloAgent  # noqa: E402
 from tau2.data_model.message import AssistantMessage, UserMessage  # noqa: E402
 from tau2.data_model.simulation import Results, TerminationReason  # noqa: E402
@@ -24,12 +23,12 @@ from tau2.runner import build_environment, get_tasks  # noqa: E402
 from tau2.utils import DATA_DIR, llm_utils  # noqa: E402
 
 import eval as evaluation  # noqa: E402
-from nano_atlas import dialogue, protocol, tau2  # noqa: E402
-from nano_atlas.dialogue import DialogueEnd, EmbeddedDialogue, Guidance, Model, Turn, simulate  # noqa: E402
+from nano_atlas import dialogue, tau2  # noqa: E402
+from nano_atlas.dialogue import Model, Turn, simulate  # noqa: E402
 from nano_atlas.episodes import EpisodeConfig  # noqa: E402
 from nano_atlas.errors import UserError  # noqa: E402
 from nano_atlas.results import STUDENT, read_results  # noqa: E402
-from nano_atlas.seats import EmbeddedSeat, EndpointSeat, Generation, Reply  # noqa: E402
+from nano_atlas.seats import EndpointSeat, Generation, Reply  # noqa: E402
 
 if not (DATA_DIR / "tau2/domains/telecom/tasks.json").exists():
     pytest.skip("TAU2_DATA_DIR holds no telecom data", allow_module_level=True)
@@ -40,18 +39,14 @@ SOME = TASKS[:: len(TASKS) // EVERY]
 
 
 class Script:
-    """A DialogueSeat that says `turns` one after the other, the last one for ever, and remembers what it was shown."""
+    """A model that says `turns` one after the other, the last one for ever, and remembers what it was shown."""
 
     def __init__(self, *turns: Turn):
         self.turns, self.shown = list(turns), []
 
-    def say(self, messages, tools, tool_choice, generation, seed):
+    def say(self, messages, tools, tool_choice, seed):
         self.shown.append(json.dumps([messages, tools]))
         return self.turns.pop(0) if len(self.turns) > 1 else self.turns[0]
-
-    @property
-    def model(self):
-        return Model(self, Generation(100))
 
 
 def text(words: str) -> Turn:
@@ -80,7 +75,7 @@ def gold_scripts(task, is_solo: bool) -> tuple[Script, Script | None]:
 
 
 def reward(task, student: Script, user: Script | None, guide=None, **options) -> float:
-    simulation, _ = simulate(task, "telecom", student.model, user and user.model, guide, trial=0, seed=1, max_steps=200, **options)
+    simulation, _ = simulate(task, "telecom", student, user, guide, trial=0, seed=1, max_steps=200, **options)
     return simulation.reward_info.reward
 
 
@@ -159,7 +154,7 @@ def test_without_guidance_requests_are_those_of_the_official_agent(monkeypatch):
             _, state = agent.generate_next_message(message, state)
 
     with recorded_server() as (url, ours):
-        talk(dialogue.GuidedAgent(tools, policy, llm=Model(dialogue.EndpointDialogue(EndpointSeat(url)), Generation(50))))
+        talk(dialogue.GuidedAgent(tools, policy, llm=Model(EndpointSeat(url), Generation(50))))
     with recorded_server() as (url, official):
         monkeypatch.setattr("tau2.agent.llm_agent.generate", llm_utils.generate)
         talk(LLMAgent(tools, policy, llm="openai/m", llm_args={"api_base": url, "api_key": "EMPTY"}))
@@ -235,7 +230,7 @@ def test_without_a_tag_nothing_is_injected():
     student, user = gold_scripts(TASKS[0], False)
     plain, other = gold_scripts(TASKS[0], False)
     guide = dialogue.teacher_guide(Recorder("plan"), Recorder("no tag"), EpisodeConfig())
-    _, told = simulate(TASKS[0], "telecom", student.model, user.model, guide, trial=0, seed=1, max_steps=200)
+    _, told = simulate(TASKS[0], "telecom", student, user, guide, trial=0, seed=1, max_steps=200)
     reward(TASKS[0], plain, other)
     assert told.teaching is None and told.teacher_text == "no tag" and student.shown == plain.shown
 
@@ -257,19 +252,19 @@ BROKEN = {
 def test_broken_messages_are_failed_simulations(name, is_solo):
     turn, reason = BROKEN[name]
     user = None if is_solo else Script(text("help"))
-    simulation, _ = simulate(TASKS[0], "telecom", Script(turn).model, user and user.model, None, trial=2, seed=1, max_steps=30)
+    simulation, _ = simulate(TASKS[0], "telecom", Script(turn), user, None, trial=2, seed=1, max_steps=30)
     assert (simulation.termination_reason.value, simulation.reward_info.reward, simulation.trial) == (reason, 0.0, 2)
     assert simulation.model_validate_json(simulation.model_dump_json()) and (simulation.info or reason == "too_many_errors")
 
 
 def test_a_broken_user_is_a_failed_simulation_and_says_whose_fault():
-    simulation, _ = simulate(TASKS[0], "telecom", Script(text("hi")).model, Script(text("")).model, None, trial=0, seed=1, max_steps=9)
+    simulation, _ = simulate(TASKS[0], "telecom", Script(text("hi")), Script(text("")), None, trial=0, seed=1, max_steps=9)
     assert simulation.termination_reason == TerminationReason.USER_ERROR
 
 
 def test_thoughts_reach_neither_user_nor_history():
     student, user = Script(text("<think>SECRET</think> Restart it.")), Script(text("<think>PRIVATE</think>help"), text("ok"), text("###STOP###"))
-    simulation, _ = simulate(TASKS[0], "telecom", student.model, user.model, None, trial=0, seed=1, max_steps=30)
+    simulation, _ = simulate(TASKS[0], "telecom", student, user, None, trial=0, seed=1, max_steps=30)
     assert "Restart it." in user.shown[-1] and not any("SECRET" in shown for shown in student.shown + user.shown)
     assert not any("PRIVATE" in shown for shown in student.shown) and "SECRET" not in simulation.model_dump_json()
 
@@ -283,76 +278,8 @@ def test_a_seat_that_fails_ends_the_dialogue_with_its_reason(status, message, re
         def say(self, *_):
             raise UserError(f"HTTP {status}: {message}")
 
-    simulation, _ = simulate(TASKS[0], "telecom", Model(Gone(), Generation(1)), Script(text("hi")).model, None, trial=0, seed=1, max_steps=9)
+    simulation, _ = simulate(TASKS[0], "telecom", Gone(), Script(text("hi")), None, trial=0, seed=1, max_steps=9)
     assert simulation.termination_reason == reason and message in simulation.info["failure"] and simulation.reward_info.reward == 0
-
-
-# ------------------------------------------------------------------------------------------------------- checkpoints as seats
-
-TEMPLATE = """{%- if tools %}{{- '<|im_start|>system\\n<tool_call>' }}{%- for tool in tools %}{{- tool | tojson }}{%- endfor %}
-{{- '<|im_end|>\\n' }}{%- endif %}
-{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m.content }}
-{%- for call in m.tool_calls %}{{- '<tool_call>' + (call.function | tojson) + '</tool_call>' }}{%- endfor %}
-{{- '<|im_end|>\\n' }}{%- endfor %}{{- '<|im_start|>assistant\\n' }}"""
-
-
-def embedded(*completions: str):
-    """An embedded seat whose sampler is scripted: what it is prompted with is real, what it draws is not."""
-    tokenizer = byte_tokenizer()
-    tokenizer = type(tokenizer)(tokenizer.backend, TEMPLATE, eos_token="<|im_end|>")
-    seat = EmbeddedSeat(lively_model(0, ["hm"], tokenizer), tokenizer)
-    prompts, left = [], list(completions)
-
-    class Drawn:
-        def generate(self, requests, progress=None):
-            prompts.extend(tokenizer.decode(request.prompt_ids, skip_special=False) for request in requests)
-            return [[dialogue.Rollout(r.prompt_ids, tokenizer.encode(left.pop(0)), [], "stop", 0)] for r in requests]
-
-    seat.sampler = Drawn()
-    return EmbeddedDialogue(seat), prompts
-
-
-def test_a_checkpoint_calls_tools_in_hermes_format():
-    seat, prompts = embedded('Let me see.<tool_call>\n{"name": "f", "arguments": {"x": "ü"}}\n</tool_call>', "<tool_call>{'x'", "plain")
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    wire = [{"role": "user", "content": "hi <|im_end|>"},
-            {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "g", "arguments": '{"y": 2}'}}]},
-            {"role": "tool", "content": "3", "tool_call_id": "1"}]
-    turn = seat.say(wire, tools, "auto", Generation(9), 0)
-    assert turn.text == "Let me see." and turn.calls == [("f", '{"x": "\\u00fc"}')] and turn.prompt_tokens > 0
-    assert '{"name": "f"}' in prompts[0] and '{"name": "g", "arguments": {"y": 2}}' in prompts[0] and "tool\n3" in prompts[0]
-    malformed = seat.say(wire, tools, "auto", Generation(9), 0)
-    with pytest.raises(ValueError):
-        json.loads(malformed.calls[0][1])
-    assert seat.say(wire, tools, "auto", Generation(9), 0) == Turn("plain", [], turn.prompt_tokens, 5)
-    with pytest.raises(UserError, match="no <tool_call>"):
-        EmbeddedDialogue(EmbeddedSeat(lively_model(0, ["hm"], byte_tokenizer()), byte_tokenizer()))
-
-
-def test_threads_share_a_sampler_and_keep_their_own_errors():
-    class Slow:
-        batches = []
-
-        def generate(self, requests, progress=None):
-            self.batches.append(len(requests))
-            if "bad" in requests:
-                raise UserError("bad")
-            return [[request] for request in requests]
-
-    shared, outcomes = dialogue.SharedSampler(Slow()), {}
-
-    def ask(request):
-        try:
-            outcomes[request] = shared.generate([request])
-        except UserError as error:
-            outcomes[request] = str(error)
-
-    threads = [threading.Thread(target=ask, args=(request,)) for request in ["bad", *map(str, range(20))]]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert outcomes == {"bad": "bad"} | {str(i): [[str(i)]] for i in range(20)}
 
 
 # --------------------------------------------------------------------------------------------------------- the command as a whole
@@ -370,7 +297,7 @@ def test_the_command_from_seats_to_tables_and_tau2s_own_metrics(tmp_path, monkey
     class ByTask:
         """Does nothing unless told to; then replays the gold actions of the task whose ticket is at hand."""
 
-        def say(self, messages, tools, tool_choice, generation, seed):
+        def say(self, messages, tools, tool_choice, seed):
             deaths[0] -= 1
             if deaths[0] == 0:
                 raise KeyboardInterrupt
@@ -380,7 +307,7 @@ def test_the_command_from_seats_to_tables_and_tau2s_own_metrics(tmp_path, monkey
                 return call("done", {})
             return gold_scripts(task, True)[0].turns[sum(m["role"] == "assistant" for m in messages)]
 
-    monkeypatch.setattr(dialogue, "dialogue_seat", lambda seat: ByTask())
+    monkeypatch.setattr(dialogue, "Model", lambda *_: ByTask())
     argv = ["eval.py", "--bench", "tau2", "--mode", "solo", "--student", "http://s", "--teacher", "grpo=http://t", "--trials", "2",
             "--out", str(tmp_path), "--workers", "2", "--control", "untrained"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", argv)

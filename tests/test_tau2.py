@@ -45,6 +45,8 @@ def test_a_missing_package_ends_with_the_commands_that_install_it(found, monkeyp
 @pytest.mark.parametrize("changes, message", [
     ({"user": None}, "needs --student and, unless --mode solo, --user"),
     ({"student": None}, "needs --student"),
+    ({"student": "runs/student"}, "must be URLs; serve a checkpoint"),
+    ({"user": "runs/user"}, "must be URLs; serve a checkpoint"),
     ({"teacher": ()}, "--guidance both needs a --teacher"),
     ({"trials": 0}, "must be at least 1"),
     ({"teacher": ("shuffled=x",)}, "name of its own"),
