@@ -6,7 +6,7 @@ from the same state and the reward carries no noise that the teacher did not cau
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nano_atlas import protocol
 from nano_atlas.config import option
@@ -75,6 +75,18 @@ def attempt(reply: Reply, gold: str | None) -> Attempt:
     answer = protocol.extract_answer(reply.text)
     is_correct = gold is not None and protocol.is_correct(answer, gold)
     return Attempt(reply.text, answer, is_correct, reply.tokens, reply.is_truncated)
+
+
+def majority(attempts: Sequence[Attempt]) -> Attempt:
+    """The first attempt with the most frequent answer, at the price of all: self-consistency (Wang et al. 2022, arXiv:2203.11171).
+
+    Attempts without an answer have no vote, and of equally frequent answers the one given first wins.
+    """
+    keys = [None if attempt.answer is None else protocol.answer_key(attempt.answer) for attempt in attempts]
+    votes = Counter(key for key in keys if key is not None)
+    first = keys.index(max(votes, key=votes.__getitem__)) if votes else 0  # max: the first of the most frequent
+    tokens, is_truncated = sum(attempt.tokens for attempt in attempts), any(attempt.is_truncated for attempt in attempts)
+    return replace(attempts[first], tokens=tokens, is_truncated=is_truncated)
 
 
 def sketch_problems(

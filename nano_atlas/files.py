@@ -1,11 +1,12 @@
-"""JSON files and directories that are replaced as a whole."""
+"""JSON files, files and directories that are replaced as a whole, and digests of what a run depends on."""
 
 import ctypes
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +26,32 @@ def read_json(path: Path) -> dict:
 
 def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """A reader, or a process killed meanwhile, finds the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def digest(parts: Iterable[bytes]) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+def files_digest(paths: Iterable[Path]) -> str:
+    """Of names and contents, in the given order: the same files under another directory have the same digest."""
+    parts: list[bytes] = []
+    for path in paths:
+        with path.open("rb") as file:
+            parts += [path.name.encode(), hashlib.file_digest(file, "sha256").digest()]
+    return digest(parts)
+
+
+def checkpoint_digest(path: Path) -> str:
+    """Of what makes a checkpoint directory answer as it does: weights, configuration, tokenizer and chat template."""
+    patterns = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*", "*.jinja")
+    return files_digest(sorted(file for pattern in patterns for file in path.glob(pattern)))
 
 
 @contextmanager

@@ -51,6 +51,11 @@ def guided_messages(question: str, teaching: str | None) -> Messages:
     return _user(question, f"Teacher's guidance: {teaching}", ANSWER_FORMAT)
 
 
+def guided_system_prompt(system_prompt: str, teaching: str | None) -> str:
+    """The same for a student in a dialogue, whose turns are not the teacher's to write in."""
+    return system_prompt if teaching is None else f"{system_prompt}\n\nTeacher's guidance: {teaching}"
+
+
 def teacher_target(diagnosis: str, teaching: str) -> str:
     """What the teacher should write; the completion of a demonstration."""
     return f"<thinking>{diagnosis.strip()}</thinking>\n<teaching>{teaching.strip()}</teaching>"
@@ -104,14 +109,14 @@ def _number(text: str) -> Decimal | None:
     return Decimal(plain.replace(",", "")) if re.fullmatch(rf"[+-]?({DIGITS}(\.\d*)?|\.\d+)", plain) else None
 
 
+def answer_key(answer: str) -> Decimal | tuple[str, ...]:
+    """What two equal answers have in common: the number ("016" = 16, "1,000" = 1000), else the case-folded words."""
+    value = _number(answer)
+    return tuple(answer.casefold().strip(" .").split()) if value is None else value
+
+
 def is_correct(answer: str | None, gold: str) -> bool:
-    """Exact equality: as numbers where both are numbers ("016" = 16, "1,000" = 1000), else as case-folded words."""
-    if answer is None:
-        return False
-    left, right = _number(answer), _number(gold)
-    if left is not None and right is not None:
-        return left == right
-    return answer.casefold().strip(" .").split() == gold.casefold().strip(" .").split()
+    return answer is not None and answer_key(answer) == answer_key(gold)
 
 
 def reveals_answer(teaching: str, gold: str) -> bool:

@@ -1,106 +1,15 @@
-"""What an evaluation measured: the result of each task on disk, the scores of each arm, paired comparisons, and their tables.
+"""The scores of each arm of an evaluation, paired comparisons, and their tables.
 
 An *arm* is one way of answering the same tasks: the student alone, the student with some teacher, or a control.
 """
 
-import fcntl
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 from nano_atlas import stats
-from nano_atlas.data import Problem
-from nano_atlas.episodes import Attempt
-from nano_atlas.errors import UserError
-
-STUDENT = "student"  # the arm that all others are compared with
-
-# ------------------------------------------------------------------------------------------------------------ task results
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """One answer of the student: a line of tasks.jsonl. Lengths in generated tokens. Alone, it has nothing of a teacher."""
-
-    arm: str
-    domain: str
-    id: str
-    sample: int  # from 0
-    gold: str
-    attempt: Attempt
-    approach: str
-    approach_tokens: int
-    teacher_text: str = ""
-    teacher_tokens: int = 0
-    is_teacher_truncated: bool = False
-    teaching: str | None = None  # None: no well-formed teaching, and the student got nothing
-    is_leak: bool = False
-
-    @property
-    def key(self) -> tuple[str, str, str, int]:
-        return self.arm, self.domain, self.id, self.sample
-
-    @property
-    def all_tokens(self) -> int:
-        """Of everyone involved; the student alone needs no probe."""
-        return self.attempt.tokens + (0 if self.arm == STUDENT else self.approach_tokens + self.teacher_tokens)
-
-
-def read_results(path: Path) -> tuple[dict[tuple[str, str, str, int], TaskResult], int]:
-    """The results in a tasks.jsonl by their key, and its length in bytes without a torn last line.
-
-    Raises UserError for a line that is damaged or there twice.
-    """
-    content = path.read_bytes() if path.exists() else b""
-    intact = content.rfind(b"\n") + 1
-    results: dict[tuple[str, str, str, int], TaskResult] = {}
-    for number, line in enumerate(content[:intact].split(b"\n")[:-1], start=1):
-        try:
-            record = json.loads(line)
-            result = TaskResult(**{**record, "attempt": Attempt(**record["attempt"])})
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}:{number}: not a task result ({error}); "
-                            "delete the line, or start over with --restart") from None
-        if result.key in results:
-            raise UserError(f"{path}:{number}: {' '.join(map(str, result.key))} is there twice; delete one of the two lines")
-        results[result.key] = result
-    return results, intact
-
-
-class TaskLog:
-    """The append-only tasks.jsonl with its only writer, and what it holds. A process that dies leaves at most one torn line."""
-
-    def __init__(self, path: Path):
-        self._file = path.open("ab")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{path}: another process is writing it; wait for its end, or choose another --out") from None
-        self.results, intact = read_results(path)
-        self._file.truncate(intact)
-
-    def append(self, results: Iterable[TaskResult]) -> None:
-        """Write those that are not there yet, a flushed line each."""
-        for result in results:
-            if result.key not in self.results:
-                self._file.write(json.dumps(asdict(result), ensure_ascii=False).encode() + b"\n")
-                self._file.flush()
-                self.results[result.key] = result
-
-    def has(self, arm: str, problems: Sequence[Problem], samples: int) -> bool:
-        keys = ((arm, problem.domain, problem.id, sample) for problem in problems for sample in range(samples))
-        return all(key in self.results for key in keys)
-
-    def get(self, arm: str, problem: Problem, samples: int) -> list[TaskResult]:
-        return [self.results[arm, problem.domain, problem.id, sample] for sample in range(samples)]
-
-    def close(self) -> None:
-        self._file.close()
-
-
-# ---------------------------------------------------------------------------------------------------------------- scores
+from nano_atlas.episodes import majority
+from nano_atlas.results import STUDENT, TaskResult
 
 
 @dataclass(frozen=True)
@@ -130,12 +39,15 @@ class Score:
     accuracy: float  # with several samples: avg@n
     error: float | None  # its standard error over tasks
     interval: tuple[float, float] | None  # 95 %, Wilson; None for several samples per task
-    pass_at_k: dict[int, float]
+    pass_at_k: dict[int, float]  # at least one of k samples is right
+    pass_hat_k: dict[int, float]  # all k samples are right
+    majority: float  # the most frequent answer of a task's samples is right: maj@n
     completion: float  # an answer could be extracted
     truncated: float
     student_tokens: float
     all_tokens: float  # answer + probe + teacher's whole completion
     leak: float | None  # the teaching holds the gold answer
+    leak_free_accuracy: float | None  # of the answers whose teaching does not
     malformed: float | None  # there is no teaching
     versus_student: Comparison | None
 
@@ -166,7 +78,7 @@ def make_report(
         }
         complete = {arm: tasks for arm, tasks in complete.items() if tasks}
         for arm, tasks in complete.items():
-            scores.append(_score(tasks, None if arm == STUDENT else compare(tasks, complete[STUDENT], seed)))
+            scores.append(_score(tasks, None if arm == STUDENT or STUDENT not in complete else compare(tasks, complete[STUDENT], seed)))
         *earlier, last = [name for name in teachers if name in complete] or [None]
         differences += [compare(complete[last], complete[name], seed) for name in earlier]
     return Report(scores, differences)
@@ -201,20 +113,26 @@ def _score(tasks: Tasks, versus_student: Comparison | None) -> Score:
     right = [sum(result.attempt.is_correct for result in task) for task in tasks.values()]
     accuracy, error = stats.mean_and_error([count / samples for count in right])
 
+    some = (*(2**power for power in range(samples.bit_length())), samples)
+    is_taught = any(result.teacher_tokens for result in answers)
+    leak_free = [result.attempt.is_correct for result in answers if not result.is_leak]
+
     def mean(value: Callable[[TaskResult], float]) -> float:
         return sum(map(value, answers)) / len(answers)
 
     return Score(
         answers[0].domain, answers[0].arm, len(tasks), accuracy, None if math.isnan(error) else error,
         interval=stats.wilson_interval(sum(right), len(tasks)) if samples == 1 else None,
-        pass_at_k={k: stats.mean_and_error([stats.pass_at_k(samples, count, k) for count in right])[0]
-                   for k in (*(2**power for power in range(samples.bit_length())), samples)},
+        pass_at_k={k: sum(stats.pass_at_k(samples, count, k) for count in right) / len(right) for k in some},
+        pass_hat_k={k: sum(stats.pass_hat_k(samples, n, k) for n in right) / len(right) for k in range(1, samples + 1)},
+        majority=sum(majority([result.attempt for result in task]).is_correct for task in tasks.values()) / len(tasks),
         completion=mean(lambda result: result.attempt.answer is not None),
         truncated=mean(lambda result: result.attempt.is_truncated),
         student_tokens=mean(lambda result: result.attempt.tokens),
         all_tokens=mean(lambda result: result.all_tokens),
-        leak=mean(lambda result: result.is_leak) if versus_student else None,
-        malformed=mean(lambda result: result.teaching is None) if versus_student else None,
+        leak=mean(lambda result: result.is_leak) if is_taught and answers[0].gold else None,
+        leak_free_accuracy=sum(leak_free) / len(leak_free) if is_taught and answers[0].gold and leak_free else None,
+        malformed=mean(lambda result: result.teaching is None) if is_taught else None,
         versus_student=versus_student,
     )
 
@@ -224,8 +142,9 @@ def _score(tasks: Tasks, versus_student: Comparison | None) -> Score:
 NOTE = (
     "Rates in %, differences in percentage points with their 95 % interval (paired bootstrap over tasks). *Not worse*: tasks "
     "on which the student with teaching is at least as good as alone, of all tasks and of those it gets right alone. "
-    "*Answered*: an answer could be extracted. Tokens are generated tokens per answer: the student's answer, and answer + "
-    "probe + teacher."
+    "*Answered*: an answer could be extracted; *cut off*: it ran into the limit of tokens. Tokens are generated tokens per "
+    "answer: the student's answer, and answer + probe + teacher. *Leaks*: teachings that hold the gold answer; *without*: "
+    "accuracy where the teaching holds none; *malformed*: no teaching could be extracted, and the student got none."
 )
 
 
@@ -236,17 +155,11 @@ def tables(report: Report, names: dict[str, str] | None = None) -> str:
     for domain in dict.fromkeys(score.domain for score in report.scores):
         scores = [score for score in report.scores if score.domain == domain]
         most = max(scores[0].pass_at_k)
-        accuracy = ["accuracy"] if most == 1 else [f"avg@{most}", f"pass@{most}"]
+        accuracy = ["accuracy"] if most == 1 else [f"avg@{most}", f"pass@{most}", f"pass^{most}", f"maj@{most}"]
         rows = [["", *accuracy, "Δ to alone", "McNemar p", "improved", "degraded", "not worse", "…of right", "answered",
-                 "student tokens", "all tokens", "leaks", "malformed"]]
+                 "cut off", "student tokens", "all tokens", "leaks", "without", "malformed"]]
         rows += [_row(score, names.get(score.arm, score.arm), scores[0].tasks) for score in scores]
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-        lines += [f"### {domain}: {scores[0].tasks} tasks", ""]
-        for first, *others in rows:
-            cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:]))]
-            lines.append("| " + " | ".join(cells) + " |")
-        lines.append("")
+        lines += [f"### {domain}: {scores[0].tasks} tasks", "", *table(rows), ""]
         for difference in report.differences:
             if difference.domain == domain:
                 arm, other = (names.get(name, name) for name in (difference.arm, difference.other))
@@ -255,20 +168,28 @@ def tables(report: Report, names: dict[str, str] | None = None) -> str:
     return "\n".join([*lines, NOTE, ""])
 
 
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table; the first row is its head, the first column is text and the others are numbers."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    aligned = [[row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))] for row in rows]
+    return ["| " + " | ".join(row) + " |" for row in (aligned[0], rule, *aligned[1:])]
+
+
 def _row(score: Score, name: str, expected_tasks: int) -> list[str]:
     name += "" if score.tasks == expected_tasks else f" (so far {score.tasks} tasks)"
     row = [name, f"{100 * score.accuracy:.1f}"]
     most = max(score.pass_at_k)
     if most > 1:
         error = "" if score.error is None else f" ± {100 * score.error:.1f}"
-        row = [name, row[1] + error, f"{100 * score.pass_at_k[most]:.1f}"]
+        row = [name, row[1] + error, *map(_percent, (score.pass_at_k[most], score.pass_hat_k[most], score.majority))]
     versus = score.versus_student
     row += ["", "", "", "", "", ""] if versus is None else [
         _points(versus), _p_value(versus.p_value), str(versus.improved), str(versus.degraded),
         _percent(versus.non_degradation), _percent(versus.non_degradation_correct),
     ]
-    return row + [_percent(score.completion), f"{score.student_tokens:.0f}", f"{score.all_tokens:.0f}", _percent(score.leak),
-                  _percent(score.malformed)]
+    return row + [_percent(score.completion), _percent(score.truncated), f"{score.student_tokens:.0f}", f"{score.all_tokens:.0f}",
+                  _percent(score.leak), _percent(score.leak_free_accuracy), _percent(score.malformed)]
 
 
 def _percent(rate: float | None) -> str:

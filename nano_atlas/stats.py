@@ -61,6 +61,13 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
+def pass_hat_k(samples: int, correct: int, k: int) -> float:
+    """pass^k: unbiased estimate of the chance that all of k samples are right (Yao et al. 2024, arXiv:2406.12045)."""
+    if not 1 <= k <= samples or not 0 <= correct <= samples:
+        raise ValueError(f"pass^{k} from {correct} right of {samples} samples")
+    return math.comb(correct, k) / math.comb(samples, k)
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Mean and its standard error s / sqrt(n), s with n - 1 in the denominator; the error of a single value is NaN.
 

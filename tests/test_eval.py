@@ -13,14 +13,17 @@ import pytest
 import tokenizers
 
 import eval as evaluation
-from eval import SHUFFLED, UNTRAINED, Config, derange, evaluate, start_or_continue, stored_report
+from eval import Config, evaluate
+from nano_atlas.arms import SAME_BUDGET, SHUFFLED, TWO_VOTES, UNTRAINED, derange, stored_report
 from nano_atlas import protocol
 from nano_atlas.checkpoint import config_from_dict, save_model
 from nano_atlas.config import parse, run_script
 from nano_atlas.data import Problem
+from nano_atlas.episodes import Attempt, attempt, majority
 from nano_atlas.errors import UserError
 from nano_atlas.model import Transformer
-from nano_atlas.scores import STUDENT, TaskLog, make_report, read_results, tables
+from nano_atlas.results import STUDENT, TaskLog, read_results, start_or_continue
+from nano_atlas.scores import make_report, tables
 from nano_atlas.seats import Reply
 from nano_atlas.tokenizer import Tokenizer
 
@@ -91,17 +94,18 @@ TEACHERS = {"sft": weak_teacher, "grpo": good_teacher}
 
 def config_for(path, **changes) -> Config:
     options = {"bench": "gsm8k", "student": "http://student", "teacher": ("sft=http://sft", "grpo=http://grpo")}
-    return Config(**options | {"chunk": 8, "out": path} | changes)
+    options |= {"control": (SHUFFLED, UNTRAINED), "chunk": 8, "out": path}
+    return Config(**options | changes)
 
 
-def run(config, tasks=TASKS, student=None, teachers=None):
+def run(config, tasks=TASKS, student=None, teachers=None, is_right=protocol.is_correct):
     """The middle of `eval.main`, with seats of our own."""
     student = student or Seat(student_rule)
     teachers = teachers if teachers is not None else {name: Seat(rule) for name, rule in TEACHERS.items()}
-    start_or_continue(config, tasks)
+    start_or_continue(config, config.contents() | {f"tasks {name}": repr(problems) for name, problems in tasks.items()})
     log = TaskLog(config.out / "tasks.jsonl")
     try:
-        evaluate(config, tasks, log, lambda: student, teachers.__getitem__)
+        evaluate(config, tasks, log, is_right, lambda: student, teachers.__getitem__)
     finally:
         log.close()
     return log.results, student, teachers
@@ -119,7 +123,7 @@ def expected(domain):
 def test_every_number_of_the_tables_follows_from_the_rules(tmp_path):
     config = config_for(tmp_path)
     results, _, _ = run(config)
-    report, names = stored_report(tmp_path)
+    report, stored = stored_report(tmp_path, Config)
     rows = {(score.domain, score.arm): score for score in report.scores}
     assert list(rows) == [(domain, arm) for domain in TASKS for arm in (STUDENT, "sft", "grpo", SHUFFLED, UNTRAINED)]
     for domain in TASKS:
@@ -150,9 +154,9 @@ def test_every_number_of_the_tables_follows_from_the_rules(tmp_path):
     n, k = versus.improved + versus.degraded, versus.improved
     assert versus.p_value == pytest.approx(sum(math.comb(n, i) for i in range(n + 1) if abs(2 * i - n) >= abs(2 * k - n)) / 2**n)
 
-    text = tables(report, names)
+    text = tables(report, stored.names)
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    assert {len(row) for row in table} == {13} and len(table) == 2 * (2 + 5)
+    assert {len(row) for row in table} == {15} and len(table) == 2 * (2 + 5)
     assert [row[0] for row in table[2:7]] == ["student alone", "sft", "grpo", "control: shuffled grpo", "control: untrained"]
     assert table[4][1] == f"{100 * rows['math', 'grpo'].accuracy:.1f}"
     assert table[4][2].startswith(f"{100 * versus.delta:+.1f} [")
@@ -306,7 +310,7 @@ def test_two_writers_exclude_each_other(tmp_path):
 
 def test_several_samples_give_averages_with_errors_and_pass_at_k(tmp_path):
     results, _, _ = run(config_for(tmp_path, **SAMPLED))
-    report, names = stored_report(tmp_path)
+    report, stored = stored_report(tmp_path, Config)
     right = [[results["grpo", "math", p.id, s].attempt.is_correct for s in range(3)] for p in TASKS["math"]]
     means = [sum(task) / 3 for task in right]
     score = next(s for s in report.scores if (s.domain, s.arm) == ("math", "grpo"))
@@ -320,7 +324,77 @@ def test_several_samples_give_averages_with_errors_and_pass_at_k(tmp_path):
     assert versus.delta == pytest.approx(average - sum(alone) / 30) and versus.p_value is None
     assert versus.degraded == sum(a < b for a, b in zip(means, alone))
     assert versus.non_degradation_correct == pytest.approx(1 - versus.degraded / sum(b > 0 for b in alone))
-    assert "avg@3" in tables(report, names) and f"± {100 * score.error:.1f}" in tables(report, names)
+    assert "avg@3" in tables(report, stored.names) and f"± {100 * score.error:.1f}" in tables(report, stored.names)
+
+
+def test_votes_are_the_majority_of_fresh_answers_at_their_price(tmp_path):
+    """The student of these rules is right by a coin toss alone; the pair's tokens (20 + 7 + 40) buy four answers of 20."""
+    config = config_for(tmp_path, control=(TWO_VOTES, SAME_BUDGET), teacher=("grpo=http://grpo",), samples=1, temperature=0.8)
+    results, student, _ = run(config, teachers={"grpo": Seat(good_teacher)})
+    report, stored = stored_report(tmp_path, Config)
+    rows = {(score.domain, score.arm): score for score in report.scores}
+    assert rows["math", TWO_VOTES].student_tokens == rows["math", TWO_VOTES].all_tokens == 40
+    assert rows["math", SAME_BUDGET].all_tokens == 80 and rows["math", SAME_BUDGET].leak is rows["math", SAME_BUDGET].malformed is None
+    assert 0.1 < rows["math", TWO_VOTES].accuracy < 0.9 and rows["math", TWO_VOTES].versus_student.improved > 0
+    questions = [protocol.baseline_messages(problem.question)[0]["content"] for problem in TASKS["math"]]
+    assert student.asked.count(questions[0]) == 1 + 2 + 4
+    text = tables(report, stored.names)
+    assert "control: vote of 2" in text and "control: vote, tokens of grpo" in text
+
+
+def vote(*answers) -> Attempt:
+    return majority([Attempt(f"text {i}", answer, answer == "7", 10, i == 2) for i, answer in enumerate(answers)])
+
+
+def test_a_majority_counts_equal_answers_and_the_first_wins_a_tie():
+    assert vote("3", "7", "07").text == "text 1" and vote("3", "7", "007.").is_truncated
+    assert vote("3", "7").answer == "3" and vote("3", "7").tokens == 20
+    assert vote(None, "7", None).answer == "7" and vote(None, None).answer is None
+    assert vote("A b", "7", "a B.", "7", "x", "a  b").answer == "A b"
+
+
+def test_majority_and_pass_hat_k_of_several_samples(tmp_path):
+    results, _, _ = run(config_for(tmp_path, **SAMPLED))
+    score = next(s for s in stored_report(tmp_path, Config)[0].scores if (s.domain, s.arm) == ("math", "grpo"))
+    right = [sum(results["grpo", "math", p.id, s].attempt.is_correct for s in range(3)) for p in TASKS["math"]]
+    assert score.pass_hat_k[3] == pytest.approx(sum(count == 3 for count in right) / 30)
+    assert score.majority == pytest.approx(sum(count >= 2 for count in right) / 30)  # all wrong answers are the same word
+
+
+def test_accuracy_with_and_without_leaks_stand_side_by_side(tmp_path):
+    run(config_for(tmp_path))
+    report, stored = stored_report(tmp_path, Config)
+    score = next(s for s in report.scores if (s.domain, s.arm) == ("math", "grpo"))
+    right = expected("math")["grpo"]
+    assert score.leak_free_accuracy == pytest.approx((sum(right) - right[6]) / 29)  # task 6 leaks
+    assert f"{100 * score.leak_free_accuracy:.1f}" in tables(report, stored.names)
+
+
+@pytest.mark.parametrize("reply, answer, gold, expected", [
+    ("so \\boxed{016}", "016", "16", True), ("\\boxed{1,000}", "1,000", "1000", True), ("\\boxed{18.}", "18.", "18", True),
+    ("\\boxed{1} no, \\boxed{2.50}", "2.50", "2.5", True), ("<think>\\boxed{5}</think> \\boxed{6}", "6", "5", False),
+    ("<think>\\boxed{5}</think> five", None, "5", False), ("it is 5", None, "5", False), ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}", "0.5", False),
+])  # fmt: skip
+def test_the_last_box_after_the_thoughts_is_the_answer(reply, answer, gold, expected):
+    tried = attempt(Reply(reply, 1, False), gold)
+    assert (tried.answer, tried.is_correct) == (answer, expected)
+
+
+def test_math_verify_compares_by_algebra_where_a_data_set_needs_it(tmp_path, monkeypatch):
+    config = config_for(tmp_path, verifier="math-verify")
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(UserError, match="pip install 'math-verify"):
+        evaluation.verifier(config)
+    monkeypatch.undo()
+    pytest.importorskip("math_verify")
+    is_right = evaluation.verifier(config)
+    assert is_right("\\frac{1}{2}", "0.5") and is_right("x+1", "1+x") and not is_right("2", "3") and is_right("016", "16")
+
+
+def test_a_verifier_judges_every_arm(tmp_path):
+    results, _, _ = run(config_for(tmp_path, control=(UNTRAINED, TWO_VOTES)), is_right=lambda answer, gold: answer == "wrong")
+    assert all(r.attempt.is_correct == (r.attempt.answer == "wrong") for r in results.values())
+    assert {arm for (arm, *_), r in results.items() if r.attempt.is_correct} == {STUDENT, "sft", "grpo", UNTRAINED, TWO_VOTES}
 
 
 def test_an_unfinished_run_can_be_shown(tmp_path):
@@ -354,11 +428,10 @@ def test_nano_asks_the_world_for_held_out_tasks_of_each_domain(monkeypatch):
     monkeypatch.setattr(evaluation.world, "held_out", lambda *asked: [asked] * 500)
     config = parse(Config, ["--seed", "3"], evaluation.PRESETS, "")
     assert evaluation.load_tasks(config) == {"math": [("math", 500, 3)] * 500, "crm": [("crm", 500, 3)] * 500}
-    assert config.arms == [STUDENT, "sft", "grpo", SHUFFLED, UNTRAINED] and config.temperature == 0
+    assert config.arms == [STUDENT, "sft", "grpo", SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET] and config.temperature == 0
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--bench", "tau2"], "later version"),
     (["--bench", "gsm8k"], "needs --data"),
     (["--data", "x.jsonl"], "takes no --data"),
     (["--limit", "none"], "needs a number"),
@@ -430,11 +503,12 @@ def test_the_script_from_checkpoints_to_tables(tmp_path, monkeypatch, capsys):
     first = capsys.readouterr().out
     assert "### gsm8k: 5 tasks" in first and first.strip() == Path("out/tables.md").read_text().strip()
     written = json.loads(Path("out/results.json").read_text())
-    assert [score["arm"] for score in written["scores"]] == ["student", "teacher", "shuffled", "untrained"]
-    assert written["run"]["config"]["limit"] == 5 and len(Path("out/tasks.jsonl").read_bytes().splitlines()) == 20
+    assert [score["arm"] for score in written["scores"]] == [
+        "student", "teacher", "shuffled", "untrained", "two-votes", "same-budget"]
+    assert written["run"]["config"]["limit"] == 5 and len(Path("out/tasks.jsonl").read_bytes().splitlines()) == 30
     weights = hashlib.sha256(Path("student/model.safetensors").read_bytes()).hexdigest()
 
-    monkeypatch.setattr(evaluation, "open_seat", lambda *_, **__: pytest.fail("a finished run opened a model"))
+    monkeypatch.setattr(Config, "open", lambda *_: pytest.fail("a finished run opened a model"))
     evaluation.main()
     monkeypatch.setattr(sys, "argv", ["eval.py", "--tables", "--out", "out"])
     evaluation.main()

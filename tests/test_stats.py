@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from nano_atlas.stats import mcnemar, mean_and_error, paired_bootstrap, pass_at_k, wilson_interval
+from nano_atlas.stats import mcnemar, mean_and_error, paired_bootstrap, pass_at_k, pass_hat_k, wilson_interval
 
 
 @pytest.mark.parametrize("successes, trials", [(0, 1), (0, 500), (3, 500), (233, 500), (500, 500), (17, 30)])
@@ -101,3 +101,15 @@ def test_mean_and_error_are_those_of_scipy():
 def test_impossible_counts_are_refused(call):
     with pytest.raises(ValueError):
         call()
+
+
+@pytest.mark.parametrize("samples, correct, k", [(4, 0, 1), (4, 3, 2), (4, 4, 4), (4, 3, 4), (8, 5, 3)])
+def test_pass_hat_k_counts_the_subsets_that_are_all_right(samples, correct, k):
+    subsets = list(itertools.combinations([True] * correct + [False] * (samples - correct), k))
+    assert pass_hat_k(samples, correct, k) == pytest.approx(sum(map(all, subsets)) / len(subsets))
+    assert pass_hat_k(samples, correct, 1) == pass_at_k(samples, correct, 1)
+
+
+def test_pass_hat_k_of_more_than_there_is_is_refused():
+    with pytest.raises(ValueError, match="pass\\^5 from 1 right of 4"):
+        pass_hat_k(4, 1, 5)

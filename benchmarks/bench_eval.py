@@ -1,0 +1,75 @@
+"""How much of the sampler's own speed an evaluation keeps: 500 tasks of the nano world, all arms.
+
+    python benchmarks/bench_eval.py                               # checkpoints of `python train_sft.py` under runs/nano
+    python benchmarks/bench_eval.py --chunk 256                   # what writing more often costs
+
+An evaluation is run, and every request that it makes of a model is kept. Then each model gets all of its requests in one call of
+its sampler, as if no answer depended on another: the same tokens at the sampler's own speed. Both take turns; CPU time is counted,
+because it says more than the clock on a machine that is shared.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+import eval as evaluation  # noqa: E402
+from nano_atlas import protocol, world  # noqa: E402
+from nano_atlas.config import parse  # noqa: E402
+from nano_atlas.results import TaskLog  # noqa: E402
+
+
+class Kept:
+    """A sampler that keeps the requests made of it."""
+
+    def __init__(self, sampler):
+        self.sampler, self.requests, self.calls, self.tokens = sampler, [], 0, 0
+
+    def generate(self, requests, progress=None):
+        rollouts = self.sampler.generate(requests)
+        self.requests += requests
+        self.calls += 1
+        self.tokens += sum(len(rollout.completion_ids) for group in rollouts for rollout in group)
+        return rollouts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", default="runs/nano/student/model")
+    parser.add_argument("--teacher", nargs="*", default=["sft=runs/nano/teacher-sft/model"])
+    parser.add_argument("--tasks", type=int, default=500)
+    parser.add_argument("--chunk", type=int, default=evaluation.PRESETS["nano"].overrides["chunk"])
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    tasks = {"math": world.held_out("math", options.tasks, 0)}
+    ratios = []
+    for round in range(options.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            argv = ["--student", options.student, "--teacher", *options.teacher, "--chunk", str(options.chunk), "--out", folder]
+            config = parse(evaluation.Config, argv, evaluation.PRESETS, "")
+            seats = {name: config.open(spec, None) for name, spec in {"student": config.student, **config.teachers}.items()}
+            for seat in seats.values():
+                seat.sampler = Kept(seat.sampler)
+            log = TaskLog(Path(folder, "tasks.jsonl"))
+            start = time.process_time()
+            evaluation.evaluate(config, tasks, log, protocol.is_correct, lambda: seats["student"], seats.__getitem__)
+            evaluated = time.process_time() - start
+            log.close()
+            start = time.process_time()
+            for seat in seats.values():
+                seat.sampler.sampler.generate(seat.sampler.requests)
+            alone = time.process_time() - start
+            ratios.append(alone / evaluated)
+            tokens, calls = (sum(getattr(seat.sampler, name) for seat in seats.values()) for name in ("tokens", "calls"))
+            print(f"round {round}: {tokens:,} tokens in {calls} calls; CPU time of the evaluation {evaluated:.1f} s, "
+                  f"of the sampler alone {alone:.1f} s: {100 * ratios[-1]:.1f} %")
+    print(f"of the sampler's own throughput the evaluation keeps {100 * statistics.median(ratios):.1f} % (median)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""CRMArena-Pro on a synthetic fixture: five records and a table of three accounts. The live organisation is not reached."""
+
+import json
+import sys
+
+import pytest
+
+import eval as evaluation
+from nano_atlas import crmarena, protocol
+from nano_atlas.arms import SAME_BUDGET, SHUFFLED, TWO_VOTES, UNTRAINED
+from nano_atlas.errors import UserError
+from nano_atlas.results import STUDENT, read_results
+from nano_atlas.seats import Reply
+
+ARTICLES = {0: "ka0001", 1: None, 2: None, 3: None}
+RECORDS = [
+    {"idx": i, "task": crmarena.VIOLATION, "query": f"Which article does agent {i} violate?", "answer": [gold],
+     "metadata": {"required": "Today is 2024-05-01.", "optional": "never shown"}, "reward_metric": "exact_match"}
+    for i, gold in ARTICLES.items()
+] + [{"idx": 9, "task": "knowledge_qa", "query": "?", "answer": ["text"], "metadata": {}, "reward_metric": "fuzzy_match"}]  # fmt: skip
+
+
+@pytest.fixture
+def tasks_file(tmp_path):
+    path = tmp_path / "b2b.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    return path
+
+
+class Agent:
+    """Looks its agent up before it answers, and believes what it finds; a teaching makes it find a violation everywhere."""
+
+    def __init__(self):
+        self.asked, self.calls = [], 0
+
+    def ask(self, conversations, generation, seeds, n=1, progress=None):
+        self.asked += conversations
+        self.calls += 1
+        return [[self.reply(messages)] * n for messages in conversations]
+
+    def reply(self, messages):
+        last, first = messages[-1]["content"], messages[0]["content"]
+        if protocol.ANSWER_FORMAT not in first:
+            return Reply("<teaching>Be strict.</teaching>" if "Diagnose" in last else "look it up", 10, False)
+        agent = first.split("agent ")[1][0]
+        if len(messages) == 1:
+            made_up = "Rows: [] <solution>ka0009</solution>"
+            return Reply(f"<think>x</think><execute> SELECT a FROM b WHERE c = {agent} </execute>{made_up}", 10, False)
+        if last.startswith("Error"):
+            return Reply("<solution>None</solution>", 1, False)
+        found = json.loads(last.removeprefix("Rows: "))
+        strict = "Be strict" in first
+        return Reply(f"<solution>{found[0] if found else 'KA0001' if strict else 'none'}</solution>", 5, False)
+
+    def count_tokens(self, text):
+        return len(text.split())
+
+
+def query(text):
+    agent = int(text[-1])
+    return ("no such field", False) if agent == 3 else (json.dumps([ARTICLES[agent]] if ARTICLES[agent] else []), True)
+
+
+def test_the_student_queries_until_it_answers():
+    agent = Agent()
+    seat = crmarena.QueryingSeat(agent, query)
+    conversations = [protocol.baseline_messages(f"agent {i}") for i in (0, 1, 3)]
+    replies = seat.ask(conversations, crmarena.Generation(9), [1, 2, 3], n=2)
+    assert [[reply.text for reply in group] for group in replies] == [
+        ["<solution>ka0001</solution>"] * 2, ["<solution>none</solution>"] * 2, ["<solution>None</solution>"] * 2]
+    assert [group[0].tokens for group in replies] == [15, 15, 11] and agent.calls == 2  # all conversations advance together
+    assert agent.asked[-1][1:] == [
+        {"role": "assistant", "content": "<execute> SELECT a FROM b WHERE c = 3 </execute>"},
+        {"role": "user", "content": "Error: no such field"}]
+
+
+def test_a_student_that_only_queries_is_stopped():
+    class Endless(Agent):
+        def reply(self, messages):
+            return Reply("<execute>again 0</execute>", 1, False)
+
+    agent = Endless()
+    ((reply,),) = crmarena.QueryingSeat(agent, lambda text: ("x" * 9999, True)).ask([protocol.baseline_messages("agent 0")], None, [0])
+    assert agent.calls == crmarena.TURNS == reply.tokens and protocol.extract_answer(reply.text) is None
+    assert len(agent.asked[-1][-1]["content"]) < crmarena.SHOWN_CHARACTERS + 50
+
+
+@pytest.mark.parametrize("answer, gold, expected", [
+    ("ka01, KA02", "ka02, ka01", True), ("['a', 'b']", "a, b", True), ("a", "a, b", False), ("None", "None", True),
+    ("none.", "None", True), ("", "None", False), ("a; b", "b, a", True),
+])  # fmt: skip
+def test_answers_are_compared_as_sets(answer, gold, expected):
+    assert crmarena.is_correct(answer, gold) == expected
+
+
+def test_tasks_are_read_by_kind_and_what_cannot_be_scored_is_counted(tasks_file, tmp_path, capsys):
+    tasks = crmarena.load_tasks(tasks_file, 3)
+    assert list(tasks) == [crmarena.VIOLATION] and [p.answer for p in tasks[crmarena.VIOLATION]] == ["ka0001", "None", "None"]
+    question = tasks[crmarena.VIOLATION][0].question
+    assert question.startswith("Today is 2024-05-01.") and "never shown" not in question
+    assert "1 tasks left out" in capsys.readouterr().out
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"idx": 1, "task": "x"}\n')
+    with pytest.raises(UserError, match="bad.jsonl:1: .*query, answer, reward_metric"):
+        crmarena.load_tasks(bad, None)
+
+
+def test_the_command_prints_the_floor_beside_recall_and_precision(tasks_file, tmp_path, monkeypatch, capsys):
+    agent = Agent()
+    monkeypatch.setattr(evaluation.Config, "open", lambda *_: agent)
+    argv = ["eval.py", "--preset", "own", "--bench", "crmarena", "--data", str(tasks_file), "--student", "http://s", "--teacher",
+            "grpo=http://t", "--out", str(tmp_path / "out")]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", argv)
+    for name in crmarena.ACCOUNT:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match=", ".join(crmarena.ACCOUNT)):
+        evaluation.main()
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(crmarena, "salesforce", lambda: query)
+    evaluation.main()
+    printed = capsys.readouterr().out
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+    rows = {row[0]: row[1:] for row in table[-8:]}
+    assert rows["student alone"] == ["4", "100.0", "100.0", "100.0"]
+    assert rows["grpo"] == ["4", "50.0", "100.0", "33.3"]  # strict: two of three innocents accused, and the error saves the third
+    assert rows["floor: always None"] == ["4", "75.0", "0.0", "–"]
+    results, _ = read_results(tmp_path / "out/tasks.jsonl")
+    assert {arm for arm, *_ in results} == {STUDENT, "grpo", SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET}
+    assert not any("ka0001" in json.dumps(messages[0]) for messages in agent.asked)

@@ -1,0 +1,333 @@
+"""τ²-bench against the official package, with seats that follow a script. Needs tau2 and its telecom data (TAU2_DATA_DIR)."""
+
+import json
+import os
+import sys
+import threading
+from collections import Counter
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+pytest.importorskip("loguru").logger.disable("tau2")
+pytest.importorskip("tau2.orchestrator")
+
+from tau2.agent.llm_agent import LLMAgent, LLMSoloAgent  # noqa: E402
+from tau2.data_model.message import AssistantMessage, UserMessage  # noqa: E402
+from tau2.data_model.simulation import Results, TerminationReason  # noqa: E402
+from tau2.metrics.agent_metrics import compute_metrics  # noqa: E402
+from tau2.runner import build_environment, get_tasks  # noqa: E402
+from tau2.utils import DATA_DIR, llm_utils  # noqa: E402
+
+import eval as evaluation  # noqa: E402
+from nano_atlas import dialogue, tau2  # noqa: E402
+from nano_atlas.dialogue import Model, Turn, simulate  # noqa: E402
+from nano_atlas.episodes import EpisodeConfig  # noqa: E402
+from nano_atlas.errors import UserError  # noqa: E402
+from nano_atlas.results import STUDENT, read_results  # noqa: E402
+from nano_atlas.seats import EndpointSeat, Generation, Reply  # noqa: E402
+
+if not (DATA_DIR / "tau2/domains/telecom/tasks.json").exists():
+    pytest.skip("TAU2_DATA_DIR holds no telecom data", allow_module_level=True)
+
+TASKS = get_tasks("telecom", task_split_name="base")
+EVERY = len(TASKS) if os.environ.get("TAU2_ALL") else 12  # all 114 on demand; else some of each kind
+SOME = TASKS[:: len(TASKS) // EVERY]
+
+
+class Script:
+    """A model that says `turns` one after the other, the last one for ever, and remembers what it was shown."""
+
+    def __init__(self, *turns: Turn):
+        self.turns, self.shown = list(turns), []
+
+    def say(self, messages, tools, tool_choice, seed):
+        self.shown.append(json.dumps([messages, tools]))
+        return self.turns.pop(0) if len(self.turns) > 1 else self.turns[0]
+
+
+def text(words: str) -> Turn:
+    return Turn(words, [], 3, 5)
+
+
+def call(name: str, arguments: dict | str) -> Turn:
+    return Turn("", [(name, arguments if isinstance(arguments, str) else json.dumps(arguments))], 3, 5)
+
+
+def gold_scripts(task, is_solo: bool) -> tuple[Script, Script | None]:
+    """Who does the task's gold actions in their order, handing over by a word where it is the other's turn."""
+    turns = {"assistant": [], "user": [] if is_solo else [text("Hello")]}
+    speaker = "assistant"
+    for action in task.evaluation_criteria.actions:
+        who = "assistant" if is_solo else action.requestor
+        if who != speaker:
+            turns[speaker].append(text("your turn"))
+            speaker = who
+        turns[who].append(call(action.name, action.arguments))
+    if is_solo:
+        return Script(*turns["assistant"], call("done", {})), None
+    if speaker == "assistant":
+        turns["assistant"].append(text("done"))
+    return Script(*turns["assistant"], text("?")), Script(*turns["user"], text("###STOP###"))
+
+
+def reward(task, student: Script, user: Script | None, guide=None, **options) -> float:
+    simulation, _ = simulate(task, "telecom", student, user, guide, trial=0, seed=1, max_steps=200, **options)
+    return simulation.reward_info.reward
+
+
+@pytest.mark.parametrize("is_solo", [False, True], ids=["user", "solo"])
+def test_gold_actions_score_everything_and_trivial_policies_the_floors(is_solo):
+    """On all 114 tasks: 114, 0 and 20 (TAU2_ALL=1 runs these)."""
+    gold = [reward(task, *gold_scripts(task, is_solo)) for task in SOME]
+    assert gold == [1.0] * len(SOME)
+    end = call("done", {}) if is_solo else text("bye")
+
+    def user():
+        return None if is_solo else Script(text("help"), text("###STOP###"))
+
+    transfer = call("transfer_to_human_agents", {"summary": "?"})
+    nothing = [reward(task, Script(end), user()) for task in SOME]
+    transferred = [reward(task, Script(transfer, end), user()) for task in SOME]
+    assert sum(nothing) == 0
+    assert [tau2.intent(task.id, "") == "service_issue" for task, r in zip(SOME, transferred) if r] == [True] * int(sum(transferred))
+    if EVERY == len(TASKS):
+        assert sum(transferred) == 20
+    for tool, rewards in ((None, nothing), ("transfer_to_human_agents", transferred)):
+        assert [dialogue.floor_reward(task, "telecom", tool, is_solo) for task in SOME] == rewards
+
+
+# ---------------------------------------------------------------------------------------------------- what is in the prompts
+
+
+@contextmanager
+def recorded_server(reply: str = "Fine.", status: int = 200):
+    """An OpenAI-compatible server that gives one reply and records the bodies of requests."""
+    bodies = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            self.answer({"data": [{"id": "m"}]})
+
+        def do_POST(self):
+            bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            message = {"role": "assistant", "content": reply}
+            self.answer({"id": "x", "object": "chat.completion", "created": 1, "model": "m",
+                         "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+                         "usage": {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}})
+
+        def answer(self, body):
+            payload = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(payload)))
+            self.end_headers()
+            self.wfile.write(payload)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", bodies
+    finally:
+        server.shutdown()
+
+
+def test_without_guidance_requests_are_those_of_the_official_agent(monkeypatch):
+    """Messages and tools are byte-equal on the wire, through calls of tools and their results; litellm sent the others."""
+    environment = build_environment("telecom")
+    tools, policy = environment.get_tools(), environment.get_policy()
+    messages = [UserMessage(role="user", content="My phone {is} broken <b>"), None, UserMessage(role="user", content="Grüße")]
+    asked = AssistantMessage(role="assistant", tool_calls=[llm_utils.ToolCall(id="c", name="get_customer_by_phone", arguments={"phone_number": "1"})])
+    messages[1] = environment.get_response(asked.tool_calls[0])
+
+    def talk(agent):
+        state = agent.get_init_state([AssistantMessage(role="assistant", content="Hi! How can I help you today?")])
+        for message in messages:
+            if message.role == "tool":
+                state.messages[-1] = asked
+            _, state = agent.generate_next_message(message, state)
+
+    with recorded_server() as (url, ours):
+        talk(dialogue.GuidedAgent(tools, policy, llm=Model(EndpointSeat(url), Generation(50))))
+    with recorded_server() as (url, official):
+        monkeypatch.setattr("tau2.agent.llm_agent.generate", llm_utils.generate)
+        talk(LLMAgent(tools, policy, llm="openai/m", llm_args={"api_base": url, "api_key": "EMPTY"}))
+    assert len(ours) == len(official) == 3
+    for mine, theirs in zip(ours, official):
+        for name in ("messages", "tools", "tool_choice"):
+            assert json.dumps(mine[name]) == json.dumps(theirs[name])
+
+
+def with_canaries(task):
+    """The task with a word of its own in every place that neither student nor teacher may see."""
+    hidden = json.loads(task.model_dump_json())
+    hidden["id"] = f"CANARY {task.id}"
+    hidden["description"] = {"purpose": "CANARY", "relevant_policies": "CANARY", "notes": "CANARY"}
+    hidden["user_scenario"]["persona"] = "CANARY"
+    hidden["user_scenario"]["instructions"] = {k: f"CANARY {v}" for k, v in hidden["user_scenario"]["instructions"].items()}
+    for action in hidden["evaluation_criteria"]["actions"]:
+        action["info"] = "CANARY"
+        action["action_id"] = "CANARY"
+    for assertion in hidden["evaluation_criteria"]["env_assertions"]:
+        assertion["message"] = "CANARY"
+    hidden["evaluation_criteria"]["nl_assertions"] = ["CANARY"]
+    return type(task).model_validate(hidden)
+
+
+class Recorder:
+    """A Seat that remembers all it was asked."""
+
+    def __init__(self, reply: str):
+        self.reply, self.asked = reply, []
+
+    def ask(self, conversations, generation, seeds, n=1, progress=None):
+        self.asked += conversations
+        return [[Reply(self.reply, 11, False)] for _ in conversations]
+
+    def count_tokens(self, words):
+        return len(words.split())
+
+
+@pytest.mark.parametrize("is_solo", [False, True], ids=["user", "solo"])
+def test_neither_student_nor_teacher_sees_what_a_task_is_scored_by(is_solo):
+    for task in SOME[:4]:
+        hidden = with_canaries(task)
+        student, user = gold_scripts(hidden, is_solo)
+        prober, teacher = Recorder("I would look."), Recorder("<thinking>secret</thinking><teaching>Check the SIM.</teaching>")
+        guide = dialogue.teacher_guide(prober, teacher, EpisodeConfig())
+        # (the scorer looks up actions and assertions by name, so the canaries change nothing for it)
+        assert reward(hidden, student, user, guide) == 1.0
+        prompts = json.dumps([student.shown, prober.asked, teacher.asked])
+        assert "CANARY" not in prompts and student.shown and len(prober.asked) == len(teacher.asked) == 1
+        gold = [f"{a.name}({json.dumps(a.arguments)})" for a in task.evaluation_criteria.actions]
+        assert not any(action in json.dumps(teacher.asked) for action in gold)
+        if not is_solo:
+            assert any("CANARY" in shown for shown in user.shown)  # the canaries would be found
+        # What the teacher is shown is policy, tools, opening and approach; what the student is shown of it is the teaching.
+        (question,) = teacher.asked[0]
+        opening = task.ticket if is_solo else "Hello"
+        policy = build_environment("telecom", solo_mode=is_solo).get_policy()
+        for part in (policy, opening, "I would look.", "get_customer_by_phone"):
+            assert part in question["content"]
+        assert all("Teacher's guidance: Check the SIM." in shown for shown in student.shown) and "secret" not in str(student.shown)
+
+
+def test_the_solo_agent_knows_only_the_ticket():
+    task = dialogue.only_ticket(TASKS[0])
+    agent = LLMSoloAgent(build_environment("telecom", solo_mode=True).get_tools(), "policy", task, llm="x")
+    assert task.ticket and task.ticket in agent.system_prompt
+    known = {name: value for name, value in task.model_dump().items() if value and name not in ("ticket", "initial_state")}
+    assert not known and not any(task.initial_state.model_dump().values()) and TASKS[0].evaluation_criteria is not None
+
+
+def test_without_a_tag_nothing_is_injected():
+    student, user = gold_scripts(TASKS[0], False)
+    plain, other = gold_scripts(TASKS[0], False)
+    guide = dialogue.teacher_guide(Recorder("plan"), Recorder("no tag"), EpisodeConfig())
+    _, told = simulate(TASKS[0], "telecom", student, user, guide, trial=0, seed=1, max_steps=200)
+    reward(TASKS[0], plain, other)
+    assert told.teaching is None and told.teacher_text == "no tag" and student.shown == plain.shown
+
+
+# ------------------------------------------------------------------------------------------------- what goes wrong in dialogues
+
+BROKEN = {
+    "empty": (text("  "), "agent_error"),
+    "only thoughts": (text("<think>what now"), "agent_error"),
+    "no JSON": (call("get_customer_by_phone", '{"phone'), "agent_error"),
+    "no object": (call("get_customer_by_phone", "[1]"), "agent_error"),
+    "wrong arguments": (call("get_customer_by_phone", {"x": 1}), "too_many_errors"),
+    "no such tool": (call("rm", {}), "too_many_errors"),
+}
+
+
+@pytest.mark.parametrize("is_solo", [False, True], ids=["user", "solo"])
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_messages_are_failed_simulations(name, is_solo):
+    turn, reason = BROKEN[name]
+    user = None if is_solo else Script(text("help"))
+    simulation, _ = simulate(TASKS[0], "telecom", Script(turn), user, None, trial=2, seed=1, max_steps=30)
+    assert (simulation.termination_reason.value, simulation.reward_info.reward, simulation.trial) == (reason, 0.0, 2)
+    assert simulation.model_validate_json(simulation.model_dump_json()) and (simulation.info or reason == "too_many_errors")
+
+
+def test_a_broken_user_is_a_failed_simulation_and_says_whose_fault():
+    simulation, _ = simulate(TASKS[0], "telecom", Script(text("hi")), Script(text("")), None, trial=0, seed=1, max_steps=9)
+    assert simulation.termination_reason == TerminationReason.USER_ERROR
+
+
+def test_thoughts_reach_neither_user_nor_history():
+    student, user = Script(text("<think>SECRET</think> Restart it.")), Script(text("<think>PRIVATE</think>help"), text("ok"), text("###STOP###"))
+    simulation, _ = simulate(TASKS[0], "telecom", student, user, None, trial=0, seed=1, max_steps=30)
+    assert "Restart it." in user.shown[-1] and not any("SECRET" in shown for shown in student.shown + user.shown)
+    assert not any("PRIVATE" in shown for shown in student.shown) and "SECRET" not in simulation.model_dump_json()
+
+
+@pytest.mark.parametrize("status, message, reason", [
+    (500, "boom", TerminationReason.INFRASTRUCTURE_ERROR),
+    (400, "maximum context length is 10", TerminationReason.CONTEXT_WINDOW_EXCEEDED),
+])  # fmt: skip
+def test_a_seat_that_fails_ends_the_dialogue_with_its_reason(status, message, reason):
+    class Gone:
+        def say(self, *_):
+            raise UserError(f"HTTP {status}: {message}")
+
+    simulation, _ = simulate(TASKS[0], "telecom", Gone(), Script(text("hi")), None, trial=0, seed=1, max_steps=9)
+    assert simulation.termination_reason == reason and message in simulation.info["failure"] and simulation.reward_info.reward == 0
+
+
+# --------------------------------------------------------------------------------------------------------- the command as a whole
+
+
+def test_the_command_from_seats_to_tables_and_tau2s_own_metrics(tmp_path, monkeypatch, capsys):
+    """Gold replay with a teacher, nothing alone: every number of the report follows, and tau2 scores the files alike."""
+    tickets = {task.ticket: task for task in TASKS}  # several tasks share one; here it must tell them apart
+    tasks = [TASKS[0], *[task for task in tickets.values() if "mms_issue" in task.id][:2]]
+    monkeypatch.setattr(tau2, "load_tasks", lambda config: tasks)
+    says = {"http://s": "I look", "http://t": "<teaching>Do it.</teaching>"}
+    monkeypatch.setattr(tau2.ArmsConfig, "open", lambda self, spec, model: Recorder(says[spec]))
+    deaths = [7]
+
+    class ByTask:
+        """Does nothing unless told to; then replays the gold actions of the task whose ticket is at hand."""
+
+        def say(self, messages, tools, tool_choice, seed):
+            deaths[0] -= 1
+            if deaths[0] == 0:
+                raise KeyboardInterrupt
+            prompt = messages[0]["content"]
+            task = next(task for task in tasks if task.ticket in prompt)
+            if "Do it." not in prompt:
+                return call("done", {})
+            return gold_scripts(task, True)[0].turns[sum(m["role"] == "assistant" for m in messages)]
+
+    monkeypatch.setattr(dialogue, "Model", lambda *_: ByTask())
+    argv = ["eval.py", "--bench", "tau2", "--mode", "solo", "--student", "http://s", "--teacher", "grpo=http://t", "--trials", "2",
+            "--out", str(tmp_path), "--workers", "2", "--control", "untrained"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.main()
+    before = len(read_results(tmp_path / "tasks.jsonl")[0])
+    evaluation.main()  # continues
+    results, _ = read_results(tmp_path / "tasks.jsonl")
+    assert 0 < before < len(results) == 3 * 2 * 3
+    assert Counter((arm, r.attempt.is_correct) for (arm, *_), r in results.items()) == {
+        (STUDENT, False): 6, ("grpo", True): 6, ("untrained", False): 6}
+    printed = capsys.readouterr().out
+    assert "### mms_issue: 2 tasks" in printed and "grpo: persona" in printed and "do nothing 0.00 %" in printed
+    for arm, expected in ((STUDENT, 0.0), ("grpo", 1.0)):
+        official = Results.load(tmp_path / f"tau2-{arm}.json")
+        metrics = compute_metrics(official)
+        assert metrics.avg_reward == expected and metrics.pass_hat_ks == {1: expected, 2: expected}
+    with pytest.raises(UserError, match="--trials 2 -> 3"):
+        monkeypatch.setattr(sys, "argv", [*argv, "--trials", "3"])
+        evaluation.main()
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--bench", "tau2", "--out", str(tmp_path), "--view", tasks[1].id])
+    evaluation.main()
+    assert "[teaching] Do it." in capsys.readouterr().out
