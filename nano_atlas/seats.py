@@ -38,6 +38,7 @@ class Reply:
     tokens: int  # generated tokens, the end-of-turn token included
     is_truncated: bool  # it ran into max_tokens
     rollout: Rollout | None = None  # exact ids and log-probs (embedded seats only)
+    prompt_tokens: int = 0  # read for this reply, where the seat knows
 
 
 class Seat(Protocol):
@@ -81,7 +82,7 @@ class EmbeddedSeat:
 
     def _reply(self, rollout: Rollout) -> Reply:
         text = self.tokenizer.decode(rollout.completion_ids)
-        return Reply(text, len(rollout.completion_ids), rollout.finish_reason == "length", rollout)
+        return Reply(text, len(rollout.completion_ids), rollout.finish_reason == "length", rollout, len(rollout.prompt_ids))
 
 
 class EndpointSeat:
