@@ -17,6 +17,7 @@ import json
 import sys
 import typing
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,19 +45,20 @@ def load_object(spec: str) -> Any:
 
 
 def resolve(value: Any) -> Any:
-    """The result of a function that may be plain, async, or a generator of either kind."""
+    """The result of a function that may be plain, async, or a generator of either kind; also under a running event loop."""
     if inspect.isasyncgen(value):
 
-        async def collect() -> list:
-            return [piece async for piece in value]
+        async def collect(pieces: Any = value) -> list:
+            return [piece async for piece in pieces]
 
-        value = asyncio.run(collect())
-    elif inspect.isawaitable(value):
+        value = collect()
+    if inspect.isawaitable(value):
 
-        async def finish() -> Any:
-            return await value
+        async def finish(awaited: Any = value) -> Any:
+            return await awaited
 
-        value = asyncio.run(finish())
+        with ThreadPoolExecutor(1) as pool:
+            value = pool.submit(asyncio.run, finish()).result()
     elif inspect.isgenerator(value):
         value = list(value)
     return "".join(value) if isinstance(value, list) and all(isinstance(piece, str) for piece in value) else value

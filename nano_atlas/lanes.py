@@ -313,7 +313,7 @@ def learn_skills(session: Session, config: LaneConfig) -> Calls:
         (reply,) = yield from ask(session, Call("skill writer", "skills", messages, Generation(500, 0.2), seed))
     except Fault:
         return  # recorded among the events; the session itself went well
-    session.learned = read_entries(reply.text, session.learning_key, session.id, session.created_at, session.task.answer)
+    session.learned = read_entries(reply.text, session.learning_key, session.id, session.task.answer)
 
 
 # ---------------------------------------------------------------------------------------------------- choosing the lane

@@ -55,7 +55,7 @@ class Entry:
     cue: dict[str, str]  # {type: keyword | regex, pattern}
     action: dict[str, str | None]  # {imperative, strategy}
     scope: dict[str, str]  # {category, learning_key}
-    provenance: dict[str, str] = field(default_factory=dict)  # {session_id, created_at}
+    provenance: dict[str, str] = field(default_factory=dict)  # {session_id}
     sessions_observed: int = 0
     hits: int = 0  # sessions whose task or approach the cue matched
     adoptions: int = 0  # of these, the ones in which it was used
@@ -137,7 +137,7 @@ class Playbook:
                  "effect": e.effect} for e in self.entries.values()]
 
 
-def read_entries(text: str, learning_key: str, session_id: str, created_at: str, secret: str | None) -> list[dict]:
+def read_entries(text: str, learning_key: str, session_id: str, secret: str | None) -> list[dict]:
     """The entries in a skill writer's reply that pass the gates, as arguments of Entry; the others are left out one by one.
 
     Actionable: an imperative sentence of at most 200 characters, or a known strategy. Cue: not empty; a regular expression compiles.
@@ -162,7 +162,7 @@ def read_entries(text: str, learning_key: str, session_id: str, created_at: str,
         content = {"cue": {"type": kind, "pattern": pattern}, "action": {"imperative": imperative or None, "strategy": strategy}}
         name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
         entries.append({"id": name, **content, "scope": {"category": category, "learning_key": learning_key},
-                        "provenance": {"session_id": session_id, "created_at": created_at}})
+                        "provenance": {"session_id": session_id}})
     return entries[:2]
 
 

@@ -67,6 +67,9 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     lanes = {lane: metrics[f"lane/{lane}"] for lane in LANES}
     lines.append(f"  lanes              {', '.join(f'{lane} {share:.0%}' for lane, share in lanes.items() if share)}")
     lines.append(f"  without <teaching> {metrics['malformed_rate']:7.1%}   cut off by a length limit {metrics['truncated_rate']:.1%}")
+    pending = sum(outcome.review == "pending" for outcome in outcomes)
+    if pending:
+        lines.append(f"  held for review    {pending:7d}   (--show pending, then --approve or --quarantine)")
     actors = {name.removeprefix("tokens/"): count for name, count in metrics.items() if name.startswith("tokens/")}
     spent = "" if metrics["cost"] is None else f"; cost {metrics['cost']:.4f}"
     lines.append(f"  tokens generated   {', '.join(f'{actor} {count:,}' for actor, count in actors.items())}{spent}")

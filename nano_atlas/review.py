@@ -4,7 +4,9 @@ A session is recorded as `approved`, or as `pending` where --require-approval sa
 by --approve and --quarantine, with a note. Their decisions are a journal of their own, `reviews.jsonl`: traces are never rewritten.
 
 Out of line: the reward's z-score, or its robust z-score by the median absolute deviation (x 1.4826), against the last 50 sessions of
-the same kind is 3 or more in absolute value. The session itself is not among those it is compared with; in atlas-sdk it is.
+the same kind is 3 or more in absolute value. The session itself is not among those it is compared with; in atlas-sdk it is. And the
+robust score counts only where the median deviation is at least a third of the standard deviation: teaching rewards have few distinct
+values, and where most sessions earn nearly the same, it is almost zero and would make every other reward an alarm.
 """
 
 import json
@@ -30,7 +32,7 @@ class Drift:
     def assess(self, learning_key: str, reward: float | None) -> dict | None:
         """{z, mad_z, drift_alert, ...} of a session not added yet; None without a reward or with fewer than 5 sessions before it.
 
-        A score that is undefined, because the earlier rewards have no spread by its measure, is None and gives no alert.
+        A score whose measure of spread is too small is None and gives no alert.
         """
         recent = self._recent[learning_key]
         if reward is None or len(recent) < LEAST_SAMPLES:
@@ -38,7 +40,7 @@ class Drift:
         middle = median(recent)
         spread, mad = pstdev(recent), MAD_SCALE * median(abs(value - middle) for value in recent)
         z = (reward - fmean(recent)) / spread if spread > 1e-9 else None
-        mad_z = (reward - middle) / mad if mad > 1e-9 else None
+        mad_z = (reward - middle) / mad if mad > max(1e-9, spread / 3) else None
         alert = any(score is not None and abs(score) >= ALERT for score in (z, mad_z))
         return {"z": z, "mad_z": mad_z, "samples": len(recent), "drift_alert": alert}
 

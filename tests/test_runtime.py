@@ -272,6 +272,145 @@ def test_without_ground_truth_a_guided_answer_is_returned_unless_only_the_baseli
     assert {trace["final_answer"] for trace in traces_of(speechless)} == {"gold0", "nonsense", "gold3"}
 
 
+# ------------------------------------------------------------------------------------------------------------- faults
+
+
+class Flaky(Student):
+    """An agent that fails on every fourth task while it is ill."""
+
+    is_batched = False
+    is_ill = True
+
+    def reply(self, prompt, seed):
+        if self.is_ill and any(f"Task {i} is" in prompt for i in range(0, 23, 4)):
+            raise RuntimeError("out of order {}")
+        return super().reply(prompt, seed)
+
+
+def test_failed_sessions_are_recorded_and_the_same_command_tries_those_alone_again(config, tmp_path):
+    student = Flaky()
+    outcomes = run(config, TASKS, student, Teacher())
+    failed = [i for i, outcome in enumerate(outcomes) if outcome.status == "failed"]
+    assert failed == list(range(0, 23, 4)) and all(outcomes[i].reward is None for i in failed)
+    assert "6 FAILED" in runtime_loop.summary(outcomes)
+    errors = [t["session_metadata"]["error"] for t in traces_of(config) if t["session_metadata"]["error"]]
+    assert errors == ["student: RuntimeError: out of order {}"] * 6
+    assert export_traces(config.out / "traces.jsonl", tmp_path / "export.jsonl", config) == (17, 23)
+
+    student.is_ill, student.prompts = False, []
+    outcomes = run(config, TASKS, student, Teacher())
+    assert {outcome.status for outcome in outcomes} == {"succeeded"} and len(student.prompts) == 3 * 6
+    assert export_traces(config.out / "traces.jsonl", tmp_path / "export.jsonl", config) == (23, 29)
+    assert len(problems_from_traces(tmp_path / "export.jsonl")[0]) == 23
+
+
+def test_a_failed_teacher_costs_the_help_and_not_the_answer(config):
+    class Away(Teacher):
+        is_batched = False
+
+        def reply(self, prompt, seed):
+            raise ConnectionError("refused")
+
+    outcomes = run(config, TASKS[:4], Student(), Away())
+    assert [(o.status, o.returned_attempt, o.returned) for o in outcomes] == [("failed", "alone", float(i % 3 == 0)) for i in range(4)]
+    assert traces_of(config)[0]["final_answer"] == "gold0"
+
+
+# ------------------------------------------------------------------------------------------------------------- lanes, drift
+
+
+def test_lanes_follow_the_students_record_and_the_trace_says_why(config):
+    tasks = [Problem(f"t{i}", f"Task {i} is easy.", "x", "math") for i in range(12)]
+    outcomes = run(replace(config, lane="adaptive"), tasks, Student(tasks), Teacher())
+    assert [outcome.lane for outcome in outcomes] == ["paired"] * 5 + ["auto"] * 7
+    summary = traces_of(config)[-1]["adaptive_summary"]
+    assert summary["probe"]["by"] == "record" and summary["confidence"] == pytest.approx((10 + 1 / 3) / (10 + 2 / 3))
+
+
+def test_a_reward_out_of_line_makes_its_session_pending_until_it_is_approved(config, monkeypatch, capsys):
+    class Turncoat(Teacher):
+        """Helps with more and more words, so that rewards have a spread, until it harms at the end."""
+
+        def reply(self, prompt, seed):
+            number = int(prompt.split()[1])
+            return f"<teaching>{'HARM' if number == 21 else 'HELP' + ' more' * (number % 5)}</teaching>"
+
+    outcomes = run(config, TASKS[:22], Student(), Turncoat())
+    assert [i for i, o in enumerate(outcomes) if o.review == "pending"] == [21]
+    drift = traces_of(config)[21]["session_metadata"]["drift"]
+    assert drift["drift_alert"] and drift["z"] < -3 and drift["samples"] == 20
+
+    source, target = config.out / "traces.jsonl", config.out / "export.jsonl"
+    assert export_traces(source, target, config) == (21, 22)
+    name = outcomes[21].session_id
+
+    def command(*options):
+        monkeypatch.setattr("sys.argv", ["runtime_loop.py", "--out", str(config.out), *options])
+        runtime_loop.main()
+        return capsys.readouterr().out
+
+    assert name in command("--show", "pending") and "reward -2.000" in command("--show", "pending")
+    command("--approve", name[:10], "--note", "the teacher was to blame")
+    assert name not in command("--show", "pending") and "the teacher was to blame" in command("--show", "approved")
+    command("--quarantine", outcomes[0].session_id)
+    with pytest.raises(UserError, match="session nobody: no such session"):
+        command("--approve", outcomes[1].session_id, "nobody")
+    assert export_traces(source, target, config) == (21, 22)
+    exported = {t["session_metadata"]["session_id"]: t for t in read_traces(target)}
+    assert outcomes[0].session_id not in exported and exported[name]["review_notes"] == "the teacher was to blame"
+    assert problems_from_traces(target)[1] == {}  # the decision is in the exported record too
+
+
+def test_with_require_approval_nothing_is_exported_before_it(config):
+    run(replace(config, require_approval=True), TASKS[:3], Student(), Teacher())
+    with pytest.raises(UserError, match="none of its 3 traces is selected"):
+        export_traces(config.out / "traces.jsonl", config.out / "export.jsonl", config)
+    assert export_traces(config.out / "traces.jsonl", config.out / "e.jsonl", replace(config, review_status=("pending",))) == (3, 3)
+
+
+# ------------------------------------------------------------------------------------------------------------- skills
+
+
+class SkillWriter(Fake):
+    def reply(self, prompt, seed):
+        return json.dumps({"entries": [{"cue": {"type": "keyword", "pattern": "hard"}, "action": {"imperative": "Say HELP."}}]})
+
+
+class Obedient(Teacher):
+    def reply(self, prompt, seed):
+        lucky = derive_seed(seed, prompt) % 4 == 0
+        return f"<teaching>{'HELP' if 'Say HELP.' in prompt or lucky else 'Well.'}</teaching>"
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_skills_are_learned_from_sessions_that_went_well_used_and_rebuilt_from_the_traces(config):
+    tasks = [Problem(f"t{i}", f"Task {i} is hard.", "x", "math") for i in range(60)]
+    config = replace(config, skill_writer="writer", batch=10)
+    outcomes = run(config, tasks, Student(tasks), Obedient(), **{"skill writer": SkillWriter()})
+    used = [o.guided for o in outcomes if o.skills]
+    assert used and set(used) == {1.0}
+    plain = run(replace(config, skill_writer=None, out=config.out / "plain"), tasks, Student(tasks), Obedient())
+    assert sum(o.guided for o in outcomes) > sum(o.guided for o in plain) + 15
+    with_skill = next(t for t in traces_of(config) if t["outcome"]["skills"])
+    assert with_skill["teacher_learning"] == "Say HELP."
+    (entry,) = json.loads((config.out / "playbook.json").read_text())["entries"]
+    assert entry["effect"] > 0.5 and entry["hits"] > entry["adoptions"] > 0  # withheld now and then, to know its effect
+
+    class Mortal(Student):
+        life = 7
+
+        def ask(self, *arguments, **options):
+            self.life -= 1
+            if self.life == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().ask(*arguments, **options)
+
+    again = replace(config, out=config.out / "again")
+    assert in_a_process_that_dies(lambda: run(again, tasks, Mortal(tasks), Obedient(), **{"skill writer": SkillWriter()})) == -9
+    assert timeless(run(again, tasks, Student(tasks), Obedient(), **{"skill writer": SkillWriter()})) == timeless(outcomes)
+    assert (again.out / "playbook.json").read_text() == (config.out / "playbook.json").read_text()
+
+
 # ------------------------------------------------------------------------------------------------------------- prompts
 
 
@@ -357,6 +496,15 @@ def test_a_broken_line_of_the_tasks_file_is_named_before_any_task_is_run(command
     with pytest.raises(UserError, match=complaint):
         command()
     assert not Path("out").exists()
+
+
+def test_skip_bad_leaves_out_malformed_lines_and_shows_them(command, capsys):
+    with Path("tasks.jsonl").open("a") as file:
+        file.write('{broken\n{"answer": "1"}\n{"id": "t3", "question": "again"}\n{"question": "fine"}\n')
+    command("--skip-bad")
+    said = capsys.readouterr().out
+    assert "left out 3 malformed lines" in said and "tasks.jsonl:26: the id 't3' is that of line 4 too" in said
+    assert len(list(read_traces("out/traces.jsonl"))) == 24
 
 
 @pytest.mark.parametrize(
