@@ -99,7 +99,7 @@ def serve(config: ServeConfig, answer: Callable[[str, dict[str, Any]], Answer], 
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        timeout = 120  # seconds a client may be silent
+        timeout = 30  # seconds a client may be silent
 
         def do_GET(self) -> None:
             if self.path == "/health":
@@ -111,7 +111,6 @@ def serve(config: ServeConfig, answer: Callable[[str, dict[str, Any]], Answer], 
         def do_POST(self) -> None:
             length = self.headers.get("Content-Length", "")
             if not length.isdigit() or int(length) > config.most_bytes:
-                self.close_connection = True  # the body is not read
                 self.fail(411 if not length.isdigit() else 413, f"the body must have a length of at most {config.most_bytes} bytes")
                 return
             body = self.rfile.read(int(length))
@@ -149,7 +148,6 @@ def serve(config: ServeConfig, answer: Callable[[str, dict[str, Any]], Answer], 
             self.send_header("Content-Type", "text/event-stream")
             self.send_header("Connection", "close")
             self.end_headers()
-            self.close_connection = True
             for piece in pieces:
                 self.wfile.write(f"{piece}\n\n".encode())
                 self.wfile.flush()
@@ -169,6 +167,7 @@ def serve(config: ServeConfig, answer: Callable[[str, dict[str, Any]], Answer], 
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
+            self.send_header("Connection", "close")  # one request each: an idle connection would hold up the end of the server
             self.end_headers()
             self.wfile.write(body)
 
