@@ -29,62 +29,52 @@ import os
 import sys
 import threading
 import uuid
-from collections import Counter, defaultdict, deque
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from nano_atlas import protocol, world
+from nano_atlas import world
 from nano_atlas.agents import open_agent
 from nano_atlas.config import Preset, option, parse, refuse_changes, run_script, to_json
 from nano_atlas.data import Problem, derive_seed, load_problems
 from nano_atlas.deploy import with_deployment
 from nano_atlas.errors import UserError
+from nano_atlas.experience import Experience, ExperienceConfig, new_session, now, record
 from nano_atlas.export import export_traces, known_sessions, show_sessions
 from nano_atlas.files import read_json, write_json
-from nano_atlas.lanes import LaneConfig, Session, choose_lane, run_session
+from nano_atlas.lanes import run_session
 from nano_atlas.metrics import RunLog
-from nano_atlas.playbook import Playbook
 from nano_atlas.promotion import PromotionConfig, train_and_promote
 from nano_atlas.report import runtime_metrics, summary
-from nano_atlas.review import STATUSES, WINDOW, Drift, record_reviews
+from nano_atlas.review import STATUSES, record_reviews
 from nano_atlas.seats import Seat
 from nano_atlas.serve import Answer, ServeConfig, serve
 from nano_atlas.sessions import drive, is_batched
-from nano_atlas.strategies import Strategies
-from nano_atlas.traces import Outcome, Selection, TraceWriter, session_outcome, trace_of
+from nano_atlas.traces import Outcome, Selection, TraceWriter
 
-STYLES = tuple(protocol.TEACHING_STYLES)
 NANO_TEACHERS = ("runs/nano/teacher-grpo/model", "runs/nano/teacher-sft/model")  # the first that exists
 
 
 @dataclass(frozen=True)
-class Config(Selection, ServeConfig, PromotionConfig, LaneConfig):
+class Config(Selection, ServeConfig, PromotionConfig, ExperienceConfig):
     preset: str = option("nano", "", group="run")
     tasks: Path | None = option(None, "JSONL of tasks; none: tasks of the nano world", resumable=True)
     skip_bad: bool = option(False, "leave out malformed lines of --tasks, count and show them", resumable=True)
     domain: str = option("math", "kind of nano-world tasks, without --tasks", choices=list(world.DOMAINS), resumable=True)
     count: int = option(200, "number of nano-world tasks, without --tasks", resumable=True)
-    student: str | None = option(None, "the student: directory, URL, post+URL#path or module:function")
-    teacher: str | None = option(None, "the same of the teacher; without one the nano world's, after GRPO if that was done")
     student_model: str | None = option(None, "model name at the student's URL (none: the first it serves)")
     teacher_model: str | None = option(None, "model name at the teacher's URL (none: the first it serves)")
     student_tools: str | None = option(None, "MODULE:NAME of a list of Python functions that the student's endpoint may call")
     deploy: Path | None = option(None, "YAML file that says which student and teacher are in service; flags override it", resumable=True)
     out: Path = option(Path("runs/nano/runtime"), "directory of traces.jsonl and metrics.jsonl", resumable=True)
     restart: bool = option(False, "start over; earlier traces are kept under another name", resumable=True)
-    strategies: tuple[str, ...] = option(STYLES, "teaching strategies to choose among", STYLES)
     batch: int = option(32, "tasks that are worked on together, between two updates of strategies and skills")
     workers: int = option(16, "most calls to endpoints and agents at a time", resumable=True)
     timeout: float = option(600.0, "seconds after which such a call has failed", resumable=True)
-    require_approval: bool = option(False, "record sessions as pending, so that none is exported before --approve")
-    student_price: tuple[float, float] | None = option(None, "price of a million tokens read, and of a million generated", resumable=True)
-    teacher_price: tuple[float, float] | None = option(None, "the same of the teacher", resumable=True)
-    seed: int = option(0, "of every random choice")
     device: str = option("cpu", "where checkpoints run, such as cpu or cuda")
     dtype: str = option("float32", "of checkpoints", ("float32", "bfloat16"))
     export: Path | None = option(None, "write the selected traces to this file, and run no task", group="review and export", resumable=True)
@@ -94,7 +84,7 @@ class Config(Selection, ServeConfig, PromotionConfig, LaneConfig):
     note: str = option("", "why, for --approve and --quarantine", resumable=True)
 
     def check(self) -> None:
-        for base in (Selection, ServeConfig, PromotionConfig, LaneConfig):
+        for base in (Selection, ServeConfig, PromotionConfig, ExperienceConfig):
             base.check(self)
         for name in ("batch", "count", "workers"):
             if getattr(self, name) < 1:
@@ -115,11 +105,6 @@ class Config(Selection, ServeConfig, PromotionConfig, LaneConfig):
         if not set(actions) & {"export", "show", "approve", "quarantine"} and self.preset != "nano" and None in needed:
             raise UserError(f"--preset {self.preset} needs --tasks" + " --student --teacher (or --deploy)" * (self.preset == "own"))
 
-    @property
-    def prices(self) -> dict[str, tuple[float, float]]:
-        named = {"student": self.student_price, "teacher": self.teacher_price}
-        return {actor: price for actor, price in named.items() if price is not None}
-
 
 GPU = {"teacher": "runs/grpo/model", "out": Path("runs/runtime"), "device": "cuda", "dtype": "bfloat16"}
 PRESETS = {
@@ -130,51 +115,6 @@ PRESETS = {
     "80gb": Preset("Qwen3-4B student, 8B teacher on one GPU, 30 GB; needs --tasks", GPU | {"student": "Qwen/Qwen3-4B"}),
     "own": Preset("models or agents of your own; needs --tasks, --student, --teacher", {"out": Path("runs/runtime")}),
 }
-
-
-# -------------------------------------------------------------------------------------------- task analysis, experimentation
-
-
-class Experience:
-    """What earlier sessions taught: a function of their outcomes, in the order of learning."""
-
-    def __init__(self, config: Config):
-        self.strategies = Strategies(config.strategies)
-        self.playbook = Playbook(config)
-        self.drift = Drift()
-        self.records: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))  # scores of the student alone
-
-    def learn(self, outcome: Outcome) -> None:
-        if outcome.status != "succeeded":
-            return
-        key = outcome.learning_key
-        self.strategies.learn(key, outcome.strategy, outcome.reward)
-        self.playbook.learn(outcome.session_id, outcome.matched, outcome.skills, outcome.reward, outcome.learned)
-        self.drift.add(key, outcome.reward)
-        if outcome.baseline is not None:
-            self.records[key].append(outcome.baseline)
-
-
-def new_session(name: str, task: Problem, experience: Experience, config: Config) -> Session:
-    key = task.domain or "general"
-    style = experience.strategies.choose(key, derive_seed(config.seed, "strategy", name))
-    playbook = experience.playbook if config.skill_writer else None
-    return Session(name, task, config.seed, style, learning_key=key, created_at=now(), playbook=playbook)
-
-
-def script(session: Session, experience: Experience, config: Config, teacher: Seat):
-    """Task analysis, then the lane it leads to."""
-    yield from choose_lane(session, config, experience.records[session.learning_key])
-    return (yield from run_session(session, config, teacher.count_tokens))
-
-
-def record(session: Session, experience: Experience, config: Config) -> tuple[Outcome, dict]:
-    """The outcome of a finished session, and its trace."""
-    drift = experience.drift.assess(session.learning_key, session.reward)
-    is_pending = config.require_approval or (drift is not None and drift["drift_alert"])
-    outcome = session_outcome(session, "pending" if is_pending else "approved", config.prices)
-    metadata = {"completed_at": now(), "student": config.student, "teacher": config.teacher, "seed": config.seed}
-    return outcome, trace_of(session, outcome, metadata, experience.strategies.history(session.learning_key), drift)
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop
@@ -200,7 +140,8 @@ def run(config: Config, tasks: Sequence[Problem], seats: Mapping[str, Seat]) -> 
             batch = ids[start : start + config.batch]
             missing = {name: task for name, task in zip(batch, tasks[start:]) if name not in done}
             sessions = {name: new_session(name, task, experience, config) for name, task in missing.items()}
-            scripts = {name: script(session, experience, config, seats["teacher"]) for name, session in sessions.items()}
+            scripts = {name: run_session(session, config, experience.records[session.learning_key], seats["teacher"].count_tokens)
+                       for name, session in sessions.items()}
             for finished in drive(scripts, seats, config.workers, config.timeout):
                 recorded = [record(session, experience, config) for session in finished.values()]
                 writer.append(trace for _, trace in recorded)
@@ -261,10 +202,6 @@ def set_aside(directory: Path) -> None:
     (directory / "config.json").unlink(missing_ok=True)
 
 
-def now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-
-
 # ------------------------------------------------------------------------------------------------ rounds, serving, the command
 
 
@@ -306,7 +243,8 @@ def serve_pair(config: Config, seats: Mapping[str, Seat]) -> None:
             with lock:
                 session = new_session(name, Problem(name, question, None), experience, this)
             with lock if is_embedded else contextlib.nullcontext():
-                (finished,) = drive({name: script(session, experience, this, seats["teacher"])}, seats, config.workers, config.timeout)
+                script = run_session(session, this, experience.records[session.learning_key], seats["teacher"].count_tokens)
+                (_,) = drive({name: script}, seats, config.workers, config.timeout)
             with lock:
                 outcome, trace = record(session, experience, this)
                 writer.append([trace])

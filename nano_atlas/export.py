@@ -8,7 +8,7 @@ from pathlib import Path
 from nano_atlas.errors import UserError
 from nano_atlas.journal import read_lines
 from nano_atlas.review import Review, read_reviews
-from nano_atlas.traces import Selection, parse_trace, read_outcome
+from nano_atlas.traces import Selection, parse_trace, read_head
 
 
 def export_traces(source: Path, target: Path, selection: Selection) -> tuple[int, int]:
@@ -21,7 +21,7 @@ def export_traces(source: Path, target: Path, selection: Selection) -> tuple[int
     total = selected = 0
     with partial.open("wb") as file:
         for total, (number, line) in enumerate(read_lines(source), start=1):
-            outcome = read_outcome(line, f"{source}:{number}")
+            outcome = read_head(line, f"{source}:{number}").outcome
             review = reviews.get(outcome.session_id)
             if selection.takes(outcome, review and review.status):
                 selected += 1
@@ -45,13 +45,12 @@ def show_sessions(directory: Path, status: str) -> Iterator[str]:
     """One line per session whose latest review status this is."""
     reviews = read_reviews(directory / "reviews.jsonl")
     for number, line in read_lines(directory / "traces.jsonl"):
-        outcome = read_outcome(line, f"{directory}:{number}")
+        outcome, task, _ = read_head(line, f"{directory}:{number}")
         review = reviews.get(outcome.session_id)
         if outcome.status == "succeeded" and (review.status if review else outcome.review) == status:
             reward = "unscored" if outcome.reward is None else f"reward {outcome.reward:+.3f}"
-            question = " ".join(parse_trace(line, "")["task"].split())[:60]
-            yield f"{outcome.session_id}  {reward}  {outcome.lane}  {question}  {review.note if review else ''}".rstrip()
+            yield f"{outcome.session_id}  {reward}  {outcome.lane}  {' '.join(task.split())[:60]}  {review.note if review else ''}".rstrip()
 
 
 def known_sessions(path: Path) -> list[str]:
-    return list(dict.fromkeys(read_outcome(line, f"{path}:{number}").session_id for number, line in read_lines(path)))
+    return list(dict.fromkeys(read_head(line, f"{path}:{number}").outcome.session_id for number, line in read_lines(path)))

@@ -84,11 +84,32 @@ class Session:
 # ------------------------------------------------------------------------------------------------------- one task, whole
 
 
-def run_session(session: Session, config: LaneConfig, count_tokens: Callable[[str], int]) -> Calls:
-    """Returns the finished session. A fault ends its lane; what was reached until then counts, and is returned all the same."""
-    lanes = {"auto": auto, "paired": paired, "coach": coach, "escalate": escalate}
+def run_session(session: Session, config: LaneConfig, record: Sequence[float], count_tokens: Callable[[str], int]) -> Calls:
+    """Brings the session to its end; every call of it leaves an event. record: see `choose_lane`; count_tokens: of teachings.
+
+    A fault ends its lane; what was reached until then counts all the same.
+    """
+    script, replies = whole_session(session, config, record, count_tokens), None
+    while True:
+        try:
+            calls = script.send(replies)
+        except StopIteration:
+            return session
+        replies = yield calls
+        for call, reply in zip(calls, replies):
+            event = {"event": call.kind, "actor": call.seat, "tokens": 0}
+            if isinstance(reply, Fault):
+                event["fault"] = str(reply)
+            else:
+                event |= {"tokens": reply.tokens, "prompt_tokens": reply.prompt_tokens, "is_truncated": reply.is_truncated}
+                event |= {"text": reply.text} if call.seat == "teacher" else {}
+            session.events.append(event)
+
+
+def whole_session(session: Session, config: LaneConfig, record: Sequence[float], count_tokens: Callable[[str], int]) -> Calls:
     try:
-        yield from lanes[session.lane](session, config)
+        yield from choose_lane(session, config, record)
+        yield from {"auto": auto, "paired": paired, "coach": coach, "escalate": escalate}[session.lane](session, config)
     except Fault as fault:
         session.fault = str(fault)
     if session.trials:
@@ -96,38 +117,15 @@ def run_session(session: Session, config: LaneConfig, count_tokens: Callable[[st
         session.reward = reward_of(session, config, count_tokens)
         yield from audit(session, config)
         yield from learn_skills(session, config)
-    return session
 
 
-def ask(session: Session, *calls: Call) -> Calls:
+def ask(*calls: Call) -> Calls:
     """The replies to all calls; raises the first Fault among them."""
     replies = yield list(calls)
-    for call, reply in zip(calls, replies):
-        event = {"event": call.kind, "actor": call.seat}
-        if isinstance(reply, Fault):
-            session.events.append({**event, "tokens": 0, "fault": str(reply)})
-        else:
-            said = {"text": reply.text} if call.seat == "teacher" else {}
-            session.events.append({**event, "tokens": reply.tokens, "prompt_tokens": reply.prompt_tokens,
-                                   "is_truncated": reply.is_truncated, **said})
     for reply in replies:
         if isinstance(reply, Fault):
             raise reply
     return replies
-
-
-def watched(session: Session, script: Calls) -> Calls:
-    """A script of calls to judges, whose tokens are counted too; their faults are its own affair."""
-    received = None
-    while True:
-        try:
-            calls = script.send(received)
-        except StopIteration as end:
-            return end.value
-        received = yield calls
-        for call, reply in zip(calls, received):
-            known = {"fault": str(reply)} if isinstance(reply, Fault) else {"prompt_tokens": reply.prompt_tokens}
-            session.events.append({"event": call.kind, "actor": call.seat, "tokens": getattr(reply, "tokens", 0), **known})
 
 
 def student(session: Session, config: LaneConfig, kind: str, messages: protocol.Messages, tokens: int | None = None) -> Call:
@@ -139,14 +137,13 @@ def student(session: Session, config: LaneConfig, kind: str, messages: protocol.
 
 
 def auto(session: Session, config: LaneConfig) -> Calls:
-    (alone,) = yield from ask(session, student(session, config, "alone", protocol.baseline_messages(session.task.question)))
+    (alone,) = yield from ask(student(session, config, "alone", protocol.baseline_messages(session.task.question)))
     yield from validate(session, config, "alone", alone)
 
 
 def paired(session: Session, config: LaneConfig) -> Calls:
     question = session.task.question
     probe, alone = yield from ask(
-        session,
         student(session, config, "probe", protocol.probe_messages(question), config.probe_tokens),
         student(session, config, "alone", protocol.baseline_messages(question)),
     )
@@ -168,7 +165,7 @@ def escalate(session: Session, config: LaneConfig) -> Calls:
     review = yield from teach(session, config, session.approach)
     if review is not None:
         revision = protocol.plan_messages(question, session.plan, review)
-        (revised,) = yield from ask(session, student(session, config, "revision", revision))
+        (revised,) = yield from ask(student(session, config, "revision", revision))
         session.plan = protocol.parse_plan(revised.text)
     results: dict[int, str] = {}
     while len(results) < len(session.plan):  # dependencies point backwards, so at least one step is ready each time
@@ -177,7 +174,7 @@ def escalate(session: Session, config: LaneConfig) -> Calls:
         session.steps += done
         results |= {step["id"]: step["output"] for step in done}
     synthesis = protocol.synthesis_messages(question, session.plan, results)
-    (final,) = yield from ask(session, student(session, config, "synthesis", synthesis))
+    (final,) = yield from ask(student(session, config, "synthesis", synthesis))
     yield from validate(session, config, "stepwise", final)
 
 
@@ -187,7 +184,6 @@ def escalate(session: Session, config: LaneConfig) -> Calls:
 def plan_and_answer(session: Session, config: LaneConfig) -> Calls:
     question = session.task.question
     plan, alone = yield from ask(
-        session,
         student(session, config, "plan", protocol.plan_messages(question)),
         student(session, config, "alone", protocol.baseline_messages(question)),
     )
@@ -201,7 +197,7 @@ def validate(session: Session, config: LaneConfig, kind: str, reply: Any) -> Cal
     answer = protocol.extract_answer(reply.text)
     guidance = "\n".join(session.teachings)
     exhibit = Exhibit(session.task, reply.text, answer, session.approach, guidance if kind != "alone" else "")
-    verdict = yield from watched(session, judge(exhibit, config, (session.seed, session.id, len(session.trials))))
+    verdict = yield from judge(exhibit, config, (session.seed, session.id, len(session.trials)))
     session.trials.append(Trial(kind, reply.text, answer, reply.tokens, reply.is_truncated, verdict))
 
 
@@ -216,7 +212,7 @@ def teach(session: Session, config: LaneConfig, shown: str) -> Calls:
     messages = protocol.teacher_messages(session.task.question, shown, style)
     generation = Generation(config.teaching_tokens, config.teacher_temperature, config.top_p)
     seed = derive_seed(session.seed, session.id, "teaching", len(session.events))
-    (reply,) = yield from ask(session, Call("teacher", "teaching", messages, generation, seed))
+    (reply,) = yield from ask(Call("teacher", "teaching", messages, generation, seed))
     teaching = protocol.parse_teaching(reply.text)
     if teaching is None:
         session.is_malformed = True
@@ -236,7 +232,7 @@ def with_help(session: Session, config: LaneConfig, kind: str, messages_for: Cal
         if teaching is None:  # the student would get its own prompt again
             continue
         guidance = "\n".join(session.teachings)
-        (reply,) = yield from ask(session, student(session, config, kind, messages_for(guidance)))
+        (reply,) = yield from ask(student(session, config, kind, messages_for(guidance)))
         yield from validate(session, config, kind, reply)
         if session.trials[-1].verdict.is_valid is not False:
             return
@@ -254,13 +250,13 @@ def carry_out(session: Session, config: LaneConfig, steps: Sequence[dict], resul
             break
         prior = {s["id"]: {i: results[i] for i in s["depends_on"]} for s in open_steps}
         calls = [student(session, config, f"step {s['id']}", protocol.step_messages(question, s, prior[s["id"]], s["guidance"])) for s in open_steps]
-        replies = yield from ask(session, *calls)
+        replies = yield from ask(*calls)
         for step, reply in zip(open_steps, replies):
             step["attempts"] += 1
             output = protocol.extract_answer(reply.text) or protocol.visible(reply.text).strip()
-            verdict = yield from watched(session, ensemble(
+            verdict = yield from ensemble(
                 ["step"], config, (session.seed, session.id, step["id"], step["attempts"]), seat, task=question,
-                step=step["description"], results_so_far={str(i): text for i, text in prior[step["id"]].items()}, result=output))
+                step=step["description"], results_so_far={str(i): text for i, text in prior[step["id"]].items()}, result=output)
             if step["id"] not in best or (verdict.score or 0.0) > (best[step["id"]][1].score or 0.0):
                 best[step["id"]] = (output, verdict)
             if verdict.guidance:
@@ -296,7 +292,7 @@ def audit(session: Session, config: LaneConfig) -> Calls:
     for trial in (alone, returned):
         guidance = "" if trial is alone else "\n".join(session.teachings)
         exhibit = Exhibit(session.task, trial.text, trial.answer, session.approach, guidance)
-        again = yield from watched(session, judge(exhibit, config, (session.seed, session.id, "audit", trial.kind)))
+        again = yield from judge(exhibit, config, (session.seed, session.id, "audit", trial.kind))
         scores.append(again.score)
     if None not in scores:
         session.audited_gain = scores[1] - scores[0]
@@ -310,7 +306,7 @@ def learn_skills(session: Session, config: LaneConfig) -> Calls:
     messages = protocol.skill_messages(session.task.question, session.approach, guidance, session.reward)
     seed = derive_seed(session.seed, session.id, "skills")
     try:
-        (reply,) = yield from ask(session, Call("skill writer", "skills", messages, Generation(500, 0.2), seed))
+        (reply,) = yield from ask(Call("skill writer", "skills", messages, Generation(500, 0.2), seed))
     except Fault:
         return  # recorded among the events; the session itself went well
     session.learned = read_entries(reply.text, session.learning_key, session.id, session.task.answer)
@@ -339,7 +335,7 @@ def choose_lane(session: Session, config: LaneConfig, record: Sequence[float]) -
         call = Call("probe", "capability", protocol.capability_messages(session.task.question, history), Generation(200, 0.2),
                     derive_seed(session.seed, session.id, "capability"))
         try:
-            (reply,) = yield from ask(session, call)
+            (reply,) = yield from ask(call)
             session.choice |= read_choice(reply.text)
         except Fault:
             pass  # recorded among the events; the record decides

@@ -1,8 +1,8 @@
 """Session traces: what happened with each task at run time, one JSON object per line, append-only (`journal`).
 
-A record begins with its *outcome*, the few numbers that selection, strategies and review need, so that these read only the first few
-hundred bytes of a line. The eleven keys of ATLAS' AtlasSessionTrace follow (its `load_runtime_traces` reads the file), with
-`ground_truth`, which turns a trace into a training problem, and what atlas-sdk adds on export:
+A record begins with a *head*: its outcome (the few numbers that selection, strategies and review need), the task, and the ground
+truth, which together make a training problem; so a reader parses the first few hundred bytes of a line. Its keys are the eleven of ATLAS'
+AtlasSessionTrace (whose `load_runtime_traces` reads the file), these, and what atlas-sdk adds on export:
 
     task, final_answer       the question, and the answer that was returned
     plan                     the student's plan or, in the lane paired, one step that is the approach it stated
@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nano_atlas.config import option
 from nano_atlas.data import Problem
@@ -35,10 +35,10 @@ from nano_atlas.lanes import Session
 from nano_atlas.review import STATUSES
 
 Trace = dict[str, Any]
-HEAD = '{"outcome": '
+BODY = b', "final_answer": '  # ends the head of a record; within a JSON text its quotes would be escaped
 
 
-@dataclass(frozen=True)
+@dataclass
 class Outcome:
     """The few numbers of a session that the runtime keeps in memory. Scores (0 to 1) are None where nobody could say."""
 
@@ -70,6 +70,12 @@ class Outcome:
     @property
     def gain(self) -> float | None:
         return None if self.guided is None or self.baseline is None else self.guided - self.baseline
+
+
+class Head(NamedTuple):
+    outcome: Outcome
+    task: str
+    ground_truth: Any
 
 
 # ------------------------------------------------------------------------------------------------------------- records
@@ -180,29 +186,29 @@ def _executed(step: Trace) -> Trace:
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-def read_outcome(line: bytes, where: str) -> Outcome:
-    """The outcome at the head of one of our records, or what can be known of a session of atlas-sdk. Raises UserError."""
+def read_head(line: bytes, where: str) -> Head:
+    """The head of one of our records, without looking at the rest of it; or what a record of atlas-sdk says. Raises UserError."""
+    end = line.find(BODY) if line.startswith(b'{"outcome": ') else -1
+    if end < 0:
+        return _foreign_head(parse_trace(line, where), where)
     try:
-        text = line.decode()
-        if text.startswith(HEAD):
-            return Outcome(**json.JSONDecoder().raw_decode(text, len(HEAD))[0])
-    except (UnicodeDecodeError, ValueError, TypeError) as error:
+        head = json.loads(line[:end] + b"}")
+        return Head(Outcome(**head["outcome"]), head["task"], head["ground_truth"])
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{where}: not a trace of this runtime ({error})") from None
-    return _foreign_outcome(parse_trace(line, where), where)
 
 
-def _foreign_outcome(trace: Trace, where: str) -> Outcome:
-    metadata = trace.get("session_metadata") or {}
-    review, stats = metadata.get("review"), trace.get("reward_stats") or metadata.get("reward_stats") or {}
-    reward = trace.get("session_reward")
-    score = reward.get("score") if isinstance(reward, dict) else reward
-    status = trace.get("review_status") or (review.get("status") if isinstance(review, dict) else None) or "approved"
-    return Outcome(
-        session_id=str(metadata.get("session_id") or where), learning_key=str(trace.get("learning_key") or metadata.get("learning_key") or ""),
+def _foreign_head(trace: Trace, where: str) -> Head:
+    """In files of atlas-sdk the ground truth, where somebody put one, is in the metadata."""
+    metadata, stats, reward = trace.get("session_metadata") or {}, trace.get("reward_stats") or {}, trace.get("session_reward")
+    outcome = Outcome(
+        session_id=str(metadata.get("session_id") or where), learning_key=str(metadata.get("learning_key") or ""),
         lane=str((trace.get("adaptive_summary") or {}).get("adaptive_mode") or ""), created_at=str(metadata.get("created_at") or ""),
-        status=str(metadata.get("status") or "succeeded"), review=str(status), reward=stats.get("score") if score is None else score,
-        disagreement=float(stats.get("score_stddev") or 0.0),
+        status=str(metadata.get("status") or "succeeded"), review=str(trace.get("review_status") or "approved"),
+        reward=reward.get("score") if isinstance(reward, dict) else reward, disagreement=float(stats.get("score_stddev") or 0.0),
     )
+    places = (trace.get("ground_truth"), metadata.get("ground_truth"))
+    return Head(outcome, trace["task"], next((value for value in places if value is not None), None))
 
 
 def parse_trace(line: bytes, where: str) -> Trace:
@@ -229,9 +235,9 @@ class TraceWriter(Journal):
         """Of everything in the file, in the order written."""
         if self.path.stat().st_size:
             for number, line in read_lines(self.path):
-                if not line.startswith(HEAD.encode()):
+                if BODY not in line:
                     raise UserError(f"{self.path}:{number}: not a trace of this runtime; choose another --out, or use --restart")
-                yield read_outcome(line, f"{self.path}:{number}")
+                yield read_head(line, f"{self.path}:{number}").outcome
 
 
 @dataclass(frozen=True)
@@ -283,21 +289,15 @@ def problems_from_traces(path: Path | str, selection: Selection = Selection()) -
     problems: dict[tuple[str, str], Problem] = {}
     left_out: Counter[str] = Counter()
     for number, line in read_lines(path):
-        where = f"{path}:{number}"
-        if not selection.takes(read_outcome(line, where)):
+        outcome, task, gold = read_head(line, f"{path}:{number}")
+        if not selection.takes(outcome):
             left_out["not selected"] += 1
-            continue
-        trace = parse_trace(line, where)
-        metadata = trace.get("session_metadata") or {}
-        places = (trace.get("ground_truth"), metadata.get("ground_truth"))  # the latter in files of atlas-sdk
-        gold = next((value for value in places if value is not None), None)
-        if gold is None or not str(gold).strip():
+        elif gold is None or not str(gold).strip():
             left_out["no ground truth"] += 1
-        elif (trace["task"], str(gold)) in problems:
+        elif (task, str(gold)) in problems:
             left_out["the same task again"] += 1
         else:
-            name = str(metadata.get("session_id") or f"{Path(path).stem}:{number}")
-            problems[trace["task"], str(gold)] = Problem(name, trace["task"], str(gold), str(metadata.get("domain") or ""))
+            problems[task, str(gold)] = Problem(outcome.session_id, task, str(gold), outcome.learning_key)
     if not problems:
         raise UserError(f"{path}: no trace here makes a training problem ({dict(left_out)}); one must have a ground truth")
     return list(problems.values()), left_out

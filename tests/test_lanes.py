@@ -44,7 +44,7 @@ def finish(script, **seats):
 
 def run(lane, task=TASK, config=LaneConfig(), **seats) -> Session:
     session = Session("s", task, 1, lane=lane)
-    return finish(run_session(session, replace(config, lane=lane), lambda text: len(text.split())), **seats)
+    return finish(run_session(session, replace(config, lane=lane), [], lambda text: len(text.split())), **seats)
 
 
 def answer(text) -> str:
@@ -322,7 +322,7 @@ def test_harm_by_a_noisy_judge_is_bounded_and_the_bound_is_measured_by_new_judge
     for index in range(150):
         session = Session(f"s{index}", OPEN, 0, lane="paired")
         seats = {"student": Seat(pupil), "teacher": teacher("<teaching>HARM</teaching>"), "judge": Seat(noisy)}
-        finish(run_session(session, config, len), **seats)
+        finish(run_session(session, replace(config, lane="paired"), [], len), **seats)
         returned += session.chosen != 0
         audited += [session.audited_gain] * (session.audited_gain is not None)
     naive = sum(random.Random(i).gauss(-0.1, 0.25 * (2 / 3) ** 0.5) > 0 for i in range(150))  # the higher of two means of three
@@ -346,6 +346,6 @@ def test_audit_draws_its_share():
         for which, share in enumerate((0.5, 0.0)):
             session = Session(f"s{index}", OPEN, 0, lane="paired")
             seats = {"student": student(["HELP"]), "teacher": teacher("<teaching>HELP</teaching>"), "judge": Seat(by_answer())}
-            finish(run_session(session, replace(JUDGED, audit=share, judges=("accuracy",), judge_temperatures=(0.2,)), len), **seats)
+            finish(run_session(session, replace(JUDGED, audit=share, judges=("accuracy",), judge_temperatures=(0.2,), lane="paired"), [], len), **seats)
             counts[which] += session.audited_gain is not None
     assert 18 < counts[0] < 42 and counts[1] == 0

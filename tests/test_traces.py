@@ -12,7 +12,7 @@ from nano_atlas.guard import Trial
 from nano_atlas.journal import to_line
 from nano_atlas.judges import Verdict
 from nano_atlas.lanes import Session
-from nano_atlas.traces import Outcome, Selection, TraceWriter, parse_trace, problems_from_traces, read_outcome, read_traces, session_outcome, trace_of
+from nano_atlas.traces import Outcome, Selection, TraceWriter, problems_from_traces, read_head, read_traces, session_outcome, trace_of
 
 ATLAS_KEYS = {  # the fields of AtlasSessionTrace
     "task", "final_answer", "plan", "steps", "session_metadata", "session_reward", "trajectory_events", "student_learning",
@@ -104,14 +104,16 @@ def test_without_a_score_there_is_no_reward_rather_than_a_reward_of_zero():
     assert record["session_reward"] is None and record["ground_truth"] is None
     assert record["steps"][0]["reward"]["score"] is None
     assert [a["score"] for a in record["steps"][0]["metadata"]["attempt_history"]] == [None, None]
-    result = read_outcome(line(gold=None), "here")
+    result = read_head(line(gold=None), "here").outcome
     assert (result.reward, result.baseline, result.guided, result.returned, result.gain) == (None,) * 5
 
 
-def test_the_outcome_is_read_back_from_the_head_of_the_line():
-    result = read_outcome(line(), "here")
+def test_outcome_and_problem_are_read_from_the_head_of_the_line():
+    result, task, gold = read_head(line(), "here")
+    assert (task, gold) == ("What is 6 times 7?", "42")
     assert (result.session_id, result.strategy, result.reward, result.gain, result.returned) == ("s1", "concise", 1.9, 1.0, 1.0)
-    assert read_outcome(line()[:900], "here") == result  # no more of the line is looked at
+    beginning = line()[: line().index(b'"steps"')]
+    assert read_head(beginning, "here").outcome == result  # no more of the line is looked at
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -242,7 +244,7 @@ def test_files_of_atlas_sdk_are_read_and_selected(tmp_path):
     poor = session | {"task": "2 times 2?", "session_reward": {"score": 0.2}}
     write(tmp_path / "sdk.jsonl", session, poor, session | {"task": "?", "session_metadata": metadata | {"status": "failed"}})
     problems, left_out = problems_from_traces(tmp_path / "sdk.jsonl", Selection(min_reward=0.5, min_signal=0.1, only_lane=("coach",)))
-    assert problems == [Problem("7", "6 times 7?", "42", "")] and left_out == {"not selected": 2}
+    assert problems == [Problem("7", "6 times 7?", "42", "k")] and left_out == {"not selected": 2}
     write(tmp_path / "sample.jsonl", {"session_id": 1, "task": "One", "steps": [{"reward": {"process": 1.0}}]})  # as in their sample file
     with pytest.raises(UserError, match="no ground truth"):
         problems_from_traces(tmp_path / "sample.jsonl")
