@@ -54,7 +54,7 @@ def main() -> None:
         half = Path(folder) / "half.jsonl"
         with TraceWriter(path) as writer:
             measure("start (mend, replay outcomes)", lambda: sum(1 for _ in writer.outcomes()))
-        measure("export of those with a gain", lambda: export_traces(path, half, Selection(min_gain=0.5))[0])
+        measure("export of those with a gain", lambda: export_traces(path, half, Selection(min_gain=0.5))[1])
         measure("load all as training problems", lambda: len(problems_from_traces(path)[0]))
 
 

@@ -24,8 +24,8 @@ def to_line(record: dict[str, Any]) -> bytes:
 
 def is_whole(line: bytes) -> bool:
     """Whether the checksum at the end of the line is that of the rest."""
-    line = line.rstrip(b"\n")
-    return line[-TAIL:] == b', "crc32": "%08x"}' % zlib.crc32(line[:-TAIL])
+    end = len(line) - TAIL - line.endswith(b"\n")
+    return end > 0 and line[end : end + TAIL] == b', "crc32": "%08x"}' % zlib.crc32(memoryview(line)[:end])
 
 
 def read_lines(path: Path | str) -> Iterator[tuple[int, bytes]]:
@@ -39,12 +39,12 @@ def read_lines(path: Path | str) -> Iterator[tuple[int, bytes]]:
         raise UserError(f"{path}: no such file")
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.isspace():
-                has_checksum = line.rstrip(b"\n")[-TAIL : -TAIL + 10] == b', "crc32":'
-                if has_checksum and not is_whole(line):
-                    raise UserError(f"{path}:{number}: damaged, the record does not match its checksum; delete this line")
-                if has_checksum or line.endswith(b"\n") or line.rstrip().endswith(b"}"):
-                    yield number, line
+            if is_whole(line):
+                yield number, line
+            elif b', "crc32": "' in line[-TAIL - 1 :]:
+                raise UserError(f"{path}:{number}: damaged, the record does not match its checksum; delete this line")
+            elif not line.isspace() and (line.endswith(b"\n") or line.rstrip().endswith(b"}")):
+                yield number, line
     if not number:
         raise UserError(f"{path}: empty; it should have one JSON object per line")
 
