@@ -210,6 +210,8 @@ def run_rounds(config: Config, tasks: Sequence[Problem]) -> None:
     problems = world.held_out(config.domain, config.held_out_count, f"promotion/{config.seed}")
     if config.held_out is not None:
         problems = load_problems(config.held_out)
+    if len(tasks) < config.rounds:
+        raise UserError(f"--rounds {config.rounds} needs at least as many tasks, not {len(tasks)}")
     cuts = [round(part * len(tasks) / config.rounds) for part in range(config.rounds + 1)]
     for number, (start, end) in enumerate(zip(cuts, cuts[1:]), start=1):
         folder = config.out / f"round-{number}"
@@ -242,8 +244,8 @@ def serve_pair(config: Config, seats: Mapping[str, Seat]) -> None:
             name = uuid.uuid4().hex[:24]
             with lock:
                 session = new_session(name, Problem(name, question, None), experience, this)
+                script = run_session(session, this, list(experience.records[session.learning_key]), seats["teacher"].count_tokens)
             with lock if is_embedded else contextlib.nullcontext():
-                script = run_session(session, this, experience.records[session.learning_key], seats["teacher"].count_tokens)
                 (_,) = drive({name: script}, seats, config.workers, config.timeout)
             with lock:
                 outcome, trace = record(session, experience, this)
@@ -263,10 +265,11 @@ def open_seat_of(config: Config, spec: str, model: str | None = None, tools: str
 
 def open_seats(config: Config) -> dict[str, Seat]:
     """Everybody a session may talk to, by the names that its calls use."""
-    wanted = {"student": (config.student, config.student_model, config.student_tools), "teacher": (config.teacher, config.teacher_model),
-              "judge": (config.judge, config.judge_model), "large judge": (config.large_judge, config.large_judge_model),
-              "probe": (config.probe, config.probe_model), "skill writer": (config.skill_writer, config.skill_writer_model)}
-    return {name: open_seat_of(config, *spec) for name, spec in wanted.items() if spec[0] is not None}
+    names = ("teacher", "judge", "large judge", "probe", "skill writer")
+    wanted = {name: (getattr(config, name.replace(" ", "_")), getattr(config, f"{name.replace(' ', '_')}_model"), None) for name in names}
+    wanted["student"] = (config.student, config.student_model, config.student_tools)
+    opened = {spec: open_seat_of(config, *spec) for spec in dict.fromkeys(wanted.values()) if spec[0] is not None}
+    return {name: opened[spec] for name, spec in wanted.items() if spec in opened}
 
 
 def find_teacher() -> str:

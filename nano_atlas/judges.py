@@ -1,10 +1,12 @@
 """How good is an answer? A verifier where the truth is known, a function of the user's, or an ensemble of judges.
 
-    exact     the task has a ground truth: 1 or 0
     python    --evaluator module:function(task=, answer=, text=, ground_truth=) -> a number from 0 to 1
+    exact     the task has a ground truth: 1 or 0
     judges    --judge: each judge is asked at three temperatures; where its samples disagree (standard deviation above
               --judge-deviation) or it is unsure (uncertainty above --judge-uncertainty), a larger model sees all of them and decides
     nobody    none of these: the answer has no score. That is not a score of zero; neither is an outage of the judges
+
+The first of them that there is decides.
 
 Four judges, as published (ATLAS, RIM): *accuracy* and *process* judge any answer, and their mean is its score, so that answers with
 and without guidance are compared on the same scale. *helpfulness* judges the guidance and *diagnostic* the student's approach; a

@@ -31,6 +31,7 @@ from nano_atlas.sessions import Call, Fault
 
 LANES = ("auto", "paired", "coach", "escalate")
 THRESHOLDS = (0.85, 0.65, 0.35)  # least confidence for auto, paired, coach
+UNJUDGED = Verdict(None, "nobody")
 
 
 @dataclass(frozen=True)
@@ -194,11 +195,14 @@ def plan_and_answer(session: Session, config: LaneConfig) -> Calls:
 
 def validate(session: Session, config: LaneConfig, kind: str, reply: Any) -> Calls:
     """Adds the trial to the session, with its verdict."""
-    answer = protocol.extract_answer(reply.text)
-    guidance = "\n".join(session.teachings)
-    exhibit = Exhibit(session.task, reply.text, answer, session.approach, guidance if kind != "alone" else "")
-    verdict = yield from judge(exhibit, config, (session.seed, session.id, len(session.trials)))
-    session.trials.append(Trial(kind, reply.text, answer, reply.tokens, reply.is_truncated, verdict))
+    trial = Trial(kind, reply.text, protocol.extract_answer(reply.text), reply.tokens, reply.is_truncated, UNJUDGED)
+    trial.verdict = yield from judge(exhibit_of(session, trial), config, (session.seed, session.id, len(session.trials)))
+    session.trials.append(trial)
+
+
+def exhibit_of(session: Session, trial: Trial) -> Exhibit:
+    guidance = "" if trial.kind == "alone" else "\n".join(session.teachings)
+    return Exhibit(session.task, trial.text, trial.answer, session.approach, guidance)
 
 
 def teach(session: Session, config: LaneConfig, shown: str) -> Calls:
@@ -290,10 +294,7 @@ def audit(session: Session, config: LaneConfig) -> Calls:
         return
     scores = []
     for trial in (alone, returned):
-        guidance = "" if trial is alone else "\n".join(session.teachings)
-        exhibit = Exhibit(session.task, trial.text, trial.answer, session.approach, guidance)
-        again = yield from judge(exhibit, config, (session.seed, session.id, "audit", trial.kind))
-        scores.append(again.score)
+        scores.append((yield from judge(exhibit_of(session, trial), config, (session.seed, session.id, "audit", trial.kind))).score)
     if None not in scores:
         session.audited_gain = scores[1] - scores[0]
 

@@ -20,6 +20,7 @@ from typing import Any
 from nano_atlas import protocol
 from nano_atlas.config import option
 from nano_atlas.data import derive_seed
+from nano_atlas.strategies import Record
 
 WITHHELD = 0.2  # share of matching sessions in which an entry is withheld
 LONGEST_SENTENCE = 200  # characters
@@ -37,19 +38,6 @@ class SkillConfig:
 
 
 @dataclass
-class Mean:
-    count: int = 0
-    total: float = 0.0
-
-    def add(self, value: float) -> None:
-        self.count, self.total = self.count + 1, self.total + value
-
-    @property
-    def value(self) -> float | None:
-        return self.total / self.count if self.count else None
-
-
-@dataclass
 class Entry:
     id: str
     cue: dict[str, str]  # {type: keyword | regex, pattern}
@@ -60,8 +48,8 @@ class Entry:
     hits: int = 0  # sessions whose task or approach the cue matched
     adoptions: int = 0  # of these, the ones in which it was used
     incidents: set[str] = field(default_factory=set)  # distinct tasks it matched
-    reward_with: Mean = field(default_factory=Mean)
-    reward_without: Mean = field(default_factory=Mean)
+    reward_with: Record = field(default_factory=Record)
+    reward_without: Record = field(default_factory=Record)
 
     def matches(self, text: str) -> bool:
         if self.cue["type"] == "regex":
@@ -71,9 +59,9 @@ class Entry:
     @property
     def effect(self) -> float | None:
         """Mean reward with minus without, or None while one of them is unknown."""
-        if self.reward_with.value is None or self.reward_without.value is None:
+        if not self.reward_with.count or not self.reward_without.count:
             return None
-        return self.reward_with.value - self.reward_without.value
+        return self.reward_with.mean - self.reward_without.mean
 
     def is_useless(self) -> bool:
         if self.sessions_observed < 10:
@@ -97,7 +85,7 @@ class Playbook:
 
     def retrieve(self, text: str, seed: int) -> tuple[list[Entry], list[str]]:
         """Entries to use with a task, and the ids of all that match it; best known effect first, unknown before harmful ones."""
-        matching = [entry for entry in self.entries.values() if entry.matches(text)]
+        matching = [entry for entry in list(self.entries.values()) if entry.matches(text)]
         matching.sort(key=lambda entry: -(entry.effect or 0.0))
         used: list[Entry] = []
         length = 0

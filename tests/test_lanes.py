@@ -349,3 +349,15 @@ def test_audit_draws_its_share():
             finish(run_session(session, replace(JUDGED, audit=share, judges=("accuracy",), judge_temperatures=(0.2,), lane="paired"), [], len), **seats)
             counts[which] += session.audited_gain is not None
     assert 18 < counts[0] < 42 and counts[1] == 0
+
+
+def test_accept_and_judge_tokens(monkeypatch):
+    lengths = []
+    original = Seat.ask
+    monkeypatch.setattr(Seat, "ask", lambda self, c, generation, s, **more: lengths.append(generation.max_tokens) or original(self, c, generation, s, **more))
+    for accept, teachings in ((0.7, 1), (0.95, 2)):
+        guide = teacher(*["<teaching>HELP</teaching>"] * 2)
+        config = replace(JUDGED, accept=accept, retries=1, judge_tokens=77, judges=("accuracy",))
+        run("paired", OPEN, config, student=student(["HELP"]), teacher=guide, judge=Seat(by_answer()))
+        assert len(guide.prompts) == teachings
+    assert 77 in lengths

@@ -518,6 +518,7 @@ def test_skip_bad_leaves_out_malformed_lines_and_shows_them(command, capsys):
         (["--judge", "judge", "--judges", "helpfulness"], "needs accuracy or process"),
         (["--audit", "2"], "--audit between 0 and 1"),
         (["--timeout", "0"], "--timeout above 0"),
+        (["--rounds", "99"], "at least as many tasks"),
         (["--serve", "70000"], "port from 0 to 65535"),
         (["--serve", "0", "--host", "0.0.0.0"], "set a key in NANO_ATLAS_API_KEY"),
         (["--batch", "0"], "at least 1"),
@@ -561,3 +562,33 @@ def test_selection_is_a_copy_of_whole_records(config):
     source = config.out / "traces.jsonl"
     assert export_traces(source, config.out / "all.jsonl", config) == (23, 23)
     assert (config.out / "all.jsonl").read_bytes() == source.read_bytes()
+
+
+# ------------------------------------------------------------------------------------------- options that nothing above turns
+
+
+def test_strategies_restricts_the_choice(config):
+    assert {o.strategy for o in run(replace(config, strategies=("concise",)), TASKS, Student(), StyledTeacher())} == {"concise"}
+
+
+def test_skill_reward_says_which_sessions_teach(config):
+    writer = SkillWriter()
+    run(replace(config, skill_writer="writer", skill_reward=1.5), TASKS, Student(), Teacher(), **{"skill writer": writer})
+    assert len(writer.prompts) == sum(i % 3 != 0 for i in range(23))  # those that gained; the kept ones earn about 1
+    assert not any(task.answer in prompt for task in TASKS for prompt in writer.prompts)
+
+
+def test_prices_become_costs_in_report_and_outcome(config):
+    outcomes = run(replace(config, student_price=(0.0, 1e6)), TASKS[:4], Student(), Teacher())
+    assert sum(o.cost for o in outcomes) == sum(o.tokens["student"] for o in outcomes)
+    assert "cost 28.0000" in runtime_loop.summary(outcomes)
+
+
+def test_every_seat_is_opened_with_its_model_and_one_model_once(config, monkeypatch):
+    opened = []
+    monkeypatch.setattr(runtime_loop, "open_agent", lambda spec, **options: opened.append((spec, options["model"], options["tools"])) or object())
+    seats = runtime_loop.open_seats(replace(
+        config, student="s", student_model="sm", student_tools="m:t", teacher="t", teacher_model="tm", judge="t", judge_model="tm",
+        large_judge="l", large_judge_model="lm", probe="p", probe_model="pm", skill_writer="w", skill_writer_model="wm"))
+    assert opened == [("t", "tm", None), ("l", "lm", None), ("p", "pm", None), ("w", "wm", None), ("s", "sm", "m:t")]
+    assert seats["judge"] is seats["teacher"] and set(seats) == {"student", "teacher", "judge", "large judge", "probe", "skill writer"}
