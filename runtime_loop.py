@@ -10,7 +10,7 @@ Student, teacher and judges are each a checkpoint directory, the URL of an OpenA
 function (`agents`). A line of the tasks file has a `question` and, where it is known, an `answer`. The loop has the three parts of
 the published one:
 
-    task analysis     how much help: a lane, by the student's record (`lanes`); its approach, its own answer, the gap to full score
+    task analysis     how much help: a lane (`lanes`), by the student's record (`capability`); its approach, its own answer, the gap to full score
     experimentation   a strategy for each task, by what has worked so far (`strategies`), and skills (`playbook`); every answer is
                       validated (`judges`), and the best one returned, never one below the student's own (`guard`)
     trace export      each session appended to traces.jsonl (`traces`); --export selects those worth training on (`review`)
@@ -140,7 +140,7 @@ def run(config: Config, tasks: Sequence[Problem], seats: Mapping[str, Seat]) -> 
             batch = ids[start : start + config.batch]
             missing = {name: task for name, task in zip(batch, tasks[start:]) if name not in done}
             sessions = {name: new_session(name, task, experience, config) for name, task in missing.items()}
-            scripts = {name: run_session(session, config, experience.records[session.learning_key], seats["teacher"].count_tokens)
+            scripts = {name: run_session(session, config, list(experience.records[session.learning_key]), seats["teacher"].count_tokens)
                        for name, session in sessions.items()}
             for finished in drive(scripts, seats, config.workers, config.timeout):
                 recorded = [record(session, experience, config) for session in finished.values()]

@@ -8,10 +8,6 @@
 
 All begin with the student's own answer, validate *every* answer (`judges`), try again up to --retries times with all guidance so
 far while none is valid, and return the best one (`guard`).
-
-Which lane: --lane, or by what is known about the student on this kind of task. `capability` is the mean score of its own last 50
-answers there, with two thirds of an answer that is worth 0.5 counted in; a --probe model is given the same history and may decide otherwise.
-From .85 on auto, from .65 paired, from .35 coach, else escalate; with no history, paired.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nano_atlas import protocol
+from nano_atlas.capability import LANES, choose_lane
 from nano_atlas.config import option
 from nano_atlas.data import Problem, derive_seed
 from nano_atlas.episodes import EpisodeConfig
@@ -29,8 +26,6 @@ from nano_atlas.reward import RewardConfig, teaching_reward
 from nano_atlas.seats import Generation
 from nano_atlas.sessions import Call, Fault
 
-LANES = ("auto", "paired", "coach", "escalate")
-THRESHOLDS = (0.85, 0.65, 0.35)  # least confidence for auto, paired, coach
 UNJUDGED = Verdict(None, "nobody")
 
 
@@ -86,7 +81,7 @@ class Session:
 
 
 def run_session(session: Session, config: LaneConfig, record: Sequence[float], count_tokens: Callable[[str], int]) -> Calls:
-    """Brings the session to its end; every call of it leaves an event. record: see `choose_lane`; count_tokens: of teachings.
+    """Brings the session to its end; every call of it leaves an event. record: see `capability`; count_tokens: of teachings.
 
     A fault ends its lane; what was reached until then counts all the same.
     """
@@ -109,7 +104,9 @@ def run_session(session: Session, config: LaneConfig, record: Sequence[float], c
 
 def whole_session(session: Session, config: LaneConfig, record: Sequence[float], count_tokens: Callable[[str], int]) -> Calls:
     try:
-        yield from choose_lane(session, config, record)
+        seed = derive_seed(session.seed, session.id, "capability")
+        session.choice = yield from choose_lane(session.task.question, record, config.lane, config.probe is not None, seed)
+        session.lane = session.choice["mode"]
         yield from {"auto": auto, "paired": paired, "coach": coach, "escalate": escalate}[session.lane](session, config)
     except Fault as fault:
         session.fault = str(fault)
@@ -311,45 +308,3 @@ def learn_skills(session: Session, config: LaneConfig) -> Calls:
     except Fault:
         return  # recorded among the events; the session itself went well
     session.learned = read_entries(reply.text, session.learning_key, session.id, session.task.answer)
-
-
-# ---------------------------------------------------------------------------------------------------- choosing the lane
-
-
-def lane_of(confidence: float) -> str:
-    return next((lane for lane, least in zip(LANES, THRESHOLDS) if confidence >= least), LANES[-1])
-
-
-def choose_lane(session: Session, config: LaneConfig, record: Sequence[float]) -> Calls:
-    """Sets the session's lane. record: scores of the student alone in earlier sessions of this kind, the last 50."""
-    if config.lane != "adaptive":
-        session.lane, session.choice = config.lane, {"mode": config.lane, "confidence": None, "by": "--lane"}
-        return
-    if not record:
-        session.lane, session.choice = "paired", {"mode": "paired", "confidence": None, "by": "no history"}
-        return
-    confidence = (sum(record) + 1 / 3) / (len(record) + 2 / 3)
-    session.choice = {"mode": lane_of(confidence), "confidence": confidence, "by": "record"}
-    if config.probe is not None:
-        history = {"sessions": len(record), "scores_of_the_student_alone": [round(score, 3) for score in record[-10:]],
-                   "average_score": confidence}
-        call = Call("probe", "capability", protocol.capability_messages(session.task.question, history), Generation(200, 0.2),
-                    derive_seed(session.seed, session.id, "capability"))
-        try:
-            (reply,) = yield from ask(call)
-            session.choice |= read_choice(reply.text)
-        except Fault:
-            pass  # recorded among the events; the record decides
-    session.lane = session.choice["mode"]
-
-
-def read_choice(text: str) -> dict[str, Any]:
-    """The probe's decision: its mode, else its confidence by the thresholds, else nothing."""
-    found = protocol.last_json(text, "confidence") or protocol.last_json(text, "mode") or {}
-    try:
-        confidence = min(1.0, max(0.0, float(found["confidence"])))
-    except (KeyError, TypeError, ValueError):
-        confidence = None
-    if found.get("mode") in LANES:
-        return {"mode": found["mode"], "confidence": confidence, "by": "probe"}
-    return {} if confidence is None else {"mode": lane_of(confidence), "confidence": confidence, "by": "probe"}

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from statistics import mean
 
+from nano_atlas.capability import LANES
 from nano_atlas.guard import degradation_bound
-from nano_atlas.lanes import LANES
 from nano_atlas.protocol import TEACHING_STYLES
 from nano_atlas.traces import Outcome
 

@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 
 from nano_atlas import judges
+from nano_atlas.capability import choose_lane, lane_of, read_choice
 from nano_atlas.data import Problem, derive_seed
 from nano_atlas.errors import UserError
 from nano_atlas.guard import GuardConfig, Trial, choose_trial, degradation_bound
 from nano_atlas.judges import JudgeConfig, Verdict, hold_consistent, read_sample
-from nano_atlas.lanes import LaneConfig, Session, choose_lane, lane_of, read_choice, run_session
+from nano_atlas.lanes import LaneConfig, Session, run_session
 from nano_atlas.protocol import ANSWER_FORMAT, PROBE_REQUEST, last_json, parse_plan
 from nano_atlas.seats import Reply
 from nano_atlas.sessions import drive
@@ -167,29 +168,26 @@ def test_the_published_thresholds(confidence, lane):
 @pytest.mark.parametrize(("record", "lane"), [([], "paired"), ([1.0] * 20, "auto"), ([1.0] * 7 + [0.0] * 3, "paired"),
                                               ([1.0, 0.0], "coach"), ([0.0] * 5, "escalate")])
 def test_without_a_probe_the_record_decides(record, lane):
-    session = Session("s", TASK, 0)
-    assert list(choose_lane(session, LaneConfig(), record)) == []  # nobody is asked
-    assert session.lane == lane
+    assert decide(record)["mode"] == lane
+
+
+def decide(record, lane="adaptive", probe=None):
+    return finish(choose_lane(TASK.question, record, lane, probe is not None, 0), probe=probe)
 
 
 @pytest.mark.parametrize(("reply", "lane"), [
     ('{"mode": "coach", "confidence": 0.99}', "coach"), ('{"mode": "warp", "confidence": 0.9}', "auto"),
     ("no idea", "escalate"), (None, "escalate")])
 def test_a_probe_decides_and_where_it_cannot_the_record_does(reply, lane):
-    session, probe = Session("s", TASK, 0), Seat(lambda prompt, seed: reply)
-
-    def script():
-        yield from choose_lane(session, LaneConfig(probe="x"), [0.0] * 9)
-
-    finish(script(), probe=probe)
-    assert session.lane == lane and '"sessions": 9' in probe.prompts[0]
-    assert session.choice["by"] == ("record" if lane == "escalate" else "probe")
+    probe = Seat(lambda prompt, seed: reply)
+    choice = decide([0.0] * 9, probe=probe)
+    assert choice["mode"] == lane and '"sessions": 9' in probe.prompts[0]
+    assert choice["by"] == ("record" if lane == "escalate" else "probe")
 
 
 def test_lane_forces_the_lane():
-    session = Session("s", TASK, 0)
-    list(choose_lane(session, LaneConfig(lane="coach"), [1.0] * 30))
-    assert session.lane == "coach" and read_choice('{"confidence": "high"}') == {}
+    assert decide([1.0] * 30, "coach") == {"mode": "coach", "confidence": None, "by": "--lane"}
+    assert read_choice('{"confidence": "high"}') == {}
 
 
 # ------------------------------------------------------------------------------------------------------------- judges
