@@ -53,6 +53,19 @@ class Answer:
     prompt_tokens: int
     completion_tokens: int
 
+    @property
+    def finish_reason(self) -> str:
+        return "length" if self.is_truncated else "stop"
+
+    @property
+    def usage(self) -> dict[str, int]:
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens,
+                "total_tokens": self.prompt_tokens + self.completion_tokens}
+
+
+def failure(status: int, message: str) -> dict:
+    return {"error": {"message": message, "type": "invalid_request_error" if status < 500 else "server_error", "code": status}}
+
 
 class RequestError(Exception):
     """Becomes an HTTP error in OpenAI's form."""
@@ -62,8 +75,8 @@ class RequestError(Exception):
         self.status = status
 
 
-def read_request(body: bytes) -> tuple[str, dict[str, Any]]:
-    """The question and the options {temperature, max_tokens, seed} that are given. Raises RequestError."""
+def read_request(body: bytes) -> tuple[str, dict[str, Any], bool]:
+    """The question, the options {temperature, max_tokens, seed} that are given, whether to stream. Raises RequestError."""
     try:
         request = json.loads(body)
         messages = [(str(message["role"]), _text(message["content"])) for message in request["messages"]]
@@ -74,15 +87,16 @@ def read_request(body: bytes) -> tuple[str, dict[str, Any]]:
     for name in ("tools", "functions"):
         if request.get(name):
             raise RequestError(400, f"{name} are not supported here; give them to the student (--student-tools)")
-    if request.get("n", 1) != 1:
+    if request.get("n") not in (None, 1):
         raise RequestError(400, "n must be 1")
     options = {"max_tokens": request.get("max_completion_tokens") or request.get("max_tokens"),
                "temperature": request.get("temperature"), "seed": request.get("seed")}
-    for name, kinds in (("max_tokens", int), ("temperature", (int, float)), ("seed", int)):
-        if options[name] is not None and (not isinstance(options[name], kinds) or isinstance(options[name], bool) or options[name] < 0):
+    options = {name: value for name, value in options.items() if value is not None}
+    for name, value in options.items():
+        if not isinstance(value, (int, float) if name == "temperature" else int) or isinstance(value, bool) or value < 0:
             raise RequestError(400, f"{name} must be a number of at least 0")
     question = messages[0][1] if len(messages) == 1 else "\n\n".join(f"{role}: {text}" for role, text in messages)
-    return question, {"stream": bool(request.get("stream")), **{k: v for k, v in options.items() if v is not None}}
+    return question, options, bool(request.get("stream"))
 
 
 def _text(content: Any) -> str:
@@ -102,48 +116,52 @@ def serve(config: ServeConfig, answer: Callable[[str, dict[str, Any]], Answer], 
         timeout = 30  # seconds a client may be silent
 
         def do_GET(self) -> None:
-            if self.path == "/health":
-                self.reply(200, {"status": "ok"})
-            elif self.is_allowed():
-                known = self.path == "/v1/models"
-                self.reply(200, {"object": "list", "data": [{"id": MODEL, "object": "model"}]}) if known else self.fail(404, "no such path")
+            self.guarded(self.look)
 
         def do_POST(self) -> None:
+            self.guarded(self.complete)
+
+        def guarded(self, work: Callable[[], None]) -> None:
+            """Whatever goes wrong, an agent's faults too: the client learns of it, and the server goes on."""
+            try:
+                work()
+            except RequestError as error:
+                self.reply(error.status, failure(error.status, str(error)))
+            except OSError:
+                raise  # the client went away
+            except Exception as error:
+                self.reply(502, failure(502, f"{type(error).__name__}: {error}"))
+
+        def look(self) -> None:
+            if self.path == "/health":
+                return self.reply(200, {"status": "ok"})
+            self.check_key()
+            if self.path != "/v1/models":
+                raise RequestError(404, "no such path")
+            self.reply(200, {"object": "list", "data": [{"id": MODEL, "object": "model"}]})
+
+        def complete(self) -> None:
             length = self.headers.get("Content-Length", "")
             if not length.isdigit() or int(length) > config.most_bytes:
-                self.fail(411 if not length.isdigit() else 413, f"the body must have a length of at most {config.most_bytes} bytes")
-                return
+                raise RequestError(413 if length.isdigit() else 411, f"the body must have a length of at most {config.most_bytes} bytes")
             body = self.rfile.read(int(length))
-            if not self.is_allowed():
-                return
+            self.check_key()
             if self.path != "/v1/chat/completions":
-                self.fail(404, "no such path")
-            elif not slots.acquire(blocking=False):
-                self.fail(429, f"{config.most_requests} requests are being answered; try again later")
-            else:
-                try:
-                    self.complete(body)
-                finally:
-                    slots.release()
-
-        def complete(self, body: bytes) -> None:
-            head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": MODEL}
+                raise RequestError(404, "no such path")
+            question, options, is_streamed = read_request(body)
+            if not slots.acquire(blocking=False):
+                raise RequestError(429, f"{config.most_requests} requests are being answered; try again later")
             try:
-                question, options = read_request(body)
-                if options.pop("stream"):
-                    self.stream(head, events(head, answer, question, options))
-                    return
+                head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": MODEL}
+                if is_streamed:
+                    return self.stream(events(head, answer, question, options))
                 found = answer(question, options)
-            except RequestError as error:
-                self.fail(error.status, str(error))
-            except Exception as error:  # whatever an agent did: the client learns of it, and the server goes on
-                self.fail(502, f"{type(error).__name__}: {error}")
-            else:
-                message = {"role": "assistant", "content": found.text}
-                choice = {"index": 0, "message": message, "finish_reason": "length" if found.is_truncated else "stop"}
-                self.reply(200, {**head, "object": "chat.completion", "choices": [choice], "usage": usage(found)})
+            finally:
+                slots.release()
+            choice = {"index": 0, "message": {"role": "assistant", "content": found.text}, "finish_reason": found.finish_reason}
+            self.reply(200, {**head, "object": "chat.completion", "choices": [choice], "usage": found.usage})
 
-        def stream(self, head: dict, pieces: Iterator[str]) -> None:
+        def stream(self, pieces: Iterator[str]) -> None:
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
             self.send_header("Connection", "close")
@@ -152,15 +170,10 @@ def serve(config: ServeConfig, answer: Callable[[str, dict[str, Any]], Answer], 
                 self.wfile.write(f"{piece}\n\n".encode())
                 self.wfile.flush()
 
-        def is_allowed(self) -> bool:
+        def check_key(self) -> None:
             given = self.headers.get("Authorization", "").removeprefix("Bearer ")
             if key and not hmac.compare_digest(given.encode(), key.encode()):
-                self.fail(401, "the bearer key is missing or wrong")
-                return False
-            return True
-
-        def fail(self, status: int, message: str) -> None:
-            self.reply(status, {"error": {"message": message, "type": "invalid_request_error" if status < 500 else "server_error", "code": status}})
+                raise RequestError(401, "the bearer key is missing or wrong")
 
         def reply(self, status: int, value: dict) -> None:
             body = json.dumps(value).encode()
@@ -212,14 +225,9 @@ def events(head: dict, answer: Callable[[str, dict], Answer], question: str, opt
         except TimeoutError:
             yield ": working"
         except Exception as error:  # the status line is sent already, so the error is an event
-            yield "data: " + json.dumps({"error": {"message": f"{type(error).__name__}: {error}", "type": "server_error", "code": 502}})
+            yield "data: " + json.dumps(failure(502, f"{type(error).__name__}: {error}"))
             return
     for start in range(0, len(found.text), PIECE):
         yield event({"content": found.text[start : start + PIECE]})
-    yield event({}, "length" if found.is_truncated else "stop", usage=usage(found))
+    yield event({}, found.finish_reason, usage=found.usage)
     yield "data: [DONE]"
-
-
-def usage(found: Answer) -> dict[str, int]:
-    return {"prompt_tokens": found.prompt_tokens, "completion_tokens": found.completion_tokens,
-            "total_tokens": found.prompt_tokens + found.completion_tokens}

@@ -125,7 +125,7 @@ def test_it_stops_gracefully_and_answers_what_is_under_way(client, server):
 
 def test_conversations_become_one_question():
     body = {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": [{"type": "text", "text": "Hi {}"}]}], "stream": True}
-    assert read_request(json.dumps(body).encode()) == ("system: Be kind.\n\nuser: Hi {}", {"stream": True})
+    assert read_request(json.dumps(body).encode()) == ("system: Be kind.\n\nuser: Hi {}", {}, True)
     for messages in ([], [{"role": "user", "content": [{"type": "image_url"}]}], [{"role": "user"}], "x"):
         with pytest.raises(RequestError):
             read_request(json.dumps({"messages": messages}).encode())
