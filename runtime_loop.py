@@ -3,185 +3,158 @@
     python runtime_loop.py                                       # the nano world, on a CPU
     python runtime_loop.py --preset own --tasks tasks.jsonl --student http://localhost:8000 --teacher DIR --out runs/mine
     python runtime_loop.py --export hard.jsonl --min-signal 1    # select traces; then: python train_grpo.py --traces hard.jsonl
+    python runtime_loop.py --rounds 3                            # run, export, train, test, promote, three times over
+    python runtime_loop.py --serve 8080                          # the pair behind an OpenAI-compatible endpoint
 
-Student and teacher are each a checkpoint directory or the URL of an OpenAI-compatible server. A line of the tasks file has a
-`question` and, where it is known, an `answer`. The loop has the three parts of the published one:
+Student, teacher and judges are each a checkpoint directory, the URL of an OpenAI-compatible server, an HTTP service or a Python
+function (`agents`). A line of the tasks file has a `question` and, where it is known, an `answer`. The loop has the three parts of
+the published one:
 
-    task analysis     analyse_tasks   the student alone: its approach, its answer, the gap to full reward
-    experimentation   experiment      a strategy for each task, by what has worked so far; teaching; guided answer; reward
-    trace export      record_traces   each session appended to traces.jsonl; export_traces selects those worth training on
+    task analysis     how much help: a lane (`lanes`), by the student's record (`capability`); its approach, its own answer, the gap to full score
+    experimentation   a strategy for each task, by what has worked so far (`strategies`), and skills (`playbook`); every answer is
+                      validated (`judges`), and the best one returned, never one below the student's own (`guard`)
+    trace export      each session appended to traces.jsonl (`traces`); --export selects those worth training on (`review`)
 
-What is returned is never worse than the student alone, where that can be verified: see `choose_attempt`.
-
-The traces are the only state. Strategies and metrics are rebuilt by replaying them, so a run that was killed continues where it
-stopped and repeats at most one batch of tasks. A task is known by its content (domain, question, answer): lines may move, and a
-task edited since is a new one.
-
-Simplified against atlas-sdk: one lane (paired: one attempt alone, one guided), exact verifiers instead of judges, no playbooks.
+The traces are the only state. Strategies, skills, records and metrics are rebuilt by replaying them, so a run that was killed
+continues where it stopped, and repeats only the sessions that were under way. Sessions in which an agent failed are recorded as such;
+the same command tries those again. A task is known by its content (domain, question, answer): lines may move, and a task edited
+since is a new one.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import sys
+import threading
+import uuid
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
-from statistics import mean
 
 import torch
 from tqdm import tqdm
 
-from nano_atlas import protocol, world
+from nano_atlas import world
+from nano_atlas.agents import open_agent
 from nano_atlas.config import Preset, option, parse, refuse_changes, run_script, to_json
 from nano_atlas.data import Problem, derive_seed, load_problems
-from nano_atlas.episodes import Episode, EpisodeConfig, Sketch, sketch_problems, teach
+from nano_atlas.deploy import with_deployment
 from nano_atlas.errors import UserError
+from nano_atlas.experience import Experience, ExperienceConfig, new_session, now, record
+from nano_atlas.export import export_traces, known_sessions, show_sessions
 from nano_atlas.files import read_json, write_json
+from nano_atlas.lanes import run_session
 from nano_atlas.metrics import RunLog
-from nano_atlas.reward import RewardConfig
-from nano_atlas.seats import Seat, open_seat
-from nano_atlas.strategies import Strategies
-from nano_atlas.traces import Outcome, Selection, TraceWriter, outcome, read_traces, trace_from_episode
+from nano_atlas.promotion import PromotionConfig, train_and_promote
+from nano_atlas.report import runtime_metrics, summary
+from nano_atlas.review import STATUSES, record_reviews
+from nano_atlas.seats import Seat
+from nano_atlas.serve import Answer, ServeConfig, serve
+from nano_atlas.sessions import drive, is_batched
+from nano_atlas.traces import Outcome, Selection, TraceWriter
 
-STYLES = tuple(protocol.TEACHING_STYLES)  # the strategies to choose among
 NANO_TEACHERS = ("runs/nano/teacher-grpo/model", "runs/nano/teacher-sft/model")  # the first that exists
 
 
 @dataclass(frozen=True)
-class Config(Selection, RewardConfig, EpisodeConfig):
+class Config(Selection, ServeConfig, PromotionConfig, ExperienceConfig):
     preset: str = option("nano", "", group="run")
     tasks: Path | None = option(None, "JSONL of tasks; none: tasks of the nano world", resumable=True)
+    skip_bad: bool = option(False, "leave out malformed lines of --tasks, count and show them", resumable=True)
     domain: str = option("math", "kind of nano-world tasks, without --tasks", choices=list(world.DOMAINS), resumable=True)
     count: int = option(200, "number of nano-world tasks, without --tasks", resumable=True)
-    student: str | None = option(None, "checkpoint directory or URL of the student")
-    teacher: str | None = option(None, "the same of the teacher; without one the nano world's, after GRPO if that was done")
     student_model: str | None = option(None, "model name at the student's URL (none: the first it serves)")
     teacher_model: str | None = option(None, "model name at the teacher's URL (none: the first it serves)")
+    student_tools: str | None = option(None, "MODULE:NAME of a list of Python functions that the student's endpoint may call")
+    deploy: Path | None = option(None, "YAML file that says which student and teacher are in service; flags override it", resumable=True)
     out: Path = option(Path("runs/nano/runtime"), "directory of traces.jsonl and metrics.jsonl", resumable=True)
     restart: bool = option(False, "start over; earlier traces are kept under another name", resumable=True)
-    batch: int = option(32, "tasks that are worked on together, between two updates of the strategies")
-    seed: int = option(0, "of every random choice")
+    batch: int = option(32, "tasks that are worked on together, between two updates of strategies and skills")
+    workers: int = option(16, "most calls to endpoints and agents at a time", resumable=True)
+    timeout: float = option(600.0, "seconds after which such a call has failed", resumable=True)
     device: str = option("cpu", "where checkpoints run, such as cpu or cuda")
     dtype: str = option("float32", "of checkpoints", ("float32", "bfloat16"))
-    export: Path | None = option(None, "write the traces that --min-… selects to this file, and run no task", resumable=True)
+    export: Path | None = option(None, "write the selected traces to this file, and run no task", group="review and export", resumable=True)
+    show: str | None = option(None, "list sessions of this review status, and run no task", STATUSES, resumable=True)
+    approve: tuple[str, ...] = option((), "ids (or their beginnings) of sessions to approve", resumable=True)
+    quarantine: tuple[str, ...] = option((), "the same of sessions that must not train a teacher", resumable=True)
+    note: str = option("", "why, for --approve and --quarantine", resumable=True)
 
     def check(self) -> None:
-        if self.batch < 1 or self.count < 1:
-            raise UserError("--batch and --count must be at least 1")
-        if self.export is None and (self.min_reward, self.min_gain, self.min_signal) != (None, None, None):
-            raise UserError("--min-reward, --min-gain and --min-signal select traces for --export FILE; name that file too")
-        if self.export is not None and self.restart:
-            raise UserError("--export reads the traces that --restart would set aside; use one of them")
-        if self.export is None and self.preset != "nano" and None in (self.tasks, self.student, self.teacher):
-            raise UserError(f"--preset {self.preset} needs --tasks" + " --student --teacher" * (self.preset == "own"))
+        for base in (Selection, ServeConfig, PromotionConfig, ExperienceConfig):
+            base.check(self)
+        for name in ("batch", "count", "workers"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1")
+        if self.retries < 0 or self.timeout <= 0 or not self.strategies:
+            raise UserError("--retries must be at least 0, --timeout above 0, and --strategies at least one")
+        actions = [name for name in ("export", "show", "approve", "quarantine", "rounds") if getattr(self, name)]
+        actions += ["serve"] * (self.serve is not None)
+        if len(actions) > 1:
+            raise UserError(f"--{' and --'.join(actions)} are different things to do; use one of them")
+        if not set(actions) & {"export", "rounds"} and not Selection.is_default(self):
+            raise UserError("the options that select traces are for --export FILE and --rounds; add one of them")
+        if actions and self.restart:
+            raise UserError(f"--{actions[0]} needs the traces that --restart would set aside; use one of them")
+        if self.note and not (self.approve or self.quarantine):
+            raise UserError("--note says why a session is approved or quarantined; add --approve or --quarantine")
+        needed = [self.student, self.teacher] + ([] if "serve" in actions else [self.tasks])
+        if not set(actions) & {"export", "show", "approve", "quarantine"} and self.preset != "nano" and None in needed:
+            raise UserError(f"--preset {self.preset} needs --tasks" + " --student --teacher (or --deploy)" * (self.preset == "own"))
 
 
 GPU = {"teacher": "runs/grpo/model", "out": Path("runs/runtime"), "device": "cuda", "dtype": "bfloat16"}
 PRESETS = {
     "nano": Preset("the nano world with its student and teacher; CPU, 1 GB", {
-        "student": "runs/nano/student/model", "probe_tokens": 40, "teaching_tokens": 96, "answer_tokens": 120}),
+        "student": "runs/nano/student/model", "probe_tokens": 40, "teaching_tokens": 96, "answer_tokens": 120, "lane": "paired"}),
     "24gb": Preset("Qwen3-0.6B student, 0.6B teacher on one GPU, 6 GB; needs --tasks", GPU | {"student": "Qwen/Qwen3-0.6B"}),
     "2gpu": Preset("Qwen3-4B student, 1.7B teacher on the first GPU, 16 GB; needs --tasks", GPU | {"student": "Qwen/Qwen3-4B"}),
     "80gb": Preset("Qwen3-4B student, 8B teacher on one GPU, 30 GB; needs --tasks", GPU | {"student": "Qwen/Qwen3-4B"}),
-    "own": Preset("checkpoints or URLs of your own; needs --tasks, --student, --teacher", {"out": Path("runs/runtime")}),
+    "own": Preset("models or agents of your own; needs --tasks, --student, --teacher", {"out": Path("runs/runtime")}),
 }
 
 
-# -------------------------------------------------------------------------------------------------------- task analysis
-
-
-def analyse_tasks(student: Seat, tasks: Sequence[Problem], config: Config) -> list[Sketch]:
-    """What the student does alone: its approach (probe), its answer (baseline), and how correct that is.
-
-    The performance gap, 1 - baseline correctness, is what teaching can win on the task; the rest is what it can destroy.
-    """
-    return sketch_problems(student, tasks, config, config.seed)
-
-
-# ------------------------------------------------------------------------------------------------------ experimentation
-
-
-def experiment(
-    student: Seat, teacher: Seat, sketches: Sequence[Sketch], strategies: Strategies, config: Config
-) -> list[Episode]:
-    """One teaching per task, in the style its bandit chooses, and the student's guided answer with its reward."""
-    styles = [
-        strategies.choose(learning_key(s.problem), derive_seed(config.seed, "strategy", s.problem.id)) for s in sketches
-    ]
-    groups = teach(student, teacher, sketches, config, config, config.seed, styles=styles)
-    return [episode for (episode,) in groups]
-
-
-def learning_key(task: Problem) -> str:
-    return task.domain or "general"
-
-
-def choose_attempt(episode: Episode) -> str:
-    """Non-degradation: which answer is returned, "guided" or "baseline".
-
-    With ground truth, both answers are verified, and the guided one is returned only if it is at least as correct as the
-    baseline. So on every such task, and with any teacher, the returned answer is never worse than the student's own. It is the
-    better of two attempts *by verification*; how much the teaching itself helps is the guided accuracy, reported beside it.
-
-    Without ground truth nothing can be verified and nothing is guaranteed: the guided answer is returned unless it lacks a
-    final answer where the baseline has one. In both cases, where the teacher gave no teaching the baseline is returned.
-    """
-    alone, guided = episode.sketch.baselines[0], episode.guided
-    if episode.teaching is None:
-        return "baseline"
-    if episode.sketch.problem.answer is not None:
-        return "guided" if guided.is_correct >= alone.is_correct else "baseline"
-    return "baseline" if guided.answer is None and alone.answer is not None else "guided"
-
-
-# --------------------------------------------------------------------------------------------------------- trace export
-
-
-def record_traces(
-    writer: TraceWriter, episodes: dict[str, Episode], strategies: Strategies, config: Config, created_at: str
-) -> list[Outcome]:
-    """Append one trace per session id, with what was known when its strategy was chosen; all are on the disk on return."""
-    traces = []
-    for session_id, episode in episodes.items():
-        task = episode.sketch.problem
-        metadata = {
-            "session_id": session_id, "task_id": task.id, "domain": task.domain, "learning_key": learning_key(task),
-            "status": "succeeded", "created_at": created_at, "completed_at": now(),
-            "student": config.student, "teacher": config.teacher, "seed": config.seed,
-        }
-        traces.append(trace_from_episode(episode, choose_attempt(episode), metadata, strategies.history(learning_key(task))))
-    writer.append(traces)
-    return [outcome(trace) for trace in traces]
-
-
-def export_traces(source: Path, target: Path, selection: Selection) -> tuple[int, int]:
-    """Write the selected traces of `source` to `target` as a whole; returns how many were selected, and of how many."""
-    if target.exists() and target.samefile(source):
-        raise UserError(f"--export {target} is the trace file itself; choose another name")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    total = selected = 0
-    with partial.open("w", encoding="utf-8") as file:
-        for total, trace in enumerate(read_traces(source), start=1):
-            if selection.takes(trace):
-                selected += 1
-                file.write(json.dumps(trace, allow_nan=False) + "\n")
-    if selected == 0:
-        partial.unlink()
-        raise UserError(f"{source}: none of its {total} traces is selected; {target} was not written; lower the --min-… bounds")
-    os.replace(partial, target)
-    return selected, total
-
-
-def now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-
-
 # ------------------------------------------------------------------------------------------------------------- the loop
+
+
+def run(config: Config, tasks: Sequence[Problem], seats: Mapping[str, Seat]) -> list[Outcome]:
+    """Bring every task to a trace, and return the outcome of each in the order of the tasks."""
+    path = config.out / "traces.jsonl"
+    with TraceWriter(path) as writer, RunLog(config.out) as log, tqdm(total=len(tasks), unit="task", desc="runtime") as bar:
+        settle_options(config)
+        experience = Experience(config)
+        ids = session_ids(tasks)
+        done = {past.session_id: past for past in writer.outcomes()}  # the last record of a session counts
+        done = {name: past for name, past in done.items() if past.status == "succeeded"}
+        wanted = set(ids)
+        for past in done.values():
+            if past.session_id not in wanted:  # experience with tasks that are no longer in the file still counts
+                experience.learn(past)
+
+        # Batches are fixed by position, and experience grows by whole batches: a run that was interrupted, be it in the middle of
+        # a batch, makes the same choices as one that never was.
+        for start in range(0, len(tasks), config.batch):
+            batch = ids[start : start + config.batch]
+            missing = {name: task for name, task in zip(batch, tasks[start:]) if name not in done}
+            sessions = {name: new_session(name, task, experience, config) for name, task in missing.items()}
+            scripts = {name: run_session(session, config, list(experience.records[session.learning_key]), seats["teacher"].count_tokens)
+                       for name, session in sessions.items()}
+            for finished in drive(scripts, seats, config.workers, config.timeout):
+                recorded = [record(session, experience, config) for session in finished.values()]
+                writer.append(trace for _, trace in recorded)
+                done |= {outcome.session_id: outcome for outcome, _ in recorded}
+                bar.update(len(recorded))
+            outcomes = [done[name] for name in batch]
+            for outcome in outcomes:
+                experience.learn(outcome)
+            log.log(start + len(batch), **runtime_metrics(outcomes), skills=len(experience.playbook.entries))
+            bar.update(len(batch) - len(missing))
+    if config.skill_writer:
+        write_json(config.out / "playbook.json", {"entries": experience.playbook.summary()})  # to read; nothing reads it back
+    return [done[name] for name in ids]
 
 
 def session_ids(tasks: Sequence[Problem]) -> list[str]:
@@ -193,38 +166,6 @@ def session_ids(tasks: Sequence[Problem]) -> list[str]:
         seen[content] += 1
         names.append(hashlib.sha256(f"{seen[content]} {content}".encode()).hexdigest()[:24])
     return names
-
-
-def run(config: Config, tasks: Sequence[Problem], student: Seat, teacher: Seat) -> list[Outcome]:
-    """Bring every task to a trace, and return the outcome of each in the order of the tasks."""
-    path = config.out / "traces.jsonl"
-    with TraceWriter(path) as writer, RunLog(config.out) as log, tqdm(total=len(tasks), unit="task", desc="runtime") as bar:
-        settle_options(config)
-        strategies = Strategies(STYLES)
-        ids = session_ids(tasks)
-        wanted, done = set(ids), {}
-        for past in writer.outcomes():
-            done[past.session_id] = past
-            if past.session_id not in wanted:  # experience with tasks that are no longer in the file still counts
-                strategies.learn(past.learning_key, past.strategy, past.reward)
-
-        # Batches are fixed by position and strategies learn from whole batches: a run that was interrupted, be it in the middle
-        # of a batch, makes the same choices as one that never was.
-        for start in range(0, len(tasks), config.batch):
-            batch = ids[start : start + config.batch]
-            missing = {name: task for name, task in zip(batch, tasks[start:]) if name not in done}
-            if missing:
-                created_at = now()
-                sketches = analyse_tasks(student, list(missing.values()), config)
-                episodes = experiment(student, teacher, sketches, strategies, config)
-                recorded = record_traces(writer, dict(zip(missing, episodes)), strategies, config, created_at)
-                done |= {result.session_id: result for result in recorded}
-            outcomes = [done[name] for name in batch]
-            for result in outcomes:
-                strategies.learn(result.learning_key, result.strategy, result.reward)
-            log.log(start + len(batch), **runtime_metrics(outcomes))
-            bar.update(len(batch))
-    return [done[name] for name in ids]
 
 
 def settle_options(config: Config) -> None:
@@ -252,64 +193,83 @@ def weights_digest(spec: str) -> str:
 
 
 def set_aside(directory: Path) -> None:
-    """For --restart: rename the traces (all else is made from them) and forget the options."""
-    path = directory / "traces.jsonl"
-    if path.exists():
-        with TraceWriter(path):  # not while another process writes it
-            number = next(n for n in range(1, sys.maxsize) if not path.with_name(f"traces.{n}.jsonl").exists())
-            path.rename(path.with_name(f"traces.{number}.jsonl"))
+    """For --restart: rename traces and reviews (all else is made from them) and forget the options."""
+    with TraceWriter(directory / "traces.jsonl"):  # not while another process writes it
+        number = next(n for n in range(1, sys.maxsize) if not (directory / f"traces.{n}.jsonl").exists())
+        for name in ("traces", "reviews"):
+            if (directory / f"{name}.jsonl").exists():
+                (directory / f"{name}.jsonl").rename(directory / f"{name}.{number}.jsonl")
     (directory / "config.json").unlink(missing_ok=True)
 
 
-def runtime_metrics(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
-    """Averages over sessions; those that need a ground truth are None where no session has one."""
-    scored = [result for result in outcomes if result.reward is not None]
-
-    def average(name: str) -> float | None:
-        return mean(getattr(result, name) for result in scored) if scored else None
-
-    def rate(is_so: Iterable[bool]) -> float:
-        return sum(is_so) / len(outcomes)
-
-    return {
-        "reward": average("reward"),
-        "baseline_accuracy": average("baseline"),
-        "student_accuracy": average("guided"),
-        "returned_accuracy": average("returned"),
-        "accuracy_delta": average("gain"),
-        "non_degradation_rate": mean(result.gain >= 0 for result in scored) if scored else None,
-        "leak_rate": average("is_leak"),
-        "malformed_rate": rate(result.is_malformed for result in outcomes),
-        "truncated_rate": rate(result.is_truncated for result in outcomes),
-        "guided_returned_rate": rate(result.returned_attempt == "guided" for result in outcomes),
-        "tokens/student": sum(result.student_tokens for result in outcomes),
-        "tokens/teacher": sum(result.teacher_tokens for result in outcomes),
-        **{f"strategy/{style}": rate(result.strategy == style for result in outcomes) for style in STYLES},
-    }
+# ------------------------------------------------------------------------------------------------ rounds, serving, the command
 
 
-def summary(outcomes: Sequence[Outcome]) -> str:
-    """The end-of-run report."""
-    metrics = runtime_metrics(outcomes)
-    scored = [result for result in outcomes if result.reward is not None]
-    lines = [f"{len(outcomes)} tasks, {len(scored)} with ground truth"]
-    if scored:
-        lines += [
-            f"  student alone      {metrics['baseline_accuracy']:7.1%}",
-            f"  guided             {metrics['student_accuracy']:7.1%}   ({100 * metrics['accuracy_delta']:+.1f} points)",
-            f"  returned           {metrics['returned_accuracy']:7.1%}   (the better of the two, verified)",
-            f"  not degraded       {metrics['non_degradation_rate']:7.1%}   leaks {metrics['leak_rate']:.1%}",
-            "  strategy           chosen     gain   reward",
-        ]
-        for style in STYLES:
-            mine = [result for result in scored if result.strategy == style]
-            if mine:
-                gain, reward = mean(result.gain for result in mine), mean(result.reward for result in mine)
-                lines.append(f"    {style:<16} {len(mine):6d}   {100 * gain:+6.1f}   {reward:+.3f}")
-    cut = f"cut off by a length limit {metrics['truncated_rate']:.1%}"
-    lines.append(f"  without <teaching> {metrics['malformed_rate']:7.1%}   {cut}")
-    lines.append(f"  tokens generated   student {metrics['tokens/student']:,}, teacher {metrics['tokens/teacher']:,}")
-    return "\n".join(lines)
+def run_rounds(config: Config, tasks: Sequence[Problem]) -> None:
+    """Runtime, export, training and promotion, over and over; a round that is done is not done again."""
+    problems = world.held_out(config.domain, config.held_out_count, f"promotion/{config.seed}")
+    if config.held_out is not None:
+        problems = load_problems(config.held_out)
+    if len(tasks) < config.rounds:
+        raise UserError(f"--rounds {config.rounds} needs at least as many tasks, not {len(tasks)}")
+    cuts = [round(part * len(tasks) / config.rounds) for part in range(config.rounds + 1)]
+    for number, (start, end) in enumerate(zip(cuts, cuts[1:]), start=1):
+        folder = config.out / f"round-{number}"
+        this = dataclasses.replace(config, out=folder / "runtime")
+        print(f"round {number}: {end - start} tasks with the teacher {this.teacher}")
+        print(summary(run(this, tasks[start:end], open_seats(this))))
+        export_traces(this.out / "traces.jsonl", folder / "export.jsonl", config)
+        decision = train_and_promote(folder, folder / "export.jsonl", this.teacher, this.student, problems, config,
+                                     Path(__file__).with_name("train_grpo.py"), lambda spec: open_seat_of(config, spec))
+        print(f"round {number}: {'promoted' if decision.is_promoted else 'not promoted'}: {decision.reason}; "
+              f"alone {decision.alone:.1%}, old {decision.old:.1%}, new {decision.new:.1%}")
+        config = dataclasses.replace(config, teacher=decision.teacher)
+
+
+def serve_pair(config: Config, seats: Mapping[str, Seat]) -> None:
+    """Answer requests as sessions, one trace each; strategies and skills learn from those that can be scored."""
+    lock = threading.Lock()  # of the experience and the journal; and of the sampler, which takes one caller at a time
+    is_embedded = any(is_batched(seat) for seat in seats.values())
+    with TraceWriter(config.out / "traces.jsonl") as writer:
+        settle_options(config)
+        experience = Experience(config)
+        for past in writer.outcomes():
+            experience.learn(past)
+
+        def answer(question: str, options: dict) -> Answer:
+            this = dataclasses.replace(
+                config, seed=options.get("seed", derive_seed(config.seed, uuid.uuid4().hex)),
+                student_temperature=options.get("temperature", config.student_temperature),
+                answer_tokens=min(options.get("max_tokens", config.answer_tokens), config.answer_tokens))
+            name = uuid.uuid4().hex[:24]
+            with lock:
+                session = new_session(name, Problem(name, question, None), experience, this)
+                script = run_session(session, this, list(experience.records[session.learning_key]), seats["teacher"].count_tokens)
+            with lock if is_embedded else contextlib.nullcontext():
+                (_,) = drive({name: script}, seats, config.workers, config.timeout)
+            with lock:
+                outcome, trace = record(session, experience, this)
+                writer.append([trace])
+                experience.learn(outcome)
+            if not session.trials:
+                raise UserError(session.fault)
+            chosen = session.trials[session.chosen]
+            return Answer(chosen.text, chosen.is_truncated, sum(outcome.prompt_tokens.values()), sum(outcome.tokens.values()))
+
+        serve(config, answer)
+
+
+def open_seat_of(config: Config, spec: str, model: str | None = None, tools: str | None = None) -> Seat:
+    return open_agent(spec, model=model, tools=tools, device=config.device, dtype=getattr(torch, config.dtype))
+
+
+def open_seats(config: Config) -> dict[str, Seat]:
+    """Everybody a session may talk to, by the names that its calls use."""
+    names = ("teacher", "judge", "large judge", "probe", "skill writer")
+    wanted = {name: (getattr(config, name.replace(" ", "_")), getattr(config, f"{name.replace(' ', '_')}_model"), None) for name in names}
+    wanted["student"] = (config.student, config.student_model, config.student_tools)
+    opened = {spec: open_seat_of(config, *spec) for spec in dict.fromkeys(wanted.values()) if spec[0] is not None}
+    return {name: opened[spec] for name, spec in wanted.items() if spec in opened}
 
 
 def find_teacher() -> str:
@@ -322,24 +282,45 @@ def find_teacher() -> str:
     raise UserError(f"no teacher in {' or '.join(NANO_TEACHERS)}; run `python train_grpo.py`, or name one with --teacher")
 
 
+def load_tasks(config: Config) -> list[Problem]:
+    if config.tasks is None:  # the traces may train the next teacher, so the nano tasks are not those that eval.py holds out
+        return world.held_out(config.domain, config.count, f"runtime/{config.seed}")
+    bad: list[str] | None = [] if config.skip_bad else None
+    tasks = load_problems(config.tasks, needs_answer=False, bad=bad)
+    if bad:
+        print(f"left out {len(bad)} malformed lines of {config.tasks}:", *bad, sep="\n  ")
+    return tasks
+
+
 def main() -> None:
-    config = parse(Config, sys.argv[1:], PRESETS, __doc__)
+    config = parse(Config, sys.argv[1:], with_deployment(PRESETS, sys.argv[1:]), __doc__)
+    traces = config.out / "traces.jsonl"
     if config.export is not None:
-        selected, total = export_traces(config.out / "traces.jsonl", config.export, config)
+        selected, total = export_traces(traces, config.export, config)
         print(f"{config.export}: {selected} of {total} traces; next: python train_grpo.py --traces {config.export}")
+        return
+    if config.show is not None:
+        print(*show_sessions(config.out, config.show), sep="\n")
+        return
+    if config.approve or config.quarantine:
+        status = "approved" if config.approve else "quarantined"
+        known = known_sessions(traces)
+        for name in record_reviews(config.out / "reviews.jsonl", config.approve or config.quarantine, known, status, config.note, now()):
+            print(f"{name} {status}")
         return
     if config.teacher is None:
         config = dataclasses.replace(config, teacher=find_teacher())
-    # The traces may train the next teacher, so the nano tasks are not those that eval.py holds out.
-    nano = world.held_out(config.domain, config.count, f"runtime/{config.seed}")
-    tasks = nano if config.tasks is None else load_problems(config.tasks, needs_answer=False)
-    place = {"device": config.device, "dtype": getattr(torch, config.dtype)}
-    student = open_seat(config.student, model=config.student_model, **place)
-    teacher = open_seat(config.teacher, model=config.teacher_model, **place)
+    if config.rounds:
+        run_rounds(config, load_tasks(config))
+        return
+    if config.serve is not None:
+        serve_pair(config, open_seats(config))
+        return
+    tasks, seats = load_tasks(config), open_seats(config)
     if config.restart:
         set_aside(config.out)
-    print(summary(run(config, tasks, student, teacher)))
-    print(f"  traces             {config.out / 'traces.jsonl'}")
+    print(summary(run(config, tasks, seats)))
+    print(f"  traces             {traces}")
 
 
 if __name__ == "__main__":

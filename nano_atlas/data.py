@@ -45,10 +45,11 @@ def derive_seed(*parts: Any) -> int:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_jsonl(path: Path | str) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(path: Path | str, bad: list[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object) for each line that is not blank.
 
-    Raises UserError for a file that is missing or empty, and for a line that is not UTF-8, not JSON or not an object.
+    Raises UserError for a file that is missing or empty, and for a line that is not UTF-8, not JSON or not an object; with a list
+    `bad`, the complaint about such a line is added to it instead, and the line left out.
     """
     path = Path(path)
     if not path.is_file():
@@ -56,23 +57,32 @@ def read_jsonl(path: Path | str) -> Iterator[tuple[int, dict[str, Any]]]:
     is_empty = True
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
-            where = f"{path}:{number}"
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                record = json.loads(line) if line else None
-            except UnicodeDecodeError as error:
-                raise UserError(f"{where}: not UTF-8 (byte {error.start} of the line); save the file as UTF-8") from None
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}); "
-                                "each line must be one complete JSON object, {...}") from None
-            if not line:
+            if raw.isspace():
                 continue
-            if not isinstance(record, dict):
-                raise UserError(f"{where}: a JSON {type(record).__name__}, but each line must be an object, {{...}}")
             is_empty = False
+            try:
+                record = _parse_line(raw, number, f"{path}:{number}")
+            except UserError as error:
+                if bad is None:
+                    raise
+                bad.append(str(error))
+                continue
             yield number, record
     if is_empty:
         raise UserError(f"{path}: empty; it should have one JSON object per line")
+
+
+def _parse_line(raw: bytes, number: int, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 (byte {error.start} of the line); save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}); "
+                        "each line must be one complete JSON object, {...}") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: a JSON {type(record).__name__}, but each line must be an object, {{...}}")
+    return record
 
 
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
@@ -102,30 +112,41 @@ class Problem:
     domain: str = ""
 
 
-def load_problems(path: Path | str, *, needs_answer: bool = True) -> list[Problem]:
+def load_problems(path: Path | str, *, needs_answer: bool = True, bad: list[str] | None = None) -> list[Problem]:
     """Read problems in any of the usual layouts: GSM8K and AIME {question|problem, answer}, Arc's RL file {prompt,
     ground_truth}, {problem_text|input, solution}. The gold answer is what follows GSM8K's `####`, the inside of `<solution>` or
     `\\boxed{}`, or else the whole text; numbers are taken as their text. Without an `id` a problem is called after its line,
     `test:17`.
 
-    Raises UserError for a line without question, without answer (unless `needs_answer` is off), or with an id seen before.
+    Raises UserError for a line without question, without answer (unless `needs_answer` is off), or with an id seen before; with a
+    list `bad`, the complaint is added to it instead, and the line left out.
     """
     problems: dict[str, Problem] = {}
     lines: dict[str, int] = {}
-    for number, record in read_jsonl(path):
+    for number, record in read_jsonl(path, bad):
         where = f"{path}:{number}"
-        question = next((field for field in QUESTION_FIELDS if field in record), None)
-        if question is None:
-            raise UserError(f"{where}: no question; one of the fields {', '.join(QUESTION_FIELDS)} must hold it")
-        answer = _gold_answer(record, where)
-        if answer is None and needs_answer:
-            raise UserError(f"{where}: no gold answer; one of the fields {', '.join(ANSWER_FIELDS)} must hold it")
-        name = str(record.get("id", f"{Path(path).stem}:{number}"))
-        if name in problems:
-            raise UserError(f"{where}: the id {name!r} is that of line {lines[name]} too; ids must differ")
-        lines[name] = number
-        problems[name] = Problem(name, _text(record, question, where), answer, str(record.get("domain", "")))
+        try:
+            problem = _problem(record, where, f"{Path(path).stem}:{number}", needs_answer)
+            if problem.id in problems:
+                raise UserError(f"{where}: the id {problem.id!r} is that of line {lines[problem.id]} too; ids must differ")
+        except UserError as error:
+            if bad is None:
+                raise
+            bad.append(str(error))
+            continue
+        lines[problem.id] = number
+        problems[problem.id] = problem
     return list(problems.values())
+
+
+def _problem(record: dict[str, Any], where: str, name: str, needs_answer: bool) -> Problem:
+    question = next((field for field in QUESTION_FIELDS if field in record), None)
+    if question is None:
+        raise UserError(f"{where}: no question; one of the fields {', '.join(QUESTION_FIELDS)} must hold it")
+    answer = _gold_answer(record, where)
+    if answer is None and needs_answer:
+        raise UserError(f"{where}: no gold answer; one of the fields {', '.join(ANSWER_FIELDS)} must hold it")
+    return Problem(str(record.get("id", name)), _text(record, question, where), answer, str(record.get("domain", "")))
 
 
 def _gold_answer(record: dict[str, Any], where: str) -> str | None:

@@ -37,6 +37,7 @@ class Reply:
     tokens: int  # generated tokens, the end-of-turn token included
     is_truncated: bool  # it ran into max_tokens
     rollout: Rollout | None = None  # exact ids and log-probs (None from an endpoint)
+    prompt_tokens: int = 0  # read for this reply, where the seat knows
 
 
 class Seat(Protocol):
@@ -79,7 +80,7 @@ class TokenSeat:
 
     def _reply(self, rollout: Rollout) -> Reply:
         text = self.tokenizer.decode(rollout.completion_ids)
-        return Reply(text, len(rollout.completion_ids), rollout.finish_reason == "length", rollout)
+        return Reply(text, len(rollout.completion_ids), rollout.finish_reason == "length", rollout, len(rollout.prompt_ids))
 
 
 class EmbeddedSeat(TokenSeat):
@@ -117,8 +118,9 @@ class EndpointSeat:
             }
             answer = self.client.request("POST", "/v1/chat/completions", body, check=check_choices(1))
             (choice,) = answer["choices"]
-            tokens = (answer.get("usage") or {}).get("completion_tokens", 0)
-            return Reply((choice.get("message") or {}).get("content") or "", tokens, choice.get("finish_reason") == "length")
+            text, usage = (choice.get("message") or {}).get("content") or "", answer.get("usage") or {}
+            is_truncated = choice.get("finish_reason") == "length"
+            return Reply(text, usage.get("completion_tokens", 0), is_truncated, None, usage.get("prompt_tokens", 0))
 
         jobs = [(messages, seed + place) for messages, seed in zip(conversations, seeds, strict=True) for place in range(n)]
         with ThreadPoolExecutor(self.client.connections) as pool:

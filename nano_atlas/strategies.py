@@ -25,10 +25,13 @@ SPREAD = 1.0  # standard deviation assumed of a single reward; the published rew
 
 @dataclass
 class Record:
-    """What a strategy has earned so far."""
+    """What a strategy, or a skill, has earned so far."""
 
     count: int = 0
     total: float = 0.0
+
+    def add(self, reward: float) -> None:
+        self.count, self.total = self.count + 1, self.total + reward
 
     @property
     def mean(self) -> float:
@@ -60,9 +63,7 @@ class Strategies:
             return
         if not math.isfinite(reward):
             raise ValueError(f"the reward of strategy {strategy!r} is {reward}")
-        record = self._records.setdefault(learning_key, {}).setdefault(strategy, Record())
-        record.count += 1
-        record.total += reward
+        self._records.setdefault(learning_key, {}).setdefault(strategy, Record()).add(reward)
 
     def history(self, learning_key: str) -> dict:
         """The experience with one kind of task, as it goes into a trace: sessions, average reward, and both by strategy."""

@@ -1,270 +1,283 @@
-"""Session traces: what happened with each task at run time, one JSON object per line, append-only.
+"""Session traces: what happened with each task at run time, one JSON object per line, append-only (`journal`).
 
-A record has the eleven keys of ATLAS' AtlasSessionTrace (so its `load_runtime_traces` reads the file) and `ground_truth`, which
-turns a trace into a training problem, with `execution_mode`, `learning_key` and `reward_summary` as atlas-sdk exports them:
+A record begins with a *head*: its outcome (the few numbers that selection, strategies and review need), the task, and the ground
+truth, which together make a training problem; so a reader parses the first few hundred bytes of a line. Its keys are the eleven of ATLAS'
+AtlasSessionTrace (whose `load_runtime_traces` reads the file), these, and what atlas-sdk adds on export:
 
     task, final_answer       the question, and the answer that was returned
-    plan                     one step; its description is the approach the student stated (the probe)
-    steps                    one step with both attempts in metadata.attempt_history: alone first, then guided
-    session_reward           the teaching reward; null where no ground truth was known, which is not the same as zero
-    trajectory_events        who spoke in which order, tokens each; the teacher's whole completion
+    plan                     the student's plan or, in the lane paired, one step that is the approach it stated
+    steps                    what was executed; one step outside the lane escalate. Every attempt is in metadata.attempt_history
+    session_reward           the teaching reward; null where nobody could score, which is not the same as zero
+    trajectory_events        who spoke in which order, tokens each; the teacher's whole completions
     learning_history         what was known about the teaching strategies when this one was chosen
-    adaptive_summary         the lane, the strategy, and which attempt was returned
-    student_learning, teacher_learning    null: playbooks are not kept
+    adaptive_summary         the lane and why it was chosen, the strategy, and which attempt was returned
+    student_learning, teacher_learning    null, and the sentences of the skills that the teacher was given
 
-Every text stands in a record once, save that `steps[0]` repeats the approach and the returned attempt in the fields where other
-readers look for them. Simplified against atlas-sdk: no database, no review states, no drift detection.
+A session whose agent failed is recorded too, with `status: failed`; it is done again when the runtime is started again, and is never
+selected.
 """
 
-import fcntl
 import json
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nano_atlas.config import option
-from nano_atlas.data import Problem, read_jsonl
-from nano_atlas.episodes import Attempt, Episode
+from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
+from nano_atlas.guard import Trial
+from nano_atlas.journal import Journal, read_lines
+from nano_atlas.judges import Verdict
+from nano_atlas.lanes import Session
+from nano_atlas.review import STATUSES
 
 Trace = dict[str, Any]
+BODY = b', "final_answer": '  # ends the head of a record; within a JSON text its quotes would be escaped
+
+
+@dataclass
+class Outcome:
+    """The few numbers of a session that the runtime keeps in memory. Scores (0 to 1) are None where nobody could say."""
+
+    session_id: str
+    learning_key: str = ""
+    lane: str = ""
+    strategy: str = ""
+    status: str = "succeeded"  # "succeeded" | "failed"
+    review: str = "approved"  # as recorded; reviews may have changed it since
+    created_at: str = ""  # ISO 8601
+    returned_attempt: str = ""  # kind of the trial: "alone" | "guided" | "coached" | "stepwise"
+    reward: float | None = None
+    baseline: float | None = None  # score of the student alone
+    guided: float | None = None  # with help; that of the student alone where the teacher gave none
+    returned: float | None = None
+    disagreement: float = 0.0  # largest standard error of a judged score
+    audited_gain: float | None = None  # returned minus baseline, judged anew
+    scored_by: str = ""
+    is_leak: bool = False
+    is_malformed: bool = False
+    is_truncated: bool = False  # an answer or a teaching ran into its length limit
+    tokens: dict[str, int] = field(default_factory=dict)  # generated, by actor
+    prompt_tokens: dict[str, int] = field(default_factory=dict)  # read, by actor
+    cost: float | None = None  # in the currency of the prices, where there are any
+    matched: list[str] = field(default_factory=list)  # ids of skills, see playbook
+    skills: list[str] = field(default_factory=list)
+    learned: list[dict] = field(default_factory=list)
+
+    @property
+    def gain(self) -> float | None:
+        return None if self.guided is None or self.baseline is None else self.guided - self.baseline
+
+
+class Head(NamedTuple):
+    outcome: Outcome
+    task: str
+    ground_truth: Any
 
 
 # ------------------------------------------------------------------------------------------------------------- records
 
 
-def trace_from_episode(
-    episode: Episode, returned: str, session_metadata: dict[str, Any], learning_history: dict[str, Any]
-) -> Trace:
-    """The trace of one session.
+def session_outcome(session: Session, review: str, prices: dict[str, tuple[float, float]]) -> Outcome:
+    """prices: of a million tokens read and a million generated, by actor."""
+    alone, helped = (session.trials[0], session.helped) if session.trials else (None, None)
+    score = alone.verdict.score if alone else None
+    guided = None if session.lane == "auto" or session.fault else helped.verdict.score if helped else score
+    written, read = Counter(), Counter()
+    for event in session.events:
+        written[event["actor"]] += event["tokens"]
+        read[event["actor"]] += event.get("prompt_tokens", 0)
+    cost = sum(prices[a][0] * read[a] + prices[a][1] * written[a] for a in written if a in prices) / 1e6 if prices else None
+    return Outcome(
+        session_id=session.id, learning_key=session.learning_key, lane=session.lane, strategy=session.style,
+        status="failed" if session.fault else "succeeded", review=review, created_at=session.created_at,
+        returned_attempt=session.trials[session.chosen].kind if session.trials else "", reward=session.reward, baseline=score,
+        guided=guided, returned=session.trials[session.chosen].verdict.score if session.trials else None,
+        disagreement=max((trial.verdict.deviation for trial in session.trials), default=0.0), audited_gain=session.audited_gain,
+        scored_by=alone.verdict.by if alone else "", is_leak=session.is_leak, is_malformed=session.is_malformed,
+        is_truncated=any(event.get("is_truncated", False) for event in session.events), tokens=dict(written),
+        prompt_tokens=dict(read), cost=cost, matched=session.matched, skills=session.skills, learned=session.learned,
+    )
 
-    returned: which attempt was handed out, "guided" or "baseline" (the first one). session_metadata must hold `session_id` and
-    `learning_key`; ground truth and token usage are added to it. learning_history: as of the choice of the strategy.
-    """
-    sketch, gold = episode.sketch, episode.sketch.problem.answer
-    attempts = [("baseline", attempt) for attempt in sketch.baselines] + [("guided", episode.guided)]
-    chosen = episode.guided if returned == "guided" else sketch.baselines[0]
-    final_answer = chosen.text if chosen.answer is None else chosen.answer
-    is_scored = gold is not None
-    summary = {
-        "score": episode.reward if is_scored else None,
-        "baseline": sketch.baseline_accuracy if is_scored else None,
-        "guided": float(episode.guided.is_correct) if is_scored else None,
-        "returned": float(chosen.is_correct) if is_scored else None,
-        "gain": episode.gain if is_scored else None,
-        "performance_gap": 1 - sketch.baseline_accuracy if is_scored else None,
-        "is_leak": episode.is_leak,
-        "is_malformed": episode.teaching is None,
-    }
-    reward = {
-        "score": summary["score"],
-        "judges": [_judge(summary)] if is_scored else [],
-        "rationale": _rationale(episode) if is_scored else "not scored: no ground truth",
-        "raw": {"gain": summary["gain"], "teaching_tokens": episode.teaching_tokens},
-    }
-    step = {
-        "step_id": 1,
-        "description": sketch.approach,
-        "trace": chosen.text,
-        "output": final_answer,
-        "reward": reward,
-        "validation": {"valid": chosen.is_correct if is_scored else None, "guidance": episode.teaching},
-        "attempts": len(attempts),
-        "guidance": [episode.teaching] if episode.teaching else [],
-        "depends_on": [],
-        "metadata": {"attempt_history": [_attempt(kind, attempt, is_scored) for kind, attempt in attempts]},
-    }
-    plan_step = {"id": 1, "description": sketch.approach, "tool": None, "tool_params": None, "depends_on": []}
-    events = [{"event": "probe", "actor": "student", "tokens": sketch.approach_tokens}]
-    events += [{"event": "baseline", "actor": "student", "tokens": attempt.tokens} for attempt in sketch.baselines]
-    events += [
-        {"event": "teaching", "actor": "teacher", "tokens": episode.reply.tokens, "is_truncated": episode.reply.is_truncated,
-         "text": episode.reply.text},
-        {"event": "guided", "actor": "student", "tokens": episode.guided.tokens},
-        {"event": "return", "actor": "runtime", "attempt": returned},
-    ]
-    tokens = Counter()  # by actor
-    for event in events[:-1]:
-        tokens[event["actor"]] += event["tokens"]
-    usage = {"calls": len(events) - 1, "completion_tokens": tokens.total(), **tokens}
+
+def trace_of(session: Session, outcome: Outcome, metadata: Trace, learning_history: Trace, drift: Trace | None = None) -> Trace:
+    """The record of a session. metadata: what else session_metadata should hold; learning_history: as of the choice of strategy."""
+    task, trials = session.task, session.trials
+    chosen = trials[session.chosen] if trials else None
+    final_answer = "" if chosen is None else chosen.text if chosen.answer is None else chosen.answer
+    reward = _reward(session, chosen)
+    plan = session.plan or [{"id": 1, "description": session.approach, "depends_on": []}]
+    steps = [_executed(step) for step in session.steps] or [{
+        "step_id": 1, "description": session.approach, "trace": chosen.text if chosen else "", "output": final_answer, "reward": reward,
+        "validation": {"valid": chosen.verdict.is_valid if chosen else None, "guidance": session.teachings[-1] if session.teachings else None},
+        "attempts": len(trials), "guidance": session.teachings, "depends_on": [], "metadata": {},
+    }]
+    steps[0]["metadata"]["attempt_history"] = [_attempt(trial) for trial in trials]
+    mode = "stepwise" if session.steps else "single_shot"
+    usage = {"prompt_tokens": sum(outcome.prompt_tokens.values()), "completion_tokens": sum(outcome.tokens.values()),
+             "calls": len(session.events), "cost": outcome.cost}
+    usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
+    choice = {"mode": session.lane, "confidence": session.choice.get("confidence")}
     return {
-        "task": sketch.problem.question,
+        "outcome": asdict(outcome),
+        "task": task.question,
+        "ground_truth": task.answer,
         "final_answer": final_answer,
-        "plan": {"steps": [plan_step], "execution_mode": "single_shot"},
-        "steps": [step],
-        "session_metadata": {**session_metadata, "token_usage": usage, "ground_truth": gold},
-        "session_reward": reward if is_scored else None,
-        "trajectory_events": events,
+        "plan": {"steps": [{"tool": None, "tool_params": None, **step} for step in plan], "execution_mode": mode},
+        "steps": steps,
+        "session_metadata": {
+            "session_id": session.id, "task_id": task.id, "domain": task.domain, "learning_key": session.learning_key,
+            "status": outcome.status, "created_at": session.created_at, **metadata, "token_usage": usage,
+            "ground_truth": task.answer, "drift": drift, "error": session.fault,
+        },
+        "session_reward": reward if session.reward is not None else None,
+        "trajectory_events": [*session.events, {"event": "return", "actor": "runtime", "attempt": outcome.returned_attempt}],
         "student_learning": None,
-        "teacher_learning": None,
+        "teacher_learning": "\n".join(session.advice) or None,
         "learning_history": learning_history,
-        "adaptive_summary": {"adaptive_mode": "paired", "strategy": episode.style, "returned": returned},
-        "ground_truth": gold,
-        "execution_mode": "single_shot",
-        "learning_key": session_metadata["learning_key"],
-        "reward_summary": summary,
+        "adaptive_summary": {"adaptive_mode": session.lane, "mode_history": [choice], "confidence": choice["confidence"],
+                             "probe": session.choice, "strategy": session.style, "returned": outcome.returned_attempt},
+        "execution_mode": mode,
+        "learning_key": session.learning_key,
+        "review_status": outcome.review,
+        "reward_stats": {"score": session.reward, "score_stddev": outcome.disagreement},
+        "reward_summary": {"score": session.reward, "baseline": outcome.baseline, "guided": outcome.guided,
+                           "returned": outcome.returned, "gain": outcome.gain},
     }
 
 
-def _attempt(kind: str, attempt: Attempt, is_scored: bool) -> dict[str, Any]:
-    return {
-        "kind": kind,
-        "text": attempt.text,
-        "answer": attempt.answer,
-        "is_correct": attempt.is_correct if is_scored else None,
-        "tokens": attempt.tokens,
-        "is_truncated": attempt.is_truncated,
-    }
+def _attempt(trial: Trial) -> Trace:
+    return {"kind": trial.kind, "text": trial.text, "answer": trial.answer, "score": trial.verdict.score,
+            "is_valid": trial.verdict.is_valid, "rationale": trial.verdict.rationale, "tokens": trial.tokens,
+            "is_truncated": trial.is_truncated}
 
 
-def _judge(summary: dict[str, Any]) -> dict[str, Any]:
-    return {"identifier": "exact_match", "score": summary["guided"], "rationale": "the guided answer against the ground truth"}
+def _breakdown(verdict: Verdict) -> list[Trace]:
+    """As AtlasJudgeBreakdown."""
+    if verdict.judges or verdict.score is None:
+        return verdict.judges
+    return [{"identifier": verdict.by, "score": verdict.score, "rationale": verdict.rationale}]
 
 
-def _rationale(episode: Episode) -> str:
-    if episode.teaching is None:
-        return "no <teaching> tag, so the student got nothing"
-    leak = "; the teaching contains the answer" if episode.is_leak else ""
-    baseline, guided = episode.sketch.baseline_accuracy, float(episode.guided.is_correct)
-    return f"correctness {baseline:g} alone, {guided:g} guided, by {episode.teaching_tokens} tokens of teaching{leak}"
+def _reward(session: Session, chosen: Trial | None) -> Trace:
+    shown = session.helped or chosen
+    if session.reward is None:
+        reason = session.fault or ("the lane has no teacher" if session.lane == "auto" else shown.verdict.rationale)
+        return {"score": None, "judges": _breakdown(shown.verdict) if shown else [], "rationale": f"no reward: {reason}", "raw": {}}
+    alone = session.trials[0].verdict.score
+    told = "" if session.teachings else "; no <teaching> tag, so the student got nothing"
+    leak = "; the teaching contains the answer" if session.is_leak else ""
+    helped = session.helped.verdict.score if session.helped else alone
+    return {"score": session.reward, "judges": _breakdown(shown.verdict), "raw": {"alone": alone, "with_help": helped},
+            "rationale": f"score {alone:.3g} alone, {helped:.3g} with help{told}{leak}"}
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """The few numbers of a trace that the runtime keeps in memory. Scores are None without ground truth."""
-
-    session_id: str
-    learning_key: str
-    strategy: str
-    returned_attempt: str  # "guided" | "baseline"
-    reward: float | None
-    baseline: float | None  # correctness, 0 to 1
-    guided: float | None
-    returned: float | None
-    is_leak: bool
-    is_malformed: bool
-    is_truncated: bool  # an answer or the teaching ran into its length limit
-    student_tokens: int  # generated: probe, baseline and guided answer
-    teacher_tokens: int
-
-    @property
-    def gain(self) -> float | None:
-        return None if self.guided is None else self.guided - self.baseline
-
-
-def outcome(trace: Trace, where: str = "trace") -> Outcome:
-    """Raises UserError, with `where`, for a trace that some other program wrote."""
-    try:
-        metadata, summary = trace["session_metadata"], trace["reward_summary"]
-        generated = trace["steps"][0]["metadata"]["attempt_history"] + trace["trajectory_events"]
-        return Outcome(
-            session_id=metadata["session_id"],
-            learning_key=metadata["learning_key"],
-            strategy=trace["adaptive_summary"]["strategy"],
-            returned_attempt=trace["adaptive_summary"]["returned"],
-            reward=summary["score"],
-            baseline=summary["baseline"],
-            guided=summary["guided"],
-            returned=summary["returned"],
-            is_leak=summary["is_leak"],
-            is_malformed=summary["is_malformed"],
-            is_truncated=any(text.get("is_truncated", False) for text in generated),
-            student_tokens=metadata["token_usage"]["student"],
-            teacher_tokens=metadata["token_usage"]["teacher"],
-        )
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise UserError(
-            f"{where}: not a trace of this runtime ({type(error).__name__}: {error}); choose another --out, or use --restart"
-        ) from None
+def _executed(step: Trace) -> Trace:
+    verdict: Verdict = step["verdict"]
+    reward = {"score": verdict.score, "judges": verdict.judges, "rationale": verdict.rationale, "raw": {}}
+    return {"step_id": step["id"], "description": step["description"], "trace": step["output"], "output": step["output"],
+            "reward": reward, "validation": {"valid": verdict.is_valid, "guidance": verdict.guidance or None},
+            "attempts": step["attempts"], "guidance": step["guidance"], "depends_on": step["depends_on"], "metadata": {}}
 
 
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-class TraceWriter:
-    """Appends traces to a file that no other process may write meanwhile, and mends its last line if a crash tore it.
-
-    A half-written last line is cut off (its task counts as not done); a whole record that lacks only its line break is kept.
-    Raises UserError if another process holds the file.
-    """
-
-    def __init__(self, path: Path):
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it when the process ends, in any way
-        except OSError:
-            self._file.close()
-            raise UserError(f"{self.path}: another process is writing this file; wait for it or choose another --out") from None
-        self._mend()
-
-    def _mend(self) -> None:
-        end, last = 0, b""
-        self._file.seek(0)
-        for last in self._file:
-            end += len(last)
-        if last.endswith(b"\n") or not last:
-            return
-        try:
-            json.loads(last)
-            self._file.write(b"\n")
-        except ValueError:  # includes UnicodeDecodeError: a multi-byte character cut in two
-            self._file.truncate(end - len(last))
-        self._sync()
-
-    def append(self, traces: Iterable[Trace]) -> None:
-        """Returns when the traces are on the disk."""
-        self._file.write("".join(json.dumps(trace, allow_nan=False) + "\n" for trace in traces).encode())
-        self._sync()
-
-    def _sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def outcomes(self) -> Iterator[Outcome]:
-        """Of everything in the file, in the order written."""
-        if self.path.stat().st_size:
-            for number, trace in _numbered(self.path):
-                yield outcome(trace, f"{self.path}:{number}")
-
-    def __enter__(self) -> "TraceWriter":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
+def read_head(line: bytes, where: str) -> Head:
+    """The head of one of our records, without looking at the rest of it; or what a record of atlas-sdk says. Raises UserError."""
+    end = line.find(BODY) if line.startswith(b'{"outcome": ') else -1
+    if end < 0:
+        return _foreign_head(parse_trace(line, where), where)
+    try:
+        head = json.loads(line[:end] + b"}")
+        return Head(Outcome(**head["outcome"]), head["task"], head["ground_truth"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{where}: not a trace of this runtime ({error})") from None
 
 
-def _numbered(path: Path | str) -> Iterator[tuple[int, Trace]]:
-    for number, trace in read_jsonl(path):
-        if not isinstance(trace.get("task"), str):
-            raise UserError(f"{path}:{number}: not a session trace; the field 'task' must hold the question")
-        yield number, trace
+def _foreign_head(trace: Trace, where: str) -> Head:
+    """In files of atlas-sdk the ground truth, where somebody put one, is in the metadata."""
+    metadata, stats, reward = trace.get("session_metadata") or {}, trace.get("reward_stats") or {}, trace.get("session_reward")
+    outcome = Outcome(
+        session_id=str(metadata.get("session_id") or where), learning_key=str(metadata.get("learning_key") or ""),
+        lane=str((trace.get("adaptive_summary") or {}).get("adaptive_mode") or ""), created_at=str(metadata.get("created_at") or ""),
+        status=str(metadata.get("status") or "succeeded"), review=str(trace.get("review_status") or "approved"),
+        reward=reward.get("score") if isinstance(reward, dict) else reward, disagreement=float(stats.get("score_stddev") or 0.0),
+    )
+    places = (trace.get("ground_truth"), metadata.get("ground_truth"))
+    return Head(outcome, trace["task"], next((value for value in places if value is not None), None))
+
+
+def parse_trace(line: bytes, where: str) -> Trace:
+    """Raises UserError for what is not a session trace."""
+    try:
+        trace = json.loads(line)
+    except ValueError as error:  # includes UnicodeDecodeError
+        raise UserError(f"{where}: not JSON ({error})") from None
+    if not isinstance(trace, dict) or not isinstance(trace.get("task"), str):
+        raise UserError(f"{where}: not a session trace; it must be an object whose field 'task' holds the question")
+    return trace
 
 
 def read_traces(path: Path | str) -> Iterator[Trace]:
     """The records of a trace file, ours or atlas-sdk's. Raises UserError naming file and line."""
-    for _, trace in _numbered(path):
-        yield trace
+    for number, line in read_lines(path):
+        yield parse_trace(line, f"{path}:{number}")
+
+
+class TraceWriter(Journal):
+    """The journal of a runtime's sessions."""
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """Of everything in the file, in the order written."""
+        if self.path.stat().st_size:
+            for number, line in read_lines(self.path):
+                if BODY not in line:
+                    raise UserError(f"{self.path}:{number}: not a trace of this runtime; choose another --out, or use --restart")
+                yield read_head(line, f"{self.path}:{number}").outcome
 
 
 @dataclass(frozen=True)
 class Selection:
     """Which traces are worth training on. One without the number in question is left out: nobody knows whether it qualifies."""
 
-    min_reward: float | None = option(None, "least session reward of a selected trace")
-    min_gain: float | None = option(None, "least gain, correctness guided minus alone (-1 to 1), of a selected trace")
-    min_signal: float | None = option(None, "least |gain| of a selected trace: something changed, for better or worse")
+    min_reward: float | None = option(None, "least session reward of a selected trace", group="selection of traces, for --export")
+    min_gain: float | None = option(None, "least gain, score with help minus alone (-1 to 1), of a selected trace")
+    min_signal: float | None = option(None, "least |gain|, or disagreement of judges: something changed, or nobody is sure")
+    only_lane: tuple[str, ...] = option((), "only traces of these lanes")
+    only_key: tuple[str, ...] = option((), "only traces with these learning keys (domains)")
+    since: str | None = option(None, "only sessions begun at or after this ISO 8601 date or time, UTC")
+    until: str | None = option(None, "only sessions begun before this ISO 8601 date or time, UTC")
+    review_status: tuple[str, ...] = option(("approved",), "only traces with these review states", STATUSES)
 
-    def takes(self, trace: Trace) -> bool:
-        reward = (trace.get("session_reward") or {}).get("score")
-        gain = (trace.get("reward_summary") or {}).get("gain")
-        signal = None if gain is None else abs(gain)
-        bounds = ((reward, self.min_reward), (gain, self.min_gain), (signal, self.min_signal))
-        return all(least is None or (value is not None and value >= least) for value, least in bounds)
+    def check(self) -> None:
+        for name in ("since", "until"):
+            try:
+                datetime.fromisoformat(getattr(self, name) or "2000-01-01")
+            except ValueError:
+                raise UserError(f"--{name} {getattr(self, name)}: not a date or time such as 2026-01-31 or 2026-01-31T12:00") from None
+
+    def takes(self, outcome: Outcome, review_status: str | None = None) -> bool:
+        """review_status: where it has changed since the session was recorded."""
+        gain = outcome.gain
+        signal = None if gain is None and not outcome.disagreement else max(abs(gain or 0.0), outcome.disagreement)
+        bounds = ((outcome.reward, self.min_reward), (gain, self.min_gain), (signal, self.min_signal))
+        return (
+            outcome.status == "succeeded"
+            and (review_status or outcome.review) in self.review_status
+            and all(least is None or (value is not None and value >= least) for value, least in bounds)
+            and (not self.only_lane or outcome.lane in self.only_lane)
+            and (not self.only_key or outcome.learning_key in self.only_key)
+            and (self.since is None or outcome.created_at >= self.since)
+            and (self.until is None or "" < outcome.created_at < self.until)
+        )
+
+    @classmethod
+    def is_default(cls, config: "Selection") -> bool:
+        return all(getattr(config, f.name) == f.default for f in fields(cls))
 
 
 def problems_from_traces(path: Path | str, selection: Selection = Selection()) -> tuple[list[Problem], Counter[str]]:
@@ -275,19 +288,16 @@ def problems_from_traces(path: Path | str, selection: Selection = Selection()) -
     """
     problems: dict[tuple[str, str], Problem] = {}
     left_out: Counter[str] = Counter()
-    for number, trace in _numbered(path):
-        metadata = trace.get("session_metadata") or {}
-        places = (trace.get("ground_truth"), metadata.get("ground_truth"))  # the latter in files of atlas-sdk
-        gold = next((value for value in places if value is not None), None)
-        if not selection.takes(trace):
+    for number, line in read_lines(path):
+        outcome, task, gold = read_head(line, f"{path}:{number}")
+        if not selection.takes(outcome):
             left_out["not selected"] += 1
         elif gold is None or not str(gold).strip():
             left_out["no ground truth"] += 1
-        elif (trace["task"], str(gold)) in problems:
+        elif (task, str(gold)) in problems:
             left_out["the same task again"] += 1
         else:
-            name = str(metadata.get("session_id") or f"{Path(path).stem}:{number}")
-            problems[trace["task"], str(gold)] = Problem(name, trace["task"], str(gold), str(metadata.get("domain") or ""))
+            problems[task, str(gold)] = Problem(outcome.session_id, task, str(gold), outcome.learning_key)
     if not problems:
         raise UserError(f"{path}: no trace here makes a training problem ({dict(left_out)}); one must have a ground truth")
     return list(problems.values()), left_out

@@ -21,13 +21,16 @@ from nano_atlas.errors import UserError
 from nano_atlas.protocol import ANSWER_FORMAT, PROBE_REQUEST, TEACHING_STYLES, baseline_messages
 from nano_atlas.seats import Reply
 from nano_atlas.traces import problems_from_traces, read_traces
-from runtime_loop import Config, export_traces, run, session_ids
+from nano_atlas.export import export_traces
+from runtime_loop import Config, session_ids
 
 TASKS = [Problem(f"t{i}", f"Task {i} is {'easy' if i % 3 == 0 else 'hard'}.", f"gold{i}", "math") for i in range(23)]
 
 
 class Fake:
     """A seat that keeps every prompt it was shown."""
+
+    is_batched = True
 
     def __init__(self):
         self.prompts = []
@@ -74,17 +77,24 @@ class StyledTeacher(Teacher):
 
 @pytest.fixture
 def config(tmp_path) -> Config:
-    return Config(out=tmp_path / "out", batch=5, student="fake-student", teacher="fake-teacher")
+    return Config(out=tmp_path / "out", batch=5, student="fake-student", teacher="fake-teacher", lane="paired")
+
+
+def run(config, tasks, student, teacher, **others):
+    return runtime_loop.run(config, tasks, {"student": student, "teacher": teacher, **others})
 
 
 def traces_of(config: Config) -> list[dict]:
     return list(read_traces(config.out / "traces.jsonl"))
 
 
-def timeless(traces: list[dict]) -> list[dict]:
-    for trace in traces:
-        del trace["session_metadata"]["created_at"], trace["session_metadata"]["completed_at"]
-    return traces
+def timeless(records: list) -> list:
+    """Traces, or outcomes, without the times, and without the checksum that depends on them."""
+    for trace in records:
+        if isinstance(trace, dict):
+            del trace["session_metadata"]["created_at"], trace["session_metadata"]["completed_at"]
+            del trace["outcome"]["created_at"], trace["crc32"]
+    return [record if isinstance(record, dict) else replace(record, created_at="") for record in records]
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop
@@ -103,7 +113,7 @@ def test_every_task_leaves_one_trace_and_the_traces_train_the_next_teacher(confi
 
 def test_metrics_and_summary_say_what_happened(config):
     report = runtime_loop.summary(run(config, TASKS, Student(), Teacher()))
-    assert "23 tasks, 23 with ground truth" in report
+    assert "23 tasks, 23 scored" in report
     assert "student alone        34.8%" in report and "guided              100.0%   (+65.2 points)" in report
     rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [5, 10, 15, 20, 23]
@@ -116,7 +126,7 @@ def test_the_strategy_that_works_is_used_more_and_more(config):
     late = [outcome.strategy for outcome in outcomes[-60:]]
     assert late.count("concise") / len(late) > 0.8
     again = run(replace(config, out=config.out / "again"), tasks, Student(tasks), StyledTeacher())
-    assert again == outcomes
+    assert timeless(again) == timeless(outcomes)
     # What is known about the strategies at a session is exactly what the batches before it brought, and not the session itself.
     sixth = traces_of(config)[5]["learning_history"]
     assert sixth["count"] == 5
@@ -160,26 +170,25 @@ def test_a_run_killed_again_and_again_equals_one_that_was_never_interrupted(conf
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
 def test_a_kill_in_the_middle_of_a_write_loses_no_trace_and_doubles_none(config, share):
-    path, record_traces = config.out / "traces.jsonl", runtime_loop.record_traces
+    path, append = config.out / "traces.jsonl", runtime_loop.TraceWriter.append
 
-    def torn(*arguments):
+    def torn(writer, traces):
         """The first batch is written as usual; of the second only a share of the bytes reaches the disk before the kill."""
         before = path.stat().st_size
-        outcomes = record_traces(*arguments)
+        append(writer, traces)
         if before:
             os.truncate(path, before + round(share * (path.stat().st_size - before)))
             os.kill(os.getpid(), signal.SIGKILL)
-        return outcomes
 
     def killed():
-        runtime_loop.record_traces = torn  # in the child process only
+        runtime_loop.TraceWriter.append = torn  # in the child process only
         run(config, TASKS, Student(), StyledTeacher())
 
     assert in_a_process_that_dies(killed) == -9
     resumed = run(config, TASKS, Student(), StyledTeacher())
     assert sorted(t["session_metadata"]["session_id"] for t in traces_of(config)) == sorted(session_ids(TASKS))
     # The half-done batch is finished with what was known when it began, so nothing differs from an uninterrupted run.
-    assert resumed == run(replace(config, out=config.out / "whole"), TASKS, Student(), StyledTeacher())
+    assert timeless(resumed) == timeless(run(replace(config, out=config.out / "whole"), TASKS, Student(), StyledTeacher()))
 
 
 def test_new_weights_under_an_old_name_are_noticed(config, tmp_path):
@@ -259,8 +268,147 @@ def test_without_ground_truth_a_guided_answer_is_returned_unless_only_the_baseli
 
     speechless = replace(config, out=config.out / "speechless")
     outcomes = run(speechless, tasks, Speechless(), Teacher())
-    assert {outcome.returned_attempt for outcome in outcomes} == {"baseline"}
+    assert {outcome.returned_attempt for outcome in outcomes} == {"alone"}
     assert {trace["final_answer"] for trace in traces_of(speechless)} == {"gold0", "nonsense", "gold3"}
+
+
+# ------------------------------------------------------------------------------------------------------------- faults
+
+
+class Flaky(Student):
+    """An agent that fails on every fourth task while it is ill."""
+
+    is_batched = False
+    is_ill = True
+
+    def reply(self, prompt, seed):
+        if self.is_ill and any(f"Task {i} is" in prompt for i in range(0, 23, 4)):
+            raise RuntimeError("out of order {}")
+        return super().reply(prompt, seed)
+
+
+def test_failed_sessions_are_recorded_and_the_same_command_tries_those_alone_again(config, tmp_path):
+    student = Flaky()
+    outcomes = run(config, TASKS, student, Teacher())
+    failed = [i for i, outcome in enumerate(outcomes) if outcome.status == "failed"]
+    assert failed == list(range(0, 23, 4)) and all(outcomes[i].reward is None for i in failed)
+    assert "6 FAILED" in runtime_loop.summary(outcomes)
+    errors = [t["session_metadata"]["error"] for t in traces_of(config) if t["session_metadata"]["error"]]
+    assert errors == ["student: RuntimeError: out of order {}"] * 6
+    assert export_traces(config.out / "traces.jsonl", tmp_path / "export.jsonl", config) == (17, 23)
+
+    student.is_ill, student.prompts = False, []
+    outcomes = run(config, TASKS, student, Teacher())
+    assert {outcome.status for outcome in outcomes} == {"succeeded"} and len(student.prompts) == 3 * 6
+    assert export_traces(config.out / "traces.jsonl", tmp_path / "export.jsonl", config) == (23, 29)
+    assert len(problems_from_traces(tmp_path / "export.jsonl")[0]) == 23
+
+
+def test_a_failed_teacher_costs_the_help_and_not_the_answer(config):
+    class Away(Teacher):
+        is_batched = False
+
+        def reply(self, prompt, seed):
+            raise ConnectionError("refused")
+
+    outcomes = run(config, TASKS[:4], Student(), Away())
+    assert [(o.status, o.returned_attempt, o.returned) for o in outcomes] == [("failed", "alone", float(i % 3 == 0)) for i in range(4)]
+    assert traces_of(config)[0]["final_answer"] == "gold0"
+
+
+# ------------------------------------------------------------------------------------------------------------- lanes, drift
+
+
+def test_lanes_follow_the_students_record_and_the_trace_says_why(config):
+    tasks = [Problem(f"t{i}", f"Task {i} is easy.", "x", "math") for i in range(12)]
+    outcomes = run(replace(config, lane="adaptive"), tasks, Student(tasks), Teacher())
+    assert [outcome.lane for outcome in outcomes] == ["paired"] * 5 + ["auto"] * 7
+    summary = traces_of(config)[-1]["adaptive_summary"]
+    assert summary["probe"]["by"] == "record" and summary["confidence"] == pytest.approx((10 + 1 / 3) / (10 + 2 / 3))
+
+
+def test_a_reward_out_of_line_makes_its_session_pending_until_it_is_approved(config, monkeypatch, capsys):
+    class Turncoat(Teacher):
+        """Helps with more and more words, so that rewards have a spread, until it harms at the end."""
+
+        def reply(self, prompt, seed):
+            number = int(prompt.split()[1])
+            return f"<teaching>{'HARM' if number == 21 else 'HELP' + ' more' * (number % 5)}</teaching>"
+
+    outcomes = run(config, TASKS[:22], Student(), Turncoat())
+    assert [i for i, o in enumerate(outcomes) if o.review == "pending"] == [21]
+    drift = traces_of(config)[21]["session_metadata"]["drift"]
+    assert drift["drift_alert"] and drift["z"] < -3 and drift["samples"] == 20
+
+    source, target = config.out / "traces.jsonl", config.out / "export.jsonl"
+    assert export_traces(source, target, config) == (21, 22)
+    name = outcomes[21].session_id
+
+    def command(*options):
+        monkeypatch.setattr("sys.argv", ["runtime_loop.py", "--out", str(config.out), *options])
+        runtime_loop.main()
+        return capsys.readouterr().out
+
+    assert name in command("--show", "pending") and "reward -2.000" in command("--show", "pending")
+    command("--approve", name[:10], "--note", "the teacher was to blame")
+    assert name not in command("--show", "pending") and "the teacher was to blame" in command("--show", "approved")
+    command("--quarantine", outcomes[0].session_id)
+    with pytest.raises(UserError, match="session nobody: no such session"):
+        command("--approve", outcomes[1].session_id, "nobody")
+    assert export_traces(source, target, config) == (21, 22)
+    exported = {t["session_metadata"]["session_id"]: t for t in read_traces(target)}
+    assert outcomes[0].session_id not in exported and exported[name]["review_notes"] == "the teacher was to blame"
+    assert problems_from_traces(target)[1] == {}  # the decision is in the exported record too
+
+
+def test_with_require_approval_nothing_is_exported_before_it(config):
+    run(replace(config, require_approval=True), TASKS[:3], Student(), Teacher())
+    with pytest.raises(UserError, match="none of its 3 traces is selected"):
+        export_traces(config.out / "traces.jsonl", config.out / "export.jsonl", config)
+    assert export_traces(config.out / "traces.jsonl", config.out / "e.jsonl", replace(config, review_status=("pending",))) == (3, 3)
+
+
+# ------------------------------------------------------------------------------------------------------------- skills
+
+
+class SkillWriter(Fake):
+    def reply(self, prompt, seed):
+        return json.dumps({"entries": [{"cue": {"type": "keyword", "pattern": "hard"}, "action": {"imperative": "Say HELP."}}]})
+
+
+class Obedient(Teacher):
+    def reply(self, prompt, seed):
+        lucky = derive_seed(seed, prompt) % 4 == 0
+        return f"<teaching>{'HELP' if 'Say HELP.' in prompt or lucky else 'Well.'}</teaching>"
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_skills_are_learned_from_sessions_that_went_well_used_and_rebuilt_from_the_traces(config):
+    tasks = [Problem(f"t{i}", f"Task {i} is hard.", "x", "math") for i in range(60)]
+    config = replace(config, skill_writer="writer", batch=10)
+    outcomes = run(config, tasks, Student(tasks), Obedient(), **{"skill writer": SkillWriter()})
+    used = [o.guided for o in outcomes if o.skills]
+    assert used and set(used) == {1.0}
+    plain = run(replace(config, skill_writer=None, out=config.out / "plain"), tasks, Student(tasks), Obedient())
+    assert sum(o.guided for o in outcomes) > sum(o.guided for o in plain) + 15
+    with_skill = next(t for t in traces_of(config) if t["outcome"]["skills"])
+    assert with_skill["teacher_learning"] == "Say HELP."
+    (entry,) = json.loads((config.out / "playbook.json").read_text())["entries"]
+    assert entry["effect"] > 0.5 and entry["hits"] > entry["adoptions"] > 0  # withheld now and then, to know its effect
+
+    class Mortal(Student):
+        life = 7
+
+        def ask(self, *arguments, **options):
+            self.life -= 1
+            if self.life == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().ask(*arguments, **options)
+
+    again = replace(config, out=config.out / "again")
+    assert in_a_process_that_dies(lambda: run(again, tasks, Mortal(tasks), Obedient(), **{"skill writer": SkillWriter()})) == -9
+    assert timeless(run(again, tasks, Student(tasks), Obedient(), **{"skill writer": SkillWriter()})) == timeless(outcomes)
+    assert (again.out / "playbook.json").read_text() == (config.out / "playbook.json").read_text()
 
 
 # ------------------------------------------------------------------------------------------------------------- prompts
@@ -279,8 +427,8 @@ def test_a_teacher_without_a_teaching_tag_gives_the_student_nothing(config, text
     student = Student()
     outcomes = run(config, TASKS[:4], student, Teacher(text))
     assert not any("HARM" in prompt for prompt in student.prompts)
-    assert student.prompts.count(json.dumps(baseline_messages(TASKS[0].question))) == 2  # alone, and again instead of guided
-    assert all(outcome.is_malformed and outcome.returned_attempt == "baseline" and outcome.reward < 0 for outcome in outcomes)
+    assert student.prompts.count(json.dumps(baseline_messages(TASKS[0].question))) == 1  # alone; it is not asked the same again
+    assert all(outcome.is_malformed and outcome.returned_attempt == "alone" and outcome.reward < 0 for outcome in outcomes)
     assert traces_of(config)[0]["steps"][0]["guidance"] == []
 
 
@@ -305,7 +453,7 @@ def command(monkeypatch, tmp_path):
     tasks = tmp_path / "tasks.jsonl"
     tasks.write_text("".join(json.dumps({"id": t.id, "question": t.question, "answer": t.answer}) + "\n" for t in TASKS))
     seats = {"student": Student, "teacher": StyledTeacher}
-    monkeypatch.setattr(runtime_loop, "open_seat", lambda spec, **options: seats[spec]())
+    monkeypatch.setattr(runtime_loop, "open_agent", lambda spec, **options: seats[spec]())
     monkeypatch.chdir(tmp_path)
 
     def call(*options):
@@ -350,10 +498,29 @@ def test_a_broken_line_of_the_tasks_file_is_named_before_any_task_is_run(command
     assert not Path("out").exists()
 
 
+def test_skip_bad_leaves_out_malformed_lines_and_shows_them(command, capsys):
+    with Path("tasks.jsonl").open("a") as file:
+        file.write('{broken\n{"answer": "1"}\n{"id": "t3", "question": "again"}\n{"question": "fine"}\n')
+    command("--skip-bad")
+    said = capsys.readouterr().out
+    assert "left out 3 malformed lines" in said and "tasks.jsonl:26: the id 't3' is that of line 4 too" in said
+    assert len(list(read_traces("out/traces.jsonl"))) == 24
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
         (["--min-gain", "1"], "for --export FILE"),
+        (["--export", "x.jsonl", "--since", "yesterday"], "--since yesterday: not a date"),
+        (["--export", "x.jsonl", "--approve", "abc"], "--export and --approve are different things"),
+        (["--note", "fine"], "--note says why"),
+        (["--large-judge", "http://localhost:1"], "need --judge"),
+        (["--judge", "judge", "--judges", "helpfulness"], "needs accuracy or process"),
+        (["--audit", "2"], "--audit between 0 and 1"),
+        (["--timeout", "0"], "--timeout above 0"),
+        (["--rounds", "99"], "at least as many tasks"),
+        (["--serve", "70000"], "port from 0 to 65535"),
+        (["--serve", "0", "--host", "0.0.0.0"], "set a key in NANO_ATLAS_API_KEY"),
         (["--batch", "0"], "at least 1"),
         (["--export", "x.jsonl", "--restart"], "set aside"),
         (["--batchsize", "3"], "did you mean --batch"),
@@ -381,8 +548,8 @@ def test_before_grpo_the_sft_teacher_is_used_and_that_is_said(tmp_path, monkeypa
 
 def test_the_nano_tasks_are_not_the_ones_that_evaluation_holds_out(tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr(runtime_loop, "open_seat", lambda spec, **options: None)
-    monkeypatch.setattr(runtime_loop, "run", lambda config, tasks, student, teacher: given.extend(tasks))
+    monkeypatch.setattr(runtime_loop, "open_agent", lambda spec, **options: None)
+    monkeypatch.setattr(runtime_loop, "run", lambda config, tasks, seats: given.extend(tasks))
     monkeypatch.setattr(runtime_loop, "summary", lambda outcomes: "")
     monkeypatch.setattr("sys.argv", ["runtime_loop.py", "--count", "50", "--teacher", "t", "--out", str(tmp_path)])
     runtime_loop.main()
@@ -395,3 +562,33 @@ def test_selection_is_a_copy_of_whole_records(config):
     source = config.out / "traces.jsonl"
     assert export_traces(source, config.out / "all.jsonl", config) == (23, 23)
     assert (config.out / "all.jsonl").read_bytes() == source.read_bytes()
+
+
+# ------------------------------------------------------------------------------------------- options that nothing above turns
+
+
+def test_strategies_restricts_the_choice(config):
+    assert {o.strategy for o in run(replace(config, strategies=("concise",)), TASKS, Student(), StyledTeacher())} == {"concise"}
+
+
+def test_skill_reward_says_which_sessions_teach(config):
+    writer = SkillWriter()
+    run(replace(config, skill_writer="writer", skill_reward=1.5), TASKS, Student(), Teacher(), **{"skill writer": writer})
+    assert len(writer.prompts) == sum(i % 3 != 0 for i in range(23))  # those that gained; the kept ones earn about 1
+    assert not any(task.answer in prompt for task in TASKS for prompt in writer.prompts)
+
+
+def test_prices_become_costs_in_report_and_outcome(config):
+    outcomes = run(replace(config, student_price=(0.0, 1e6)), TASKS[:4], Student(), Teacher())
+    assert sum(o.cost for o in outcomes) == sum(o.tokens["student"] for o in outcomes)
+    assert "cost 28.0000" in runtime_loop.summary(outcomes)
+
+
+def test_every_seat_is_opened_with_its_model_and_one_model_once(config, monkeypatch):
+    opened = []
+    monkeypatch.setattr(runtime_loop, "open_agent", lambda spec, **options: opened.append((spec, options["model"], options["tools"])) or object())
+    seats = runtime_loop.open_seats(replace(
+        config, student="s", student_model="sm", student_tools="m:t", teacher="t", teacher_model="tm", judge="t", judge_model="tm",
+        large_judge="l", large_judge_model="lm", probe="p", probe_model="pm", skill_writer="w", skill_writer_model="wm"))
+    assert opened == [("t", "tm", None), ("l", "lm", None), ("p", "pm", None), ("w", "wm", None), ("s", "sm", "m:t")]
+    assert seats["judge"] is seats["teacher"] and set(seats) == {"student", "teacher", "judge", "large judge", "probe", "skill writer"}

@@ -20,7 +20,6 @@ from nano_atlas.errors import UserError
 from nano_atlas.policy import Sample
 from nano_atlas.sampler import Rollout
 from nano_atlas.tokenizer import Tokenizer
-from nano_atlas.traces import trace_from_episode
 from train_grpo import Config, problems_of_step, update, usable
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -130,10 +129,8 @@ def test_the_student_itself_can_be_trained_on_right_and_wrong(place, tmp_path):
 def test_traces_of_the_runtime_are_a_source_of_problems(place, tmp_path, rollouts):
     """The one-touch second round: what one run's episodes export, another trains on."""
     run(place, tmp_path / "first", steps=2)
-    traces = []
-    for number, group in enumerate(group for episodes, _ in rollouts for group in episodes):
-        metadata = {"session_id": f"s{number}", "learning_key": "math"}
-        traces.append(trace_from_episode(group[0], "guided", metadata, {}))
+    solved = [group[0].sketch.problem for episodes, _ in rollouts for group in episodes]
+    traces = [{"task": problem.question, "ground_truth": problem.answer} for problem in solved]
     (tmp_path / "traces.jsonl").write_text("".join(json.dumps(trace) + "\n" for trace in traces))
     questions = {trace["task"] for trace in traces}
     rollouts.clear()

@@ -1,0 +1,231 @@
+"""Agents of every kind behind one interface, and what happens when they raise, hang, return nothing, too much or garbage."""
+
+import asyncio
+import json
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from nano_atlas.agents import PythonAgent, open_agent, tool_schema
+from nano_atlas.errors import UserError
+from nano_atlas.seats import Generation, Reply
+from nano_atlas.sessions import LONGEST_REPLY, Call, Fault, drive
+
+MESSAGES = [{"role": "user", "content": "6 times 7?"}]
+GENERATION = Generation(20, 0.3)
+
+
+@pytest.fixture
+def server():
+    """An HTTP server that answers POSTs by `rule(path, body) -> (status, object or text)`, and remembers the bodies."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.answer(200, {"data": [{"id": "tiny"}]})
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            running.bodies.append(body)
+            self.answer(*running.rule(self.path, body))
+
+        def answer(self, status, value):
+            data = (value if isinstance(value, str) else json.dumps(value)).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *arguments):
+            pass
+
+    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    running.bodies, running.rule = [], None
+    running.url = f"http://127.0.0.1:{running.server_address[1]}"
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield running
+    running.shutdown()
+    running.server_close()
+
+
+def ask(agent) -> Reply:
+    ((reply,),) = agent.ask([MESSAGES], GENERATION, [5])
+    return reply
+
+
+# ------------------------------------------------------------------------------------------------------------- kinds
+
+
+def plain(prompt, metadata):
+    return f"{prompt} {metadata['seed']} {metadata['temperature']}"
+
+
+async def slow(prompt, metadata):
+    await asyncio.sleep(0)
+    return prompt
+
+
+def pieces(prompt, metadata):
+    yield from ("4", "2")
+
+
+async def slow_pieces(prompt, metadata):
+    for piece in ("4", "2"):
+        yield piece
+
+
+def counted(prompt, metadata):
+    return {"content": "42", "usage": {"prompt_tokens": 11, "completion_tokens": 7}}
+
+
+@pytest.mark.parametrize(("function", "text"), [(plain, "6 times 7? 5 0.3"), (slow, "6 times 7?"), (pieces, "42"), (slow_pieces, "42"), (counted, "42")])
+def test_python_functions_of_every_kind_also_under_a_running_event_loop(function, text):
+    async def main():
+        return await asyncio.get_running_loop().run_in_executor(None, ask, PythonAgent(function))
+
+    assert ask(PythonAgent(function)).text == asyncio.run(main()).text == text
+
+
+def test_usage_counts_where_it_is_told_and_is_estimated_where_not():
+    assert (ask(PythonAgent(counted)).prompt_tokens, ask(PythonAgent(counted)).tokens) == (11, 7)
+    assert (ask(PythonAgent(slow)).prompt_tokens, ask(PythonAgent(slow)).tokens) == (3, 3)
+
+
+def test_a_python_agent_is_found_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / "my_agent.py").write_text("class Bot:\n    @staticmethod\n    def reply(prompt, metadata):\n        return 'hi'\nnumber = 3\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    assert ask(open_agent("my_agent:Bot.reply")).text == "hi"
+    for spec, complaint in (("my_agent:nobody", "nobody"), ("no_such_module:f", "No module"), ("my_agent:number", "not a function")):
+        with pytest.raises(UserError, match=complaint):
+            open_agent(spec)
+    with pytest.raises(UserError, match="OpenAI-compatible URL only"):
+        open_agent("my_agent:Bot.reply", tools="my_agent:number")
+
+
+def test_an_http_service_gets_prompt_and_metadata_and_its_reply_is_found_by_its_path(server):
+    server.rule = lambda path, body: (200, {"result": [{"text": body["prompt"].upper()}], "usage": {"prompt_tokens": 1, "completion_tokens": 2}})
+    reply = ask(open_agent(f"post+{server.url}/run#result.0.text"))
+    assert (reply.text, reply.prompt_tokens, reply.tokens) == ("6 TIMES 7?", 1, 2)
+    assert server.bodies[0]["metadata"] == {"messages": MESSAGES, "seed": 5, "max_tokens": 20, "temperature": 0.3, "top_p": 1.0}
+
+
+def multiply(a: int, b: int = 2, *, why: str = "") -> int:
+    """The product of two numbers."""
+    return a * b
+
+
+def test_a_chat_model_calls_tools_until_it_answers(server, monkeypatch, tmp_path):
+    assert tool_schema(multiply)["function"] == {
+        "name": "multiply", "description": "The product of two numbers.",
+        "parameters": {"type": "object", "required": ["a"],
+                       "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}, "why": {"type": "string"}}}}
+    (tmp_path / "my_tools.py").write_text("def multiply(a: int, b: int) -> int:\n    return a * b\nTOOLS = [multiply]\n")
+    monkeypatch.chdir(tmp_path)
+
+    def rule(path, body):
+        said = [m["content"] for m in body["messages"] if m["role"] == "tool"]
+        call = {"id": "c1", "type": "function", "function": {"name": "multiply", "arguments": '{"a": 6, "b": 7}' if said else '{"a": "6"'}}
+        message = {"content": f"It is {said[1]}"} if len(said) == 2 else {"content": None, "tool_calls": [call]}
+        return 200, {"choices": [{"message": message, "finish_reason": "stop"}], "usage": {"prompt_tokens": 10, "completion_tokens": 1}}
+
+    server.rule = rule
+    reply = ask(open_agent(server.url, tools="my_tools:TOOLS"))
+    assert (reply.text, reply.prompt_tokens, reply.tokens) == ("It is 42", 30, 3)
+    assert server.bodies[1]["messages"][-1]["content"].startswith("error: JSONDecodeError")  # and the model could mend its call
+
+
+# ------------------------------------------------------------------------------------------------- many at a time, and faults
+
+
+def calls(agents, workers=8, timeout=30.0):
+    """One call to each agent, all in one session."""
+
+    def script():
+        return (yield [Call(str(i), "ask", MESSAGES, GENERATION, 0) for i in range(len(agents))])
+
+    ((replies,),) = [group.values() for group in drive({0: script()}, {str(i): a for i, a in enumerate(agents)}, workers, timeout)]
+    return [str(reply) if isinstance(reply, Fault) else reply.text for reply in replies]
+
+
+def test_faults_stay_with_the_call_that_had_them(server):
+    statuses = {"/429": (429, "slow down"), "/500": (500, "oops"), "/garbage": (200, "<html>"), "/other": (200, {"x": 1})}
+    server.rule = lambda path, body: statuses[path]
+    hang = threading.Event()
+
+    def raises(prompt, metadata):
+        raise KeyError("lost")
+
+    agents = [PythonAgent(f) for f in (raises, lambda **_: hang.wait(60), lambda **_: "", lambda **_: None, lambda **_: "x" * (LONGEST_REPLY + 1))]
+    agents += [open_agent(f"post+{server.url}{path}") for path in statuses] + [PythonAgent(plain)]
+    began = time.monotonic()
+    replies = calls(agents, timeout=1.5)
+    hang.set()
+    assert time.monotonic() - began < 30
+    for reply, complaint in zip(replies, ("KeyError: 'lost'", "no reply within 1.5 seconds", "returned nothing", "NoneType instead of a text",
+                                          "1,000,001 characters", "HTTP 429", "HTTP 500", "JSONDecodeError", "KeyError: 'response'", "6 times 7?")):
+        assert complaint in reply
+
+
+def test_workers_bound_how_many_calls_run_at_a_time_and_sessions_do_not_wait_for_each_other():
+    running, most, lock, gate = 0, 0, threading.Lock(), threading.Event()
+
+    def count(prompt, metadata):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.01)
+        with lock:
+            running -= 1
+        return "ok"
+
+    assert calls([PythonAgent(count)] * 12, workers=3) == ["ok"] * 12 and most == 3
+
+    def two_steps(seat):
+        yield [Call(seat, "first", MESSAGES, GENERATION, 0)]
+        yield [Call(seat, "second", MESSAGES, GENERATION, 0)]
+        gate.set()
+        return seat
+
+    def waits(prompt, metadata):
+        return "released" if gate.wait(60) else "stuck"
+
+    seats = {"quick": PythonAgent(plain), "slow": PythonAgent(waits)}
+    order = [key for group in drive({key: two_steps(key) for key in ("slow", "quick")}, seats, 4, 60) for key in group]
+    assert order == ["quick", "slow"]  # quick did both of its steps while slow waited for it in its first
+
+
+def test_calls_to_a_checkpoint_go_together_and_a_prompt_it_cannot_take_fails_alone():
+    class Batched:
+        is_batched = True
+
+        def __init__(self):
+            self.batches = []
+
+        def ask(self, conversations, generation, seeds, n=1, progress=None):
+            self.batches.append(len(conversations))
+            if any(messages[0]["content"] == "too long" for messages in conversations):
+                raise UserError("request 1 has too many tokens")
+            return [[Reply(f"{seed}", 1, False)] for seed in seeds]
+
+    def script(text, seed):
+        (reply,) = yield [Call("s", "ask", [{"role": "user", "content": text}], GENERATION, seed)]
+        return reply
+
+    seat = Batched()
+    scripts = {i: script("too long" if i == 1 else "fine", i) for i in range(4)}
+    results = {key: value for group in drive(scripts, {"s": seat}) for key, value in group.items()}
+    assert seat.batches == [4, 1, 1, 1, 1]
+    assert [getattr(results[i], "text", None) for i in range(4)] == ["0", None, "2", "3"] and "too many tokens" in str(results[1])
+
+
+def test_a_script_can_be_driven_in_a_thread_of_an_event_loop():
+    async def main():
+        with ThreadPoolExecutor(1) as pool:
+            return await asyncio.get_running_loop().run_in_executor(pool, calls, [PythonAgent(slow)])
+
+    assert asyncio.run(main()) == ["6 times 7?"]

@@ -1,0 +1,106 @@
+"""Skills: what becomes an entry, when it is used, how its effect is known, and when it goes."""
+
+import json
+
+import pytest
+
+from nano_atlas.playbook import Entry, Playbook, SkillConfig, read_entries
+
+
+def proposal(pattern="hard", imperative="Name the first step.", kind="keyword", **more) -> dict:
+    return {"cue": {"type": kind, "pattern": pattern}, "action": {"imperative": imperative, **more}}
+
+
+def read(*proposals, secret="42") -> list[dict]:
+    return read_entries("Here: " + json.dumps({"entries": proposals}), "math", "s1", secret)
+
+
+def playbook(*proposals, **options) -> Playbook:
+    book = Playbook(SkillConfig(**options))
+    book.learn("s0", [], [], None, [entry for p in proposals for entry in read(p)])
+    return book
+
+
+def observe(book: Playbook, sessions: int, rewards=None, hits: bool = True, name: str = "s") -> None:
+    """rewards: (with, without); the entry is used in every other session."""
+    (entry,) = book.entries.values()
+    for index in range(sessions):
+        if entry.id in book.entries:
+            used = [entry.id] if hits and index % 2 == 0 else []
+            book.learn(f"{name}{index}", [entry.id] if hits else [], used, rewards and rewards[index % 2], [])
+
+
+@pytest.mark.parametrize("bad", [
+    {}, None, [], proposal(""), proposal("x" * 300), proposal("(unclosed", kind="regex"), proposal("(a+)+b", kind="regex"), proposal(kind="predicate"),
+    proposal(imperative=""), proposal(imperative="long " * 60), proposal(imperative="It is 42."), proposal(imperative="As on 2026-01-02."),
+    proposal(imperative="See /etc/hosts."), proposal("INC-123")])  # fmt: skip
+def test_gates_stop_one_entry_and_not_the_others(bad):
+    assert [entry["action"]["imperative"] for entry in read(bad, proposal())] == ["Name the first step."]
+
+
+def test_an_entry_knows_where_it_comes_from_and_equal_ones_are_one():
+    (entry,) = read(proposal(strategy="concise"))
+    assert entry["provenance"] == {"session_id": "s1"} and entry["scope"] == {"category": "reinforcement", "learning_key": "math"}
+    assert entry["action"] == {"imperative": "Name the first step.", "strategy": "concise"}
+    assert read(proposal(strategy="no such"))[0]["action"]["strategy"] is None
+    assert len(playbook(proposal(), proposal()).entries) == 1
+    assert read_entries("no JSON", "k", "s", None) == []
+
+
+def test_cues_are_looked_for_in_the_text():
+    assert Entry("e", {"type": "keyword", "pattern": "Hard"}, {}, {}).matches("a hard task")
+    assert Entry("e", {"type": "regex", "pattern": r"chain of \d+"}, {}, {}).matches("A Chain of 7")
+    assert not Entry("e", {"type": "keyword", "pattern": ".*"}, {}, {}).matches("anything")
+
+
+def test_use_is_limited_in_number_and_length_and_withheld_in_a_fifth_of_the_matches():
+    texts = [proposal(imperative=f"Do {'abcdef'[i] * 100}.") for i in range(6)]
+    counts = [len(playbook(*texts, skills_per_task=n, skill_characters=c).retrieve("hard", 1)[0]) for n, c in ((2, 1000), (9, 320), (9, 0))]
+    assert counts == [2, 3, 0]
+    used = sum(bool(playbook(proposal()).retrieve("hard", seed)[0]) for seed in range(400))
+    assert 280 < used < 360
+    assert playbook(proposal()).retrieve("easy", 1) == ([], [])
+
+
+def test_the_best_known_effect_comes_first():
+    book = playbook(proposal(imperative="good"), proposal(imperative="unknown"), proposal(imperative="bad"), skills_per_task=1)
+    good, unknown, bad = book.entries
+    for reward, names in ((1.0, [good]), (0.0, [])):
+        book.learn(f"s{reward}", [good], names, reward, [])
+    for reward, names in ((0.0, [bad]), (1.0, [])):
+        book.learn(f"t{reward}", [bad], names, reward, [])
+    chosen = [book.retrieve("hard", seed)[0][0].id for seed in range(30)]
+    assert chosen.count(good) > 15 and set(chosen) <= {good, unknown, bad} and chosen.count(bad) <= chosen.count(unknown)
+    assert book.entries[good].effect == 1.0 and book.entries[bad].effect == -1.0
+
+
+@pytest.mark.parametrize(("sessions", "rewards", "hits", "is_kept"), [
+    (9, (0.0, 1.0), True, True), (10, (0.0, 1.0), True, False),  # harmful: pruned after ten sessions, not before
+    (40, (1.0, 0.5), True, True),  # helpful: stays
+    (9, None, False, True), (10, None, False, False),  # its cue is never found
+    (40, None, True, True)])  # fmt: skip  # nothing known of its effect
+def test_pruning_by_the_published_rules(sessions, rewards, hits, is_kept):
+    book = playbook(proposal())
+    observe(book, sessions, rewards, hits)
+    assert bool(book.entries) is is_kept
+
+
+def test_what_changes_nothing_goes_if_it_is_mostly_adopted_and_what_only_one_task_needs_goes():
+    book = playbook(proposal())
+    (entry,) = book.entries.values()
+    for index in range(12):
+        book.learn(f"s{index}", [entry.id], [entry.id] if index % 3 else [], 0.5, [])
+    assert not book.entries
+    book = playbook(proposal())
+    (entry,) = book.entries.values()
+    for index in range(25):
+        book.learn("the same task" if index % 5 == 0 else f"s{index}", [entry.id] if index % 5 == 0 else [], [], None, [])
+    assert not book.entries
+
+
+def test_pruned_entries_do_not_come_back_and_the_size_is_limited():
+    book = playbook(proposal())
+    observe(book, 10, (0.0, 1.0))
+    book.learn("s", [], [], None, read(proposal()))
+    assert not book.entries
+    assert len(playbook(*[proposal(imperative=f"Do {word}.") for word in "abcde"], playbook_size=3).entries) == 3
