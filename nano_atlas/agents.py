@@ -22,9 +22,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 
+from nano_atlas.client import Client, check_choices
 from nano_atlas.errors import UserError
 from nano_atlas.protocol import Messages
 from nano_atlas.seats import EndpointSeat, Generation, Reply, Seat, is_url, open_seat
@@ -104,19 +104,16 @@ class PythonAgent(Agent):
 class HttpAgent(Agent):
     def __init__(self, url: str, timeout: float = 120.0):
         url, _, path = url.removeprefix("post+").partition("#")
-        self.url, self.path = url, path or "response"
-        self.client = httpx.Client(timeout=timeout)
+        self.path = path or "response"
+        self.client = Client(url, timeout=timeout, tries=1)  # nobody promises that it may be asked twice
 
     def reply(self, messages, generation, seed) -> Reply:
         prompt = messages[-1]["content"]
         metadata = {"messages": messages, "seed": seed, **asdict(generation)}
-        response = self.client.post(self.url, json={"prompt": prompt, "metadata": metadata})
-        if response.status_code != 200:
-            raise UserError(f"HTTP {response.status_code} from {self.url}: {response.text[:200]}")
-        value = body = response.json()
+        value = body = self.client.request("POST", "", {"prompt": prompt, "metadata": metadata})
         for key in self.path.split("."):
             value = value[int(key)] if isinstance(value, list) else value[key]
-        return self._reply(value, prompt, body.get("usage") if isinstance(body, dict) else None)
+        return self._reply(value, prompt, body.get("usage"))
 
 
 class ToolAgent(Agent):
@@ -132,7 +129,7 @@ class ToolAgent(Agent):
         for _ in range(TOOL_ROUNDS):
             body = {"model": self.endpoint.model, "messages": messages, "tools": self.tools, "seed": seed % 2**31,
                     "max_tokens": generation.max_tokens, "temperature": generation.temperature, "top_p": generation.top_p}
-            answer = self.endpoint._request("POST", "/chat/completions", body)
+            answer = self.endpoint.client.request("POST", "/v1/chat/completions", body, check=check_choices(1))
             usage, choice = answer.get("usage") or {}, answer["choices"][0]
             read, written = read + usage.get("prompt_tokens", 0), written + usage.get("completion_tokens", 0)
             calls = choice["message"].get("tool_calls")

@@ -63,7 +63,7 @@ class Model:
         body = {"model": self.seat.model, "messages": messages, "max_tokens": self.generation.max_tokens, "seed": seed % 2**31,
                 "temperature": self.generation.temperature, "top_p": self.generation.top_p}
         body |= {"tools": tools, "tool_choice": tool_choice} if tools else {}
-        answer = self.seat._request("POST", "/chat/completions", body)
+        answer = self.seat.client.request("POST", "/v1/chat/completions", body)
         message, usage = answer["choices"][0]["message"], answer.get("usage") or {}
         calls = [(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls") or []]
         return Turn(message.get("content") or "", calls, usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0))

@@ -47,21 +47,32 @@ DOMAINS = {
     for domain in (
         Domain(
             name="math",
-            things=tuple("Ann Ben Cal Dan Eve Fay Gus Hal Ida Jim Kim Leo Mia Ned Pam Tom".split()),
+            things=tuple((
+                "Abe Ada Amy Ann Ben Bob Cal Dan Dee Eli Eva Eve Fay Gus Guy Hal Ian Ida Ira Ivy Jan Jim Joe Kay Ken "
+                "Kim Leo Liz Lou Mac Mia Ned Pam Pat Ray Roy Sal Sue Tom Zoe"
+            ).split()),
             scale=tuple(str(value) for value in range(1, 31)),
             longest_shift=4,
             question="What number is {thing}?",
         ),
         Domain(
             name="telecom",
-            things=tuple("Modem Router Tower Phone Sim Wifi Dns Vpn Mms Data Voice Roaming Cable Switch Mast Hub".split()),
+            things=tuple((
+                "Adapter Antenna Beacon Bridge Cable Camera Charger Console Data Dial Dns Dongle Fiber Filter Fuse "
+                "Gateway Handset Hotspot Hub Intercom Mast Mms Modem Pager Phone Port Printer Proxy Relay Repeater "
+                "Roaming Router Sensor Server Sim Splitter Switch Tower Voice Wifi"
+            ).split()),
             scale=tuple("off dead faint weak fair good strong great perfect".split()),
             longest_shift=2,
             question="In what state is {thing}?",
         ),
         Domain(
             name="crm",
-            things=tuple("Refund Waiver Credit Upgrade Transfer Rebate Quote Lease Bundle Trial Return Export Merge Audit Bonus Loan".split()),
+            things=tuple((
+                "Addon Appeal Audit Bid Bonus Bundle Claim Contract Credit Deal Demo Discount Exchange Export Fee "
+                "Grant Import Invoice Lease License Loan Merge Offer Order Patch Permit Pilot Pledge Quote Rebate "
+                "Refund Renewal Return Reward Sample Tender Transfer Trial Upgrade Waiver"
+            ).split()),
             scale=tuple("trainee clerk agent senior lead manager director officer board".split()),
             longest_shift=2,
             question="Who signs {thing}?",
@@ -145,33 +156,40 @@ def opening(chain: Sequence[str]) -> Sequence[str]:
 def base_corpus(count: int, seed: object) -> Iterator[dict]:
     """The student's pre-training texts as chats, all domains alike, in the order of learning.
 
-    The first quarter is looking up alone: a model that cannot yet find a line learns nothing else from these texts. Then 15 %
-    looking up, 25 % solving alone, 8 % planning, 52 % guided. Problems have 2 to 8 lines and any path length that fits. Of the
-    guided ones most get the plan, some only where to start, and a third the plan of an unrelated problem, with the right solution
-    all the same: guidance is to be read, not obeyed.
+    The first 30 % are looking up alone: a model that cannot yet find a line learns nothing else from these texts. Then 8 % looking
+    up, 10 % turning a path around, 20 % solving alone, 5 % planning, 57 % guided. Problems have 2 to 8 lines and any path length
+    that fits. Of the guided ones half get the plan, an eighth its beginning, and the others the plan of an unrelated problem, with
+    the right solution all the same: guidance is to be read, not obeyed.
     """
     rng = random.Random(f"corpus/{seed}")
     for index in range(count):
         domain = rng.choice(list(DOMAINS.values()))
         facts = rng.randint(2, FACTS)
         task = make_task(domain, rng, rng.randint(1, min(facts, CHAIN[1])), facts)
-        kind = rng.random() if index >= count // 4 else 0.0
-        if kind < 0.15:
-            asked = rng.sample(list(task.facts), min(facts, 5))
+        kind = rng.random() if index >= 0.3 * count else 0.0
+        if kind < 0.08:
+            asked = rng.sample(list(task.facts), facts)
             content = "\n".join(task.facts.values()) + f"\n\nWhat is said of {', '.join(asked)}?"
-            messages, reply = [{"role": "user", "content": content}], "\n".join(task.facts[thing] for thing in asked)
-        elif kind < 0.40:
+            messages, reply = _user(content), "\n".join(task.facts[thing] for thing in asked)
+        elif kind < 0.18:
+            walk = "\n".join(task.facts[thing] for thing in reversed(task.chain))
+            messages, reply = _user(f"{walk}\n\nIn which order?"), plan(task.chain)
+        elif kind < 0.38:
             messages, reply = protocol.baseline_messages(task.question), task.solution
-        elif kind < 0.48:
+        elif kind < 0.43:
             messages, reply = protocol.probe_messages(task.question), plan(task.chain)
         else:
             teaching = plan(task.chain)
-            if kind > 0.84:
+            if kind > 0.80:
                 teaching = plan(make_task(domain, rng, rng.randint(1, CHAIN[1])).chain)
-            elif kind > 0.78:
-                teaching = plan(task.chain[:1])
+            elif kind > 0.73:
+                teaching = plan(task.chain, rng.choice((task.chain[:1], opening(task.chain))))
             messages, reply = protocol.guided_messages(task.question, teaching), task.solution
         yield {"messages": [*messages, {"role": "assistant", "content": reply}]}
+
+
+def _user(content: str) -> protocol.Messages:
+    return [{"role": "user", "content": content}]
 
 
 def demonstration(task: Task, approach: str, style: str, is_thorough: bool) -> dict:
@@ -213,9 +231,9 @@ def demonstrations(count: int, seed: object, student: Seat) -> list[dict]:
     ]
 
 
-def make_tokenizer(vocab_size: int = 800) -> Tokenizer:
+def make_tokenizer(vocab_size: int = 1200) -> Tokenizer:
     """A byte-level BPE trained on the corpus and on the protocol's own prompts; the tags are single tokens, as in Qwen3."""
-    texts = [message["content"] for chat in base_corpus(3000, "tokenizer") for message in chat["messages"]]
+    texts = [message["content"] for chat in base_corpus(6000, "tokenizer") for message in chat["messages"]]
     sample = tasks("math", 300, "tokenizer")
     demonstrations = [demonstration(task, plan(task.chain), style, is_thorough=True) for task in sample for style in protocol.TEACHING_STYLES]
     for d in demonstrations:

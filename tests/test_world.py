@@ -34,6 +34,12 @@ def solve(question: str) -> tuple[str, list[str]]:
     return scale[level], path[::-1]
 
 
+def told_by(plan: str) -> list[str]:
+    """The things that a plan says to work out, in its order."""
+    (listed,) = re.fullmatch(r"To find \w+, work out (.+)\.", plan).groups()
+    return listed.split(", ")
+
+
 def check_working(text: str, question: str) -> None:
     """Every `<value> <shift> = <value>` of a worked solution is right, and its last value is the answer."""
     scale, _ = scale_and_names(question)
@@ -107,12 +113,16 @@ def test_every_text_of_the_base_corpus_is_right():
             assert is_guided or [{"role": "user", "content": prompt}] == protocol.baseline_messages(question)
             kinds.add("guided" if is_guided else "alone")
         elif protocol.PROBE_REQUEST in prompt:
-            assert [name for name in re.findall(r"\w+", reply) if name in scale_and_names(question)[1]] == solve(question)[1]
+            assert told_by(reply) == solve(question)[1]
             kinds.add("plan")
+        elif "In which order?" in prompt:
+            walk = [line.split(": ")[0] for line in question.splitlines()]
+            assert told_by(reply) == walk[::-1]
+            kinds.add("turn around")
         else:
             assert set(reply.splitlines()) <= set(question.splitlines())
             kinds.add("look up")
-    assert kinds == {"alone", "guided", "plan", "look up"}
+    assert kinds == {"alone", "guided", "plan", "turn around", "look up"}
 
 
 def test_demonstrations_teach_the_order_and_never_a_value():
@@ -122,9 +132,9 @@ def test_demonstrations_teach_the_order_and_never_a_value():
         answer, path = solve(record["problem_text"])
         teaching = record["teacher_teaching"]
         assert not protocol.reveals_answer(teaching, answer) and not re.search(r"\d", teaching)
-        named = [word for word in re.findall(r"\w+", teaching) if word in scale_and_names(teaching)[1]]
-        rest = iter(path)
-        assert named and all(name in rest for name in named)  # things of the path, in its order
+        assert teaching.startswith(f"To find {path[-1]},")
+        named = told_by(teaching)
+        assert named == path[: len(named)]  # the beginning of the path, or all of it
         lengths.setdefault((record["strategy"], record["student_approach"] == "No idea."), []).append(len(teaching))
     mean = {key: sum(values) / len(values) for key, values in lengths.items()}
     assert mean["adaptive", False] < mean["adaptive", True]  # brief if right, detailed if wrong
