@@ -53,11 +53,14 @@ class VllmSampler:
         self.max_model_len = min(self.max_model_len, model.get("max_model_len") or math.inf)
         remedy = "start it with VLLM_SERVER_DEV_MODE=1 and --logprobs-mode processed_logprobs (see nano_atlas/server.py)"
         try:
-            config = client.request("GET", "/server_info?config_format=json")["vllm_config"]["model_config"]
+            config = client.request("GET", "/server_info?config_format=json")["vllm_config"]
+            mode, is_chunked = config["model_config"]["logprobs_mode"], config["scheduler_config"]["enable_chunked_prefill"]
         except (UserError, KeyError) as error:
             raise UserError(f"{client.url} does not offer the endpoints that exchange weights ({error}); {remedy}") from None
-        if config["logprobs_mode"] != "processed_logprobs":  # raw ones are those of temperature 1
-            raise UserError(f"{client.url} reports {config['logprobs_mode']}, not those at the sampling temperature; {remedy}")
+        if mode != "processed_logprobs":  # raw ones are those of temperature 1
+            raise UserError(f"{client.url} reports {mode}, not log-probs at the sampling temperature; {remedy}")
+        if is_chunked and config["device_config"]["device"] == "cpu":  # see VllmServer
+            raise UserError(f"{client.url} splits long prompts, which kills vLLM on a CPU; start it with --no-enable-chunked-prefill")
 
     # ---- generation
 
