@@ -115,9 +115,10 @@ class EndpointSeat:
                 "seed": seed % 2**31,
             }
             answer = self._request("POST", "/chat/completions", body)
-            total = (answer.get("usage") or {}).get("completion_tokens", 0)
+            usage = answer.get("usage") or {}
+            total, read = usage.get("completion_tokens", 0), usage.get("prompt_tokens", 0)
             return [
-                Reply(choice["message"].get("content") or "", round(total / n), choice.get("finish_reason") == "length")
+                Reply(choice["message"].get("content") or "", round(total / n), choice.get("finish_reason") == "length", None, read)
                 for choice in answer["choices"]
             ]
 
