@@ -138,6 +138,13 @@ def test_a_chat_model_calls_tools_until_it_answers(server, monkeypatch, tmp_path
     assert server.bodies[1]["messages"][-1]["content"].startswith("error: JSONDecodeError")  # and the model could mend its call
 
 
+def test_a_plain_endpoint_counts_the_tokens_read_too(server):
+    usage = {"prompt_tokens": 9, "completion_tokens": 4}
+    server.rule = lambda path, body: (200, {"choices": [{"message": {"content": "42"}, "finish_reason": "length"}], "usage": usage})
+    reply = ask(open_agent(server.url))
+    assert (reply.text, reply.tokens, reply.is_truncated, reply.prompt_tokens) == ("42", 4, True, 9)
+
+
 # ------------------------------------------------------------------------------------------------- many at a time, and faults
 
 
