@@ -3,10 +3,10 @@
     python eval.py                                                    # the nano world: 500 held-out tasks in each domain
     python eval.py --preset own --bench gsm8k --data test.jsonl --student DIR --teacher sft=DIR grpo=DIR --out runs/gsm8k
     python eval.py --preset own --bench aime25 --data aime25.jsonl --samples 16 --temperature 0.6 --top-p 0.95 ...
-    python eval.py --preset own --bench crmarena --data b2b.jsonl ... # needs Salesforce credentials, see nano_atlas/crmarena.py
+    python eval.py --preset own --bench crmarena --data b2b.jsonl ... # needs Salesforce credentials, see nano_atlas/benches/crmarena.py
     python eval.py --bench tau2 --student URL --teacher URL ...       # dialogues, see `eval.py --bench tau2 --help`
     python eval.py --tables --out runs/gsm8k                          # the tables again, without any model
-    python -m nano_atlas.claims runs/*/results.json                   # what was published, beside what was measured here
+    python -m nano_atlas.benches.claims runs/*/results.json                   # what was published, beside what was measured here
 
 Every arm answers the same tasks in the same answer format, so arms are compared in pairs:
 
@@ -39,18 +39,19 @@ from statistics import mean
 
 from tqdm import tqdm
 
-from nano_atlas import crmarena, protocol, tau2, world
-from nano_atlas.arms import (
+from nano_atlas import protocol, world
+from nano_atlas.benches import crmarena, tau2
+from nano_atlas.benches.arms import (
     SAME_BUDGET, SHUFFLED, TWO_VOTES, UNTRAINED, ArmsConfig, derange, require_checkpoint, stored_report, write_report,
 )
+from nano_atlas.benches.results import STUDENT, TaskLog, TaskResult, read_results, start_or_continue
+from nano_atlas.benches.scores import tables
 from nano_atlas.config import Preset, option, parse, run_script
 from nano_atlas.data import Problem, derive_seed, load_problems
 from nano_atlas.episodes import Episode, Sketch, attempt, guide, majority, sketch_problems, teach
 from nano_atlas.errors import UserError
 from nano_atlas.files import digest
-from nano_atlas.results import STUDENT, TaskLog, TaskResult, read_results, start_or_continue
 from nano_atlas.reward import RewardConfig
-from nano_atlas.scores import tables
 from nano_atlas.seats import Generation, Reply, Seat
 
 CONTROLS = (SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET)

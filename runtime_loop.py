@@ -25,7 +25,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import sys
 import threading
 import uuid
@@ -38,23 +37,23 @@ import torch
 from tqdm import tqdm
 
 from nano_atlas import world
-from nano_atlas.agents import open_agent
 from nano_atlas.config import Preset, option, parse, refuse_changes, run_script, to_json
 from nano_atlas.data import Problem, derive_seed, load_problems
-from nano_atlas.deploy import with_deployment
 from nano_atlas.errors import UserError
-from nano_atlas.experience import Experience, ExperienceConfig, new_session, now, record
-from nano_atlas.export import export_traces, known_sessions, show_sessions
-from nano_atlas.files import read_json, write_json
-from nano_atlas.lanes import run_session
+from nano_atlas.files import checkpoint_digest, read_json, write_json
 from nano_atlas.metrics import RunLog
-from nano_atlas.promotion import PromotionConfig, train_and_promote
-from nano_atlas.report import runtime_metrics, summary
-from nano_atlas.review import STATUSES, record_reviews
+from nano_atlas.runtime.agents import open_agent
+from nano_atlas.runtime.deploy import with_deployment
+from nano_atlas.runtime.experience import Experience, ExperienceConfig, new_session, now, record
+from nano_atlas.runtime.export import export_traces, known_sessions, show_sessions
+from nano_atlas.runtime.lanes import run_session
+from nano_atlas.runtime.promotion import PromotionConfig, train_and_promote
+from nano_atlas.runtime.report import runtime_metrics, summary
+from nano_atlas.runtime.review import STATUSES, record_reviews
+from nano_atlas.runtime.serve import Answer, ServeConfig, serve
+from nano_atlas.runtime.sessions import drive, is_batched
+from nano_atlas.runtime.traces import Outcome, Selection, TraceWriter
 from nano_atlas.seats import Seat
-from nano_atlas.serve import Answer, ServeConfig, serve
-from nano_atlas.sessions import drive, is_batched
-from nano_atlas.traces import Outcome, Selection, TraceWriter
 
 NANO_TEACHERS = ("runs/nano/teacher-grpo/model", "runs/nano/teacher-sft/model")  # the first that exists
 
@@ -171,25 +170,16 @@ def session_ids(tasks: Sequence[Problem]) -> list[str]:
 def settle_options(config: Config) -> None:
     """A directory holds one experiment: other options, or other weights, than those it began with are refused."""
     path = config.out / "config.json"
-    weights = {"student": weights_digest(config.student), "teacher": weights_digest(config.teacher)}
+    specs = {"student": config.student, "teacher": config.teacher}
+    weights = {name: checkpoint_digest(Path(spec)) for name, spec in specs.items()}  # a URL does not show its weights
     if not path.exists():
-        write_json(path.with_suffix(".partial"), {"options": to_json(config), "weights": weights})
-        os.replace(path.with_suffix(".partial"), path)
+        write_json(path, {"options": to_json(config), "weights": weights})
     saved = read_json(path)
     refuse_changes(config, saved["options"], str(config.out))
     changed = [f"{name} ({getattr(config, name)})" for name in weights if weights[name] != saved["weights"][name]]
     if changed:
         raise UserError(f"{config.out} holds traces of other weights of the {' and the '.join(changed)}. "
                         "Choose another --out, or start over with --restart")
-
-
-def weights_digest(spec: str) -> str:
-    """Of a checkpoint directory; a URL does not show its weights."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(spec).glob("*.safetensors")):
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
 
 
 def set_aside(directory: Path) -> None:

@@ -20,7 +20,7 @@ probe and baselines are shared by a group; the reward compares the guided answer
 checkpoint unless --reference-mixing says otherwise. In one process models may sit on different GPUs; under torchrun each rank
 shards the policy and has the frozen models, and a copy to sample from, to itself.
 
-Who samples is chosen in nano_atlas/layout.py, or with --rollout: this process, or vLLM servers that get the weights after each
+Who samples is chosen in nano_atlas/rollout/layout.py, or with --rollout: this process, or vLLM servers that get the weights after each
 update. With --overlap they sample step t + 1 while step t trains, from weights that are one update old; importance weights correct
 for that. The state holds those samples, so a continued run trains on the very same ones.
 """
@@ -46,17 +46,17 @@ from nano_atlas.data import Problem, derive_seed, load_problems
 from nano_atlas.episodes import Episode, attempt, episode_record, sketch_problems, teach, teaching_metrics
 from nano_atlas.errors import UserError
 from nano_atlas.files import read_json, write_json
-from nano_atlas.layout import LayoutConfig, choose_layout, load, open_policy, open_student
-from nano_atlas.memory import needs
 from nano_atlas.metrics import RunLog
 from nano_atlas.optim import (
     SCHEDULES, MasterAdamW, latest_training_state, learning_rate, load_training_state, save_training_state,
 )
 from nano_atlas.policy import Batch, Sample, UpdateConfig, mix_reference, update, usable
 from nano_atlas.reward import RewardConfig, group_advantages
+from nano_atlas.rollout.layout import LayoutConfig, choose_layout, load, open_policy, open_student
+from nano_atlas.rollout.memory import needs
+from nano_atlas.runtime.traces import problems_from_traces
 from nano_atlas.seats import Generation, Seat, TokenSeat
 from nano_atlas.tokenizer import Tokenizer
-from nano_atlas.traces import problems_from_traces
 
 NANO = Path("runs/nano")
 NANO_PROBLEMS = 4096  # whatever --steps is, so that a run that is continued for longer goes on with the same ones

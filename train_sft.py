@@ -16,7 +16,6 @@ later, `<thinking>..</thinking><teaching>..</teaching>` after the student's appr
 of its own; a step is measured in tokens; on one GPU the optimizer's state may live on another or in host memory.
 """
 
-import hashlib
 import shutil
 import sys
 import time
@@ -34,14 +33,14 @@ from nano_atlas.data import (
     Batch, Example, collate, derive_seed, load_examples, pack, padding_share, shuffle_epoch, steps_per_epoch, write_jsonl,
 )
 from nano_atlas.errors import UserError
-from nano_atlas.files import read_json, write_json
+from nano_atlas.files import files_digest, read_json, write_json
 from nano_atlas.loss import sft_loss
-from nano_atlas.memory import needs
 from nano_atlas.metrics import RunLog
 from nano_atlas.model import PackedAttention, Transformer
 from nano_atlas.optim import (
     SCHEDULES, MasterAdamW, latest_training_state, learning_rate, load_training_state, save_training_state,
 )
+from nano_atlas.rollout.memory import needs
 from nano_atlas.seats import EmbeddedSeat
 from nano_atlas.tokenizer import Tokenizer
 
@@ -155,14 +154,11 @@ def split(examples: list[Example], share: float, seed: int) -> tuple[list[Exampl
     return [e for i, e in enumerate(examples) if i not in held], [e for i, e in enumerate(examples) if i in held]
 
 
-def fingerprint(paths: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
+def data_digest(paths: Sequence[Path]) -> str:
     for path in paths:
         if not path.is_file():
             raise UserError(f"{path}: no such file; --data must name JSONL files")
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    return files_digest(paths)
 
 
 # ---------------------------------------------------------------------------------------------------------------- loop
@@ -196,7 +192,7 @@ def evaluate(model: Transformer, examples: list[Example], tokens_per_batch: int,
 
 def train(config: Config) -> None:
     state_dir, options_file = config.out / "state", config.out / "options.json"
-    data_hash = fingerprint(config.data)
+    data_hash = data_digest(config.data)
     if config.restart and distributed.rank() == 0:
         for directory in (state_dir, config.out / "model"):
             shutil.rmtree(directory, ignore_errors=True)

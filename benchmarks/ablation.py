@@ -29,13 +29,14 @@ from tqdm import tqdm
 
 import train_grpo
 import train_sft
-from nano_atlas import layout, protocol, stats, world
+from nano_atlas import protocol, stats, world
 from nano_atlas.checkpoint import load_model
 from nano_atlas.data import derive_seed, read_jsonl
 from nano_atlas.episodes import EpisodeConfig, sketch_problems, teach, teaching_metrics
 from nano_atlas.files import read_json, write_json
 from nano_atlas.policy import Sample
 from nano_atlas.reward import RewardConfig, group_advantages
+from nano_atlas.rollout import layout
 from nano_atlas.seats import EmbeddedSeat
 from nano_atlas.tokenizer import Tokenizer
 

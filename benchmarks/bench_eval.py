@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import eval as evaluation  # noqa: E402
 from nano_atlas import protocol, world  # noqa: E402
+from nano_atlas.benches.results import TaskLog  # noqa: E402
 from nano_atlas.config import parse  # noqa: E402
-from nano_atlas.results import TaskLog  # noqa: E402
 
 
 class Kept:

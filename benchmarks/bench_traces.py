@@ -11,12 +11,12 @@ from pathlib import Path
 
 from nano_atlas import world
 from nano_atlas.data import Problem
-from nano_atlas.export import export_traces
-from nano_atlas.guard import Trial
-from nano_atlas.journal import to_line
-from nano_atlas.judges import Verdict
-from nano_atlas.lanes import Session
-from nano_atlas.traces import Selection, TraceWriter, problems_from_traces, session_outcome, trace_of
+from nano_atlas.runtime.export import export_traces
+from nano_atlas.runtime.guard import Trial
+from nano_atlas.runtime.journal import to_line
+from nano_atlas.runtime.judges import Verdict
+from nano_atlas.runtime.lanes import Session
+from nano_atlas.runtime.traces import Selection, TraceWriter, problems_from_traces, session_outcome, trace_of
 
 
 def make_trace(index: int, task: world.Task) -> dict:

@@ -13,7 +13,6 @@ Every arm has seen the same tasks after each round, or done the same number of s
 so differences to the student alone are paired. Results are files; the same command continues with what is missing.
 """
 
-import json
 import shlex
 import subprocess
 import sys
@@ -23,18 +22,18 @@ from pathlib import Path
 from statistics import fmean
 
 from nano_atlas import protocol, world
-from nano_atlas.agents import open_agent
-from nano_atlas.config import Preset, option, parse, run_script, to_json
+from nano_atlas.config import option, parse, run_script, to_json
 from nano_atlas.data import Problem, derive_seed, write_jsonl
-from nano_atlas.deploy import read_deployment
 from nano_atlas.episodes import EpisodeConfig, sketch_problems, teach
 from nano_atlas.errors import UserError
 from nano_atlas.files import read_json, write_json
 from nano_atlas.reward import RewardConfig
+from nano_atlas.runtime.agents import open_agent
+from nano_atlas.runtime.deploy import read_deployment
+from nano_atlas.runtime.strategies import Strategies
+from nano_atlas.runtime.traces import read_traces
 from nano_atlas.seats import Generation, Seat
 from nano_atlas.stats import paired_bootstrap
-from nano_atlas.strategies import Strategies
-from nano_atlas.traces import read_traces
 
 ROOT = Path(__file__).parents[1]
 ARMS = ("both", "online", "offline", "fine-tuning", "few-shot")

@@ -25,8 +25,8 @@ from nano_atlas import world
 from nano_atlas.config import option, parse, run_script
 from nano_atlas.data import write_jsonl
 from nano_atlas.errors import UserError
-from nano_atlas.export import export_traces
-from nano_atlas.traces import Selection, TraceWriter, problems_from_traces
+from nano_atlas.runtime.export import export_traces
+from nano_atlas.runtime.traces import Selection, TraceWriter, problems_from_traces
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from nano_atlas.distributed import rank
 from nano_atlas.errors import UserError
+from nano_atlas.files import replace_text
 
 
 class RunLog:
@@ -76,6 +77,4 @@ def _keep_until(path: Path, last_step: int) -> None:
         except (ValueError, KeyError, TypeError):
             if number < len(lines):  # a torn last line is what an interrupted write leaves; anywhere else it is damage
                 raise UserError(f"{path}:{number}: not a metrics record; mend or delete the file, or use --restart") from None
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    replace_text(path, "".join(line + "\n" for line in kept))

@@ -19,7 +19,6 @@ from nano_atlas.model import Transformer
 from nano_atlas.protocol import Messages
 from nano_atlas.sampler import Request, Rollout, Sampler, SamplingParams
 from nano_atlas.tokenizer import Tokenizer
-from nano_atlas.vllm_sampler import VllmSampler
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,10 @@ class Seat(Protocol):
 
 
 class TokenSeat:
-    """A model behind a sampler, in this process (`Sampler`) or on vLLM servers (`VllmSampler`), and its tokenizer."""
+    """A model behind a sampler, in this process or on vLLM servers (`rollout.VllmSampler` has the interface of `Sampler`), and its
+    tokenizer."""
 
-    def __init__(self, sampler: Sampler | VllmSampler, tokenizer: Tokenizer, *, thinking: bool = False):
+    def __init__(self, sampler: Sampler, tokenizer: Tokenizer, *, thinking: bool = False):
         self.sampler, self.tokenizer = sampler, tokenizer
         self.template_options = {"enable_thinking": thinking}  # Qwen3's switch; other templates ignore it
 

@@ -10,10 +10,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from nano_atlas.agents import PythonAgent, open_agent, tool_schema
 from nano_atlas.errors import UserError
+from nano_atlas.runtime.agents import PythonAgent, open_agent, tool_schema
+from nano_atlas.runtime.sessions import LONGEST_REPLY, Call, Fault, drive
 from nano_atlas.seats import Generation, Reply
-from nano_atlas.sessions import LONGEST_REPLY, Call, Fault, drive
 
 MESSAGES = [{"role": "user", "content": "6 times 7?"}]
 GENERATION = Generation(20, 0.3)

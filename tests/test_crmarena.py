@@ -6,10 +6,11 @@ import sys
 import pytest
 
 import eval as evaluation
-from nano_atlas import crmarena, protocol
-from nano_atlas.arms import SAME_BUDGET, SHUFFLED, TWO_VOTES, UNTRAINED
+from nano_atlas import protocol
+from nano_atlas.benches import crmarena
+from nano_atlas.benches.arms import SAME_BUDGET, SHUFFLED, TWO_VOTES, UNTRAINED
+from nano_atlas.benches.results import STUDENT, read_results
 from nano_atlas.errors import UserError
-from nano_atlas.results import STUDENT, read_results
 from nano_atlas.seats import Reply
 
 ARTICLES = {0: "ka0001", 1: None, 2: None, 3: None}

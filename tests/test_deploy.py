@@ -4,8 +4,8 @@ import pytest
 
 import runtime_loop
 from nano_atlas.config import Preset, parse
-from nano_atlas.deploy import Deployed, read_deployment, with_deployment, write_deployment
 from nano_atlas.errors import UserError
+from nano_atlas.runtime.deploy import Deployed, read_deployment, with_deployment, write_deployment
 
 EXCERPT = """# atlas-sdk runtime config excerpt
 teacher:

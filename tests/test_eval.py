@@ -14,16 +14,16 @@ import tokenizers
 
 import eval as evaluation
 from eval import Config, evaluate
-from nano_atlas.arms import SAME_BUDGET, SHUFFLED, TWO_VOTES, UNTRAINED, derange, stored_report
 from nano_atlas import protocol
+from nano_atlas.benches.arms import SAME_BUDGET, SHUFFLED, TWO_VOTES, UNTRAINED, derange, stored_report
+from nano_atlas.benches.results import STUDENT, TaskLog, read_results, start_or_continue
+from nano_atlas.benches.scores import make_report, tables
 from nano_atlas.checkpoint import config_from_dict, save_model
 from nano_atlas.config import parse, run_script
 from nano_atlas.data import Problem
 from nano_atlas.episodes import Attempt, attempt, majority
 from nano_atlas.errors import UserError
 from nano_atlas.model import Transformer
-from nano_atlas.results import STUDENT, TaskLog, read_results, start_or_continue
-from nano_atlas.scores import make_report, tables
 from nano_atlas.seats import Reply
 from nano_atlas.tokenizer import Tokenizer
 

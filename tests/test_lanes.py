@@ -6,16 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from nano_atlas import judges
-from nano_atlas.capability import choose_lane, lane_of, read_choice
 from nano_atlas.data import Problem, derive_seed
 from nano_atlas.errors import UserError
-from nano_atlas.guard import GuardConfig, Trial, choose_trial, degradation_bound
-from nano_atlas.judges import JudgeConfig, Verdict, hold_consistent, read_sample
-from nano_atlas.lanes import LaneConfig, Session, run_session
 from nano_atlas.protocol import ANSWER_FORMAT, PROBE_REQUEST, last_json, parse_plan
+from nano_atlas.runtime import judges
+from nano_atlas.runtime.capability import choose_lane, lane_of, read_choice
+from nano_atlas.runtime.guard import GuardConfig, Trial, choose_trial, degradation_bound
+from nano_atlas.runtime.judges import JudgeConfig, Verdict, hold_consistent, read_sample
+from nano_atlas.runtime.lanes import LaneConfig, Session, run_session
+from nano_atlas.runtime.sessions import drive
 from nano_atlas.seats import Reply
-from nano_atlas.sessions import drive
 
 TASK = Problem("t", "What is {6} times 7?", "42", "math")
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nano_atlas.playbook import Entry, Playbook, SkillConfig, read_entries
+from nano_atlas.runtime.playbook import Entry, Playbook, SkillConfig, read_entries
 
 
 def proposal(pattern="hard", imperative="Name the first step.", kind="keyword", **more) -> dict:

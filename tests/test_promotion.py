@@ -7,15 +7,15 @@ import pytest
 
 import runtime_loop
 from conftest import SMALL
-from nano_atlas import promotion
 from nano_atlas.data import Problem
-from nano_atlas.deploy import read_deployment
 from nano_atlas.episodes import EpisodeConfig
 from nano_atlas.errors import UserError
-from nano_atlas.promotion import compare
+from nano_atlas.runtime import promotion
+from nano_atlas.runtime.deploy import read_deployment
+from nano_atlas.runtime.promotion import compare
+from nano_atlas.runtime.traces import read_traces
 from nano_atlas.seats import Reply
 from nano_atlas.stats import paired_bootstrap
-from nano_atlas.traces import read_traces
 
 PROBLEMS = [Problem(f"p{i}", f"Problem {i}.", "1", "math") for i in range(200)]
 

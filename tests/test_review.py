@@ -6,7 +6,7 @@ import statistics
 import pytest
 
 from nano_atlas.errors import UserError
-from nano_atlas.review import Drift, read_reviews, record_reviews
+from nano_atlas.runtime.review import Drift, read_reviews, record_reviews
 
 
 def after(rewards, reward):

@@ -19,9 +19,9 @@ from nano_atlas import world
 from nano_atlas.data import Problem, derive_seed
 from nano_atlas.errors import UserError
 from nano_atlas.protocol import ANSWER_FORMAT, PROBE_REQUEST, TEACHING_STYLES, baseline_messages
+from nano_atlas.runtime.export import export_traces
+from nano_atlas.runtime.traces import problems_from_traces, read_traces
 from nano_atlas.seats import Reply
-from nano_atlas.traces import problems_from_traces, read_traces
-from nano_atlas.export import export_traces
 from runtime_loop import Config, session_ids
 
 TASKS = [Problem(f"t{i}", f"Task {i} is {'easy' if i % 3 == 0 else 'hard'}.", f"gold{i}", "math") for i in range(23)]

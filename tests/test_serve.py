@@ -13,8 +13,8 @@ import httpx
 import openai
 import pytest
 
-from nano_atlas.serve import KEY_VARIABLE, Answer, RequestError, ServeConfig, events, read_request, serve
-from nano_atlas.traces import read_traces
+from nano_atlas.runtime.serve import KEY_VARIABLE, Answer, RequestError, ServeConfig, events, read_request, serve
+from nano_atlas.runtime.traces import read_traces
 
 AGENTS = '''
 import time
@@ -132,7 +132,7 @@ def test_conversations_become_one_question():
 
 
 def test_a_stream_is_kept_alive_while_the_pair_works(monkeypatch):
-    monkeypatch.setattr("nano_atlas.serve.KEEP_ALIVE", 0.01)
+    monkeypatch.setattr("nano_atlas.runtime.serve.KEEP_ALIVE", 0.01)
     lines = list(events({}, lambda question, options: time.sleep(0.1) or Answer("ok", True, 1, 2), "q", {}))
     assert ": working" in lines and lines[-1] == "data: [DONE]" and '"finish_reason": "length"' in lines[-2]
 

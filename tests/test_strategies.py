@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from nano_atlas.strategies import Strategies
+from nano_atlas.runtime.strategies import Strategies
 
 PAYOFFS = {"adaptive": 0.1, "concise": 0.6, "detailed": -0.2}  # mean rewards; the bandit does not know them
 

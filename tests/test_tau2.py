@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 
 import eval as evaluation
-from nano_atlas import tau2
+from nano_atlas.benches import tau2
+from nano_atlas.benches.results import STUDENT, TaskLog, start_or_continue
+from nano_atlas.benches.tau2 import Config, in_parallel, intent, persona, task_result
 from nano_atlas.config import run_script
 from nano_atlas.errors import UserError
-from nano_atlas.results import STUDENT, TaskLog, start_or_continue
-from nano_atlas.tau2 import Config, in_parallel, intent, persona, task_result
 
 MMS = "[mms_issue]bad_wifi_calling|airplane_mode_on[PERSONA:Hard]"
 OPTIONS = {"student": "http://s", "user": "http://u", "teacher": ("grpo=http://t",)}

@@ -1,18 +1,17 @@
 """Session traces: their keys, what they keep, how a torn file is mended, and how they become training problems."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
-from nano_atlas.guard import Trial
-from nano_atlas.journal import to_line
-from nano_atlas.judges import Verdict
-from nano_atlas.lanes import Session
-from nano_atlas.traces import Outcome, Selection, TraceWriter, problems_from_traces, read_head, read_traces, session_outcome, trace_of
+from nano_atlas.runtime.guard import Trial
+from nano_atlas.runtime.journal import to_line
+from nano_atlas.runtime.judges import Verdict
+from nano_atlas.runtime.lanes import Session
+from nano_atlas.runtime.traces import Outcome, Selection, TraceWriter, problems_from_traces, read_head, read_traces, session_outcome, trace_of
 
 ATLAS_KEYS = {  # the fields of AtlasSessionTrace
     "task", "final_answer", "plan", "steps", "session_metadata", "session_reward", "trajectory_events", "student_learning",

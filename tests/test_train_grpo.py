@@ -13,11 +13,12 @@ from conftest import run_grpo as run
 from safetensors.torch import load_file
 
 import train_grpo
-from nano_atlas import layout, protocol
+from nano_atlas import protocol
 from nano_atlas.checkpoint import load_model
 from nano_atlas.config import parse, run_script
 from nano_atlas.errors import UserError
 from nano_atlas.policy import Sample
+from nano_atlas.rollout import layout
 from nano_atlas.sampler import Rollout
 from nano_atlas.tokenizer import Tokenizer
 from train_grpo import Config, problems_of_step, update, usable

@@ -15,15 +15,15 @@ from conftest import byte_tokenizer, run_grpo
 from safetensors.torch import load_file
 
 import train_grpo
-from nano_atlas import server as server_room
-from nano_atlas import sync as sync_room
 from nano_atlas.checkpoint import save_model
 from nano_atlas.errors import UserError
 from nano_atlas.model import ModelConfig, PackedAttention, Transformer
+from nano_atlas.rollout import server as server_room
+from nano_atlas.rollout import sync as sync_room
+from nano_atlas.rollout.server import VllmServer
+from nano_atlas.rollout.sync import FileTransfer, Parity
+from nano_atlas.rollout.vllm_sampler import VllmSampler
 from nano_atlas.sampler import Request, Rollout, SamplingParams
-from nano_atlas.server import VllmServer
-from nano_atlas.sync import FileTransfer, Parity
-from nano_atlas.vllm_sampler import VllmSampler
 
 SUPERVISOR = Path(server_room.__file__).with_name("supervisor.py")
 MESSAGES = [{"role": "user", "content": "Compute 12 + 34 step by step. Grüße 🙂"}]

@@ -24,7 +24,7 @@ from statistics import NormalDist
 
 from nano_atlas.config import option
 from nano_atlas.errors import UserError
-from nano_atlas.judges import Verdict
+from nano_atlas.runtime.judges import Verdict
 from nano_atlas.stats import wilson_interval
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nano_atlas.errors import UserError
-from nano_atlas.journal import read_lines
-from nano_atlas.review import Review, read_reviews
-from nano_atlas.traces import Selection, parse_trace, read_head
+from nano_atlas.runtime.journal import read_lines
+from nano_atlas.runtime.review import Review, read_reviews
+from nano_atlas.runtime.traces import Selection, parse_trace, read_head
 
 
 def export_traces(source: Path, target: Path, selection: Selection) -> tuple[int, int]:

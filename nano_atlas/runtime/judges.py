@@ -21,12 +21,12 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from nano_atlas import protocol
-from nano_atlas.agents import load_object, resolve
 from nano_atlas.config import option
 from nano_atlas.data import Problem, derive_seed
 from nano_atlas.errors import UserError
+from nano_atlas.runtime.agents import load_object, resolve
+from nano_atlas.runtime.sessions import Call, Fault
 from nano_atlas.seats import Generation
-from nano_atlas.sessions import Call, Fault
 
 ANSWER_JUDGES, TEACHING_JUDGES = ("accuracy", "process"), ("helpfulness", "diagnostic")
 

@@ -20,7 +20,7 @@ from typing import Any
 from nano_atlas import protocol
 from nano_atlas.config import option
 from nano_atlas.data import derive_seed
-from nano_atlas.strategies import Record
+from nano_atlas.runtime.strategies import Record
 
 WITHHELD = 0.2  # share of matching sessions in which an entry is withheld
 LONGEST_SENTENCE = 200  # characters

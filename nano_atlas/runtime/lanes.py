@@ -15,16 +15,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nano_atlas import protocol
-from nano_atlas.capability import LANES, choose_lane
 from nano_atlas.config import option
 from nano_atlas.data import Problem, derive_seed
 from nano_atlas.episodes import EpisodeConfig
-from nano_atlas.guard import GuardConfig, Trial, choose_trial
-from nano_atlas.judges import Calls, Exhibit, JudgeConfig, Verdict, ensemble, judge
-from nano_atlas.playbook import Playbook, SkillConfig, read_entries
 from nano_atlas.reward import RewardConfig, teaching_reward
+from nano_atlas.runtime.capability import LANES, choose_lane
+from nano_atlas.runtime.guard import GuardConfig, Trial, choose_trial
+from nano_atlas.runtime.judges import Calls, Exhibit, JudgeConfig, Verdict, ensemble, judge
+from nano_atlas.runtime.playbook import Playbook, SkillConfig, read_entries
+from nano_atlas.runtime.sessions import Call, Fault
 from nano_atlas.seats import Generation
-from nano_atlas.sessions import Call, Fault
 
 UNJUDGED = Verdict(None, "nobody")
 

@@ -6,7 +6,7 @@
     python eval.py --bench tau2 --out runs/mms --tables                               # the tables again
     python eval.py --bench tau2 --out runs/mms --view 'bad_wifi_calling'              # the dialogues of matching tasks
 
-The official package runs and scores each dialogue (nano_atlas/dialogue.py); this file says which, and what became of them. Arms
+The official package runs and scores each dialogue (nano_atlas/benches/dialogue.py); this file says which, and what became of them. Arms
 are those of eval.py, but for the votes: dialogues change the world, so there is no choosing among them afterwards. Student and
 user are URLs: each turn repeats a prompt of some 8,000 tokens, which a server computes once and the embedded sampler would every
 time, and a server parses calls of tools in each family's format (`vllm serve MODEL --enable-auto-tool-choice --tool-call-parser
@@ -36,14 +36,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nano_atlas import scores, stats
-from nano_atlas.arms import SHUFFLED, UNTRAINED, ArmsConfig, derange, require_checkpoint, stored_report, write_report
+from nano_atlas import stats
+from nano_atlas.benches import scores
+from nano_atlas.benches.arms import SHUFFLED, UNTRAINED, ArmsConfig, derange, require_checkpoint, stored_report, write_report
+from nano_atlas.benches.results import STUDENT, TaskLog, TaskResult, read_results, start_or_continue
 from nano_atlas.config import option, parse
 from nano_atlas.data import Problem
 from nano_atlas.episodes import Attempt
 from nano_atlas.errors import UserError
 from nano_atlas.files import digest, files_digest, read_json, replace_text
-from nano_atlas.results import STUDENT, TaskLog, TaskResult, read_results, start_or_continue
 from nano_atlas.seats import Generation, is_url
 
 INSTALL = """--bench tau2 needs the official package and its data:
@@ -191,7 +192,7 @@ def persona(name: str) -> str | None:
 
 def floors(config: Config, tasks: Sequence) -> dict[str, float]:
     """What two policies that look at nothing score on these tasks, by the official scorer."""
-    from nano_atlas.dialogue import floor_reward
+    from nano_atlas.benches.dialogue import floor_reward
 
     tools = {"do nothing": None, "always transfer": "transfer_to_human_agents"}
     return {name: mean(floor_reward(task, config.domain, tool, config.is_solo) for task in tasks) for name, tool in tools.items()}
@@ -202,7 +203,7 @@ def floors(config: Config, tasks: Sequence) -> dict[str, float]:
 
 def evaluate(config: Config, tasks: Sequence, problems: Sequence[Problem], log: TaskLog) -> None:
     """Every (arm, task, trial) that the log lacks, `workers` at a time. Teachers are opened one after the other."""
-    from nano_atlas.dialogue import Guidance, Model, simulate, teacher_guide
+    from nano_atlas.benches.dialogue import Guidance, Model, simulate, teacher_guide
 
     pairs = list(zip(tasks, problems))
     missing = {arm: [(task, problem, trial) for trial in range(config.trials) for task, problem in pairs

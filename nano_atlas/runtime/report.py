@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from statistics import mean
 
-from nano_atlas.capability import LANES
-from nano_atlas.guard import degradation_bound
 from nano_atlas.protocol import TEACHING_STYLES
-from nano_atlas.traces import Outcome
+from nano_atlas.runtime.capability import LANES
+from nano_atlas.runtime.guard import degradation_bound
+from nano_atlas.runtime.traces import Outcome
 
 
 def runtime_metrics(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
@@ -47,7 +47,7 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     lines = [f"{len(outcomes)} tasks, {len(scored)} scored" + f", {failed} FAILED (the same command tries them again)" * (failed > 0)]
     if scored:
         lines += [f"  student alone      {metrics['baseline_accuracy']:7.1%}",
-                  f"  returned           {metrics['returned_accuracy']:7.1%}   (the best of all attempts, see nano_atlas/guard.py)"]
+                  f"  returned           {metrics['returned_accuracy']:7.1%}   (the best of all attempts, see nano_atlas/runtime/guard.py)"]
     if rewarded:
         lines += [
             f"  guided             {metrics['student_accuracy']:7.1%}   ({100 * metrics['accuracy_delta']:+.1f} points)",

@@ -10,7 +10,6 @@ A `student:` section has the same form. Providers: `huggingface` (model: a check
 server at api_base, with an optional model name), `http` and `python` (model: as in `agents`).
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import yaml
 
 from nano_atlas.config import Preset
 from nano_atlas.errors import UserError
+from nano_atlas.files import replace_text
 
 PROVIDERS = ("huggingface", "openai", "http", "python")
 
@@ -94,6 +94,4 @@ def write_deployment(path: Path, teacher: str, temperature: float | None = None)
     """Put another teacher checkpoint into service; what the file says of the student stays. The file is replaced as a whole."""
     content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
     llm = {"provider": "huggingface", "model": teacher} | ({} if temperature is None else {"temperature": temperature})
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(yaml.safe_dump({**content, "teacher": {"llm": llm}}, sort_keys=False), encoding="utf-8")
-    os.replace(partial, path)
+    replace_text(path, yaml.safe_dump({**content, "teacher": {"llm": llm}}, sort_keys=False))

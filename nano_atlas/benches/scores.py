@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from nano_atlas import stats
+from nano_atlas.benches.results import STUDENT, TaskResult
 from nano_atlas.episodes import majority
-from nano_atlas.results import STUDENT, TaskResult
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
+from nano_atlas.benches.results import STUDENT, read_results
+from nano_atlas.benches.scores import Report, make_report, tables
 from nano_atlas.config import option
 from nano_atlas.data import Problem, derive_seed
 from nano_atlas.episodes import EpisodeConfig
 from nano_atlas.errors import UserError
 from nano_atlas.files import checkpoint_digest, read_json, replace_text
-from nano_atlas.results import STUDENT, read_results
-from nano_atlas.scores import Report, make_report, tables
 from nano_atlas.seats import Seat, is_url, open_seat
 
 SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET = "shuffled", "untrained", "two-votes", "same-budget"

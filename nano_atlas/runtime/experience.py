@@ -6,12 +6,12 @@ from datetime import datetime, timezone
 
 from nano_atlas.config import option
 from nano_atlas.data import Problem, derive_seed
-from nano_atlas.lanes import LaneConfig, Session
-from nano_atlas.playbook import Playbook
 from nano_atlas.protocol import TEACHING_STYLES
-from nano_atlas.review import WINDOW, Drift
-from nano_atlas.strategies import Strategies
-from nano_atlas.traces import Outcome, session_outcome, trace_of
+from nano_atlas.runtime.lanes import LaneConfig, Session
+from nano_atlas.runtime.playbook import Playbook
+from nano_atlas.runtime.review import WINDOW, Drift
+from nano_atlas.runtime.strategies import Strategies
+from nano_atlas.runtime.traces import Outcome, session_outcome, trace_of
 
 STYLES = tuple(TEACHING_STYLES)
 

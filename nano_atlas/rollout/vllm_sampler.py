@@ -18,9 +18,9 @@ from tqdm import tqdm
 from nano_atlas.client import Client, ServerLost, check_choices
 from nano_atlas.errors import UserError
 from nano_atlas.model import Transformer
+from nano_atlas.rollout.server import VllmServer
+from nano_atlas.rollout.sync import FileTransfer, NcclTransfer, Parity, sequence_logprobs
 from nano_atlas.sampler import Request, Rollout
-from nano_atlas.server import VllmServer
-from nano_atlas.sync import FileTransfer, NcclTransfer, Parity, sequence_logprobs
 
 RECOVERIES = 2  # restarts or reloads within one call, before giving up
 
@@ -51,7 +51,7 @@ class VllmSampler:
         (model, *_) = client.request("GET", "/v1/models").get("data") or [{}]
         self.models[client.url] = model.get("id")
         self.max_model_len = min(self.max_model_len, model.get("max_model_len") or math.inf)
-        remedy = "start it with VLLM_SERVER_DEV_MODE=1 and --logprobs-mode processed_logprobs (see nano_atlas/server.py)"
+        remedy = "start it with VLLM_SERVER_DEV_MODE=1 and --logprobs-mode processed_logprobs (see nano_atlas/rollout/server.py)"
         try:
             config = client.request("GET", "/server_info?config_format=json")["vllm_config"]
             mode, is_chunked = config["model_config"]["logprobs_mode"], config["scheduler_config"]["enable_chunked_prefill"]

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean, median, pstdev
 
 from nano_atlas.errors import UserError
-from nano_atlas.journal import Journal, read_lines
+from nano_atlas.runtime.journal import Journal, read_lines
 
 STATUSES = ("pending", "approved", "quarantined")
 WINDOW, LEAST_SAMPLES, ALERT = 50, 5, 3.0

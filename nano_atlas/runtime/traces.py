@@ -28,11 +28,11 @@ from typing import Any, NamedTuple
 from nano_atlas.config import option
 from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
-from nano_atlas.guard import Trial
-from nano_atlas.journal import Journal, read_lines
-from nano_atlas.judges import Verdict
-from nano_atlas.lanes import Session
-from nano_atlas.review import STATUSES
+from nano_atlas.runtime.guard import Trial
+from nano_atlas.runtime.journal import Journal, read_lines
+from nano_atlas.runtime.judges import Verdict
+from nano_atlas.runtime.lanes import Session
+from nano_atlas.runtime.review import STATUSES
 
 Trace = dict[str, Any]
 BODY = b', "final_answer": '  # ends the head of a record; within a JSON text its quotes would be escaped

@@ -22,11 +22,11 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from nano_atlas import scores
+from nano_atlas.benches import scores
+from nano_atlas.benches.results import TaskResult
 from nano_atlas.data import Problem, read_jsonl
 from nano_atlas.errors import UserError
 from nano_atlas.protocol import visible
-from nano_atlas.results import TaskResult
 from nano_atlas.seats import Generation, Reply, Seat
 
 TURNS = 20  # queries and the answer, as in the original

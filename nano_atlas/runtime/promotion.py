@@ -6,21 +6,21 @@ difference (paired bootstrap, so 95 % on this one side) is above -margin. Otherw
 why, and `deploy.yaml` says which teacher is in service.
 """
 
-import json
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
 from nano_atlas.config import option
 from nano_atlas.data import Problem
-from nano_atlas.deploy import write_deployment
 from nano_atlas.episodes import EpisodeConfig, sketch_problems, teach
 from nano_atlas.errors import UserError
+from nano_atlas.files import read_json, write_json
 from nano_atlas.reward import RewardConfig
+from nano_atlas.runtime.deploy import write_deployment
 from nano_atlas.seats import Seat
 from nano_atlas.stats import paired_bootstrap
 
@@ -79,7 +79,7 @@ def train_and_promote(
     """
     path = folder / "promotion.json"
     if path.exists():
-        saved = json.loads(path.read_text())
+        saved = read_json(path)
         return Decision(**{**saved, "interval": tuple(saved["interval"])})
     preset = [] if config.preset == "own" else ["--preset", config.preset]
     command = [sys.executable, str(trainer), *preset, "--traces", str(traces), "--teacher", teacher, "--student", student,
@@ -90,7 +90,5 @@ def train_and_promote(
     new = str(folder / "grpo" / "model")
     decision = compare(open_seat(student), open_seat(teacher), open_seat(new), problems, config, config.margin, (teacher, new))
     write_deployment(folder.parent / "deploy.yaml", decision.teacher)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(decision.__dict__, indent=2) + "\n")
-    partial.replace(path)
+    write_json(path, asdict(decision))
     return decision

@@ -9,8 +9,8 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 from nano_atlas import protocol
+from nano_atlas.runtime.sessions import Call, Fault
 from nano_atlas.seats import Generation
-from nano_atlas.sessions import Call, Fault
 
 LANES = ("auto", "paired", "coach", "escalate")
 THRESHOLDS = (0.85, 0.65, 0.35)  # least capability for auto, paired, coach

@@ -1,0 +1,1 @@
+"""Rollouts through vLLM servers: starting them, sampling on them, and getting new weights to them."""
