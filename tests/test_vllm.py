@@ -232,7 +232,6 @@ def test_a_stale_tied_head_is_noticed(server, monkeypatch):
     """What plain `reload_weights` of a tied checkpoint does on a CPU: new blocks, the old head, and no error."""
     sampler, real = sampler_at(server, random_model(2)), sync_room.full_weights
     monkeypatch.setattr(sync_room, "full_weights", lambda model: ((n, w) for n, w in real(model) if n != "lm_head.weight"))
-    assert parity.check("a", old, old + 0.003) == pytest.approx(0.003)  # it moves with the trainer: fine again
     with pytest.raises(UserError, match="neither the present nor the previous weights; .* a tied head"):
         sampler.sync(random_model(3), 1)
 
