@@ -45,7 +45,7 @@ from nano_atlas.seats import EmbeddedSeat
 from nano_atlas.tokenizer import Tokenizer
 
 NANO = Path("runs/nano")
-BASE_EXAMPLES, DEMONSTRATIONS = 42_000, 900
+BASE_EXAMPLES, DEMONSTRATIONS = 48_000, 900
 GPU = {"dtype": "bfloat16", "gradient_checkpointing": True, "compile": True, "tokens_per_batch": 8192}
 PRESETS = {
     "nano": Preset("the nano world's teacher on a CPU, 1 GB; trains its student first where there is none", {
