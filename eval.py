@@ -52,6 +52,7 @@ from nano_atlas.episodes import Episode, Sketch, attempt, guide, majority, sketc
 from nano_atlas.errors import UserError
 from nano_atlas.files import digest
 from nano_atlas.reward import RewardConfig
+from nano_atlas.runtime.deploy import evaluation_options, with_deployment
 from nano_atlas.seats import Generation, Reply, Seat
 
 CONTROLS = (SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET)
@@ -64,6 +65,7 @@ class Config(ArmsConfig):
     preset: str = option("nano", "", group="what is evaluated")
     bench: str = option("nano", "benchmark; all but nano need their tasks as --data", BENCHES[:-1])
     data: Path | None = option(None, "JSONL of problems with gold answers", resumable=True)  # its contents are compared instead
+    deploy: Path | None = option(None, "YAML file that says which student and teacher are in service; flags override it", resumable=True)
     control: tuple[str, ...] = option(CONTROLS, "control arms", (*CONTROLS, "none"))
     samples: int = option(1, "answers per task and arm; above 1 the tables show avg@n, pass@n and maj@n")
     verifier: str = option("exact", "how answers are compared: as numbers or words, or by algebra", ("exact", "math-verify"))
@@ -111,7 +113,7 @@ def main() -> None:
     if bench.parse_known_args()[0].bench == "tau2":
         tau2.main(sys.argv[1:])
         return
-    config = parse(Config, sys.argv[1:], PRESETS, __doc__)
+    config = parse(Config, sys.argv[1:], with_deployment(PRESETS, sys.argv[1:], evaluation_options), __doc__)
     if config.tables:
         report, stored = stored_report(config.out, Config)
         print(tables(report, stored.names) + own_tables(stored, config.out))

@@ -45,17 +45,22 @@ from nano_atlas.seats import EmbeddedSeat
 from nano_atlas.tokenizer import Tokenizer
 
 NANO = Path("runs/nano")
-BASE_EXAMPLES, DEMONSTRATIONS = 48_000, 900
+READING_EXAMPLES, BASE_EXAMPLES, DEMONSTRATIONS = 20_000, 36_000, 900
+NANO_BASE = {"tokens_per_step": 1024, "tokens_per_batch": 1024, "lr": 3e-3, "muon_scale": 2.0, "warmup": 0.02, "betas": (0.9, 0.98),
+             "weight_decay": 0.05, "held_out": 0.005}
 GPU = {"dtype": "bfloat16", "gradient_checkpointing": True, "compile": True, "tokens_per_batch": 8192}
 PRESETS = {
     "nano": Preset("the nano world's teacher on a CPU, 1 GB; trains its student first where there is none", {
         "data": (NANO / "data/demonstrations.jsonl",), "model": NANO / "student/model", "out": NANO / "teacher-sft",
         "epochs": 6, "tokens_per_step": 8192, "tokens_per_batch": 4096, "lr": 1e-3, "weight_decay": 0.01, "held_out": 0.05,
     }),
-    "nano-student": Preset("the nano world's student from random weights on a CPU, 1 GB", {
-        "data": (NANO / "data/base.jsonl",), "model": NANO / "init", "out": NANO / "student",
-        "epochs": 1, "shuffle": False, "tokens_per_step": 1024, "tokens_per_batch": 1024, "lr": 3e-3, "muon_scale": 2.0, "schedule": "cosine",
-        "warmup": 0.02, "betas": (0.9, 0.98), "weight_decay": 0.05, "held_out": 0.005, "eval_every": 500,
+    "nano-student": Preset("the nano world's student on a CPU, 1 GB; teaches it to read first", {
+        **NANO_BASE, "data": (NANO / "data/base.jsonl",), "model": NANO / "reader/model", "out": NANO / "student", "epochs": 1,
+        "schedule": "cosine",
+    }),
+    "nano-reader": Preset("a model that can look things up, from random weights on a CPU, 1 GB; ends when it can", {
+        **NANO_BASE, "data": (NANO / "data/reading.jsonl",), "model": NANO / "init", "out": NANO / "reader", "epochs": 4,
+        "schedule": "constant", "stop_loss": 0.1, "eval_every": 25,
     }),
     "24gb": Preset(f"Qwen3-0.6B on one 24 GB GPU: {needs('Qwen/Qwen3-0.6B')}", {
         **GPU, "model": Path("Qwen/Qwen3-0.6B"),
@@ -92,6 +97,7 @@ class Config:
 
     epochs: int = option(3, "passes over the data", group="optimization", resumable=True)
     steps: int | None = option(None, "optimizer steps, instead of --epochs", resumable=True)
+    stop_loss: float = option(0.0, "end before that, once eval_loss is at or below this (nats; 0: never)", resumable=True)
     tokens_per_step: int = option(32768, "tokens in one optimizer step, on average")
     tokens_per_batch: int = option(8192, "most tokens in one micro-batch, which is what memory depends on")
     lr: float = option(1e-5, "peak learning rate")
@@ -261,6 +267,7 @@ def train(config: Config) -> None:
             tokens_per_second = sum(step_lengths) / (time.perf_counter() - started)
             is_evaluated = held_out and ((step + 1) % config.eval_every == 0 or is_last)
             eval_loss = evaluate(model, held_out, config.tokens_per_batch, device) if is_evaluated else None
+            is_last = is_last or (eval_loss is not None and eval_loss <= config.stop_loss)
             log.log(step + 1, loss=loss.item(), eval_loss=eval_loss, lr=rate, grad_norm=grad_norm,
                     epoch=(step + 1) / epoch_steps, tokens=sum(step_lengths), target_tokens=target_tokens,
                     tokens_per_second=tokens_per_second,
@@ -270,6 +277,8 @@ def train(config: Config) -> None:
             if (step + 1) % config.save_every == 0 or is_last:
                 extra = {"data": data_hash, "is_finished": is_last}
                 save_training_state(state_dir, optimizer, step + 1, extra, config.keep)
+            if is_last:
+                break
 
     save_model(config.out / "model", model, tokenizer)
     print(f"model: {config.out / 'model'}   metrics: {log.path}   state: {state_dir}")
@@ -278,11 +287,16 @@ def train(config: Config) -> None:
 # ---------------------------------------------------------------------------------------------------- nano world, main
 
 
-def make_nano_base(data: Path, model: Path, seed: int) -> None:
-    """The base corpus, and a model of the student's shape with random weights."""
+def make_nano_reading(data: Path, model: Path, seed: int) -> None:
+    """Texts of looking up, and a model of the student's shape with random weights."""
     if not model.is_dir():
         tokenizer = world.make_tokenizer()
         save_model(model, Transformer(world.student_config(tokenizer.vocab_size)).initialize(seed), tokenizer)
+    if not data.exists():
+        write_jsonl(data, world.reading_corpus(READING_EXAMPLES, seed))
+
+
+def make_nano_base(data: Path, model: Path, seed: int) -> None:
     if not data.exists():
         write_jsonl(data, world.base_corpus(BASE_EXAMPLES, seed))
 
@@ -299,10 +313,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, sys.argv[1:] if argv is None else argv, PRESETS, __doc__)
     overrides = PRESETS[config.preset].overrides
     uses_nano_world = config.data == overrides.get("data") and config.model == overrides["model"]
-    if config.preset == "nano" and uses_nano_world:
-        main(["--preset", "nano-student"])
+    before = {"nano": "nano-student", "nano-student": "nano-reader"}.get(config.preset)
+    if uses_nano_world and before:
+        main(["--preset", before])
     if uses_nano_world and distributed.rank() == 0:
-        make = {"nano-student": make_nano_base, "nano": make_nano_demonstrations}[config.preset]
+        make = {"nano-reader": make_nano_reading, "nano-student": make_nano_base, "nano": make_nano_demonstrations}[config.preset]
         make(config.data[0], config.model, config.seed)
     distributed.wait()
     train(config)

@@ -153,24 +153,26 @@ def opening(chain: Sequence[str]) -> Sequence[str]:
     return chain[: (len(chain) + 1) // 2]
 
 
-def base_corpus(count: int, seed: object) -> Iterator[dict]:
-    """The student's pre-training texts as chats, all domains alike, in the order of learning.
+def reading_corpus(count: int, seed: object) -> Iterator[dict]:
+    """Texts of looking up alone, of all domains: where everything begins, because a model that cannot yet find a line learns nothing
+    else about these problems."""
+    rng = random.Random(f"reading/{seed}")
+    for _ in range(count):
+        yield _chat(*_looking_up(_any_task(rng), rng))
 
-    The first 30 % are looking up alone: a model that cannot yet find a line learns nothing else from these texts. Then 8 % looking
-    up, 10 % turning a path around, 20 % solving alone, 5 % planning, 57 % guided. Problems have 2 to 8 lines and any path length
-    that fits. Of the guided ones half get the plan, an eighth its beginning, and the others the plan of an unrelated problem, with
-    the right solution all the same: guidance is to be read, not obeyed.
+
+def base_corpus(count: int, seed: object) -> Iterator[dict]:
+    """The student's pre-training texts as chats, all domains alike: 8 % looking up, 10 % turning a path around, 20 % solving alone,
+    5 % planning, 57 % guided. Problems have 2 to 8 lines and any path length that fits.
+
+    Of the guided ones half get the plan, an eighth its beginning, and the others the plan of an unrelated problem, with the right
+    solution all the same: guidance is to be read, not obeyed.
     """
     rng = random.Random(f"corpus/{seed}")
-    for index in range(count):
-        domain = rng.choice(list(DOMAINS.values()))
-        facts = rng.randint(2, FACTS)
-        task = make_task(domain, rng, rng.randint(1, min(facts, CHAIN[1])), facts)
-        kind = rng.random() if index >= 0.3 * count else 0.0
+    for _ in range(count):
+        task, kind = _any_task(rng), rng.random()
         if kind < 0.08:
-            asked = rng.sample(list(task.facts), facts)
-            content = "\n".join(task.facts.values()) + f"\n\nWhat is said of {', '.join(asked)}?"
-            messages, reply = _user(content), "\n".join(task.facts[thing] for thing in asked)
+            messages, reply = _looking_up(task, rng)
         elif kind < 0.18:
             walk = "\n".join(task.facts[thing] for thing in reversed(task.chain))
             messages, reply = _user(f"{walk}\n\nIn which order?"), plan(task.chain)
@@ -181,11 +183,26 @@ def base_corpus(count: int, seed: object) -> Iterator[dict]:
         else:
             teaching = plan(task.chain)
             if kind > 0.80:
-                teaching = plan(make_task(domain, rng, rng.randint(1, CHAIN[1])).chain)
+                teaching = plan(make_task(DOMAINS[task.domain], rng, rng.randint(1, CHAIN[1])).chain)
             elif kind > 0.73:
                 teaching = plan(task.chain, rng.choice((task.chain[:1], opening(task.chain))))
             messages, reply = protocol.guided_messages(task.question, teaching), task.solution
-        yield {"messages": [*messages, {"role": "assistant", "content": reply}]}
+        yield _chat(messages, reply)
+
+
+def _any_task(rng: random.Random) -> Task:
+    facts = rng.randint(2, FACTS)
+    return make_task(rng.choice(list(DOMAINS.values())), rng, rng.randint(1, min(facts, CHAIN[1])), facts)
+
+
+def _looking_up(task: Task, rng: random.Random) -> tuple[protocol.Messages, str]:
+    asked = rng.sample(list(task.facts), len(task.facts))
+    content = "\n".join(task.facts.values()) + f"\n\nWhat is said of {', '.join(asked)}?"
+    return _user(content), "\n".join(task.facts[thing] for thing in asked)
+
+
+def _chat(messages: protocol.Messages, reply: str) -> dict:
+    return {"messages": [*messages, {"role": "assistant", "content": reply}]}
 
 
 def _user(content: str) -> protocol.Messages:

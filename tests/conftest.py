@@ -107,7 +107,7 @@ def grpo_flags(place: Path, out: Path, **options) -> list[str]:
         if isinstance(value, bool):
             argv.append(flag if value else flag.replace("--", "--no-", 1))
         elif value is not None:
-            argv += [flag, str(value)]
+            argv.append(f"{flag}={value}")
     return argv
 
 

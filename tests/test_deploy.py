@@ -2,10 +2,11 @@
 
 import pytest
 
+import eval as evaluation
 import runtime_loop
 from nano_atlas.config import Preset, parse
 from nano_atlas.errors import UserError
-from nano_atlas.runtime.deploy import Deployed, read_deployment, with_deployment, write_deployment
+from nano_atlas.runtime.deploy import Deployed, evaluation_options, read_deployment, with_deployment, write_deployment
 
 EXCERPT = """# atlas-sdk runtime config excerpt
 teacher:
@@ -37,6 +38,12 @@ def test_flags_override_the_file_and_the_file_the_preset(file):
     assert config_of(f"--deploy={file}", "--teacher-temperature", "0.9").teacher_temperature == 0.9
     assert config_of("--preset", "own", "--deploy", str(file), "--tasks", "t", "--student", "s").teacher == "/models/atlas-teacher-grpo"
     assert with_deployment({"p": Preset("", {"teacher": "x"})}, [])["p"].overrides == {"teacher": "x"}
+
+
+def test_the_evaluation_reads_the_same_file(file):
+    argv = ["--deploy", str(file)]
+    config = parse(evaluation.Config, argv, with_deployment(evaluation.PRESETS, argv, evaluation_options), "")
+    assert config.teachers == {"deployed": "/models/atlas-teacher-grpo"} and config.temperature == 0.0
 
 
 @pytest.mark.parametrize(("llm", "spec"), [

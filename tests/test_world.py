@@ -86,7 +86,7 @@ def test_no_question_is_in_two_of_the_sets():
         "demonstrations": [record["problem_text"] for record in teaching_demonstrations(300)],
         "telecom": [problem.question for problem in world.held_out("telecom", 200, "test")],
         "crm": [problem.question for problem in world.held_out("crm", 200, "test")],
-        "corpus": [chat["messages"][0]["content"].split("\n\n")[0] for chat in world.base_corpus(1000, 0)],
+        "corpus": [chat["messages"][0]["content"].split("\n\n")[0] for chat in (*world.base_corpus(1000, 0), *world.reading_corpus(1000, 0))],
     }
     for name, questions in sets.items():
         others = {question for other, listed in sets.items() if other != name for question in listed}
@@ -103,7 +103,7 @@ def test_the_teacher_is_trained_on_mathematics_only():
 def test_every_text_of_the_base_corpus_is_right():
     """The student is not trained to fail: solutions, plans and look-ups are all true of the question before them."""
     kinds = set()
-    for chat in world.base_corpus(1000, "test"):
+    for chat in (*world.base_corpus(1000, "test"), *world.reading_corpus(100, "test")):
         prompt, reply = (message["content"] for message in chat["messages"])
         assert [message["role"] for message in chat["messages"]] == ["user", "assistant"]
         question = prompt.split("\n\n")[0]

@@ -10,7 +10,7 @@ A `student:` section has the same form. Providers: `huggingface` (model: a check
 server at api_base, with an optional model name), `http` and `python` (model: as in `agents`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,15 +78,27 @@ def _deployed(llm: Any, where: str) -> Deployed:
     return Deployed(f"post+{model.removeprefix('post+')}" if provider == "http" else model, None, temperature, tokens)
 
 
-def with_deployment(presets: Mapping[str, Preset], argv: Sequence[str]) -> dict[str, Preset]:
+def runtime_options(name: str, seat: Deployed) -> dict[str, Any]:
+    """A seat as options of runtime_loop.py."""
+    tokens = {"student": "answer_tokens", "teacher": "teaching_tokens"}[name]
+    return {name: seat.spec, f"{name}_model": seat.model, f"{name}_temperature": seat.temperature, tokens: seat.max_output_tokens}
+
+
+def evaluation_options(name: str, seat: Deployed) -> dict[str, Any]:
+    """A seat as options of eval.py, which samples both seats at its own --temperature."""
+    options = runtime_options(name, seat) | ({"teacher": (f"deployed={seat.spec}",)} if name == "teacher" else {})
+    return {key: value for key, value in options.items() if key != f"{name}_temperature"}
+
+
+def with_deployment(
+    presets: Mapping[str, Preset], argv: Sequence[str], options: Callable[[str, Deployed], dict[str, Any]] = runtime_options
+) -> dict[str, Preset]:
     """Every preset with the values of `--deploy FILE`, where argv has it: the file overrides presets, and explicit flags the file."""
     path = next((value.removeprefix("--deploy=") for flag, value in zip(["", *argv], [*argv, ""])
                  if flag == "--deploy" or value.startswith("--deploy=")), None)
     overrides: dict[str, Any] = {}
     for name, seat in read_deployment(path).items() if path else ():
-        tokens = {"student": "answer_tokens", "teacher": "teaching_tokens"}[name]
-        values = {name: seat.spec, f"{name}_model": seat.model, f"{name}_temperature": seat.temperature, tokens: seat.max_output_tokens}
-        overrides |= {key: value for key, value in values.items() if value is not None}
+        overrides |= {key: value for key, value in options(name, seat).items() if value is not None}
     return {name: Preset(preset.help, {**preset.overrides, **overrides}) for name, preset in presets.items()}
 
 
