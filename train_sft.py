@@ -121,6 +121,8 @@ class Config:
                 raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
         if self.steps is not None and self.steps <= 0:
             raise UserError(f"--steps must be above 0, not {self.steps}")
+        if self.stop_loss < 0 or (self.stop_loss and not self.held_out):
+            raise UserError("--stop-loss must not be below 0, and needs --held-out above 0")
         for name in ("held_out", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be from 0 to below 1, not {getattr(self, name)}")

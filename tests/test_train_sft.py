@@ -195,17 +195,30 @@ def test_every_preset_sets_options_that_exist_and_agree(name):
     assert "GB" in train_sft.PRESETS[name].help
 
 
+def test_a_run_ends_once_its_evaluation_is_good_enough(checkpoint, sums, tmp_path, capsys):
+    """--stop-loss ends it at an evaluation, complete like any other; without it, it goes on."""
+    whole = run(checkpoint, sums, tmp_path / "whole", "--steps", "12", "--eval-every", "3")
+    bound = next(record["eval_loss"] for record in whole if record["step"] == 6)
+    ended = run(checkpoint, sums, tmp_path / "ended", "--steps", "12", "--eval-every", "3", "--stop-loss", str(bound + 1e-6))
+    assert len(whole) == 12 and ended[-1]["eval_loss"] <= bound + 1e-6
+    assert [record["loss"] for record in ended] == [record["loss"] for record in whole[: len(ended)]] and len(ended) <= 6
+    capsys.readouterr()
+    run(checkpoint, sums, tmp_path / "ended", "--steps", "12", "--eval-every", "3", "--stop-loss", str(bound + 1e-6))
+    assert f"is already trained ({len(ended)} steps)" in capsys.readouterr().out
+
+
 def test_without_options_the_nano_student_is_made_first_then_demonstrations_then_the_teacher(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_sft, "READING_EXAMPLES", 100)
     monkeypatch.setattr(train_sft, "BASE_EXAMPLES", 100)
     monkeypatch.setattr(train_sft, "DEMONSTRATIONS", 20)
-    for name in ("nano", "nano-student"):
+    for name in ("nano", "nano-student", "nano-reader"):
         preset = train_sft.PRESETS[name]
         monkeypatch.setitem(train_sft.PRESETS, name, preset._replace(overrides={**preset.overrides, "steps": 2}))
     train_sft.main([])
-    for out in ("student", "teacher-sft"):
+    for out in ("reader", "student", "teacher-sft"):
         assert len((tmp_path / "runs/nano" / out / "metrics.jsonl").read_text().splitlines()) == 2
     assert len((tmp_path / "runs/nano/data/demonstrations.jsonl").read_text().splitlines()) == 20
     capsys.readouterr()
     train_sft.main([])  # everything is there: nothing is made again
-    assert capsys.readouterr().out.count("is already trained (2 steps)") == 2
+    assert capsys.readouterr().out.count("is already trained (2 steps)") == 3
