@@ -162,8 +162,8 @@ def reading_corpus(count: int, seed: object) -> Iterator[dict]:
 
 
 def base_corpus(count: int, seed: object) -> Iterator[dict]:
-    """The student's pre-training texts as chats, all domains alike: 8 % looking up, 10 % turning a path around, 32 % solving alone,
-    5 % planning, 45 % guided. Problems have 2 to 8 lines and any path length that fits.
+    """The student's pre-training texts as chats, all domains alike: 8 % looking up, 10 % turning a path around, 20 % solving alone,
+    5 % planning, 57 % guided. Problems have 2 to 8 lines and any path length that fits.
 
     Of the guided ones half get the plan, an eighth its beginning, and the others the plan of an unrelated problem, with the right
     solution all the same: guidance is to be read, not obeyed.
@@ -176,15 +176,15 @@ def base_corpus(count: int, seed: object) -> Iterator[dict]:
         elif kind < 0.18:
             walk = "\n".join(task.facts[thing] for thing in reversed(task.chain))
             messages, reply = _user(f"{walk}\n\nIn which order?"), plan(task.chain)
-        elif kind < 0.50:
+        elif kind < 0.38:
             messages, reply = protocol.baseline_messages(task.question), task.solution
-        elif kind < 0.55:
+        elif kind < 0.43:
             messages, reply = protocol.probe_messages(task.question), plan(task.chain)
         else:
             teaching = plan(task.chain)
-            if kind > 0.84:
+            if kind > 0.80:
                 teaching = plan(make_task(DOMAINS[task.domain], rng, rng.randint(1, CHAIN[1])).chain)
-            elif kind > 0.78:
+            elif kind > 0.73:
                 teaching = plan(task.chain, rng.choice((task.chain[:1], opening(task.chain))))
             messages, reply = protocol.guided_messages(task.question, teaching), task.solution
         yield _chat(messages, reply)
