@@ -198,12 +198,12 @@ def test_every_preset_sets_options_that_exist_and_agree(name):
 def test_a_run_ends_once_its_evaluation_is_good_enough(checkpoint, sums, tmp_path, capsys):
     """--stop-loss ends it at an evaluation, complete like any other; without it, it goes on."""
     whole = run(checkpoint, sums, tmp_path / "whole", "--steps", "12", "--eval-every", "3")
-    bound = next(record["eval_loss"] for record in whole if record["step"] == 6)
-    ended = run(checkpoint, sums, tmp_path / "ended", "--steps", "12", "--eval-every", "3", "--stop-loss", str(bound + 1e-6))
-    assert len(whole) == 12 and ended[-1]["eval_loss"] <= bound + 1e-6
+    bound = next(record["eval_loss"] for record in whole if record["step"] == 6) + 1e-4  # the file has six digits
+    ended = run(checkpoint, sums, tmp_path / "ended", "--steps", "12", "--eval-every", "3", "--stop-loss", str(bound))
+    assert len(whole) == 12 and ended[-1]["eval_loss"] <= bound
     assert [record["loss"] for record in ended] == [record["loss"] for record in whole[: len(ended)]] and len(ended) <= 6
     capsys.readouterr()
-    run(checkpoint, sums, tmp_path / "ended", "--steps", "12", "--eval-every", "3", "--stop-loss", str(bound + 1e-6))
+    run(checkpoint, sums, tmp_path / "ended", "--steps", "12", "--eval-every", "3", "--stop-loss", str(bound))
     assert f"is already trained ({len(ended)} steps)" in capsys.readouterr().out
 
 
