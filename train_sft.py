@@ -45,7 +45,7 @@ from nano_atlas.seats import EmbeddedSeat
 from nano_atlas.tokenizer import Tokenizer
 
 NANO = Path("runs/nano")
-READING_EXAMPLES, BASE_EXAMPLES, DEMONSTRATIONS = 20_000, 42_000, 900
+READING_EXAMPLES, BASE_EXAMPLES, DEMONSTRATIONS = 20_000, 36_000, 900
 NANO_BASE = {"tokens_per_step": 1024, "tokens_per_batch": 1024, "lr": 3e-3, "muon_scale": 2.0, "warmup": 0.02, "betas": (0.9, 0.98),
              "weight_decay": 0.05, "held_out": 0.005}
 GPU = {"dtype": "bfloat16", "gradient_checkpointing": True, "compile": True, "tokens_per_batch": 8192}

@@ -275,7 +275,7 @@ def make_tokenizer(vocab_size: int = 1200) -> Tokenizer:
 
 
 def student_config(vocab_size: int) -> ModelConfig:
-    """A 0.9M-parameter model of the Qwen3 layout."""
+    """A 0.74M-parameter model of the Qwen3 layout."""
     return ModelConfig(
         model_type="qwen3",
         vocab_size=vocab_size,
