@@ -170,8 +170,7 @@ def main() -> None:
         for number in range(config.rounds + 1):
             path = config.out / f"result-{arm}-{number}.json"
             if not path.exists():
-                write_json(path.with_suffix(".partial"), {"solved": measure(config, arm, number, problems, student)})
-                path.with_suffix(".partial").replace(path)
+                write_json(path, {"solved": measure(config, arm, number, problems, student)})
             results[arm].append(read_json(path)["solved"])
     (config.out / "compounding.md").write_text(table(config, results) + "\n")
     print(table(config, results))

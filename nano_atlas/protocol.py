@@ -28,29 +28,29 @@ TEACHING_STYLES = {
 }
 
 
-def _user(*paragraphs: str) -> Messages:
+def user_turn(*paragraphs: str) -> Messages:
     return [{"role": "user", "content": "\n\n".join(paragraphs)}]
 
 
 def probe_messages(question: str) -> Messages:
-    return _user(question, PROBE_REQUEST)
+    return user_turn(question, PROBE_REQUEST)
 
 
 def baseline_messages(question: str) -> Messages:
-    return _user(question, ANSWER_FORMAT)
+    return user_turn(question, ANSWER_FORMAT)
 
 
 def teacher_messages(question: str, approach: str, style: str = "adaptive") -> Messages:
     """The policy's prompt. `style` is a key of TEACHING_STYLES, or a sentence of your own."""
     request = TEACHER_REQUEST.replace("{style}", TEACHING_STYLES.get(style, style))
-    return _user(question, f"Student's approach: {approach}", request)
+    return user_turn(question, f"Student's approach: {approach}", request)
 
 
 def guided_messages(question: str, teaching: str | None) -> Messages:
     """Without a teaching (None) the student gets exactly its baseline prompt."""
     if teaching is None:
         return baseline_messages(question)
-    return _user(question, f"Teacher's guidance: {teaching}", ANSWER_FORMAT)
+    return user_turn(question, f"Teacher's guidance: {teaching}", ANSWER_FORMAT)
 
 
 def guided_system_prompt(system_prompt: str, teaching: str | None) -> str:
@@ -141,7 +141,7 @@ def reveals_answer(teaching: str, gold: str) -> bool:
 
 
 def _request(instruction: str, **fields: Any) -> Messages:
-    return _user(instruction, json.dumps(fields, indent=1, ensure_ascii=False))
+    return user_turn(instruction, json.dumps(fields, indent=1, ensure_ascii=False))
 
 
 def last_json(text: str, *keys: str) -> dict[str, Any] | None:
@@ -169,8 +169,8 @@ MOST_STEPS = 16
 def plan_messages(question: str, plan: list[dict] | None = None, review: str | None = None) -> Messages:
     """Asks for a plan; with an earlier plan and its review, for a better one."""
     if review is None:
-        return _user(question, PLAN_REQUEST)
-    return _user(question, f"Your plan: {show_plan(plan)}", f"Teacher's guidance: {review}", PLAN_REQUEST)
+        return user_turn(question, PLAN_REQUEST)
+    return user_turn(question, f"Your plan: {show_plan(plan)}", f"Teacher's guidance: {review}", PLAN_REQUEST)
 
 
 def parse_plan(text: str) -> list[dict]:
@@ -199,7 +199,7 @@ def show_plan(plan: list[dict]) -> str:
 
 
 def coached_messages(question: str, plan: list[dict], guidance: str) -> Messages:
-    return _user(question, f"Your plan: {show_plan(plan)}", f"Teacher's guidance: {guidance}", ANSWER_FORMAT)
+    return user_turn(question, f"Your plan: {show_plan(plan)}", f"Teacher's guidance: {guidance}", ANSWER_FORMAT)
 
 
 def step_messages(question: str, step: dict, results: dict[int, str], guidance: list[str]) -> Messages:

@@ -175,7 +175,7 @@ def base_corpus(count: int, seed: object) -> Iterator[dict]:
             messages, reply = _looking_up(task, rng)
         elif kind < 0.18:
             walk = "\n".join(task.facts[thing] for thing in reversed(task.chain))
-            messages, reply = _user(f"{walk}\n\nIn which order?"), plan(task.chain)
+            messages, reply = protocol.user_turn(f"{walk}\n\nIn which order?"), plan(task.chain)
         elif kind < 0.38:
             messages, reply = protocol.baseline_messages(task.question), task.solution
         elif kind < 0.43:
@@ -198,15 +198,11 @@ def _any_task(rng: random.Random) -> Task:
 def _looking_up(task: Task, rng: random.Random) -> tuple[protocol.Messages, str]:
     asked = rng.sample(list(task.facts), len(task.facts))
     content = "\n".join(task.facts.values()) + f"\n\nWhat is said of {', '.join(asked)}?"
-    return _user(content), "\n".join(task.facts[thing] for thing in asked)
+    return protocol.user_turn(content), "\n".join(task.facts[thing] for thing in asked)
 
 
 def _chat(messages: protocol.Messages, reply: str) -> dict:
     return {"messages": [*messages, {"role": "assistant", "content": reply}]}
-
-
-def _user(content: str) -> protocol.Messages:
-    return [{"role": "user", "content": content}]
 
 
 def demonstration(task: Task, approach: str, style: str, is_thorough: bool) -> dict:
