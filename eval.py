@@ -31,9 +31,11 @@ import argparse
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import mean
 
@@ -48,12 +50,15 @@ from nano_atlas.benches.results import STUDENT, TaskLog, TaskResult, read_result
 from nano_atlas.benches.scores import tables
 from nano_atlas.config import Preset, option, parse, run_script
 from nano_atlas.data import Problem, derive_seed, load_problems
-from nano_atlas.episodes import Episode, Sketch, attempt, guide, majority, sketch_problems, teach
+from nano_atlas.episodes import (
+    Draft, Episode, Sketch, attempt, guided_questions, majority, read_drafts, read_episodes, read_sketches, sketch_questions,
+    teaching_questions,
+)
 from nano_atlas.errors import UserError
 from nano_atlas.files import digest
 from nano_atlas.reward import RewardConfig
 from nano_atlas.runtime.deploy import evaluation_options, with_deployment
-from nano_atlas.seats import Generation, Reply, Seat
+from nano_atlas.seats import Generation, Question, Reply, Seat
 
 CONTROLS = (SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET)
 VOTE_TEMPERATURE = 0.7  # of the votes where all else is greedy: equal answers are no vote
@@ -134,89 +139,113 @@ def main() -> None:
 # ---------------------------------------------------------------------------------------------------------------- the arms
 
 
+Script = Generator[tuple[Seat, list[Question]], list[list[Reply]], Iterable[TaskResult]]  # asks, and is sent the replies
+
+
 def evaluate(config: Config, tasks: dict[str, list[Problem]], log: TaskLog, is_right: Callable[[str, str], bool],
              open_student: Callable[[], Seat], open_teacher: Callable[[str], Seat]) -> None:
     """Run each chunk of each arm that the log does not hold whole. Teachers are opened one at a time, and only if needed.
 
-    A chunk takes tasks of all domains, and all its probes, answers or teachings are one call of a seat, so that the sampler's
-    rows are filled until the chunk's last ones. Chunks are the same in every run of a configuration, and one that was cut short
-    is computed again as it was: an answer does not depend on where a run was interrupted.
+    Arms that need nothing of each other advance side by side, and a chunk takes tasks of all domains: all that they ask of a seat at
+    once is one call, so that the sampler's rows are full until its last. Chunks are the same in every run of a configuration, and
+    one that was cut short is computed again as it was: an answer does not depend on where a run was interrupted.
     """
     size = max(1, config.chunk // config.samples)
     problems = [problem for domain in tasks.values() for problem in domain]
     chunks = [problems[start : start + size] for start in range(0, len(problems), size)]
-    missing = {arm: [chunk for chunk in chunks if not log.has(arm, chunk, config.samples)] for arm in config.arms}
-    left = sum(len(chunk) for pending in missing.values() for chunk in pending)
+    left = sum(len(chunk) for arm in config.arms for chunk in chunks if not log.has(arm, chunk, config.samples))
     if not left:
         return
-    student, total = open_student(), len(problems) * len(missing)
-    with tqdm(total=total, initial=total - left, unit="task") as bar:
-        for arm in config.arms:
-            if not missing[arm]:
+    student = open_student()
+    controls = [arm for arm in config.controls if arm != TWO_VOTES]  # these take from the teachers, or need their token counts
+    stages = [[arm for arm in config.arms if arm in (STUDENT, TWO_VOTES)], *([name] for name in config.teachers), controls]
+    with tqdm(total=len(problems) * len(config.arms), initial=len(problems) * len(config.arms) - left, unit="task") as bar:
+        for stage in stages:
+            pending = {arm: [chunk for chunk in chunks if not log.has(arm, chunk, config.samples)] for arm in stage}
+            scripts = {arm: script_of(arm, config, tasks, log, student, open_teacher) for arm in stage if pending[arm]}
+            bar.set_description(", ".join(scripts))
+            for chunk in chunks:
+                for results in side_by_side([script(chunk) for arm, script in scripts.items() if chunk in pending[arm]]):
+                    log.append(judged(results, is_right))
+                    bar.update(len(chunk))
+            del scripts  # and with them a teacher, before the next one is loaded
+
+
+def side_by_side(scripts: Iterable[Script]) -> list[Iterable[TaskResult]]:
+    """What the scripts return; whatever they ask of the same seat in the same round is one call of it."""
+    scripts, finished = list(scripts), {}
+    sent: dict[int, list[list[Reply]] | None] = dict.fromkeys(range(len(scripts)))
+    while sent:
+        asked: dict[int, tuple[Seat, list[int], list[Question]]] = {}
+        waiting = []
+        for index, replies in sent.items():
+            try:
+                seat, questions = scripts[index].send(replies)
+            except StopIteration as end:
+                finished[index] = end.value
                 continue
-            teacher = student if arm == UNTRAINED else open_teacher(arm) if arm in config.teachers else None
-            bar.set_description(arm)
-            if arm == SHUFFLED:
-                donors = {(name, task): donor for name, domain in tasks.items()
-                          for task, donor in derange(domain, config.seed).items()}
-            if arm in (TWO_VOTES, SAME_BUDGET):
-                votes = {name: 2 if arm == TWO_VOTES else same_budget(config, domain, log) for name, domain in tasks.items()}
-            for chunk in missing[arm]:
-                if arm == STUDENT:
-                    results = answer_alone(config, chunk, student)
-                elif arm == SHUFFLED:
-                    results = answer_shuffled(config, chunk, student, log, donors)
-                elif teacher is None:
-                    results = answer_by_vote(config, chunk, student, arm, votes)
-                else:
-                    results = answer_taught(config, chunk, student, log, arm, teacher)
-                log.append(judged(results, is_right))
-                bar.update(len(chunk))
-            del teacher  # before the next one is loaded
+            _, who, all_questions = asked.setdefault(id(seat), (seat, [], []))
+            who += [index] * len(questions)
+            all_questions += questions
+            waiting.append(index)
+        sent = {index: [] for index in waiting}
+        for seat, who, questions in asked.values():
+            for index, replies in zip(who, seat.ask(questions), strict=True):
+                sent[index].append(replies)
+    return [finished[index] for index in sorted(finished)]
 
 
-def answer_alone(config: Config, chunk: Sequence[Problem], student: Seat) -> Iterator[TaskResult]:
-    for sketch in sketch_problems(student, chunk, config.episode, config.seed, config.samples):
-        for sample, alone in enumerate(sketch.baselines):
-            problem = sketch.problem
-            yield TaskResult(STUDENT, problem.domain, problem.id, sample, problem.answer, alone,
-                             sketch.approach, sketch.approach_tokens)
+def script_of(arm: str, config: Config, tasks: dict[str, list[Problem]], log: TaskLog, student: Seat,
+              open_teacher: Callable[[str], Seat]) -> Callable[[Sequence[Problem]], Script]:
+    """The arm's script for a chunk; what it takes from earlier arms is looked up once."""
+    if arm == STUDENT:
+        return partial(answer_alone, config, student)
+    if arm == SHUFFLED:
+        donors = {(name, task): donor for name, domain in tasks.items() for task, donor in derange(domain, config.seed).items()}
+        return partial(answer_shuffled, config, student, log, donors)
+    if arm in (TWO_VOTES, SAME_BUDGET):
+        votes = {name: 2 if arm == TWO_VOTES else same_budget(config, domain, log) for name, domain in tasks.items()}
+        return partial(answer_by_vote, config, student, arm, votes)
+    return partial(answer_taught, config, student, log, arm, student if arm == UNTRAINED else open_teacher(arm))
 
 
-def answer_taught(
-    config: Config, chunk: Sequence[Problem], student: Seat, log: TaskLog, arm: str, teacher: Seat
-) -> Iterator[TaskResult]:
-    sketches = known_sketches(config, chunk, log)
-    for group in teach(student, teacher, sketches, config.episode, RewardConfig(), config.seed, group_size=config.samples):
-        yield from (task_result(arm, episode, sample) for sample, episode in enumerate(group))
+def answer_alone(config: Config, student: Seat, chunk: Sequence[Problem]) -> Script:
+    replies = yield student, sketch_questions(chunk, config.episode, config.seed, config.samples)
+    return [
+        TaskResult(STUDENT, sketch.problem.domain, sketch.problem.id, sample, sketch.problem.answer, alone, sketch.approach, sketch.approach_tokens)
+        for sketch in read_sketches(chunk, replies) for sample, alone in enumerate(sketch.baselines)]
 
 
-def answer_shuffled(
-    config: Config, chunk: Sequence[Problem], student: Seat, log: TaskLog, donors: dict[tuple[str, str], Problem]
-) -> Iterator[TaskResult]:
+def answer_taught(config: Config, student: Seat, log: TaskLog, arm: str, teacher: Seat, chunk: Sequence[Problem]) -> Script:
+    sketches, styles = known_sketches(config, chunk, log), ["adaptive"] * len(chunk)
+    replies = yield teacher, teaching_questions(sketches, styles, config.episode, config.seed, config.samples)
+    drafts = read_drafts(sketches, styles, replies)
+    answers = yield student, guided_questions(drafts, config.episode, config.seed)
+    return task_results(config, arm, read_episodes(drafts, answers, teacher, RewardConfig()))
+
+
+def answer_shuffled(config: Config, student: Seat, log: TaskLog, donors: dict[tuple[str, str], Problem], chunk: Sequence[Problem]) -> Script:
     """Sample i of a task gets the teaching that the last teacher wrote for sample i of the task's donor."""
     last = list(config.teachers)[-1]
     given = [result for p in chunk for result in log.get(last, donors[p.domain, p.id], config.samples)]
     sketches = [sketch for sketch in known_sketches(config, chunk, log) for _ in range(config.samples)]
-    flat = [(sketch, SHUFFLED, Reply(result.teacher_text, result.teacher_tokens, result.is_teacher_truncated))
-            for sketch, result in zip(sketches, given, strict=True)]
-    episodes = guide(student, flat, [result.teaching for result in given], student, config.episode, RewardConfig(), config.seed)
-    yield from (task_result(SHUFFLED, episode, index % config.samples) for index, episode in enumerate(episodes))
+    drafts = [Draft(sketch, SHUFFLED, Reply(result.teacher_text, result.teacher_tokens, result.is_teacher_truncated), result.teaching)
+              for sketch, result in zip(sketches, given, strict=True)]
+    answers = yield student, guided_questions(drafts, config.episode, config.seed)
+    return task_results(config, SHUFFLED, read_episodes(drafts, answers, student, RewardConfig()))
 
 
-def answer_by_vote(
-    config: Config, chunk: Sequence[Problem], student: Seat, arm: str, votes: dict[str, int]
-) -> Iterator[TaskResult]:
+def answer_by_vote(config: Config, student: Seat, arm: str, votes: dict[str, int], chunk: Sequence[Problem]) -> Script:
     """Each answer is the majority of `votes[domain]` fresh ones, at the price of all of them."""
-    ballots = [(p, sample, vote) for p in chunk for sample in range(config.samples) for vote in range(votes[p.domain])]
-    seeds = [derive_seed(config.seed, arm, problem.domain, problem.id, sample, vote) for problem, sample, vote in ballots]
     generation = Generation(config.answer_tokens, config.temperature or VOTE_TEMPERATURE, config.top_p)
-    replies = student.ask([protocol.baseline_messages(problem.question) for problem, _, _ in ballots], generation, seeds)
-    answers = (attempt(reply, problem.answer) for (problem, _, _), (reply,) in zip(ballots, replies))
-    for problem in chunk:
-        for sample in range(config.samples):
-            voters = [next(answers) for _ in range(votes[problem.domain])]
-            yield TaskResult(arm, problem.domain, problem.id, sample, problem.answer, majority(voters), "", 0)
+    replies = yield student, [
+        Question(protocol.baseline_messages(problem.question), generation, derive_seed(config.seed, arm, problem.domain, problem.id, sample, vote))
+        for problem in chunk for sample in range(config.samples) for vote in range(votes[problem.domain])]
+    remaining = (reply for (reply,) in replies)
+    return [
+        TaskResult(arm, problem.domain, problem.id, sample, problem.answer,
+                   majority([attempt(reply, problem.answer) for reply in islice(remaining, votes[problem.domain])]), "", 0)
+        for problem in chunk for sample in range(config.samples)]
 
 
 def same_budget(config: Config, problems: Sequence[Problem], log: TaskLog) -> int:
@@ -232,11 +261,12 @@ def known_sketches(config: Config, chunk: Sequence[Problem], log: TaskLog) -> li
     return [Sketch(problem, r[0].approach, r[0].approach_tokens, [result.attempt for result in r]) for problem, r in alone]
 
 
-def task_result(arm: str, episode: Episode, sample: int) -> TaskResult:
-    sketch, problem, reply = episode.sketch, episode.sketch.problem, episode.reply
-    return TaskResult(arm, problem.domain, problem.id, sample, problem.answer, episode.guided,
-                      sketch.approach, sketch.approach_tokens,
-                      reply.text, reply.tokens, reply.is_truncated, episode.teaching, episode.is_leak)
+def task_results(config: Config, arm: str, episodes: Sequence[Episode]) -> Iterator[TaskResult]:
+    for index, episode in enumerate(episodes):
+        sketch, problem, reply = episode.sketch, episode.sketch.problem, episode.reply
+        yield TaskResult(arm, problem.domain, problem.id, index % config.samples, problem.answer, episode.guided,
+                         sketch.approach, sketch.approach_tokens,
+                         reply.text, reply.tokens, reply.is_truncated, episode.teaching, episode.is_leak)
 
 
 # ------------------------------------------------------------------------------------------------------ tasks and verifiers

@@ -55,7 +55,7 @@ from nano_atlas.reward import RewardConfig, group_advantages
 from nano_atlas.rollout.layout import LayoutConfig, choose_layout, load, open_policy, open_student
 from nano_atlas.rollout.memory import needs
 from nano_atlas.runtime.traces import problems_from_traces
-from nano_atlas.seats import Generation, Seat, TokenSeat
+from nano_atlas.seats import Generation, Question, Seat, TokenSeat
 from nano_atlas.tokenizer import Tokenizer
 
 NANO = Path("runs/nano")
@@ -201,9 +201,11 @@ def rollout_teaching(
 
 def rollout_exact(config: Config, policy: TokenSeat, problems: Sequence[Problem], step: int) -> tuple[dict, list[list[Sample]]]:
     """The control: the policy answers by itself and is rewarded for being right."""
-    seeds = [derive_seed(config.seed, "step", step, problem.id) for problem in problems]
     answering = Generation(config.answer_tokens, config.teacher_temperature, config.top_p)
-    replies = policy.ask([protocol.baseline_messages(p.question) for p in problems], answering, seeds, n=config.group_size)
+    replies = policy.ask([
+        Question(protocol.baseline_messages(p.question), answering, derive_seed(config.seed, "step", step, p.id), config.group_size)
+        for p in problems
+    ])
     rewards = [[float(attempt(reply, p.answer).is_correct) for reply in group] for p, group in zip(problems, replies)]
     groups = [
         [Sample(reply.rollout, advantage) for reply, advantage in zip(group, group_advantages(r, config.advantage_scale))]
@@ -227,7 +229,7 @@ def evaluate(config: Config, student: Seat | None, policy: TokenSeat, sketches: 
     greedy = dataclasses.replace(config, student_temperature=0.0, teacher_temperature=0.0)
     if config.reward == "exact":
         answering = Generation(config.answer_tokens, 0.0)
-        replies = policy.ask([protocol.baseline_messages(p.question) for p in problems], answering, [0] * len(problems))
+        replies = policy.ask([Question(protocol.baseline_messages(p.question), answering, 0) for p in problems])
         is_correct = [attempt(reply[0], p.answer).is_correct for reply, p in zip(replies, problems)]
         return {"eval/reward": sum(is_correct) / len(is_correct)}
     groups = teach(student, policy, sketches, greedy, config, "evaluation")

@@ -32,7 +32,7 @@ from nano_atlas.runtime.agents import open_agent
 from nano_atlas.runtime.deploy import read_deployment
 from nano_atlas.runtime.strategies import Strategies
 from nano_atlas.runtime.traces import read_traces
-from nano_atlas.seats import Generation, Seat
+from nano_atlas.seats import Generation, Question, Seat
 from nano_atlas.stats import paired_bootstrap
 
 ROOT = Path(__file__).parents[1]
@@ -129,8 +129,8 @@ def measure(config: Config, arm: str, number: int, problems: Sequence[Problem], 
         shots = [message for chat in right_answers(config, number)[: config.shots] for message in chat]
     if arm == "fine-tuning" and number:
         student = open_agent(str(config.out / f"tuned-{number}/model"))
-    conversations = [shots + protocol.baseline_messages(problem.question) for problem in problems]
-    replies = student.ask(conversations, Generation(config.answer_tokens, 0.0), [derive_seed("compounding", p.id) for p in problems])
+    answering = Generation(config.answer_tokens, 0.0)
+    replies = student.ask([Question(shots + protocol.baseline_messages(p.question), answering, derive_seed("compounding", p.id)) for p in problems])
     return [int(protocol.is_correct(protocol.extract_answer(reply.text), p.answer)) for (reply,), p in zip(replies, problems)]
 
 

@@ -120,18 +120,18 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 class DividedSeat:
-    """A seat on every rank; each asks its own a part of the conversations (or rank 0 all of them), and all get all replies."""
+    """A seat on every rank; each asks its own a part of the questions (or rank 0 all of them), and all get all replies."""
 
     def __init__(self, seat, is_first_only: bool):
         self.seat, self.group = seat, dist.new_group(backend="gloo", timeout=PATIENCE)  # its own, so that a thread may ask
         self.parts = 1 if is_first_only else size()
 
-    def ask(self, conversations, generation, seeds, n=1, progress=None) -> list[list]:
+    def ask(self, questions, progress=None) -> list[list]:
         own = slice(rank(), None, self.parts) if rank() < self.parts else slice(0)
-        replies = self.seat.ask(conversations[own], generation, seeds[own], n, progress if rank() == 0 else None)
+        replies = self.seat.ask(questions[own], progress if rank() == 0 else None)
         parts: list[list] = [[] for _ in range(size())]
         dist.all_gather_object(parts, replies, self.group)  # pickled on the way between the ranks; nothing of it is stored
-        return [parts[index % self.parts][index // self.parts] for index in range(len(conversations))]
+        return [parts[index % self.parts][index // self.parts] for index in range(len(questions))]
 
     def __getattr__(self, name: str):
         return getattr(self.seat, name)

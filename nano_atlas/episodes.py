@@ -7,12 +7,13 @@ from the same state and the reward carries no noise that the teacher did not cau
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from nano_atlas import protocol
 from nano_atlas.config import option
 from nano_atlas.data import Problem, derive_seed
 from nano_atlas.reward import RewardConfig, efficiency, teaching_reward
-from nano_atlas.seats import Generation, Reply, Seat
+from nano_atlas.seats import Generation, Question, Reply, Seat
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,15 @@ class Sketch:
     @property
     def baseline_accuracy(self) -> float:
         return sum(attempt.is_correct for attempt in self.baselines) / len(self.baselines)
+
+
+class Draft(NamedTuple):
+    """A teaching on its way to the student."""
+
+    sketch: Sketch
+    style: str
+    reply: Reply  # the teacher's whole completion
+    teaching: str | None  # what the student is told
 
 
 @dataclass
@@ -93,17 +103,26 @@ def sketch_problems(
     student: Seat, problems: Sequence[Problem], config: EpisodeConfig, seed: object, baselines: int = 1, progress: str | None = None
 ) -> list[Sketch]:
     """One probe and `baselines` answers per problem, by the student alone; with `probe_tokens` 0 the approach is empty."""
-    probe_seeds, alone_seeds = ([derive_seed(seed, kind, problem.id) for problem in problems] for kind in ("probe", "alone"))
+    questions = sketch_questions(problems, config, seed, baselines)
+    return read_sketches(problems, student.ask(questions, progress=progress and f"{progress}: alone"))
+
+
+def sketch_questions(problems: Sequence[Problem], config: EpisodeConfig, seed: object, baselines: int = 1) -> list[Question]:
+    """To the student alone: first for all approaches (unless `probe_tokens` is 0), then for the answers to all problems."""
     probe = Generation(config.probe_tokens, config.student_temperature, config.top_p)
     alone = Generation(config.answer_tokens, config.student_temperature, config.top_p)
-    probes, questions = ([messages(p.question) for p in problems] for messages in (protocol.probe_messages, protocol.baseline_messages))
-    approaches = [[Reply("", 0, False)]] * len(problems)
-    if config.probe_tokens:
-        approaches = student.ask(probes, probe, probe_seeds, progress=progress and f"{progress}: probe")
-    answers = student.ask(questions, alone, alone_seeds, n=baselines, progress=progress and f"{progress}: alone")
+    probes = [Question(protocol.probe_messages(p.question), probe, derive_seed(seed, "probe", p.id)) for p in problems]
+    answers = [Question(protocol.baseline_messages(p.question), alone, derive_seed(seed, "alone", p.id), baselines) for p in problems]
+    return (probes if config.probe_tokens else []) + answers
+
+
+def read_sketches(problems: Sequence[Problem], replies: Sequence[list[Reply]]) -> list[Sketch]:
+    """From the replies to `sketch_questions`."""
+    answers = replies[-len(problems) :] if problems else []
+    approaches = replies[: -len(problems)] or [[Reply("", 0, False)]] * len(problems)
     return [
-        Sketch(problem, approach[0].text, approach[0].tokens, [attempt(reply, problem.answer) for reply in replies])
-        for problem, approach, replies in zip(problems, approaches, answers)
+        Sketch(problem, approach.text, approach.tokens, [attempt(reply, problem.answer) for reply in group])
+        for problem, (approach,), group in zip(problems, approaches, answers, strict=True)
     ]
 
 
@@ -122,37 +141,59 @@ def teach(
 
     styles: a key of protocol.TEACHING_STYLES per sketch ("adaptive" where not given).
     """
-    styles = list(styles or ["adaptive"] * len(sketches))
-    seeds = [derive_seed(seed, "teach", sketch.problem.id) for sketch in sketches]
-    prompts = [protocol.teacher_messages(s.problem.question, s.approach, style) for s, style in zip(sketches, styles, strict=True)]
+    styles = styles or ["adaptive"] * len(sketches)
+    questions = teaching_questions(sketches, styles, config, seed, group_size)
+    drafts = read_drafts(sketches, styles, teacher.ask(questions, progress=progress and f"{progress}: teach"))
+    answers = student.ask(guided_questions(drafts, config, seed), progress=progress and f"{progress}: guided")
+    return regroup(read_episodes(drafts, answers, teacher, rewards), group_size)
+
+
+def teaching_questions(
+    sketches: Sequence[Sketch], styles: Sequence[str], config: EpisodeConfig, seed: object, group_size: int = 1
+) -> list[Question]:
+    """To the teacher, for `group_size` teachings of each sketch."""
     teaching = Generation(config.teaching_tokens, config.teacher_temperature, config.top_p)
-    groups = teacher.ask(prompts, teaching, seeds, n=group_size, progress=progress and f"{progress}: teach")
+    return [
+        Question(protocol.teacher_messages(sketch.problem.question, sketch.approach, style), teaching,
+                 derive_seed(seed, "teach", sketch.problem.id), group_size)
+        for sketch, style in zip(sketches, styles, strict=True)
+    ]  # fmt: skip
 
-    flat = [(sketch, style, reply) for sketch, style, group in zip(sketches, styles, groups) for reply in group]
-    teachings = [protocol.parse_teaching(reply.text) for _, _, reply in flat]
-    return regroup(guide(student, flat, teachings, teacher, config, rewards, seed, progress), group_size)
+
+def read_drafts(sketches: Sequence[Sketch], styles: Sequence[str], replies: Sequence[list[Reply]]) -> list[Draft]:
+    """From the replies to `teaching_questions`."""
+    return [
+        Draft(sketch, style, reply, protocol.parse_teaching(reply.text))
+        for sketch, style, group in zip(sketches, styles, replies, strict=True)
+        for reply in group
+    ]
 
 
-def guide(student, flat, teachings, teacher, config, rewards, seed, progress=None) -> list[Episode]:
-    """The guided answers to given teachings: `flat` holds (sketch, style, teacher's reply), `teachings` what the student is told."""
-    conversations = [protocol.guided_messages(sketch.problem.question, told) for (sketch, _, _), told in zip(flat, teachings)]
-    place: Counter[str] = Counter()  # a seed names problem and place in the group, so an answer does not depend on its batch
-    seeds = []
-    for sketch, _, _ in flat:
-        seeds.append(derive_seed(seed, "guided", sketch.problem.id, place[sketch.problem.id]))
-        place[sketch.problem.id] += 1
+def guided_questions(drafts: Sequence[Draft], config: EpisodeConfig, seed: object) -> list[Question]:
+    """To the student: each problem once more, with what it is told now."""
     answering = Generation(config.answer_tokens, config.student_temperature, config.top_p)
-    answers = student.ask(conversations, answering, seeds, progress=progress and f"{progress}: guided")
+    place: Counter[str] = Counter()  # a seed names problem and place in the group, so an answer does not depend on its batch
+    questions = []
+    for draft in drafts:
+        problem = draft.sketch.problem
+        messages = protocol.guided_messages(problem.question, draft.teaching)
+        questions.append(Question(messages, answering, derive_seed(seed, "guided", problem.id, place[problem.id])))
+        place[problem.id] += 1
+    return questions
+
+
+def read_episodes(drafts: Sequence[Draft], answers: Sequence[list[Reply]], teacher: Seat, rewards: RewardConfig) -> list[Episode]:
+    """From the replies to `guided_questions`."""
     episodes = []
-    for (sketch, style, reply), told, answer in zip(flat, teachings, answers):
-        gold = sketch.problem.answer
-        guided = attempt(answer[0], gold)
+    for draft, (answer,) in zip(drafts, answers, strict=True):
+        gold, told = draft.sketch.problem.answer, draft.teaching
+        guided = attempt(answer, gold)
         length = teacher.count_tokens(told) if told else 0
         is_leak = told is not None and gold is not None and protocol.reveals_answer(told, gold)
-        reward = teaching_reward(sketch.baseline_accuracy, float(guided.is_correct), length, is_leak, rewards)
+        reward = teaching_reward(draft.sketch.baseline_accuracy, float(guided.is_correct), length, is_leak, rewards)
         if told is None:  # the student's own success is not the teacher's merit
             reward = min(reward, 0.0) - rewards.malformed_penalty
-        episodes.append(Episode(sketch, style, reply, told, length, guided, is_leak, reward))
+        episodes.append(Episode(draft.sketch, draft.style, draft.reply, told, length, guided, is_leak, reward))
     return episodes
 
 

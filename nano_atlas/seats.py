@@ -1,13 +1,14 @@
 """A seat is a student or a teacher one can talk to: a checkpoint in this process or on vLLM, or any OpenAI-compatible endpoint.
 
-Whoever asks does not know which it has: `ask` takes conversations and gives replies. A seat with a sampler also returns the
+Whoever asks does not know which it has: `ask` takes questions and gives replies. A seat with a sampler also returns the
 exact token ids and log-probabilities of each reply, which is what training needs.
 """
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import islice
+from typing import NamedTuple, Protocol
 
 import torch
 from tqdm import tqdm
@@ -30,6 +31,15 @@ class Generation:
     top_p: float = 1.0
 
 
+class Question(NamedTuple):
+    """A conversation that is to be continued."""
+
+    messages: Messages
+    generation: Generation
+    seed: int
+    n: int = 1  # replies
+
+
 @dataclass
 class Reply:
     text: str
@@ -40,10 +50,8 @@ class Reply:
 
 
 class Seat(Protocol):
-    def ask(
-        self, conversations: Sequence[Messages], generation: Generation, seeds: Sequence[int], n: int = 1, progress: str | None = None
-    ) -> list[list[Reply]]:
-        """n replies to each conversation; `seeds` has one entry per conversation."""
+    def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:
+        """`question.n` replies to each. Ask as much as possible at once: a sampler has its rows full until the last questions."""
         ...
 
     def count_tokens(self, text: str) -> int:
@@ -59,16 +67,10 @@ class TokenSeat:
         self.sampler, self.tokenizer = sampler, tokenizer
         self.template_options = {"enable_thinking": thinking}  # Qwen3's switch; other templates ignore it
 
-    def ask(self, conversations, generation, seeds, n=1, progress=None) -> list[list[Reply]]:
-        params = SamplingParams(
-            max_tokens=generation.max_tokens,
-            temperature=generation.temperature,
-            top_p=generation.top_p,
-            stop_token_ids=self.tokenizer.eos_ids,
-        )
+    def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:
         requests = [
-            Request(tuple(self.prompt_ids(messages)), params, n=n, seed=seed)
-            for messages, seed in zip(conversations, seeds, strict=True)
+            Request(tuple(self.prompt_ids(messages)), SamplingParams(g.max_tokens, g.temperature, g.top_p, self.tokenizer.eos_ids), n, seed)
+            for messages, g, seed, n in questions
         ]
         return [[self._reply(rollout) for rollout in group] for group in self.sampler.generate(requests, progress=progress)]
 
@@ -103,18 +105,18 @@ class EndpointSeat:
             raise UserError(f"{self.client.url}/v1/models lists no model; name one with --student-model or --teacher-model")
         return models[0]["id"]
 
-    def ask(self, conversations, generation, seeds, n=1, progress=None) -> list[list[Reply]]:
+    def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:
         """Each reply is a request of its own: not every server knows `n`, and none counts the tokens of each of n replies."""
 
-        def one(job: tuple[Messages, int]) -> Reply:
-            messages, seed = job
+        def one(job: tuple[Question, int]) -> Reply:
+            (messages, generation, seed, _), place = job
             body = {
                 "model": self.model,
                 "messages": messages,
                 "max_tokens": generation.max_tokens,
                 "temperature": generation.temperature,
                 "top_p": generation.top_p,
-                "seed": seed % 2**31,
+                "seed": (seed + place) % 2**31,
             }
             answer = self.client.request("POST", "/v1/chat/completions", body, check=check_choices(1))
             (choice,) = answer["choices"]
@@ -122,10 +124,10 @@ class EndpointSeat:
             is_truncated = choice.get("finish_reason") == "length"
             return Reply(text, usage.get("completion_tokens", 0), is_truncated, None, usage.get("prompt_tokens", 0))
 
-        jobs = [(messages, seed + place) for messages, seed in zip(conversations, seeds, strict=True) for place in range(n)]
+        jobs = [(question, place) for question in questions for place in range(question.n)]
         with ThreadPoolExecutor(self.client.connections) as pool:
-            replies = list(tqdm(pool.map(one, jobs), total=len(jobs), desc=progress, disable=progress is None, leave=False))
-        return [replies[start : start + n] for start in range(0, len(replies), n)] if n else [[] for _ in conversations]
+            replies = iter(list(tqdm(pool.map(one, jobs), total=len(jobs), desc=progress, disable=progress is None, leave=False)))
+        return [list(islice(replies, question.n)) for question in questions]
 
     def count_tokens(self, text: str) -> int:
         """An endpoint does not show its tokenizer: about four characters a token."""

@@ -25,7 +25,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from nano_atlas import protocol
 from nano_atlas.data import Problem, derive_seed
 from nano_atlas.model import ModelConfig
-from nano_atlas.seats import Generation, Seat
+from nano_atlas.seats import Generation, Question, Seat
 from nano_atlas.tokenizer import Tokenizer
 
 FACTS = 8  # lines per problem; those off the path from the given value to the question are distractors
@@ -108,7 +108,7 @@ def make_task(domain: Domain, rng: random.Random, chain_length: int, facts_count
     facts[chain[0]] = f"{chain[0]}: {domain.scale[level]}"
     for thing in others[: GIVEN - 1]:
         facts[thing] = f"{thing}: {rng.choice(domain.scale)}"
-    worked = [facts[chain[0]]]
+    worked = list(dict.fromkeys([facts[chain[-1]], facts[chain[0]]]))  # what is asked, and where to start
     for thing in chain[1:]:
         worked.append(f"{facts[thing]} {domain.scale[level]} {shift:+d} = {domain.scale[level + shift]}")
         level += shift
@@ -162,8 +162,9 @@ def reading_corpus(count: int, seed: object) -> Iterator[dict]:
 
 
 def base_corpus(count: int, seed: object) -> Iterator[dict]:
-    """The student's pre-training texts as chats, all domains alike: 8 % looking up, 10 % turning a path around, 20 % solving alone,
-    5 % planning, 57 % guided. Problems have 2 to 8 lines and any path length that fits.
+    """The student's pre-training texts as chats, all domains alike: 8 % looking up, 10 % turning a given path around (half of them
+    with tags, which a language model has seen everywhere), 20 % solving alone, 5 % planning, 57 % guided. Problems have 2 to 8 lines
+    and any path length that fits.
 
     Of the guided ones half get the plan, an eighth its beginning, and the others the plan of an unrelated problem, with the right
     solution all the same: guidance is to be read, not obeyed.
@@ -176,6 +177,8 @@ def base_corpus(count: int, seed: object) -> Iterator[dict]:
         elif kind < 0.18:
             walk = "\n".join(task.facts[thing] for thing in reversed(task.chain))
             messages, reply = protocol.user_turn(f"{walk}\n\nIn which order?"), plan(task.chain)
+            if kind < 0.13:
+                messages, reply = protocol.user_turn(f"{walk}\n\nThink, then teach."), protocol.teacher_target(walk, reply)
         elif kind < 0.38:
             messages, reply = protocol.baseline_messages(task.question), task.solution
         elif kind < 0.43:
@@ -233,9 +236,12 @@ def demonstrations(count: int, seed: object, student: Seat) -> list[dict]:
     thorough. Which amount of help serves this student best is not in the demonstrations; finding out is left to GRPO. A sixth
     each is written in the concise and in the detailed style, so that the runtime's styles mean something to the teacher."""
     generated = tasks("math", count, f"demonstrations/{seed}")
-    conversations = [protocol.probe_messages(task.question) for task in generated]
-    seeds = [derive_seed(seed, "demonstration", index) for index in range(count)]
-    replies = student.ask(conversations, Generation(max_tokens=40, temperature=0.7), seeds, progress="approaches")
+    probe = Generation(max_tokens=40, temperature=0.7)
+    questions = [
+        Question(protocol.probe_messages(task.question), probe, derive_seed(seed, "demonstration", index))
+        for index, task in enumerate(generated)
+    ]
+    replies = student.ask(questions, progress="approaches")
     rng = random.Random(f"styles/{seed}")
     styles = rng.choices(list(protocol.TEACHING_STYLES), weights=(4, 1, 1), k=count)
     return [

@@ -65,10 +65,10 @@ class ScriptedSeat:
     def __init__(self, rule: Callable[[str, int, int], str]):
         self.rule, self.asked, self.calls = rule, [], []
 
-    def ask(self, conversations, generation, seeds, n=1, progress=None):
-        self.calls.append((len(conversations), n, generation))
+    def ask(self, questions, progress=None):
+        self.calls.append(list(questions))
         replies = []
-        for conversation, seed in zip(conversations, seeds, strict=True):
+        for conversation, _, seed, n in questions:
             assert [message["role"] for message in conversation] == ["user"]
             prompt = conversation[0]["content"]
             self.asked.append(prompt)

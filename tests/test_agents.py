@@ -13,7 +13,7 @@ import pytest
 from nano_atlas.errors import UserError
 from nano_atlas.runtime.agents import PythonAgent, open_agent, tool_schema
 from nano_atlas.runtime.sessions import LONGEST_REPLY, Call, Fault, drive
-from nano_atlas.seats import Generation, Reply
+from nano_atlas.seats import Generation, Question, Reply
 
 MESSAGES = [{"role": "user", "content": "6 times 7?"}]
 GENERATION = Generation(20, 0.3)
@@ -52,7 +52,7 @@ def server():
 
 
 def ask(agent) -> Reply:
-    ((reply,),) = agent.ask([MESSAGES], GENERATION, [5])
+    ((reply,),) = agent.ask([Question(MESSAGES, GENERATION, 5)])
     return reply
 
 
@@ -213,11 +213,11 @@ def test_calls_to_a_checkpoint_go_together_and_a_prompt_it_cannot_take_fails_alo
         def __init__(self):
             self.batches = []
 
-        def ask(self, conversations, generation, seeds, n=1, progress=None):
-            self.batches.append(len(conversations))
-            if any(messages[0]["content"] == "too long" for messages in conversations):
+        def ask(self, questions, progress=None):
+            self.batches.append(len(questions))
+            if any(question.messages[0]["content"] == "too long" for question in questions):
                 raise UserError("request 1 has too many tokens")
-            return [[Reply(f"{seed}", 1, False)] for seed in seeds]
+            return [[Reply(f"{question.seed}", 1, False)] for question in questions]
 
     def script(text, seed):
         (reply,) = yield [Call("s", "ask", [{"role": "user", "content": text}], GENERATION, seed)]

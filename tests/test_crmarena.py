@@ -11,7 +11,7 @@ from nano_atlas.benches import crmarena
 from nano_atlas.benches.arms import SAME_BUDGET, SHUFFLED, TWO_VOTES, UNTRAINED
 from nano_atlas.benches.results import STUDENT, read_results
 from nano_atlas.errors import UserError
-from nano_atlas.seats import Reply
+from nano_atlas.seats import Generation, Question, Reply
 
 ARTICLES = {0: "ka0001", 1: None, 2: None, 3: None}
 RECORDS = [
@@ -34,10 +34,10 @@ class Agent:
     def __init__(self):
         self.asked, self.calls = [], 0
 
-    def ask(self, conversations, generation, seeds, n=1, progress=None):
-        self.asked += conversations
+    def ask(self, questions, progress=None):
+        self.asked += [question.messages for question in questions]
         self.calls += 1
-        return [[self.reply(messages)] * n for messages in conversations]
+        return [[self.reply(question.messages)] * question.n for question in questions]
 
     def reply(self, messages):
         last, first = messages[-1]["content"], messages[0]["content"]
@@ -65,8 +65,7 @@ def query(text):
 def test_the_student_queries_until_it_answers():
     agent = Agent()
     seat = crmarena.QueryingSeat(agent, query)
-    conversations = [protocol.baseline_messages(f"agent {i}") for i in (0, 1, 3)]
-    replies = seat.ask(conversations, crmarena.Generation(9), [1, 2, 3], n=2)
+    replies = seat.ask([Question(protocol.baseline_messages(f"agent {i}"), Generation(9), i, n=2) for i in (0, 1, 3)])
     assert [[reply.text for reply in group] for group in replies] == [
         ["<solution>ka0001</solution>"] * 2, ["<solution>none</solution>"] * 2, ["<solution>None</solution>"] * 2]
     assert [group[0].tokens for group in replies] == [15, 15, 11] and agent.calls == 2  # all conversations advance together
@@ -81,7 +80,8 @@ def test_a_student_that_only_queries_is_stopped():
             return Reply("<execute>again 0</execute>", 1, False)
 
     agent = Endless()
-    ((reply,),) = crmarena.QueryingSeat(agent, lambda text: ("x" * 9999, True)).ask([protocol.baseline_messages("agent 0")], None, [0])
+    ((reply,),) = crmarena.QueryingSeat(agent, lambda text: ("x" * 9999, True)).ask(
+        [Question(protocol.baseline_messages("agent 0"), Generation(9), 0)])
     assert agent.calls == crmarena.TURNS == reply.tokens and protocol.extract_answer(reply.text) is None
     assert len(agent.asked[-1][-1]["content"]) < crmarena.SHOWN_CHARACTERS + 50
 

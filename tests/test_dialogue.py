@@ -186,9 +186,9 @@ class Recorder:
     def __init__(self, reply: str):
         self.reply, self.asked = reply, []
 
-    def ask(self, conversations, generation, seeds, n=1, progress=None):
-        self.asked += conversations
-        return [[Reply(self.reply, 11, False)] for _ in conversations]
+    def ask(self, questions, progress=None):
+        self.asked += [question.messages for question in questions]
+        return [[Reply(self.reply, 11, False)] for _ in questions]
 
     def count_tokens(self, words):
         return len(words.split())

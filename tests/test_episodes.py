@@ -41,8 +41,8 @@ def tagged(*texts: str) -> tuple[str, ...]:
 def test_a_group_shares_one_probe_and_k_baselines_and_each_teaching_gets_one_guided_answer():
     student, teacher = ScriptedSeat(student_rule), teacher_of(*tagged("good", "bad", "good good"))
     groups = run(teacher, student, baselines=4)
-    assert [(count, n) for count, n, _ in student.calls] == [(4, 1), (4, 4), (12, 1)]  # probe, alone, guided
-    assert [(count, n) for count, n, _ in teacher.calls] == [(4, 3)]
+    assert [[q.n for q in call] for call in student.calls] == [[1] * 4 + [4] * 4, [1] * 12]  # probe and alone, guided
+    assert [[q.n for q in call] for call in teacher.calls] == [[3] * 4]
     for problem, group in zip(PROBLEMS, groups, strict=True):
         assert len(group) == 3 and all(episode.sketch is group[0].sketch for episode in group)
         assert group[0].sketch.problem is problem and len(group[0].sketch.baselines) == 4
@@ -54,8 +54,8 @@ def test_a_group_shares_one_probe_and_k_baselines_and_each_teaching_gets_one_gui
 def test_lengths_and_temperatures_are_those_of_the_configuration():
     student, teacher = ScriptedSeat(student_rule), teacher_of(*tagged("good"))
     run(teacher, student, group_size=1)
-    assert [(g.max_tokens, g.temperature) for _, _, g in student.calls] == [(11, 0.5), (33, 0.5), (33, 0.5)]
-    assert [(g.max_tokens, g.temperature) for _, _, g in teacher.calls] == [(22, 0.9)]
+    settings = [[(q.generation.max_tokens, q.generation.temperature) for q in call] for call in student.calls + teacher.calls]
+    assert settings == [[(11, 0.5)] * 4 + [(33, 0.5)] * 4, [(33, 0.5)] * 4, [(22, 0.9)] * 4]
 
 
 def test_the_teacher_is_asked_about_the_students_own_approach_in_the_given_style():

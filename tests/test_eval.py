@@ -45,9 +45,9 @@ class Seat:
     def __init__(self, rule, stop_after: int = 10**9):
         self.rule, self.asked, self.stop_after = rule, [], stop_after
 
-    def ask(self, conversations, generation, seeds, n=1, progress=None):
+    def ask(self, questions, progress=None):
         replies = []
-        for conversation, seed in zip(conversations, seeds, strict=True):
+        for conversation, generation, seed, n in questions:
             if len(self.asked) == self.stop_after:
                 raise KeyboardInterrupt
             self.asked.append(conversation[0]["content"])

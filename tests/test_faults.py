@@ -142,9 +142,9 @@ def test_the_gold_answer_is_in_the_prompt(place, tmp_path, monkeypatch):
     prompts = []
     real = EmbeddedSeat.ask
 
-    def listening(self, conversations, *arguments, **options):
-        prompts.extend(self.tokenizer.decode(self.prompt_ids(conversation)) for conversation in conversations)
-        return real(self, conversations, *arguments, **options)
+    def listening(self, questions, *arguments, **options):
+        prompts.extend(self.tokenizer.decode(self.prompt_ids(question.messages)) for question in questions)
+        return real(self, questions, *arguments, **options)
 
     monkeypatch.setattr(EmbeddedSeat, "ask", listening)
     for reward in ("teaching", "exact"):

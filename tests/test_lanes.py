@@ -28,8 +28,8 @@ class Seat:
     def __init__(self, rule):
         self.rule, self.prompts, self.temperatures = rule, [], []
 
-    def ask(self, conversations, generation, seeds, n=1, progress=None):
-        (messages,), (seed,) = conversations, seeds
+    def ask(self, questions, progress=None):
+        ((messages, generation, seed, _),) = questions
         self.prompts.append(messages[-1]["content"])
         self.temperatures.append(generation.temperature)
         text = self.rule(messages[-1]["content"], seed)
@@ -352,7 +352,7 @@ def test_audit_draws_its_share():
 def test_accept_and_judge_tokens(monkeypatch):
     lengths = []
     original = Seat.ask
-    monkeypatch.setattr(Seat, "ask", lambda self, c, generation, s, **more: lengths.append(generation.max_tokens) or original(self, c, generation, s, **more))
+    monkeypatch.setattr(Seat, "ask", lambda self, q, **more: lengths.append(q[0].generation.max_tokens) or original(self, q, **more))
     for accept, teachings in ((0.7, 1), (0.95, 2)):
         guide = teacher(*["<teaching>HELP</teaching>"] * 2)
         config = replace(JUDGED, accept=accept, retries=1, judge_tokens=77, judges=("accuracy",))

@@ -21,9 +21,9 @@ PROBLEMS = [Problem(f"p{i}", f"Problem {i}.", "1", "math") for i in range(200)]
 
 
 class Student:
-    def ask(self, conversations, generation, seeds, n=1, progress=None):
-        assert generation.temperature == 0
-        return [[Reply(f"<solution>{int('HELP' in messages[0]['content'])}</solution>", 3, False)] for messages in conversations]
+    def ask(self, questions, progress=None):
+        assert all(question.generation.temperature == 0 for question in questions)
+        return [[Reply(f"<solution>{int('HELP' in question.messages[0]['content'])}</solution>", 3, False)] for question in questions]
 
 
 class Teacher:
@@ -32,8 +32,8 @@ class Teacher:
     def __init__(self, skill):
         self.skill = skill
 
-    def ask(self, conversations, generation, seeds, n=1, progress=None):
-        numbers = [int(messages[0]["content"].split()[1].rstrip(".")) for messages in conversations]
+    def ask(self, questions, progress=None):
+        numbers = [int(question.messages[0]["content"].split()[1].rstrip(".")) for question in questions]
         return [[Reply(f"<teaching>{'HELP' if number < self.skill else 'Well.'}</teaching>", 3, False)] for number in numbers]
 
     def count_tokens(self, text):

@@ -35,10 +35,10 @@ class Fake:
     def __init__(self):
         self.prompts = []
 
-    def ask(self, conversations, generation, seeds, n=1, progress=None):
-        self.prompts += [json.dumps(messages) for messages in conversations]
-        replies = [self.reply(messages[-1]["content"], seed) for messages, seed in zip(conversations, seeds, strict=True)]
-        return [[Reply(text, len(text.split()), False)] * n for text in replies]
+    def ask(self, questions, progress=None):
+        self.prompts += [json.dumps(question.messages) for question in questions]
+        replies = [self.reply(question.messages[-1]["content"], question.seed) for question in questions]
+        return [[Reply(text, len(text.split()), False)] for text in replies]
 
     def count_tokens(self, text):
         return len(text.split())
@@ -159,7 +159,7 @@ def test_a_run_killed_again_and_again_equals_one_that_was_never_interrupted(conf
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().ask(*arguments, **options)
 
-    codes = [in_a_process_that_dies(lambda: run(config, TASKS, Mortal(life), StyledTeacher())) for life in (2, 4, 6, 5, 99)]
+    codes = [in_a_process_that_dies(lambda: run(config, TASKS, Mortal(life), StyledTeacher())) for life in (1, 2, 3, 2, 99)]
     assert codes == [-9, -9, -9, -9, 0]
     whole = replace(config, out=config.out / "whole")
     run(whole, TASKS, Student(), StyledTeacher())

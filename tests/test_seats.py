@@ -9,7 +9,7 @@ from conftest import STUDENT_WORDS, byte_tokenizer, lively_checkpoint, lively_mo
 
 from nano_atlas import client
 from nano_atlas.errors import UserError
-from nano_atlas.seats import EmbeddedSeat, EndpointSeat, Generation, is_url, open_seat
+from nano_atlas.seats import EmbeddedSeat, EndpointSeat, Generation, Question, is_url, open_seat
 
 KEY = "sk-very-secret-key"
 HELLO = [[{"role": "user", "content": "Hello"}]]
@@ -57,7 +57,8 @@ def server(monkeypatch):
 
 
 def say(seat, conversations=HELLO, n=1, seeds=None):
-    return seat.ask(conversations, Generation(20, 0.6, 0.9), seeds or [5] * len(conversations), n=n)
+    seeds = seeds or [5] * len(conversations)
+    return seat.ask([Question(messages, Generation(20, 0.6, 0.9), seed, n) for messages, seed in zip(conversations, seeds, strict=True)])
 
 
 @pytest.mark.parametrize("ending", ["", "/", "/v1", "/v1/", "/v1/chat/completions"])
@@ -138,7 +139,7 @@ def test_without_a_key_the_one_that_vllm_ignores_is_sent(server, monkeypatch):
 def test_an_embedded_reply_ends_at_the_end_of_turn_which_counts_as_a_token_but_is_no_text():
     tokenizer = byte_tokenizer()
     seat = EmbeddedSeat(lively_model(0, STUDENT_WORDS, tokenizer), tokenizer)
-    (replies,) = seat.ask(HELLO, Generation(12, 1.0), [3], n=40)
+    (replies,) = seat.ask([Question(HELLO[0], Generation(12, 1.0), 3, n=40)])
     (end,) = tokenizer.eos_ids
     assert {reply.is_truncated for reply in replies} == {True, False}
     for reply in replies:
@@ -154,9 +155,9 @@ def test_an_embedded_seat_follows_the_weights_of_its_model():
     tokenizer = byte_tokenizer()
     model = lively_model(0, STUDENT_WORDS, tokenizer)
     seat = EmbeddedSeat(model, tokenizer)
-    before = seat.ask(HELLO, Generation(12, 0.0), [0])[0][0].text
+    before = seat.ask([Question(HELLO[0], Generation(12, 0.0), 0)])[0][0].text
     model.load_state_dict(lively_model(0, ("x", "y", "<|im_end|>"), tokenizer).state_dict())
-    after = seat.ask(HELLO, Generation(12, 0.0), [0])[0][0].text
+    after = seat.ask([Question(HELLO[0], Generation(12, 0.0), 0)])[0][0].text
     assert "x" not in before + "y" and set(after) <= {"x", "y"}
 
 

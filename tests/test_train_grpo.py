@@ -163,11 +163,12 @@ def config_of(place: Path, **options) -> Config:
 @pytest.fixture(scope="module")
 def sampled(place) -> list[Sample]:
     """Completions of the policy, of 1 to 6 tokens, with the log-probs it gave them, and made-up advantages."""
-    from nano_atlas.seats import EmbeddedSeat, Generation
+    from nano_atlas.seats import EmbeddedSeat, Generation, Question
 
     seat = EmbeddedSeat(load_model(place / "teacher"), Tokenizer.from_directory(place / "teacher"))
     conversations = [protocol.teacher_messages(f"Pick {word}.", "None.") for word in ("one", "any of the two")]
-    groups = seat.ask(conversations, Generation(6, SMALL["teacher_temperature"]), [1, 2], n=4)
+    generation = Generation(6, SMALL["teacher_temperature"])
+    groups = seat.ask([Question(messages, generation, seed, n=4) for seed, messages in enumerate(conversations, start=1)])
     replies = [reply for group in groups for reply in group]
     return [Sample(reply.rollout, (index + 1) * (-1) ** index) for index, reply in enumerate(replies)]
 

@@ -20,6 +20,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 
 from nano_atlas.benches import scores
@@ -27,7 +28,7 @@ from nano_atlas.benches.results import TaskResult
 from nano_atlas.data import Problem, read_jsonl
 from nano_atlas.errors import UserError
 from nano_atlas.protocol import visible
-from nano_atlas.seats import Generation, Reply, Seat
+from nano_atlas.seats import Question, Reply, Seat
 
 TURNS = 20  # queries and the answer, as in the original
 SHOWN_CHARACTERS = 4000  # of a query's rows
@@ -83,10 +84,9 @@ class QueryingSeat:
         self.seat, self.query = seat, query
         self.count_tokens = seat.count_tokens
 
-    def ask(self, conversations, generation: Generation, seeds, n=1, progress=None) -> list[list[Reply]]:
-        states = [list(messages) for messages in conversations for _ in range(n)]
-        replies = [reply for group in self.seat.ask(conversations, generation, seeds, n, progress) for reply in group]
-        seeds = [seed + sample for seed in seeds for sample in range(n)]
+    def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:
+        states = [q._replace(messages=list(q.messages), seed=q.seed + sample, n=1) for q in questions for sample in range(q.n)]
+        replies = [reply for group in self.seat.ask(questions, progress) for reply in group]
         for turn in range(1, TURNS):
             queries = {index: found for index, reply in enumerate(replies)
                        if (found := re.search(r"<execute>(.*?)</execute>", visible(reply.text), re.DOTALL))}
@@ -95,12 +95,13 @@ class QueryingSeat:
             for index, found in queries.items():
                 rows, is_valid = self.query(found[1].strip())
                 shown = rows[:SHOWN_CHARACTERS] + (" ... (more rows)" if len(rows) > SHOWN_CHARACTERS else "")
-                states[index] += [{"role": "assistant", "content": found.string[: found.end()]},  # not the rows it made up
-                                  {"role": "user", "content": f"{'Rows' if is_valid else 'Error'}: {shown}"}]
-            again = self.seat.ask([states[i] for i in queries], generation, [seeds[i] + turn * 1_000_003 for i in queries])
+                states[index].messages.extend([{"role": "assistant", "content": found.string[: found.end()]},  # not the rows it made up
+                                  {"role": "user", "content": f"{'Rows' if is_valid else 'Error'}: {shown}"}])
+            again = self.seat.ask([states[i]._replace(seed=states[i].seed + turn * 1_000_003) for i in queries])
             for index, (reply,) in zip(queries, again):
                 replies[index] = Reply(reply.text, replies[index].tokens + reply.tokens, reply.is_truncated)
-        return [replies[start : start + n] for start in range(0, len(replies), n)]
+        remaining = iter(replies)
+        return [list(islice(remaining, question.n)) for question in questions]
 
 
 def salesforce() -> Query:

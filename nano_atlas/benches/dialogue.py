@@ -36,7 +36,7 @@ from nano_atlas import protocol
 from nano_atlas.data import derive_seed
 from nano_atlas.episodes import EpisodeConfig
 from nano_atlas.errors import UserError
-from nano_atlas.seats import EndpointSeat, Generation, Reply, Seat
+from nano_atlas.seats import EndpointSeat, Generation, Question, Reply, Seat
 
 # ----------------------------------------------------------------------------------------------- from tau2 to a seat and back
 
@@ -133,7 +133,7 @@ def teacher_guide(student: Seat, teacher: Seat, config: EpisodeConfig) -> Guide:
 
     def ask(seat: Seat, messages: protocol.Messages, tokens: int, temperature: float, seed: int) -> Reply:
         with lock if seat is teacher else nullcontext():
-            return seat.ask([messages], Generation(tokens, temperature, config.top_p), [seed])[0][0]
+            return seat.ask([Question(messages, Generation(tokens, temperature, config.top_p), seed)])[0][0]
 
     def guide(system_prompt: str, policy: str, tools: list[str], opening: str, seed: int) -> Guidance:
         probe = [{"role": "system", "content": system_prompt}, *protocol.probe_messages(opening)]

@@ -27,7 +27,7 @@ import torch
 from nano_atlas.client import Client, check_choices
 from nano_atlas.errors import UserError
 from nano_atlas.protocol import Messages
-from nano_atlas.seats import EndpointSeat, Generation, Reply, Seat, is_url, open_seat
+from nano_atlas.seats import EndpointSeat, Generation, Question, Reply, Seat, is_url, open_seat
 
 TOOL_ROUNDS = 16  # requests per answer; an agent that still wants tools after them has failed
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
@@ -69,8 +69,8 @@ class Agent:
 
     is_batched = False
 
-    def ask(self, conversations, generation, seeds, n=1, progress=None) -> list[list[Reply]]:
-        return [[self.reply(m, generation, seed + i) for i in range(n)] for m, seed in zip(conversations, seeds, strict=True)]
+    def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:
+        return [[self.reply(q.messages, q.generation, q.seed + index) for index in range(q.n)] for q in questions]
 
     def count_tokens(self, text: str) -> int:
         return (len(text) + 3) // 4

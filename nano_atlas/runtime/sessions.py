@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from nano_atlas.errors import UserError
 from nano_atlas.protocol import Messages
-from nano_atlas.seats import EmbeddedSeat, Generation, Reply, Seat
+from nano_atlas.seats import EmbeddedSeat, Generation, Question, Reply, Seat
 
 LONGEST_REPLY = 1_000_000  # characters; more is a fault of the agent, and would be copied into prompts and traces
 Key = TypeVar("Key")
@@ -32,6 +32,10 @@ class Call:
     messages: Messages
     generation: Generation
     seed: int
+
+    @property
+    def question(self) -> Question:
+        return Question(self.messages, self.generation, self.seed)
 
 
 class Fault(Exception):
@@ -101,7 +105,7 @@ def is_batched(seat: Seat) -> bool:
 def ask_one(seat: Seat, call: Call) -> Reply | Fault:
     """One call to a seat; whatever somebody else's agent raises becomes a Fault."""
     try:
-        ((reply,),) = seat.ask([call.messages], call.generation, [call.seed])
+        ((reply,),) = seat.ask([call.question])
     except Exception as error:  # a UserError, or anything at all from a user's function
         return Fault(f"{call.seat}: {type(error).__name__}: {str(error)[:500]}")
     if not reply.text.strip():
@@ -112,16 +116,16 @@ def ask_one(seat: Seat, call: Call) -> Reply | Fault:
 
 
 def _ask_together(seats: Mapping[str, Seat], calls: list[Call]) -> list[Reply | Fault]:
-    """Calls with the same seat and sampling go together; if that fails (a prompt too long for the model), one by one."""
+    """Calls of the same seat go together; if that fails (a prompt too long for the model), one by one."""
     replies: list[Reply | Fault | None] = [None] * len(calls)
-    groups: dict[tuple[int, Generation], list[int]] = {}
+    groups: dict[int, list[int]] = {}
     for index, call in enumerate(calls):
-        groups.setdefault((id(seats[call.seat]), call.generation), []).append(index)
+        groups.setdefault(id(seats[call.seat]), []).append(index)
     for indices in groups.values():
         group = [calls[index] for index in indices]
         seat = seats[group[0].seat]
         try:
-            answers = [reply for (reply,) in seat.ask([c.messages for c in group], group[0].generation, [c.seed for c in group])]
+            answers = [reply for (reply,) in seat.ask([call.question for call in group])]
         except UserError:
             answers = [ask_one(seat, call) for call in group]
         for index, answer in zip(indices, answers, strict=True):
