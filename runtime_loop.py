@@ -37,6 +37,7 @@ import torch
 from tqdm import tqdm
 
 from nano_atlas import world
+from nano_atlas.checkpoint import is_checkpoint
 from nano_atlas.config import Preset, option, parse, refuse_changes, run_script, to_json
 from nano_atlas.data import Problem, derive_seed, load_problems
 from nano_atlas.errors import UserError
@@ -265,7 +266,7 @@ def open_seats(config: Config) -> dict[str, Seat]:
 def find_teacher() -> str:
     """The nano world's teacher: trained by GRPO, or by SFT only where that has not happened yet."""
     for place in NANO_TEACHERS:
-        if (Path(place) / "config.json").is_file():
+        if is_checkpoint(place):
             if place != NANO_TEACHERS[0]:
                 print(f"there is no {NANO_TEACHERS[0]} yet; the teacher is {place}, before GRPO")
             return place

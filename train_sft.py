@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from nano_atlas import distributed, world
-from nano_atlas.checkpoint import load_model, save_model
+from nano_atlas.checkpoint import is_checkpoint, load_model, save_model
 from nano_atlas.config import Preset, option, parse, refuse_changes, run_script, to_json
 from nano_atlas.data import (
     Batch, Example, collate, derive_seed, load_examples, pack, padding_share, shuffle_epoch, steps_per_epoch, write_jsonl,
@@ -45,7 +45,7 @@ from nano_atlas.seats import EmbeddedSeat
 from nano_atlas.tokenizer import Tokenizer
 
 NANO = Path("runs/nano")
-READING_EXAMPLES, BASE_EXAMPLES, DEMONSTRATIONS = 20_000, 36_000, 900
+READING_EXAMPLES, BASE_EXAMPLES, SETTLING_EXAMPLES, DEMONSTRATIONS = 20_000, 60_000, 10_000, 900
 NANO_BASE = {"tokens_per_step": 1024, "tokens_per_batch": 1024, "lr": 3e-3, "muon_scale": 2.0, "warmup": 0.02, "betas": (0.9, 0.98),
              "weight_decay": 0.05, "held_out": 0.005}
 GPU = {"dtype": "bfloat16", "gradient_checkpointing": True, "compile": True, "tokens_per_batch": 8192}
@@ -54,9 +54,13 @@ PRESETS = {
         "data": (NANO / "data/demonstrations.jsonl",), "model": NANO / "student/model", "out": NANO / "teacher-sft",
         "epochs": 6, "tokens_per_step": 8192, "tokens_per_batch": 4096, "lr": 1e-3, "weight_decay": 0.01, "held_out": 0.05,
     }),
-    "nano-student": Preset("the nano world's student on a CPU, 1 GB; teaches it to read first", {
-        **NANO_BASE, "data": (NANO / "data/base.jsonl",), "model": NANO / "reader/model", "out": NANO / "student", "epochs": 1,
+    "nano-student": Preset("the nano world's student on a CPU, 1 GB: its last lessons, at a falling rate; the first before, if need be", {
+        **NANO_BASE, "data": (NANO / "data/settling.jsonl",), "model": NANO / "base/model", "out": NANO / "student", "epochs": 1,
         "schedule": "cosine",
+    }),
+    "nano-base": Preset("a model that can follow a plan, from one that can read, on a CPU, 1 GB; ends when it can", {
+        **NANO_BASE, "data": (NANO / "data/base.jsonl",), "model": NANO / "reader/model", "out": NANO / "base", "epochs": 1,
+        "schedule": "constant", "held_out": 0.0, "eval_data": (NANO / "data/following.jsonl",), "stop_loss": 0.06,
     }),
     "nano-reader": Preset("a model that can look things up, from random weights on a CPU, 1 GB; ends when it can", {
         **NANO_BASE, "data": (NANO / "data/reading.jsonl",), "model": NANO / "init", "out": NANO / "reader", "epochs": 4,
@@ -85,6 +89,7 @@ class Config:
     max_length: int = option(4096, "longest example, in tokens; longer ones are left out and counted")
     shuffle: bool = option(True, "take the examples in random order; --no-shuffle keeps that of the files, as a curriculum")
     held_out: float = option(0.02, "share of the examples (0 to 1) that is not learned and gives eval_loss")
+    eval_data: tuple[Path, ...] = option((), "JSONL files that give eval_loss, with those that --held-out takes from --data")
     thinking: bool = option(False, "render prompts with Qwen3's thinking mode on; other chat templates ignore it")
 
     model: Path = option(Path("Qwen/Qwen3-0.6B"), "checkpoint directory to start from", group="model")
@@ -121,8 +126,8 @@ class Config:
                 raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
         if self.steps is not None and self.steps <= 0:
             raise UserError(f"--steps must be above 0, not {self.steps}")
-        if self.stop_loss < 0 or (self.stop_loss and not self.held_out):
-            raise UserError("--stop-loss must not be below 0, and needs --held-out above 0")
+        if self.stop_loss < 0 or (self.stop_loss and not self.held_out and not self.eval_data):
+            raise UserError("--stop-loss must not be below 0, and needs --eval-data or --held-out above 0")
         for name in ("held_out", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be from 0 to below 1, not {getattr(self, name)}")
@@ -138,7 +143,7 @@ class Config:
 
 
 def load(config: Config) -> tuple[Transformer, Tokenizer]:
-    if not (config.model / "config.json").is_file():
+    if not is_checkpoint(config.model):
         raise UserError(f"no model at {config.model}; fetch one with `hf download {config.model} --local-dir {config.model}`, "
                         "or name another directory with --model")
     if config.optimizer_device != "auto":
@@ -165,7 +170,7 @@ def split(examples: list[Example], share: float, seed: int) -> tuple[list[Exampl
 def data_digest(paths: Sequence[Path]) -> str:
     for path in paths:
         if not path.is_file():
-            raise UserError(f"{path}: no such file; --data must name JSONL files")
+            raise UserError(f"{path}: no such file; --data and --eval-data must name JSONL files")
     return files_digest(paths)
 
 
@@ -200,7 +205,7 @@ def evaluate(model: Transformer, examples: list[Example], tokens_per_batch: int,
 
 def train(config: Config) -> None:
     state_dir, options_file = config.out / "state", config.out / "options.json"
-    data_hash = data_digest(config.data)
+    data_hash = data_digest((*config.data, *config.eval_data))
     if config.restart and distributed.rank() == 0:
         for directory in (state_dir, config.out / "model"):
             shutil.rmtree(directory, ignore_errors=True)
@@ -224,6 +229,8 @@ def train(config: Config) -> None:
     learned, held_out = split(examples, config.held_out, config.seed)
     if not learned:
         raise UserError(f"all {len(examples)} examples are held out; lower --held-out or add data")
+    if config.eval_data:
+        held_out += load_examples(config.eval_data, tokenizer, config.max_length, thinking=config.thinking)[0]
     lengths = [len(example.input_ids) - 1 for example in learned]
     epoch_steps = steps_per_epoch(lengths, config.tokens_per_step)
     total_steps = config.steps or config.epochs * epoch_steps
@@ -299,8 +306,17 @@ def make_nano_reading(data: Path, model: Path, seed: int) -> None:
 
 
 def make_nano_base(data: Path, model: Path, seed: int) -> None:
+    """All kinds of texts; and what says that they were learned, full-size problems solved by a given plan."""
+    following = data.with_name("following.jsonl")
+    if not following.exists():
+        write_jsonl(following, world.following_corpus(150, seed))
     if not data.exists():
         write_jsonl(data, world.base_corpus(BASE_EXAMPLES, seed))
+
+
+def make_nano_settling(data: Path, model: Path, seed: int) -> None:
+    if not data.exists():
+        write_jsonl(data, world.base_corpus(SETTLING_EXAMPLES, f"settling/{seed}"))
 
 
 def make_nano_demonstrations(path: Path, student: Path, seed: int) -> None:
@@ -315,12 +331,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, sys.argv[1:] if argv is None else argv, PRESETS, __doc__)
     overrides = PRESETS[config.preset].overrides
     uses_nano_world = config.data == overrides.get("data") and config.model == overrides["model"]
-    before = {"nano": "nano-student", "nano-student": "nano-reader"}.get(config.preset)
+    before = {"nano": "nano-student", "nano-student": "nano-base", "nano-base": "nano-reader"}.get(config.preset)
     if uses_nano_world and before:
         main(["--preset", before])
     if uses_nano_world and distributed.rank() == 0:
-        make = {"nano-reader": make_nano_reading, "nano-student": make_nano_base, "nano": make_nano_demonstrations}[config.preset]
-        make(config.data[0], config.model, config.seed)
+        make = {"nano-reader": make_nano_reading, "nano-base": make_nano_base, "nano-student": make_nano_settling,
+                "nano": make_nano_demonstrations}  # fmt: skip
+        make[config.preset](config.data[0], config.model, config.seed)
     distributed.wait()
     train(config)
 

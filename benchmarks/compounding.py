@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import fmean
 
 from nano_atlas import protocol, world
+from nano_atlas.checkpoint import is_checkpoint
 from nano_atlas.config import option, parse, run_script, to_json
 from nano_atlas.data import Problem, derive_seed, write_jsonl
 from nano_atlas.episodes import EpisodeConfig, sketch_problems, teach
@@ -79,11 +80,11 @@ def run_arms(config: Config) -> None:
     teacher = config.teacher
     for number in range(1, config.rounds + 1):
         out = config.out / f"offline-{number}"
-        if not (out / "model/config.json").exists():
+        if not is_checkpoint(out / "model"):
             call("train_grpo.py", "--teacher", teacher, "--student", config.student, "--out", out, "--seed", config.seed + number, *shlex.split(train))
         teacher = str(out / "model")
         tuned = config.out / f"tuned-{number}"
-        if not (tuned / "model/config.json").exists():
+        if not is_checkpoint(tuned / "model"):
             write_jsonl(config.out / f"tuning-{number}.jsonl", [{"messages": chat} for chat in right_answers(config, number)])
             call("train_sft.py", "--model", config.student, "--data", config.out / f"tuning-{number}.jsonl", "--out", tuned, *shlex.split(config.tune_options))
 

@@ -5,6 +5,7 @@ that `model.py` does not compute is refused by the name of its field, because it
 """
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 from itertools import islice
 from pathlib import Path
@@ -164,10 +165,14 @@ def config_to_dict(config: ModelConfig, dtype: torch.dtype, tokenizer: Tokenizer
     return values
 
 
+def is_checkpoint(path: str | Path) -> bool:
+    return (Path(path) / "config.json").is_file()
+
+
 def read_config(path: str | Path) -> ModelConfig:
     """The configuration of a checkpoint directory. Raises UserError."""
     file = Path(path) / "config.json"
-    if not file.is_file():
+    if not is_checkpoint(path):
         raise UserError(f"{path} is not a checkpoint directory: it has no config.json")
     return config_from_dict(read_json(file), str(file))
 
@@ -236,13 +241,21 @@ def _read(file: Path, name: str) -> torch.Tensor:
         return tensors.get_tensor(name)
 
 
+def full_weights(model: Transformer, repeat_tied_head: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight under its name in checkpoints, whole and one at a time; all ranks take part in gathering them."""
+    for name, weight in full_parameters(model):
+        yield name, weight
+        if repeat_tied_head and name == EMBEDDING and model.config.tie_word_embeddings:
+            yield "lm_head.weight", weight
+
+
 def save_model(path: str | Path, model: Transformer, tokenizer: Tokenizer | None, dtype: torch.dtype | None = None,
-               max_shard_bytes: float = 5e9) -> None:
+               max_shard_bytes: float = 5e9, repeat_tied_head: bool = False) -> None:
     """Writes a directory that `load_model`, transformers and vLLM read, replacing an earlier checkpoint at `path` atomically.
 
     `dtype` converts the weights (default: as they are). Weights above `max_shard_bytes` are split into several files with an
-    index. All ranks call it, and rank 0 writes. Raises UserError where `path` holds something else than a checkpoint, which would
-    be lost.
+    index. `repeat_tied_head` stores a tied head once more, under its own name. All ranks call it, and rank 0 writes. Raises UserError
+    where `path` holds something else than a checkpoint, which would be lost.
     """
     path = Path(path)
     entries = list(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
@@ -251,14 +264,18 @@ def save_model(path: str | Path, model: Transformer, tokenizer: Tokenizer | None
         listed = ", ".join(foreign[:5])
         raise UserError(f"{path} holds {listed}, which saving a checkpoint would delete; choose another directory")
     dtype = dtype or model.compute_dtype or model.head_weight.dtype
-    tensor_bytes = {name: parameter.numel() * dtype.itemsize for name, parameter in model.named_parameters()}
+    tensor_bytes = {}
+    for name, parameter in model.named_parameters():
+        tensor_bytes[name] = parameter.numel() * dtype.itemsize
+        if repeat_tied_head and name == EMBEDDING and model.config.tie_word_embeddings:
+            tensor_bytes["lm_head.weight"] = tensor_bytes[name]
     shards: list[list[str]] = [[]]
     for name, size in tensor_bytes.items():
         if shards[-1] and sum(tensor_bytes[other] for other in shards[-1]) + size > max_shard_bytes:
             shards.append([])
         shards[-1].append(name)
 
-    tensors = full_parameters(model)
+    tensors = full_weights(model, repeat_tied_head)
     if rank() > 0:
         deque(tensors, maxlen=0)  # it takes part in gathering
         return

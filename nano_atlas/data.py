@@ -14,7 +14,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from nano_atlas import protocol
 from nano_atlas.errors import UserError
+from nano_atlas.files import replacing
 from nano_atlas.tokenizer import Tokenizer
 
 QUESTION_FIELDS = ("problem_text", "question", "problem", "prompt", "input")
@@ -87,11 +87,8 @@ def _parse_line(raw: bytes, number: int, where: str) -> dict[str, Any]:
 
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Write one object per line; the file appears under its name only when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.writelines(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
 
 
 def _text(record: dict[str, Any], field: str, where: str) -> str:

@@ -161,6 +161,13 @@ def reading_corpus(count: int, seed: object) -> Iterator[dict]:
         yield _chat(*_looking_up(_any_task(rng), rng))
 
 
+def following_corpus(count: int, seed: object) -> Iterator[dict]:
+    """Full-size problems of all domains, each solved by its plan."""
+    for domain in DOMAINS:
+        for task in tasks(domain, count // len(DOMAINS), f"following/{seed}"):
+            yield _chat(protocol.guided_messages(task.question, plan(task.chain)), task.solution)
+
+
 def base_corpus(count: int, seed: object) -> Iterator[dict]:
     """The student's pre-training texts as chats, all domains alike: 8 % looking up, 10 % turning a given path around (half of them
     with tags, which a language model has seen everywhere), 20 % solving alone, 5 % planning, 57 % guided. Problems have 2 to 8 lines

@@ -43,9 +43,10 @@ class Seat:
     """Replies by a rule, and remembers what it was asked. `stop_after` replies it dies, as a killed process does."""
 
     def __init__(self, rule, stop_after: int = 10**9):
-        self.rule, self.asked, self.stop_after = rule, [], stop_after
+        self.rule, self.asked, self.calls, self.stop_after = rule, [], [], stop_after
 
     def ask(self, questions, progress=None):
+        self.calls.append(len(questions))
         replies = []
         for conversation, generation, seed, n in questions:
             if len(self.asked) == self.stop_after:
@@ -180,6 +181,15 @@ def test_the_student_alone_is_asked_once_for_all_arms(tmp_path):
     prompts = [protocol.baseline_messages(problem.question)[0]["content"] for problem in TASKS["math"]]
     assert sum(map(student.asked.count, prompts)) == 30 + 30 + 1 + 1
     assert student.asked.count(prompts[4]) == 3
+
+
+def test_all_that_can_be_asked_at_once_is_one_call(tmp_path):
+    """However many arms: alone and votes; each teacher and its student; three controls together, and one of them once more."""
+    controls = (SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET)
+    _, student, teachers = run(config_for(tmp_path, control=controls, chunk=1000))
+    count = sum(map(len, TASKS.values()))
+    assert student.calls[0] == count * 4 and len(student.calls) == 1 + 2 + 2
+    assert [seat.calls for seat in teachers.values()] == [[count], [count]]
 
 
 def test_both_arms_ask_in_the_same_answer_format(tmp_path):

@@ -116,7 +116,7 @@ def test_a_full_disk_at_sync_leaves_the_checkpoint_before(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["served"]
     served = {name: weight for file in (tmp_path / "served").glob("*.safetensors") for name, weight in load_file(file).items()}
-    expected = dict(sync_room.full_weights(old))
+    expected = dict(sync_room.full_weights(old, repeat_tied_head=True))
     assert served.keys() == expected.keys() and all(torch.equal(served[name], weight) for name, weight in expected.items())
 
 
@@ -230,8 +230,8 @@ def test_new_weights_arrive_also_under_a_tied_head_and_rollouts_carry_their_vers
 
 def test_a_stale_tied_head_is_noticed(server, monkeypatch):
     """What plain `reload_weights` of a tied checkpoint does on a CPU: new blocks, the old head, and no error."""
-    sampler, real = sampler_at(server, random_model(2)), sync_room.full_weights
-    monkeypatch.setattr(sync_room, "full_weights", lambda model: ((n, w) for n, w in real(model) if n != "lm_head.weight"))
+    sampler, real = sampler_at(server, random_model(2)), sync_room.save_model
+    monkeypatch.setattr(sync_room, "save_model", lambda *a, repeat_tied_head, **options: real(*a, **options))
     with pytest.raises(UserError, match="neither the present nor the previous weights; .* a tied head"):
         sampler.sync(random_model(3), 1)
 

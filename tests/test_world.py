@@ -115,14 +115,18 @@ def test_every_text_of_the_base_corpus_is_right():
         elif protocol.PROBE_REQUEST in prompt:
             assert told_by(reply) == solve(question)[1]
             kinds.add("plan")
-        elif "In which order?" in prompt:
+        elif "In which order?" in prompt or "Think, then teach." in prompt:
             walk = [line.split(": ")[0] for line in question.splitlines()]
-            assert told_by(reply) == walk[::-1]
-            kinds.add("turn around")
+            told = reply
+            if "Think" in prompt:
+                told = protocol.parse_teaching(reply)
+                assert reply == protocol.teacher_target(question, told)
+            assert told_by(told) == walk[::-1]
+            kinds.add("turn around, with tags" if "Think" in prompt else "turn around")
         else:
             assert set(reply.splitlines()) <= set(question.splitlines())
             kinds.add("look up")
-    assert kinds == {"alone", "guided", "plan", "turn around", "look up"}
+    assert kinds == {"alone", "guided", "plan", "turn around", "turn around, with tags", "look up"}
 
 
 def test_demonstrations_teach_the_order_and_never_a_value():

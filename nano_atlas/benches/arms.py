@@ -11,6 +11,7 @@ import torch
 
 from nano_atlas.benches.results import STUDENT, read_results
 from nano_atlas.benches.scores import Report, make_report, tables
+from nano_atlas.checkpoint import is_checkpoint
 from nano_atlas.config import option
 from nano_atlas.data import Problem, derive_seed
 from nano_atlas.episodes import EpisodeConfig
@@ -105,7 +106,7 @@ def derange(problems: Sequence[Problem], seed: int) -> dict[str, Problem]:
 
 
 def require_checkpoint(spec: str, script: str | None = None) -> None:
-    if not is_url(spec) and not (Path(spec) / "config.json").is_file():
+    if not is_url(spec) and not is_checkpoint(spec):
         raise UserError(f"{spec}: there is no checkpoint; " + (f"`python {script}` makes it" if script else
                         "it should be a directory with config.json, tokenizer.json and model.safetensors, or a URL"))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from nano_atlas import distributed
-from nano_atlas.checkpoint import load_model
+from nano_atlas.checkpoint import is_checkpoint, load_model
 from nano_atlas.config import option
 from nano_atlas.errors import UserError
 from nano_atlas.model import Transformer
@@ -116,7 +116,7 @@ def choose_layout(config: LayoutConfig, student: str, needs_student: bool, kl: s
 
 
 def load(path: str | Path, device: str, dtype: str, made_by: str) -> Transformer:
-    if not (Path(path) / "config.json").is_file():
+    if not is_checkpoint(path):
         raise UserError(f"no model at {path}; {made_by}")
     return load_model(path, dtype=getattr(torch, dtype), device=device)
 

@@ -6,20 +6,15 @@ compares the log-probs of one sequence.
 """
 
 import random
-from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from nano_atlas.checkpoint import EMBEDDING, config_to_dict
+from nano_atlas.checkpoint import full_weights, save_model
 from nano_atlas.client import Client, ServerLost
-from nano_atlas.distributed import full_parameters, rank
 from nano_atlas.errors import UserError
-from nano_atlas.files import atomic_directory, write_json
 from nano_atlas.loss import token_stats
 from nano_atlas.model import PackedAttention, Transformer
 from nano_atlas.tokenizer import Tokenizer
@@ -27,35 +22,20 @@ from nano_atlas.tokenizer import Tokenizer
 PROBE_TOKENS = 64
 
 
-def full_weights(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """Every weight under its name in checkpoints, whole and one at a time; a tied head once more under its own name.
-
-    Without that copy, vLLM on a CPU gets new blocks under an old head: it packs a tied head when it starts, and `reload_weights`
-    packs it anew only where it meets `lm_head.weight`. It says nothing about it.
-    """
-    for name, weight in full_parameters(model):
-        yield name, weight
-        if name == EMBEDDING and model.config.tie_word_embeddings:
-            yield "lm_head.weight", weight
-
-
 class FileTransfer:
-    """A checkpoint in `folder`, best on shared memory, which servers of the same machine (or file system) read again."""
+    """A checkpoint in `folder`, best on shared memory, which servers of the same machine (or file system) read again.
+
+    A tied head is in it twice. Otherwise vLLM on a CPU gets new blocks under an old head: it packs a tied head when it starts, and
+    `reload_weights` packs it anew only where it meets `lm_head.weight`. It says nothing about it.
+    """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer):
         self.folder, self.tokenizer = Path(folder).resolve(), tokenizer
 
     def stage(self, model: Transformer) -> None:
         """Replaces the checkpoint as a whole. Raises UserError where there is no room; the one before is then still there."""
-        if rank() > 0:
-            deque(full_weights(model), maxlen=0)  # it takes part in gathering
-            return
-        try:
-            with atomic_directory(self.folder) as folder:
-                for number, (name, weight) in enumerate(full_weights(model)):  # a file each: never two tensors in host memory
-                    save_file({name: weight.cpu().contiguous()}, folder / f"{number:05}.safetensors", {"format": "pt"})
-                self.tokenizer.save(folder)
-                write_json(folder / "config.json", config_to_dict(model.config, model.compute_dtype or model.head_weight.dtype, self.tokenizer))
+        try:  # a file per tensor: never two of them in host memory
+            save_model(self.folder, model, self.tokenizer, max_shard_bytes=0, repeat_tied_head=True)
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot write the weights for the server to {self.folder} ({error}); make room there, or name "
                             "another place with --sync-dir. The run continues from its last state") from error  # fmt: skip
@@ -97,10 +77,10 @@ class NcclTransfer:
 
         class Source(WeightSource):
             def metadata(self):
-                return [ParamMeta(name, weight.dtype, tuple(weight.shape)) for name, weight in full_weights(transfer.model)]
+                return [ParamMeta(name, weight.dtype, tuple(weight.shape)) for name, weight in self]
 
             def __iter__(self):
-                return full_weights(transfer.model)
+                return full_weights(transfer.model, repeat_tied_head=True)
 
         workers = client.request("GET", "/get_world_size")["world_size"]
         info = NCCLTrainerInitInfo(rank=0, master_address=get_ip(), master_port=get_open_port(), world_size=1 + workers)

@@ -1,11 +1,11 @@
 """Selecting traces: the export that trains the next teacher, and the list that people review."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from nano_atlas.errors import UserError
+from nano_atlas.files import replacing
 from nano_atlas.runtime.journal import read_lines
 from nano_atlas.runtime.review import Review, read_reviews
 from nano_atlas.runtime.traces import Selection, parse_trace, read_head
@@ -15,21 +15,17 @@ def export_traces(source: Path, target: Path, selection: Selection) -> tuple[int
     """Write the selected traces of `source` to `target` as a whole; returns how many were selected, and of how many."""
     if target.exists() and target.samefile(source):
         raise UserError(f"--export {target} is the trace file itself; choose another name")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
     reviews = read_reviews(source.with_name("reviews.jsonl"))
     total = selected = 0
-    with partial.open("wb") as file:
+    with replacing(target) as file:
         for total, (number, line) in enumerate(read_lines(source), start=1):
             outcome = read_head(line, f"{source}:{number}").outcome
             review = reviews.get(outcome.session_id)
             if selection.takes(outcome, review and review.status):
                 selected += 1
                 file.write(line if review is None else reviewed(line, review))
-    if selected == 0:
-        partial.unlink()
-        raise UserError(f"{source}: none of its {total} traces is selected; {target} was not written; loosen the selection")
-    os.replace(partial, target)
+        if selected == 0:
+            raise UserError(f"{source}: none of its {total} traces is selected; {target} was not written; loosen the selection")
     return selected, total
 
 
