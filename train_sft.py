@@ -60,7 +60,7 @@ PRESETS = {
     }),
     "nano-base": Preset("a model that can follow a plan, from one that can read, on a CPU, 1 GB; ends when it can", {
         **NANO_BASE, "data": (NANO / "data/base.jsonl",), "model": NANO / "reader/model", "out": NANO / "base", "epochs": 1,
-        "schedule": "constant", "held_out": 0.0, "eval_data": (NANO / "data/following.jsonl",), "stop_loss": 0.06,
+        "schedule": "constant", "held_out": 0.0, "eval_data": (NANO / "data/following.jsonl",), "stop_loss": 0.1,
     }),
     "nano-reader": Preset("a model that can look things up, from random weights on a CPU, 1 GB; ends when it can", {
         **NANO_BASE, "data": (NANO / "data/reading.jsonl",), "model": NANO / "init", "out": NANO / "reader", "epochs": 4,

@@ -139,10 +139,11 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def refuse_changes(config: Any, saved: Mapping[str, Any], where: str) -> None:
-    """Raise UserError naming each option, but for the resumable ones, in which `config` differs from a run's `saved` JSON."""
-    now = to_json(config)
+    """Raise UserError naming each option, but for the resumable ones, in which `config` differs from a run's `saved` JSON. An option
+    that did not exist then had its default."""
+    now, saved = to_json(config), to_json(type(config)()) | dict(saved)
     fixed = [field.name for field in dataclasses.fields(config) if not field.metadata["resumable"]]
-    changed = [f"{_flag(name)} {saved.get(name)} -> {now[name]}" for name in fixed if saved.get(name) != now[name]]
+    changed = [f"{_flag(name)} {saved[name]} -> {now[name]}" for name in fixed if saved[name] != now[name]]
     if changed:
         raise UserError(f"{where} was started with other options: {', '.join(changed)}. "
                         "Repeat the earlier ones to continue it, choose another --out, or start over with --restart")

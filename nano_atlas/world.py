@@ -1,13 +1,13 @@
 """The nano world: three small domains in which a plan is what separates failure from success, generated from seeds.
 
-A problem lists, in shuffled order, what each thing is stated in terms of, gives one rule for going from one to the next, and asks
-for one of them. To answer it, one must go *backwards* from the question to a thing whose value is given, then compute *forwards*.
+A problem lists in shuffled order what each thing is stated in terms of, the one that is asked for last, and gives one rule for going
+from one to the next. To answer it, one must go *backwards* from the question to a thing whose value is given, then compute *forwards*.
 Computing is easy; finding where to start is not, because nothing in a forward pass walks a long chain. That is the gap a teacher
 can close: its <thinking> walks back one line at a time, and its <teaching> names the order, which holds no value and so no answer.
 
     math                              telecom                           crm
-    Tom: Ann                          Router: Modem                     Waiver: Refund
     Ann: 3                            Modem: fair                       Refund: lead
+    Tom: Ann                          Router: Modem                     Waiver: Refund
     Each is the one it names +4.      Each is the one it names -1.      Each is the one it names +2.
     What number is Tom?               In what state is Router?          Who signs Waiver?
 
@@ -108,11 +108,12 @@ def make_task(domain: Domain, rng: random.Random, chain_length: int, facts_count
     facts[chain[0]] = f"{chain[0]}: {domain.scale[level]}"
     for thing in others[: GIVEN - 1]:
         facts[thing] = f"{thing}: {rng.choice(domain.scale)}"
-    worked = list(dict.fromkeys([facts[chain[-1]], facts[chain[0]]]))  # what is asked, and where to start
+    worked = [facts[chain[0]]]
     for thing in chain[1:]:
         worked.append(f"{facts[thing]} {domain.scale[level]} {shift:+d} = {domain.scale[level + shift]}")
         level += shift
     order = rng.sample(things, len(things))
+    order.append(order.pop(order.index(chain[-1])))  # what is asked for comes last, where it is easy to read
     rule = f"Each is the one it names {shift:+d}. {domain.question.format(thing=chain[-1])}"
     return Task(
         domain=domain.name,

@@ -81,6 +81,10 @@ def test_a_config_survives_json_and_a_changed_option_is_refused_by_name_unless_i
     saved = json.loads(json.dumps(to_json(config)))
     refuse_changes(config, saved, "runs/x")
     refuse_changes(read("--data", "x", "--steps", "9"), saved, "runs/x")
+    older = {name: value for name, value in saved.items() if name != "lr"}  # from before there was such an option
+    refuse_changes(config, older, "runs/x")
+    with pytest.raises(UserError, match=r"--lr 0.001 -> 0.5"):
+        refuse_changes(read("--data", "x", "--lr", "0.5"), older, "runs/x")
     with pytest.raises(UserError, match=r"--lr 0.001 -> 0.5, --compile False -> True\. Repeat .* --restart"):
         refuse_changes(read("--data", "x", "--lr", "0.5", "--compile"), saved, "runs/x")
 

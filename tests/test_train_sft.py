@@ -207,18 +207,29 @@ def test_a_run_ends_once_its_evaluation_is_good_enough(checkpoint, sums, tmp_pat
     assert f"is already trained ({len(ended)} steps)" in capsys.readouterr().out
 
 
+def test_evaluation_data_of_their_own(checkpoint, sums, tmp_path):
+    """Nothing of them is learned, and eval_loss is theirs: hard to guess, while the sums are learned."""
+    others = tmp_path / "others.jsonl"
+    others.write_text("".join(json.dumps({"prompt": f"{a}+1=", "completion": "zzzz"}) + "\n" for a in range(10)))
+    records = run(checkpoint, sums, tmp_path / "out", "--held-out", "0", "--eval-data", str(others), "--epochs", "5")
+    assert records[-1]["eval_loss"] > 2 * records[-1]["loss"]
+    others.write_text(others.read_text().replace("z", "y"))
+    with pytest.raises(UserError, match="was trained on other contents of"):
+        run(checkpoint, sums, tmp_path / "out", "--held-out", "0", "--eval-data", str(others), "--epochs", "6")
+
+
 def test_without_options_the_nano_student_is_made_first_then_demonstrations_then_the_teacher(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_sft, "READING_EXAMPLES", 100)
-    monkeypatch.setattr(train_sft, "BASE_EXAMPLES", 100)
+    for name, count in (("READING", 100), ("BASE", 100), ("SETTLING", 100)):
+        monkeypatch.setattr(train_sft, f"{name}_EXAMPLES", count)
     monkeypatch.setattr(train_sft, "DEMONSTRATIONS", 20)
-    for name in ("nano", "nano-student", "nano-reader"):
+    for name in ("nano", "nano-student", "nano-base", "nano-reader"):
         preset = train_sft.PRESETS[name]
         monkeypatch.setitem(train_sft.PRESETS, name, preset._replace(overrides={**preset.overrides, "steps": 2}))
     train_sft.main([])
-    for out in ("reader", "student", "teacher-sft"):
+    for out in ("reader", "base", "student", "teacher-sft"):
         assert len((tmp_path / "runs/nano" / out / "metrics.jsonl").read_text().splitlines()) == 2
     assert len((tmp_path / "runs/nano/data/demonstrations.jsonl").read_text().splitlines()) == 20
     capsys.readouterr()
     train_sft.main([])  # everything is there: nothing is made again
-    assert capsys.readouterr().out.count("is already trained (2 steps)") == 3
+    assert capsys.readouterr().out.count("is already trained (2 steps)") == 4
