@@ -42,7 +42,7 @@ from nano_atlas.tokenizer import Tokenizer
 
 NANO = Path("runs/nano")
 GREEDY = EpisodeConfig(probe_tokens=40, teaching_tokens=96, answer_tokens=120, student_temperature=0.0, teacher_temperature=0.0)
-TASKS = {"math": 500, "telecom": 250, "crm": 250}
+TASKS = {"math": 500, "telecom": 150, "crm": 150}
 
 
 # ---------------------------------------------------------------------------------------------------------------- faults
@@ -184,7 +184,7 @@ def evaluate(teacher: Path, row: Row) -> dict:
 def run_all(rows: list[Row], seeds: list[int], steps: int, out: Path, workers: int) -> None:
     """Each run in a process of its own (a fault ends with it), `workers` at a time."""
     missing = [(row, seed) for seed in seeds for row in rows if not (out / row.key / str(seed) / "result.json").exists()]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers)), **os.environ}
 
     def run(job: tuple[Row, int]) -> None:
         row, seed = job
@@ -267,7 +267,7 @@ def main() -> None:
     sections = list(dict.fromkeys(row.section for row in ROWS))
     parser.add_argument("--rows", nargs="+", choices=sections, default=sections, metavar="SECTION", help=f"of {', '.join(sections)}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=60, help="GRPO steps of each run (default: 60)")
+    parser.add_argument("--steps", type=int, default=24, help="GRPO steps of each run (default: 24)")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--out", type=Path, default=NANO / "ablation")
     parser.add_argument("--table", action="store_true", help="only print the table of what is there")

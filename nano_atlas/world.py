@@ -219,9 +219,9 @@ def _chat(messages: protocol.Messages, reply: str) -> dict:
 def demonstration(task: Task, approach: str, style: str, is_thorough: bool) -> dict:
     """What a tutor would write, by one rule, in the schema of Arc-ATLAS-Teach-v0.
 
-    Diagnosis: walk back from the question to the given value, then compare with the student's approach. Teaching: only where to
-    start if the approach was right ("be brief if right"); if it was wrong, the whole order from a thorough tutor, the first half
-    of it from one who trusts the student with the rest. Style "concise" asks for the start alone, "detailed" for the whole order.
+    Diagnosis: walk back from the question to the given value. Teaching: only where to start if the student's approach was right ("be
+    brief if right"); if it was wrong, the whole order from a thorough tutor, the first half of it from one who trusts the student
+    with the rest. Style "concise" asks for the start alone, "detailed" for the whole order.
     """
     walk = [task.facts[thing] for thing in reversed(task.chain)]
     is_right = approach.strip() == plan(task.chain)
@@ -233,7 +233,7 @@ def demonstration(task: Task, approach: str, style: str, is_thorough: bool) -> d
     return {
         "problem_text": task.question,
         "student_approach": approach,
-        "teacher_diagnosis": "\n".join([*walk, f"The approach is {'right' if is_right else 'wrong'}."]),
+        "teacher_diagnosis": "\n".join(walk),
         "teacher_teaching": plan(task.chain, told),
         "strategy": style,
     }
