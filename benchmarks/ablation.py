@@ -267,7 +267,7 @@ def main() -> None:
     sections = list(dict.fromkeys(row.section for row in ROWS))
     parser.add_argument("--rows", nargs="+", choices=sections, default=sections, metavar="SECTION", help=f"of {', '.join(sections)}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=24, help="GRPO steps of each run (default: 24)")
+    parser.add_argument("--steps", type=int, default=16, help="GRPO steps of each run (default: 16)")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--out", type=Path, default=NANO / "ablation")
     parser.add_argument("--table", action="store_true", help="only print the table of what is there")

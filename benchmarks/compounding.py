@@ -1,6 +1,6 @@
 """Does it compound? The closed loop against its counterfactuals, round by round, on held-out tasks of a domain the teacher is new to.
 
-    python -m benchmarks.compounding                        # after train_sft.py and train_grpo.py; three rounds on crm
+    python -m benchmarks.compounding                        # after train_sft.py; three rounds on crm
     python -m benchmarks.compounding --domain telecom --out runs/nano/compounding-telecom
 
     both          runtime -> export -> train_grpo.py --traces -> promotion (`runtime_loop.py --rounds`)
@@ -45,11 +45,11 @@ class Config:
     domain: str = option("crm", "domain of the deployed pair", list(world.DOMAINS), group="experiment")
     rounds: int = option(3, "rounds")
     tasks: int = option(200, "tasks per round")
-    steps: int = option(30, "GRPO steps per round")
+    steps: int = option(10, "GRPO steps per round")
     shots: int = option(3, "examples of the few-shot arm")
     held_out: int = option(500, "tasks that all arms are tested on")
     student: str = option("runs/nano/student/model", "checkpoint of the student")
-    teacher: str = option("runs/nano/teacher-grpo/model", "checkpoint of the teacher at the start")
+    teacher: str = option("runs/nano/teacher-sft/model", "checkpoint of the teacher at the start")
     probe_tokens: int = option(40, "longest student approach (tokens)")
     teaching_tokens: int = option(96, "longest teacher completion (tokens)")
     answer_tokens: int = option(120, "longest student answer (tokens)")
