@@ -226,13 +226,12 @@ def rollout_exact(config: Config, policy: TokenSeat, problems: Sequence[Problem]
 
 def evaluate(config: Config, student: Seat | None, policy: TokenSeat, sketches: Sequence, problems: Sequence[Problem]) -> dict:
     """Metrics on the held-out problems, everything greedy; names begin with `eval/`."""
-    greedy = dataclasses.replace(config, student_temperature=0.0, teacher_temperature=0.0)
     if config.reward == "exact":
         answering = Generation(config.answer_tokens, 0.0)
         replies = policy.ask([Question(protocol.baseline_messages(p.question), answering, 0) for p in problems])
         is_correct = [attempt(reply[0], p.answer).is_correct for reply, p in zip(replies, problems)]
         return {"eval/reward": sum(is_correct) / len(is_correct)}
-    groups = teach(student, policy, sketches, greedy, config, "evaluation")
+    groups = teach(student, policy, sketches, config.greedy(), config, "evaluation")
     return {f"eval/{name}": value for name, value in teaching_metrics([group[0] for group in groups]).items()}
 
 
@@ -291,8 +290,7 @@ def train(config: Config) -> None:
         policy_seat = open_policy(config, layout, policy, tokenizer, first_step, servers)
         sampler = policy_seat.sampler
         student = open_student(config, layout, servers) if config.reward == "teaching" else None
-        greedy = dataclasses.replace(config, student_temperature=0.0)
-        sketches = sketch_problems(student, held_out, greedy, "evaluation") if student and config.eval_every else []
+        sketches = sketch_problems(student, held_out, config.greedy(), "evaluation") if student and config.eval_every else []
         upcoming = ahead.submit(Batch.from_json, record["upcoming"]) if record.get("upcoming") else None
         for step in range(first_step, config.steps):
             is_last = step + 1 == config.steps

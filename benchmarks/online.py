@@ -41,7 +41,7 @@ class Config:
     teacher: str = option("runs/nano/teacher-sft/model", "checkpoint of the teacher", group="experiment")
     domains: tuple[str, ...] = option(("math", "telecom"), "first and second domain", list(world.DOMAINS))
     tasks: int = option(256, "tasks of each domain")
-    seeds: int = option(5, "runs of each arm, each with its own tasks and choices")
+    seeds: int = option(3, "runs of each arm, each with its own tasks and choices")
     window: int = option(64, "tasks per column of the table")
     out: Path = option(Path("runs/nano/online"), "directory of the results")
 

@@ -1,10 +1,12 @@
 """A long unattended run with faults: two OpenAI-compatible endpoints behind a proxy that fails at random, and kill -9 now and then.
 
-    python -m benchmarks.unattended --student-url http://localhost:8001 --teacher-url http://localhost:8002 --tasks 500
+    python -m benchmarks.unattended                                   # the nano world's pair, on two vLLM servers started here
+    python -m benchmarks.unattended --student http://localhost:8001 --teacher http://localhost:8002
 
 The proxy answers a share of the requests with 429, 500, garbage, an empty reply, or not at all. The runtime is killed --kills times and
 started again until no session is left failed. Then: every task has exactly one session that succeeded, all records are whole, and the
-export makes training problems. Prints what happened; exits with 1 where something was lost.
+export makes training problems, on which `--train DIR` goes on with this teacher for --train-steps. Prints what happened; exits with 1
+where something was lost.
 """
 
 import json
@@ -15,6 +17,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,20 +26,24 @@ import httpx
 
 from nano_atlas import world
 from nano_atlas.config import option, parse, run_script
-from nano_atlas.data import write_jsonl
+from nano_atlas.data import Problem, write_jsonl
 from nano_atlas.errors import UserError
+from nano_atlas.rollout.server import VllmServer
 from nano_atlas.runtime.export import export_traces
 from nano_atlas.runtime.traces import Selection, TraceWriter, problems_from_traces
+from nano_atlas.seats import is_url
 
 
 @dataclass(frozen=True)
 class Config:
-    student_url: str = option("http://localhost:8001", "OpenAI-compatible server of the student", group="run")
-    teacher_url: str = option("http://localhost:8002", "the same of the teacher")
+    student: str = option("runs/nano/student/model", "OpenAI-compatible server, or a checkpoint that vLLM serves meanwhile", group="run")
+    teacher: str = option("runs/nano/teacher-grpo/model", "the same of the teacher")
     tasks: int = option(500, "tasks")
     fault_rate: float = option(0.1, "share of the requests that fail")
     kills: int = option(3, "times the runtime is killed")
-    answer_tokens: int = option(60, "longest answer, approach and teaching (tokens)")
+    answer_tokens: int = option(96, "longest answer, approach and teaching (tokens)")
+    train: Path | None = option(None, "checkpoint of a teacher that is then trained on the export")
+    train_steps: int = option(4, "GRPO steps of that")
     timeout: float = option(60.0, "seconds after which a call has failed")
     workers: int = option(16, "calls at a time")
     out: Path = option(Path("runs/unattended"), "directory of tasks and traces; must not exist")
@@ -85,7 +92,21 @@ def main() -> None:
     problems = world.held_out("math", config.tasks, "unattended")
     write_jsonl(config.out / "tasks.jsonl", [{"id": p.id, "question": p.question, "answer": p.answer, "domain": p.domain} for p in problems])
     injected: Counter = Counter()
-    urls = [start_proxy(url.rstrip("/"), config.fault_rate, injected) for url in (config.student_url, config.teacher_url)]
+    with ExitStack() as servers:
+        urls = [start_proxy(serve(spec, config.out / f"vllm-{name}.log", servers), config.fault_rate, injected)
+                for name, spec in (("student", config.student), ("teacher", config.teacher))]
+        run(config, problems, urls, injected)
+
+
+def serve(spec: str, log: Path, servers: ExitStack) -> str:
+    """The URL, that of a server started here where `spec` is a checkpoint."""
+    if is_url(spec):
+        return spec.rstrip("/")
+    server = VllmServer(Path(spec).resolve(), log, dtype="float32", options=["--enforce-eager", "--max-num-seqs", "16"])
+    return servers.enter_context(server).url
+
+
+def run(config: Config, problems: list[Problem], urls: list[str], injected: Counter) -> None:
     script = str(Path(__file__).parents[1] / "runtime_loop.py")
     tokens = [part for name in ("probe", "teaching", "answer") for part in (f"--{name}-tokens", str(config.answer_tokens))]
     command = [sys.executable, script, "--preset", "own", "--tasks", str(config.out / "tasks.jsonl"), "--student", urls[0], "--teacher", urls[1],
@@ -116,6 +137,10 @@ def main() -> None:
           f"{failed} failed sessions, all done again; {selected} exported, {trainable} training problems")
     if set(succeeded.values()) != {1} or len(succeeded) != config.tasks:
         raise UserError("a task was lost or done twice")
+    if config.train:
+        grpo = [sys.executable, script.replace("runtime_loop", "train_grpo"), "--traces", str(config.out / "export.jsonl"), "--teacher",
+                str(config.train), "--steps", str(config.train_steps), "--eval-every", "0", "--out", str(config.out / "next")]  # fmt: skip
+        subprocess.run(grpo, check=True)
 
 
 if __name__ == "__main__":

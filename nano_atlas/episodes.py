@@ -7,7 +7,7 @@ from the same state and the reward carries no noise that the teacher did not cau
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from nano_atlas import protocol
 from nano_atlas.config import option
@@ -26,6 +26,10 @@ class EpisodeConfig:
     student_temperature: float = option(0.7, "sampling temperature of the student (0 = greedy)")
     teacher_temperature: float = option(0.7, "sampling temperature of the teacher (0 = greedy)")
     top_p: float = option(1.0, "nucleus mass of every sampler")
+
+    def greedy(self) -> Self:
+        """The same without chance."""
+        return replace(self, student_temperature=0.0, teacher_temperature=0.0)
 
 
 @dataclass
