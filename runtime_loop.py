@@ -148,8 +148,7 @@ def run(config: Config, tasks: Sequence[Problem], seats: Mapping[str, Seat]) -> 
                 done |= {outcome.session_id: outcome for outcome, _ in recorded}
                 bar.update(len(recorded))
             outcomes = [done[name] for name in batch]
-            for outcome in outcomes:
-                experience.learn(outcome)
+            experience.learn(*outcomes)
             log.log(start + len(batch), **runtime_metrics(outcomes), skills=len(experience.playbook.entries))
             bar.update(len(batch) - len(missing))
     if config.skill_writer:

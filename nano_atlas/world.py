@@ -89,7 +89,7 @@ class Task:
     question: str
     answer: str
     chain: tuple[str, ...]  # the things to work out, in order; the last is the one asked for
-    facts: dict[str, str]  # thing -> its line, in the order of the question
+    facts: dict[str, str]  # thing -> its line, in random order
     solution: str
 
 
@@ -113,11 +113,11 @@ def make_task(domain: Domain, rng: random.Random, chain_length: int, facts_count
         worked.append(f"{facts[thing]} {domain.scale[level]} {shift:+d} = {domain.scale[level + shift]}")
         level += shift
     order = rng.sample(things, len(things))
-    order.append(order.pop(order.index(chain[-1])))  # what is asked for comes last, where it is easy to read
+    listed = [thing for thing in order if thing != chain[-1]] + [chain[-1]]  # what is asked for last, where it is easy to read
     rule = f"Each is the one it names {shift:+d}. {domain.question.format(thing=chain[-1])}"
     return Task(
         domain=domain.name,
-        question="\n".join([facts[thing] for thing in order] + [rule]),
+        question="\n".join([facts[thing] for thing in listed] + [rule]),
         answer=domain.scale[level],
         chain=tuple(chain),
         facts={thing: facts[thing] for thing in order},

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from nano_atlas.runtime.experience import Experience, ExperienceConfig
 from nano_atlas.runtime.playbook import Entry, Playbook, SkillConfig, read_entries
+from nano_atlas.runtime.traces import Outcome
 
 
 def proposal(pattern="hard", imperative="Name the first step.", kind="keyword", **more) -> dict:
@@ -17,7 +19,7 @@ def read(*proposals, secret="42") -> list[dict]:
 
 def playbook(*proposals, **options) -> Playbook:
     book = Playbook(SkillConfig(**options))
-    book.learn("s0", [], [], None, [entry for p in proposals for entry in read(p)])
+    book.add([entry for p in proposals for entry in read(p)])
     return book
 
 
@@ -27,7 +29,7 @@ def observe(book: Playbook, sessions: int, rewards=None, hits: bool = True, name
     for index in range(sessions):
         if entry.id in book.entries:
             used = [entry.id] if hits and index % 2 == 0 else []
-            book.learn(f"{name}{index}", [entry.id] if hits else [], used, rewards and rewards[index % 2], [])
+            book.learn(f"{name}{index}", [entry.id] if hits else [], used, rewards and rewards[index % 2])
 
 
 @pytest.mark.parametrize("bad", [
@@ -66,9 +68,9 @@ def test_the_best_known_effect_comes_first():
     book = playbook(proposal(imperative="good"), proposal(imperative="unknown"), proposal(imperative="bad"), skills_per_task=1)
     good, unknown, bad = book.entries
     for reward, names in ((1.0, [good]), (0.0, [])):
-        book.learn(f"s{reward}", [good], names, reward, [])
+        book.learn(f"s{reward}", [good], names, reward)
     for reward, names in ((0.0, [bad]), (1.0, [])):
-        book.learn(f"t{reward}", [bad], names, reward, [])
+        book.learn(f"t{reward}", [bad], names, reward)
     chosen = [book.retrieve("hard", seed)[0][0].id for seed in range(30)]
     assert chosen.count(good) > 15 and set(chosen) <= {good, unknown, bad} and chosen.count(bad) <= chosen.count(unknown)
     assert book.entries[good].effect == 1.0 and book.entries[bad].effect == -1.0
@@ -89,18 +91,26 @@ def test_what_changes_nothing_goes_if_it_is_mostly_adopted_and_what_only_one_tas
     book = playbook(proposal())
     (entry,) = book.entries.values()
     for index in range(12):
-        book.learn(f"s{index}", [entry.id], [entry.id] if index % 3 else [], 0.5, [])
+        book.learn(f"s{index}", [entry.id], [entry.id] if index % 3 else [], 0.5)
     assert not book.entries
     book = playbook(proposal())
     (entry,) = book.entries.values()
     for index in range(25):
-        book.learn("the same task" if index % 5 == 0 else f"s{index}", [entry.id] if index % 5 == 0 else [], [], None, [])
+        book.learn("the same task" if index % 5 == 0 else f"s{index}", [entry.id] if index % 5 == 0 else [], [], None)
     assert not book.entries
 
 
 def test_pruned_entries_do_not_come_back_and_the_size_is_limited():
     book = playbook(proposal())
     observe(book, 10, (0.0, 1.0))
-    book.learn("s", [], [], None, read(proposal()))
+    book.add(read(proposal()))
     assert not book.entries
     assert len(playbook(*[proposal(imperative=f"Do {word}.") for word in "abcde"], playbook_size=3).entries) == 3
+
+
+def test_sessions_beside_the_one_that_found_a_skill_do_not_count_against_it():
+    """They could not use it; counted as sessions that it does not match, a batch of them would prune it for ever."""
+    experience = Experience(ExperienceConfig(skill_writer="writer"))
+    experience.learn(*(Outcome(f"s{index}", learned=read(proposal()) if index == 0 else []) for index in range(40)))
+    (entry,) = experience.playbook.entries.values()
+    assert entry.sessions_observed == 0

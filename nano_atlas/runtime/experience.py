@@ -41,15 +41,18 @@ class Experience:
         self.drift = Drift()
         self.records: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))  # scores of the student alone
 
-    def learn(self, outcome: Outcome) -> None:
-        if outcome.status != "succeeded":
-            return
-        key = outcome.learning_key
-        self.strategies.learn(key, outcome.strategy, outcome.reward)
-        self.playbook.learn(outcome.session_id, outcome.matched, outcome.skills, outcome.reward, outcome.learned)
-        self.drift.add(key, outcome.reward)
-        if outcome.baseline is not None:
-            self.records[key].append(outcome.baseline)
+    def learn(self, *outcomes: Outcome) -> None:
+        """Of sessions that ran side by side."""
+        outcomes = [outcome for outcome in outcomes if outcome.status == "succeeded"]
+        for outcome in outcomes:
+            key = outcome.learning_key
+            self.strategies.learn(key, outcome.strategy, outcome.reward)
+            self.playbook.learn(outcome.session_id, outcome.matched, outcome.skills, outcome.reward)
+            self.drift.add(key, outcome.reward)
+            if outcome.baseline is not None:
+                self.records[key].append(outcome.baseline)
+        for outcome in outcomes:
+            self.playbook.add(outcome.learned)
 
 
 def new_session(name: str, task: Problem, experience: Experience, config: ExperienceConfig) -> Session:

@@ -97,8 +97,8 @@ class Playbook:
                 length += cost
         return used, [entry.id for entry in matching]
 
-    def learn(self, session_id: str, matched: list[str], used: list[str], reward: float | None, proposals: list[dict]) -> None:
-        """Count one finished session into every entry, prune, then take in what was proposed after it."""
+    def learn(self, session_id: str, matched: list[str], used: list[str], reward: float | None) -> None:
+        """Count one finished session into every entry in force when it began, then prune."""
         for entry in list(self.entries.values()):
             entry.sessions_observed += 1
             if entry.id in matched:
@@ -109,6 +109,9 @@ class Playbook:
                     (entry.reward_with if entry.id in used else entry.reward_without).add(reward)
             if entry.is_useless():
                 self._drop(entry)
+
+    def add(self, proposals: list[dict]) -> None:
+        """What sessions proposed. Not before all that ran beside them are counted: they could not have used it."""
         for proposal in proposals:
             entry = Entry(**proposal)
             if entry.id not in self.entries and entry.id not in self.pruned:
