@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -31,8 +31,8 @@ import train_grpo
 import train_sft
 from nano_atlas import protocol, stats, world
 from nano_atlas.checkpoint import load_model
-from nano_atlas.data import derive_seed, read_jsonl
-from nano_atlas.episodes import EpisodeConfig, sketch_problems, teach, teaching_metrics
+from nano_atlas.data import Problem, derive_seed, read_jsonl
+from nano_atlas.episodes import Attempt, EpisodeConfig, Sketch, sketch_problems, teach, teaching_metrics
 from nano_atlas.files import read_json, write_json
 from nano_atlas.policy import Sample
 from nano_atlas.reward import RewardConfig, group_advantages
@@ -163,18 +163,27 @@ def run_one(row: Row, seed: int, steps: int, out: Path) -> None:
             row.fault(stack)
         train_grpo.main(["--preset", "nano", "--teacher", str(teacher), "--out", str(out / "grpo"), "--seed", str(seed), "--steps",
                          str(steps), "--eval-every", "0", *row.flags])  # fmt: skip
-    record = {"row": row.key, "seed": seed, "steps": steps, **evaluate(out / "grpo/model", row)}
+    record = {"row": row.key, "seed": seed, "steps": steps, **evaluate(out / "grpo/model", row, out.parents[1])}
     write_json(out / "result.json", record)
 
 
-def evaluate(teacher: Path, row: Row) -> dict:
+def sketches_of(student: EmbeddedSeat, problems: list[Problem], config: EpisodeConfig, path: Path) -> list[Sketch]:
+    """What the student does alone is the same in every run: it is kept in a file."""
+    if not path.exists():
+        sketches = sketch_problems(student, problems, config, 0)
+        write_json(path, {"sketches": [[s.approach, s.approach_tokens, [asdict(a) for a in s.baselines]] for s in sketches]})
+    stored = read_json(path)["sketches"]
+    return [Sketch(p, text, tokens, [Attempt(**a) for a in alone]) for p, (text, tokens, alone) in zip(problems, stored, strict=True)]
+
+
+def evaluate(teacher: Path, row: Row, place: Path) -> dict:
     """Correctness on each held-out task, alone and guided; the protocol is the right one, whatever the training did."""
     probe_tokens = int(row.flags[row.flags.index("--probe-tokens") + 1]) if "--probe-tokens" in row.flags else GREEDY.probe_tokens
     config = replace(GREEDY, probe_tokens=probe_tokens)
     student, policy = (EmbeddedSeat(load_model(path), Tokenizer.from_directory(path)) for path in (NANO / "student/model", teacher))
     record: dict[str, dict] = {}
     for domain, count in TASKS.items():
-        sketches = sketch_problems(student, world.held_out(domain, count, "ablation"), config, 0)
+        sketches = sketches_of(student, world.held_out(domain, count, "ablation"), config, place / f"alone-{domain}-{probe_tokens}.json")
         episodes = [episode for (episode,) in teach(student, policy, sketches, config, RewardConfig(), derive_seed("ablation"))]
         record[domain] = {"alone": [round(e.sketch.baseline_accuracy) for e in episodes],
                           "guided": [int(e.guided.is_correct) for e in episodes], **teaching_metrics(episodes)}

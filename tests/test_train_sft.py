@@ -220,7 +220,7 @@ def test_evaluation_data_of_their_own(checkpoint, sums, tmp_path):
 
 def test_without_options_the_nano_student_is_made_first_then_demonstrations_then_the_teacher(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name, count in (("READING", 100), ("BASE", 100), ("SETTLING", 100)):
+    for name, count in (("READING", 400), ("BASE", 100), ("SETTLING", 100)):
         monkeypatch.setattr(train_sft, f"{name}_EXAMPLES", count)
     monkeypatch.setattr(train_sft, "DEMONSTRATIONS", 20)
     monkeypatch.setattr(train_sft, "READERS", 2)
