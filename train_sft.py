@@ -16,7 +16,6 @@ later, `<thinking>..</thinking><teaching>..</teaching>` after the student's appr
 of its own; a step is measured in tokens; on one GPU the optimizer's state may live on another or in host memory.
 """
 
-import dataclasses
 import shutil
 import sys
 import time
@@ -31,10 +30,10 @@ from nano_atlas import distributed, world
 from nano_atlas.checkpoint import is_checkpoint, load_model, save_model
 from nano_atlas.config import Preset, option, parse, refuse_changes, run_script, to_json
 from nano_atlas.data import (
-    Batch, Example, collate, derive_seed, load_examples, pack, padding_share, read_jsonl, shuffle_epoch, steps_per_epoch, write_jsonl,
+    Batch, Example, collate, derive_seed, load_examples, pack, padding_share, shuffle_epoch, steps_per_epoch, write_jsonl,
 )
 from nano_atlas.errors import UserError
-from nano_atlas.files import atomic_directory, files_digest, read_json, write_json
+from nano_atlas.files import files_digest, read_json, write_json
 from nano_atlas.loss import sft_loss
 from nano_atlas.metrics import RunLog
 from nano_atlas.model import PackedAttention, Transformer
@@ -46,8 +45,7 @@ from nano_atlas.seats import EmbeddedSeat
 from nano_atlas.tokenizer import Tokenizer
 
 NANO = Path("runs/nano")
-READING_EXAMPLES, BASE_EXAMPLES, SETTLING_EXAMPLES, DEMONSTRATIONS = 8_000, 60_000, 10_000, 900
-READERS = 12  # at most; see learn_to_read
+READING_EXAMPLES, BASE_EXAMPLES, SETTLING_EXAMPLES, DEMONSTRATIONS = 20_000, 60_000, 10_000, 900
 NANO_BASE = {"tokens_per_step": 1024, "tokens_per_batch": 1024, "lr": 3e-3, "muon_scale": 2.0, "warmup": 0.02, "betas": (0.9, 0.98),
              "weight_decay": 0.05, "held_out": 0.005}
 GPU = {"dtype": "bfloat16", "gradient_checkpointing": True, "compile": True, "tokens_per_batch": 8192}
@@ -65,7 +63,7 @@ PRESETS = {
         "schedule": "constant", "held_out": 0.0, "eval_data": (NANO / "data/following.jsonl",), "stop_loss": 0.1,
     }),
     "nano-reader": Preset("a model that can look things up, from random weights on a CPU, 1 GB; ends when it can", {
-        **NANO_BASE, "data": (NANO / "data/reading.jsonl",), "model": NANO / "init", "out": NANO / "reader", "steps": 400,
+        **NANO_BASE, "data": (NANO / "data/reading.jsonl",), "model": NANO / "init", "out": NANO / "reader", "epochs": 4,
         "schedule": "constant", "stop_loss": 0.1, "eval_every": 25,
     }),
     "24gb": Preset(f"Qwen3-0.6B on one 24 GB GPU: {needs('Qwen/Qwen3-0.6B')}", {
@@ -307,28 +305,6 @@ def make_nano_reading(data: Path, model: Path, seed: int) -> None:
         write_jsonl(data, world.reading_corpus(READING_EXAMPLES, seed))
 
 
-def learn_to_read(config: Config) -> None:
-    """Looking up is found suddenly, by some initial weights within 300 steps and by others not in 3,000. So they get 400 steps each,
-    until one of them has found it: the waiting time of such attempts has no long tail."""
-    if is_checkpoint(config.out / "model"):
-        print(f"{config.out / 'model'} is already trained")
-        return
-    for attempt in range(READERS):
-        name = f"attempt-{attempt + 1}"
-        one = dataclasses.replace(config, seed=config.seed + attempt, model=config.model / name, out=config.out / name)
-        if distributed.rank() == 0:
-            make_nano_reading(one.data[0], one.model, one.seed)
-        distributed.wait()
-        train(one)
-        *_, last = read_jsonl(one.out / "metrics.jsonl")
-        if last[1]["eval_loss"] <= config.stop_loss:
-            break
-    if distributed.rank() == 0:
-        with atomic_directory(config.out / "model") as folder:
-            shutil.copytree(one.out / "model", folder, dirs_exist_ok=True)
-    distributed.wait()
-
-
 def make_nano_base(data: Path, model: Path, seed: int) -> None:
     """All kinds of texts; and what says that they were learned, full-size problems solved by a given plan."""
     following = data.with_name("following.jsonl")
@@ -358,11 +334,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     before = {"nano": "nano-student", "nano-student": "nano-base", "nano-base": "nano-reader"}.get(config.preset)
     if uses_nano_world and before:
         main(["--preset", before])
-    if uses_nano_world and config.preset == "nano-reader":
-        learn_to_read(config)
-        return
     if uses_nano_world and distributed.rank() == 0:
-        make = {"nano-base": make_nano_base, "nano-student": make_nano_settling, "nano": make_nano_demonstrations}
+        make = {"nano-reader": make_nano_reading, "nano-base": make_nano_base, "nano-student": make_nano_settling,
+                "nano": make_nano_demonstrations}  # fmt: skip
         make[config.preset](config.data[0], config.model, config.seed)
     distributed.wait()
     train(config)
