@@ -27,10 +27,11 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from statistics import mean
 from typing import Any
 
@@ -250,10 +251,12 @@ def in_parallel(run: Callable[..., TaskResult], jobs: Sequence[tuple], workers: 
     GIVE_UP in a row did not reach it, these are not yielded, and run again when the run is continued.
     """
     unreached: list[TaskResult] = []
-    pool = ThreadPoolExecutor(workers)
+    pool, finished = ThreadPoolExecutor(workers), SimpleQueue()  # as_completed gives what is finished already in any order
     try:
-        for future in as_completed([pool.submit(run, *job) for job in jobs]):
-            unreached.append(future.result())
+        for job in jobs:
+            pool.submit(run, *job).add_done_callback(finished.put)
+        for _ in jobs:
+            unreached.append(finished.get().result())
             if termination(unreached[-1]) not in UNREACHED:
                 yield from unreached
                 unreached.clear()
