@@ -45,7 +45,7 @@ from nano_atlas.seats import EmbeddedSeat
 from nano_atlas.tokenizer import Tokenizer
 
 NANO = Path("runs/nano")
-READING_EXAMPLES, BASE_EXAMPLES, SETTLING_EXAMPLES, DEMONSTRATIONS = 20_000, 60_000, 10_000, 900
+READING_EXAMPLES, BASE_EXAMPLES, SETTLING_EXAMPLES, DEMONSTRATIONS = 8_000, 60_000, 10_000, 900
 NANO_BASE = {"tokens_per_step": 1024, "tokens_per_batch": 1024, "lr": 3e-3, "muon_scale": 2.0, "warmup": 0.02, "betas": (0.9, 0.98),
              "weight_decay": 0.05, "held_out": 0.005}
 GPU = {"dtype": "bfloat16", "gradient_checkpointing": True, "compile": True, "tokens_per_batch": 8192}
@@ -297,10 +297,10 @@ def train(config: Config) -> None:
 
 
 def make_nano_reading(data: Path, model: Path, seed: int) -> None:
-    """Texts of looking up, and a model of the student's shape with random weights."""
+    """Texts of looking up, and the student before it has learned anything."""
     if not model.is_dir():
         tokenizer = world.make_tokenizer()
-        save_model(model, Transformer(world.student_config(tokenizer.vocab_size)).initialize(seed), tokenizer)
+        save_model(model, world.newborn_student(tokenizer.vocab_size, seed), tokenizer)
     if not data.exists():
         write_jsonl(data, world.reading_corpus(READING_EXAMPLES, seed))
 

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 from conftest import ScriptedSeat
 
 from nano_atlas import protocol, world
@@ -171,3 +172,21 @@ def test_the_tokenizer_keeps_every_text_and_makes_each_tag_one_token():
 def test_the_student_has_between_half_a_million_and_five_million_parameters():
     model = Transformer(world.student_config(world.make_tokenizer().vocab_size))
     assert 0.5e6 < sum(parameter.numel() for parameter in model.parameters()) < 5e6
+
+
+def test_one_head_of_the_newborn_student_looks_at_the_token_before():
+    """In the first layer the highest score of each query is that of the token before it; other heads have no such preference."""
+    model = world.newborn_student(300, 1)
+    scores = {}
+
+    def attention(layer, q, k, v):
+        if layer == 0:
+            scores.update({head: q[:, head] @ k[:, 0].T for head in (0, 1)})
+        return torch.zeros_like(q)
+
+    ids = torch.randint(0, 300, (40,), generator=torch.Generator().manual_seed(0))
+    model(ids, torch.arange(40), attention)
+    is_seen = torch.ones(40, 40).tril().bool()
+    looked_at = {head: s.masked_fill(~is_seen, -torch.inf).argmax(1)[1:] for head, s in scores.items()}
+    assert (looked_at[0] == torch.arange(39)).all()
+    assert (looked_at[1] == torch.arange(39)).float().mean() < 0.3
