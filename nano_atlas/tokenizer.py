@@ -9,7 +9,7 @@ Simplified against transformers: one template per tokenizer (the one named `defa
 import json
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -211,9 +211,13 @@ class Tokenizer:
 
     def _render(self, messages: Sequence[dict], add_generation_prompt: bool, kwargs: dict) -> tuple[str, dict[str, str]]:
         """The chat as text in which a private-use character stands for each special token of the input: {character: token}."""
-        taken = set(json.dumps([list(messages), kwargs], ensure_ascii=False, default=str)) | set(self.chat_template)
-        free = (chr(code) for code in PRIVATE_USE if chr(code) not in taken)
         character_of: dict[str, str] = {}
+
+        def free_characters() -> Iterator[str]:  # looked for where one is needed, which is seldom
+            taken = set(json.dumps([list(messages), kwargs], ensure_ascii=False, default=str)) | set(self.chat_template)
+            yield from (chr(code) for code in PRIVATE_USE if chr(code) not in taken)
+
+        free = free_characters()
 
         def stand_in(match: re.Match) -> str:
             if match[0] not in character_of:

@@ -3,7 +3,7 @@
 import fcntl
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ class TaskLog:
         """Write those that are not there yet, a flushed line each."""
         for result in results:
             if result.key not in self.results:
-                self._file.write(json.dumps(asdict(result), ensure_ascii=False).encode() + b"\n")
+                self._file.write(json.dumps({**vars(result), "attempt": vars(result.attempt)}, ensure_ascii=False).encode() + b"\n")
                 self._file.flush()
                 self.results[result.key] = result
 
