@@ -72,6 +72,9 @@ class Outcome:
         return None if self.guided is None or self.baseline is None else self.guided - self.baseline
 
 
+DECODER = json.JSONDecoder()
+
+
 class Head(NamedTuple):
     outcome: Outcome
     task: str
@@ -192,7 +195,7 @@ def read_head(line: bytes, where: str) -> Head:
     if end < 0:
         return _foreign_head(parse_trace(line, where), where)
     try:
-        head = json.loads(line[:end] + b"}")
+        head, _ = DECODER.raw_decode(line[:end].decode() + "}")  # json.loads would look for the encoding first
         return Head(Outcome(**head["outcome"]), head["task"], head["ground_truth"])
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{where}: not a trace of this runtime ({error})") from None
