@@ -156,43 +156,40 @@ def evaluate(config: Config, tasks: dict[str, list[Problem]], log: TaskLog, is_r
     left = sum(len(chunk) for arm in config.arms for chunk in chunks if not log.has(arm, chunk, config.samples))
     if not left:
         return
+    print(f"{len(problems)} tasks ({', '.join(tasks)}), {len(config.arms)} arms ({', '.join(config.arms)}); results in {config.out}",
+          file=sys.stderr)  # like the progress; the tables alone are the output
     student = open_student()
     controls = [arm for arm in config.controls if arm != TWO_VOTES]  # these take from the teachers, or need their token counts
     stages = [[arm for arm in config.arms if arm in (STUDENT, TWO_VOTES)], *([name] for name in config.teachers), controls]
-    with tqdm(total=len(problems) * len(config.arms), initial=len(problems) * len(config.arms) - left, unit="task") as bar:
+    with tqdm(total=len(problems) * len(config.arms), initial=len(problems) * len(config.arms) - left, unit="task", desc="evaluation") as bar:
         for stage in stages:
             pending = {arm: [chunk for chunk in chunks if not log.has(arm, chunk, config.samples)] for arm in stage}
             scripts = {arm: script_of(arm, config, tasks, log, student, open_teacher) for arm in stage if pending[arm]}
-            bar.set_description(", ".join(scripts))
             for chunk in chunks:
-                for results in side_by_side([script(chunk) for arm, script in scripts.items() if chunk in pending[arm]]):
+                running = [script(chunk) for arm, script in scripts.items() if chunk in pending[arm]]
+                for results in side_by_side(running, progress=", ".join(scripts)):
                     log.append(judged(results, is_right))
                     bar.update(len(chunk))
             del scripts  # and with them a teacher, before the next one is loaded
 
 
-def side_by_side(scripts: Iterable[Script]) -> list[Iterable[TaskResult]]:
+def side_by_side(scripts: Sequence[Script], progress: str | None = None) -> list[Iterable[TaskResult]]:
     """What the scripts return; whatever they ask of the same seat in the same round is one call of it."""
-    scripts, finished = list(scripts), {}
-    sent: dict[int, list[list[Reply]] | None] = dict.fromkeys(range(len(scripts)))
-    while sent:
-        asked: dict[int, tuple[Seat, list[int], list[Question]]] = {}
-        waiting = []
-        for index, replies in sent.items():
+    finished = {}
+    replies: dict[int, list[list[Reply]] | None] = dict.fromkeys(range(len(scripts)))  # to send to each that still runs
+    while replies:
+        asked: dict[int, tuple[Seat, list[Question]]] = {}
+        for index, told in replies.items():
             try:
-                seat, questions = scripts[index].send(replies)
+                asked[index] = scripts[index].send(told)
             except StopIteration as end:
                 finished[index] = end.value
-                continue
-            _, who, all_questions = asked.setdefault(id(seat), (seat, [], []))
-            who += [index] * len(questions)
-            all_questions += questions
-            waiting.append(index)
-        sent = {index: [] for index in waiting}
-        for seat, who, questions in asked.values():
-            for index, replies in zip(who, seat.ask(questions), strict=True):
-                sent[index].append(replies)
-    return [finished[index] for index in sorted(finished)]
+        replies = {index: [] for index in asked}
+        for seat in {id(seat): seat for seat, _ in asked.values()}.values():
+            mine = [(index, question) for index, (whose, questions) in asked.items() if whose is seat for question in questions]
+            for (index, _), answers in zip(mine, seat.ask([question for _, question in mine], progress), strict=True):
+                replies[index].append(answers)
+    return [finished[index] for index in range(len(scripts))]
 
 
 def script_of(arm: str, config: Config, tasks: dict[str, list[Problem]], log: TaskLog, student: Seat,

@@ -19,7 +19,7 @@ of its own; a step is measured in tokens; on one GPU the optimizer's state may l
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -296,27 +296,27 @@ def train(config: Config) -> None:
 # ---------------------------------------------------------------------------------------------------- nano world, main
 
 
+def write_once(path: Path, records: Iterable[dict]) -> None:
+    if not path.exists():
+        write_jsonl(path, records)
+
+
 def make_nano_reading(data: Path, model: Path, seed: int) -> None:
     """Texts of looking up, and the student before it has learned anything."""
     if not model.is_dir():
         tokenizer = world.make_tokenizer()
         save_model(model, world.newborn_student(tokenizer.vocab_size, seed), tokenizer)
-    if not data.exists():
-        write_jsonl(data, world.reading_corpus(READING_EXAMPLES, seed))
+    write_once(data, world.reading_corpus(READING_EXAMPLES, seed))
 
 
 def make_nano_base(data: Path, model: Path, seed: int) -> None:
     """All kinds of texts; and what says that they were learned, full-size problems solved by a given plan."""
-    following = data.with_name("following.jsonl")
-    if not following.exists():
-        write_jsonl(following, world.following_corpus(150, seed))
-    if not data.exists():
-        write_jsonl(data, world.base_corpus(BASE_EXAMPLES, seed))
+    write_once(data.with_name("following.jsonl"), world.following_corpus(150, seed))
+    write_once(data, world.base_corpus(BASE_EXAMPLES, seed))
 
 
 def make_nano_settling(data: Path, model: Path, seed: int) -> None:
-    if not data.exists():
-        write_jsonl(data, world.base_corpus(SETTLING_EXAMPLES, f"settling/{seed}"))
+    write_once(data, world.base_corpus(SETTLING_EXAMPLES, f"settling/{seed}"))
 
 
 def make_nano_demonstrations(path: Path, student: Path, seed: int) -> None:
@@ -327,17 +327,24 @@ def make_nano_demonstrations(path: Path, student: Path, seed: int) -> None:
     write_jsonl(path, world.demonstrations(DEMONSTRATIONS, seed, seat))
 
 
+LESSONS = {  # of the nano world: the preset before, and who makes the data
+    "nano-reader": (None, make_nano_reading),
+    "nano-base": ("nano-reader", make_nano_base),
+    "nano-student": ("nano-base", make_nano_settling),
+    "nano": ("nano-student", make_nano_demonstrations),
+}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, sys.argv[1:] if argv is None else argv, PRESETS, __doc__)
     overrides = PRESETS[config.preset].overrides
-    uses_nano_world = config.data == overrides.get("data") and config.model == overrides["model"]
-    before = {"nano": "nano-student", "nano-student": "nano-base", "nano-base": "nano-reader"}.get(config.preset)
-    if uses_nano_world and before:
-        main(["--preset", before])
-    if uses_nano_world and distributed.rank() == 0:
-        make = {"nano-reader": make_nano_reading, "nano-base": make_nano_base, "nano-student": make_nano_settling,
-                "nano": make_nano_demonstrations}  # fmt: skip
-        make[config.preset](config.data[0], config.model, config.seed)
+    if config.preset in LESSONS and config.data == overrides["data"] and config.model == overrides["model"]:
+        before, make = LESSONS[config.preset]
+        if before:
+            main(["--preset", before])
+        print(f"lesson {list(LESSONS).index(config.preset) + 1} of {len(LESSONS)}, {config.preset}: {PRESETS[config.preset].help}")
+        if distributed.rank() == 0:
+            make(config.data[0], config.model, config.seed)
     distributed.wait()
     train(config)
 

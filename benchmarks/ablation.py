@@ -41,7 +41,7 @@ from nano_atlas.seats import EmbeddedSeat
 from nano_atlas.tokenizer import Tokenizer
 
 NANO = Path("runs/nano")
-GREEDY = EpisodeConfig(probe_tokens=40, teaching_tokens=96, answer_tokens=120, student_temperature=0.0, teacher_temperature=0.0)
+GREEDY = EpisodeConfig(probe_tokens=40, teaching_tokens=96, answer_tokens=120).greedy()
 TASKS = {"math": 500, "telecom": 150, "crm": 150}
 
 
@@ -230,10 +230,7 @@ def table(rows: list[Row], out: Path) -> str:
         shared = [record for record in found if record["seed"] in default and row != ROWS[0]]
         pairs = zip(*([g - d for g, d in zip(r["math"]["guided"], default[r["seed"]]["math"]["guided"])] for r in shared))
         changes = [statistics.mean(pair) for pair in pairs]
-        against = ""
-        if changes:
-            low, high = stats.paired_bootstrap(changes)
-            against = f"{100 * statistics.mean(changes):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+        against = stats.mean_in_points(changes) if changes else ""
 
         def mean(domain: str, name: str) -> float:
             return statistics.mean(record[domain][name] for record in found)

@@ -34,7 +34,7 @@ from nano_atlas.runtime.deploy import read_deployment
 from nano_atlas.runtime.strategies import Strategies
 from nano_atlas.runtime.traces import read_traces
 from nano_atlas.seats import Generation, Question, Seat
-from nano_atlas.stats import paired_bootstrap
+from nano_atlas.stats import mean_in_points
 
 ROOT = Path(__file__).parents[1]
 ARMS = ("both", "online", "offline", "fine-tuning", "few-shot")
@@ -113,7 +113,7 @@ def best_style(config: Config, rounds: int) -> str:
 
 def measure(config: Config, arm: str, number: int, problems: Sequence[Problem], student: Seat) -> list[int]:
     """Which held-out tasks the arm solves after round `number`; round 0 is where all arms but few-shot start."""
-    greedy = EpisodeConfig(config.probe_tokens, config.teaching_tokens, config.answer_tokens, 0.0, 0.0)
+    greedy = EpisodeConfig(config.probe_tokens, config.teaching_tokens, config.answer_tokens).greedy()
     if arm in ("both", "online", "offline"):
         place, style = config.teacher, "adaptive"
         if arm == "offline" and number:
@@ -144,9 +144,7 @@ def table(config: Config, results: dict[str, list[list[int]]]) -> str:
     for arm, rows in results.items():
         cells = [f"{100 * fmean(row):.1f}" for row in rows]
         for base in (alone, rows[0]):
-            differences = [after - before for before, after in zip(base, rows[-1])]
-            low, high = paired_bootstrap(differences)
-            cells.append(f"{100 * fmean(differences):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]")
+            cells.append(mean_in_points([after - before for before, after in zip(base, rows[-1])]))
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"Promotions: {promotions(config)}."])
 

@@ -27,7 +27,7 @@ from nano_atlas.config import option, parse, run_script
 from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
 from nano_atlas.files import read_json, replace_text, write_json
-from nano_atlas.stats import paired_bootstrap
+from nano_atlas.stats import mean_in_points
 
 ARMS = {
     "fixed": ["--strategies", "adaptive"],
@@ -98,9 +98,8 @@ def table(config: Config, results: dict[str, list[list[dict]]]) -> str:
 
 
 def difference(before: list[list[dict]], after: list[list[dict]]) -> str:
-    changes = [a["guided"] - b["guided"] for one, other in zip(before, after, strict=True) for b, a in zip(one, other, strict=True)]
-    low, high = paired_bootstrap(changes)
-    return f"{100 * fmean(changes):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    pairs = (pair for runs in zip(before, after, strict=True) for pair in zip(*runs, strict=True))
+    return mean_in_points([new["guided"] - old["guided"] for old, new in pairs])
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ that `model.py` does not compute is refused by the name of its field, because it
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from itertools import islice
 from pathlib import Path
@@ -241,11 +241,11 @@ def _read(file: Path, name: str) -> torch.Tensor:
         return tensors.get_tensor(name)
 
 
-def full_weights(model: Transformer, repeat_tied_head: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight under its name in checkpoints, whole and one at a time; all ranks take part in gathering them."""
-    for name, weight in full_parameters(model):
+def with_tied_head(weights: Iterable[tuple[str, torch.Tensor]], config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    """The named weights of a model, and once more the embedding as lm_head.weight where the two are tied."""
+    for name, weight in weights:
         yield name, weight
-        if repeat_tied_head and name == EMBEDDING and model.config.tie_word_embeddings:
+        if name == EMBEDDING and config.tie_word_embeddings:
             yield "lm_head.weight", weight
 
 
@@ -264,18 +264,16 @@ def save_model(path: str | Path, model: Transformer, tokenizer: Tokenizer | None
         listed = ", ".join(foreign[:5])
         raise UserError(f"{path} holds {listed}, which saving a checkpoint would delete; choose another directory")
     dtype = dtype or model.compute_dtype or model.head_weight.dtype
-    tensor_bytes = {}
-    for name, parameter in model.named_parameters():
-        tensor_bytes[name] = parameter.numel() * dtype.itemsize
-        if repeat_tied_head and name == EMBEDDING and model.config.tie_word_embeddings:
-            tensor_bytes["lm_head.weight"] = tensor_bytes[name]
+    parameters, tensors = model.named_parameters(), full_parameters(model)
+    if repeat_tied_head:
+        parameters, tensors = (with_tied_head(weights, model.config) for weights in (parameters, tensors))
+    tensor_bytes = {name: parameter.numel() * dtype.itemsize for name, parameter in parameters}
     shards: list[list[str]] = [[]]
     for name, size in tensor_bytes.items():
         if shards[-1] and sum(tensor_bytes[other] for other in shards[-1]) + size > max_shard_bytes:
             shards.append([])
         shards[-1].append(name)
 
-    tensors = full_weights(model, repeat_tied_head)
     if rank() > 0:
         deque(tensors, maxlen=0)  # it takes part in gathering
         return

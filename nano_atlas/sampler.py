@@ -178,7 +178,7 @@ class Sampler:
         if not waiting:
             return results
         batch = _Batch(self, waiting)
-        with tqdm(total=len(waiting), desc=progress, unit="sample", disable=progress is None) as bar:
+        with tqdm(total=len(waiting), desc=progress, unit="sample", disable=progress is None, leave=False) as bar:
             while waiting or batch.samples:
                 batch.admit(waiting)
                 for sample, rollout in batch.decode():

@@ -41,6 +41,17 @@ def paired_bootstrap(
     return float(low), float(high)
 
 
+def in_points(delta: float, interval: tuple[float, float]) -> str:
+    """A difference of rates and its interval, in percentage points."""
+    low, high = interval
+    return f"{100 * delta:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def mean_in_points(differences: Sequence[float]) -> str:
+    """The mean of paired differences with its 95 % interval, in percentage points."""
+    return in_points(float(np.mean(differences)), paired_bootstrap(differences))
+
+
 def mcnemar(improved: int, degraded: int) -> float:
     """Two-sided exact p-value of McNemar's test: were the tasks that changed as likely to change for the worse?
 

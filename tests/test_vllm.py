@@ -15,7 +15,7 @@ from conftest import byte_tokenizer, grpo_flags, records, run_grpo
 from safetensors.torch import load_file
 
 import train_grpo
-from nano_atlas.checkpoint import save_model
+from nano_atlas.checkpoint import save_model, with_tied_head
 from nano_atlas.errors import UserError
 from nano_atlas.model import ModelConfig, PackedAttention, Transformer
 from nano_atlas.rollout import server as server_room
@@ -116,7 +116,7 @@ def test_a_full_disk_at_sync_leaves_the_checkpoint_before(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["served"]
     served = {name: weight for file in (tmp_path / "served").glob("*.safetensors") for name, weight in load_file(file).items()}
-    expected = dict(sync_room.full_weights(old, repeat_tied_head=True))
+    expected = dict(with_tied_head(old.named_parameters(), old.config))
     assert served.keys() == expected.keys() and all(torch.equal(served[name], weight) for name, weight in expected.items())
 
 

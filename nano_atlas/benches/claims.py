@@ -17,6 +17,7 @@ from nano_atlas.benches.results import STUDENT
 from nano_atlas.config import run_script
 from nano_atlas.errors import UserError
 from nano_atlas.files import read_json
+from nano_atlas.stats import in_points
 
 Row = dict[str, Any]  # a Score of results.json, with its Comparison in "versus_student"
 
@@ -30,11 +31,6 @@ class Claim:
     measure: str  # a key of MEASURES
 
 
-def _interval(comparison: Row) -> str:
-    low, high = comparison["interval"]
-    return f"{100 * comparison['delta']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] points"
-
-
 def _accuracy(score: Row) -> str:
     error = f" [{100 * score['interval'][0]:.1f}, {100 * score['interval'][1]:.1f}]" if score["interval"] else (
         f" ± {100 * score['error']:.1f}" if score["error"] is not None else "")
@@ -42,7 +38,7 @@ def _accuracy(score: Row) -> str:
 
 
 MEASURES: dict[str, Callable[[Row, Row], str]] = {  # of the student alone and the arm in question
-    "gain": lambda alone, arm: _interval(arm["versus_student"]),
+    "gain": lambda alone, arm: f"{in_points(arm['versus_student']['delta'], arm['versus_student']['interval'])} points",
     "accuracy": lambda alone, arm: f"{_accuracy(arm)}, alone {_accuracy(alone)}",
     "completion": lambda alone, arm: f"{100 * arm['completion']:.1f} %, alone {100 * alone['completion']:.1f} %",
     "non-degradation": lambda alone, arm: f"{100 * arm['versus_student']['non_degradation']:.1f} % of all tasks"

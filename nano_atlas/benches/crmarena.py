@@ -85,7 +85,7 @@ class QueryingSeat:
         self.count_tokens = seat.count_tokens
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:
-        states = [q._replace(messages=list(q.messages), seed=q.seed + sample, n=1) for q in questions for sample in range(q.n)]
+        states = [q._replace(seed=q.seed + sample, n=1) for q in questions for sample in range(q.n)]
         replies = [reply for group in self.seat.ask(questions, progress) for reply in group]
         for turn in range(1, TURNS):
             queries = {index: found for index, reply in enumerate(replies)
@@ -95,8 +95,9 @@ class QueryingSeat:
             for index, found in queries.items():
                 rows, is_valid = self.query(found[1].strip())
                 shown = rows[:SHOWN_CHARACTERS] + (" ... (more rows)" if len(rows) > SHOWN_CHARACTERS else "")
-                states[index].messages.extend([{"role": "assistant", "content": found.string[: found.end()]},  # not the rows it made up
-                                  {"role": "user", "content": f"{'Rows' if is_valid else 'Error'}: {shown}"}])
+                said = {"role": "assistant", "content": found.string[: found.end()]}  # not the rows it made up
+                told = {"role": "user", "content": f"{'Rows' if is_valid else 'Error'}: {shown}"}
+                states[index] = states[index]._replace(messages=[*states[index].messages, said, told])
             again = self.seat.ask([states[i]._replace(seed=states[i].seed + turn * 1_000_003) for i in queries])
             for index, (reply,) in zip(queries, again):
                 replies[index] = Reply(reply.text, replies[index].tokens + reply.tokens, reply.is_truncated)

@@ -197,8 +197,7 @@ def _percent(rate: float | None) -> str:
 
 
 def _points(comparison: Comparison) -> str:
-    low, high = comparison.interval
-    return f"{100 * comparison.delta:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return stats.in_points(comparison.delta, comparison.interval)
 
 
 def _p_value(p: float | None) -> str:

@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from nano_atlas.checkpoint import full_weights, save_model
+from nano_atlas.checkpoint import save_model, with_tied_head
 from nano_atlas.client import Client, ServerLost
+from nano_atlas.distributed import full_parameters
 from nano_atlas.errors import UserError
 from nano_atlas.loss import token_stats
 from nano_atlas.model import PackedAttention, Transformer
@@ -80,7 +81,7 @@ class NcclTransfer:
                 return [ParamMeta(name, weight.dtype, tuple(weight.shape)) for name, weight in self]
 
             def __iter__(self):
-                return full_weights(transfer.model, repeat_tied_head=True)
+                return with_tied_head(full_parameters(transfer.model), transfer.model.config)
 
         workers = client.request("GET", "/get_world_size")["world_size"]
         info = NCCLTrainerInitInfo(rank=0, master_address=get_ip(), master_port=get_open_port(), world_size=1 + workers)

@@ -74,7 +74,7 @@ class VllmSampler:
             self._check(index, request)
         unanswered: list[list[Rollout] | None] = [None if request.n else [] for request in requests]
         results = list(unanswered)
-        with tqdm(total=sum(request.n for request in requests), desc=progress, unit="sample", disable=progress is None) as bar:
+        with tqdm(total=sum(request.n for request in requests), desc=progress, unit="sample", disable=progress is None, leave=False) as bar:
             for recovery in range(RECOVERIES + 1):
                 try:
                     self._wake()

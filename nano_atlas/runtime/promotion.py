@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
@@ -54,8 +54,7 @@ def compare(
     student: Seat, old: Seat, new: Seat, problems: Sequence[Problem], episodes: EpisodeConfig, margin: float, places: tuple[str, str]
 ) -> Decision:
     """The paired test. places: where the old and the new teacher are."""
-    greedy = replace(EpisodeConfig(episodes.probe_tokens, episodes.teaching_tokens, episodes.answer_tokens),
-                     student_temperature=0.0, teacher_temperature=0.0)
+    greedy = EpisodeConfig(episodes.probe_tokens, episodes.teaching_tokens, episodes.answer_tokens).greedy()
     sketches = sketch_problems(student, problems, greedy, "promotion", progress="held out")
     arms = [
         [float(episode.guided.is_correct) for (episode,) in teach(student, seat, sketches, greedy, RewardConfig(), "promotion", progress="held out")]
