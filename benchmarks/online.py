@@ -23,7 +23,7 @@ from statistics import fmean
 
 import runtime_loop
 from nano_atlas import protocol, world
-from nano_atlas.config import option, parse, run_script
+from nano_atlas.config import option, parse, refuse_changes, run_script, to_json
 from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
 from nano_atlas.files import read_json, replace_text, write_json
@@ -41,8 +41,8 @@ class Config:
     teacher: str = option("runs/nano/teacher-sft/model", "checkpoint of the teacher", group="experiment")
     domains: tuple[str, ...] = option(("math", "telecom"), "first and second domain", list(world.DOMAINS))
     tasks: int = option(256, "tasks of each domain")
-    seeds: int = option(3, "runs of each arm, each with its own tasks and choices")
-    window: int = option(64, "tasks per column of the table")
+    seeds: int = option(3, "runs of each arm, each with its own tasks and choices", resumable=True)
+    window: int = option(64, "tasks per column of the table", resumable=True)
     out: Path = option(Path("runs/nano/online"), "directory of the results")
 
     def check(self) -> None:
@@ -104,6 +104,9 @@ def difference(before: list[list[dict]], after: list[list[dict]]) -> str:
 
 def main() -> None:
     config = parse(Config, sys.argv[1:], {}, __doc__)
+    if saved := read_json(config.out / "online.json"):
+        refuse_changes(config, saved, str(config.out))
+    write_json(config.out / "online.json", to_json(config))
     results: dict[str, list[list[dict]]] = {}
     for seed in range(config.seeds):
         first, second = (world.held_out(domain, config.tasks, f"online/{seed}") for domain in config.domains)
