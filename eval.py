@@ -35,7 +35,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from statistics import mean
 
@@ -236,12 +235,12 @@ def answer_by_vote(config: Config, student: Seat, arm: str, votes: dict[str, int
     """Each answer is the majority of `votes[domain]` fresh ones, at the price of all of them."""
     generation = Generation(config.answer_tokens, config.temperature or VOTE_TEMPERATURE, config.top_p)
     replies = yield student, [
-        Question(protocol.baseline_messages(problem.question), generation, derive_seed(config.seed, arm, problem.domain, problem.id, sample, vote))
-        for problem in chunk for sample in range(config.samples) for vote in range(votes[problem.domain])]
-    remaining = (reply for (reply,) in replies)
+        Question(protocol.baseline_messages(problem.question), generation, derive_seed(config.seed, arm, problem.domain, problem.id, sample),
+                 n=votes[problem.domain])
+        for problem in chunk for sample in range(config.samples)]
+    answered = iter(replies)
     return [
-        TaskResult(arm, problem.domain, problem.id, sample, problem.answer,
-                   majority([attempt(reply, problem.answer) for reply in islice(remaining, votes[problem.domain])]), "", 0)
+        TaskResult(arm, problem.domain, problem.id, sample, problem.answer, majority([attempt(reply, problem.answer) for reply in next(answered)]), "", 0)
         for problem in chunk for sample in range(config.samples)]
 
 

@@ -22,8 +22,7 @@ from tau2.runner import build_environment, get_tasks  # noqa: E402
 from tau2.utils import DATA_DIR, llm_utils  # noqa: E402
 
 import eval as evaluation  # noqa: E402
-from nano_atlas import tau2  # noqa: E402
-from nano_atlas.benches import dialogue
+from nano_atlas.benches import dialogue, tau2  # noqa: E402
 from nano_atlas.benches.dialogue import Model, Turn, simulate  # noqa: E402
 from nano_atlas.benches.results import STUDENT, read_results  # noqa: E402
 from nano_atlas.episodes import EpisodeConfig  # noqa: E402
