@@ -145,8 +145,9 @@ def refuse_changes(config: Any, saved: Mapping[str, Any], where: str) -> None:
     fixed = [field.name for field in dataclasses.fields(config) if not field.metadata["resumable"]]
     changed = [f"{_flag(name)} {saved[name]} -> {now[name]}" for name in fixed if saved[name] != now[name]]
     if changed:
+        anew = "start over with --restart" if "restart" in now else "delete it"
         raise UserError(f"{where} was started with other options: {', '.join(changed)}. "
-                        "Repeat the earlier ones to continue it, choose another --out, or start over with --restart")
+                        f"Repeat the earlier ones to continue it, choose another --out, or {anew}")
 
 
 def run_script(main: Callable[[], None], is_parallel: bool = False) -> None:

@@ -85,7 +85,7 @@ def test_a_config_survives_json_and_a_changed_option_is_refused_by_name_unless_i
     refuse_changes(config, older, "runs/x")
     with pytest.raises(UserError, match=r"--lr 0.001 -> 0.5"):
         refuse_changes(read("--data", "x", "--lr", "0.5"), older, "runs/x")
-    with pytest.raises(UserError, match=r"--lr 0.001 -> 0.5, --compile False -> True\. Repeat .* --restart"):
+    with pytest.raises(UserError, match=r"--lr 0.001 -> 0.5, --compile False -> True\. Repeat .*, or delete it"):
         refuse_changes(read("--data", "x", "--lr", "0.5", "--compile"), saved, "runs/x")
 
 

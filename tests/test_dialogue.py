@@ -254,6 +254,8 @@ def test_broken_messages_are_failed_simulations(name, is_solo):
     simulation, _ = simulate(TASKS[0], "telecom", Script(turn), user, None, trial=2, seed=1, max_steps=30)
     assert (simulation.termination_reason.value, simulation.reward_info.reward, simulation.trial) == (reason, 0.0, 2)
     assert simulation.model_validate_json(simulation.model_dump_json()) and (simulation.info or reason == "too_many_errors")
+    if reason == "agent_error":
+        assert simulation.info["usage"] == {"prompt_tokens": turn.prompt_tokens, "completion_tokens": turn.tokens}
 
 
 def test_a_broken_user_is_a_failed_simulation_and_says_whose_fault():

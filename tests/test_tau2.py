@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -40,6 +41,37 @@ def test_a_missing_package_ends_with_the_commands_that_install_it(found, monkeyp
     assert exit_.value.code == 2
     for part in ("git clone --branch v1.0.1 https://github.com/sierra-research/tau2-bench", "pip install ./tau2-bench", "TAU2_DATA_DIR="):
         assert part in message
+
+
+@pytest.mark.parametrize("origin, expected", [
+    ({"vcs_info": {"commit_id": "abc"}}, "abc"),
+    ({"url": "file://{clone}", "dir_info": {}}, "{head}"),
+    ({"url": "file:///nowhere", "dir_info": {}}, "unknown"),
+    (None, "unknown"),
+])  # fmt: skip
+def test_the_packages_commit_is_that_of_the_address_or_clone_it_was_installed_from(origin, expected, tmp_path, monkeypatch):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run([*git, *command], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    text = origin and json.dumps(origin).replace("{clone}", str(tmp_path))
+    monkeypatch.setattr(tau2.importlib.metadata, "distribution", lambda name: SimpleNamespace(read_text=lambda file: text))
+    assert tau2.installed_commit("tau2") == expected.replace("{head}", head)
+
+
+def test_the_turn_that_breaks_a_dialogue_off_is_paid_for():
+    """The students' tokens are 7 in its messages; only a turn of the agent's own is added to them."""
+    broken = {"failure": "no text", "usage": {"prompt_tokens": 300, "completion_tokens": 40}}
+    for reason, expected in (("agent_error", (47, 400)), ("user_error", (7, 100))):
+        simulation = result(reason, 0.0).record["simulation"] | {"info": broken}
+        assert tuple(tau2.student_tokens(simulation, f"{kind}_tokens") for kind in ("completion", "prompt")) == expected
+
+
+def test_restart_leaves_nothing_of_the_earlier_run(tmp_path):
+    for name in ("tasks.jsonl", "run.json", "floors.json", "tau2-student.json", "tau2-grpo.json", "mine.txt"):
+        (tmp_path / name).write_text("old")
+    start_or_continue(Config(**OPTIONS, out=tmp_path, restart=True), {})
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["mine.txt", "run.json"]
 
 
 @pytest.mark.parametrize("changes, message", [

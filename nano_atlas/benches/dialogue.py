@@ -70,11 +70,12 @@ class Model:
 
 
 class DialogueEnd(Exception):
-    """A seat ended the dialogue by what it did, or could not be reached: a failed simulation, never a crash."""
+    """A seat ended the dialogue by what it did, or could not be reached: a failed simulation, never a crash. usage: tokens of
+    the turn that did."""
 
-    def __init__(self, reason: TerminationReason, message: str):
+    def __init__(self, reason: TerminationReason, message: str, usage: dict[str, int] | None = None):
         super().__init__(message)
-        self.reason = reason
+        self.reason, self.usage = reason, usage
 
 
 def generate(model: Model, messages, tools=None, tool_choice=None, call_name=None, seed=0, **_) -> AssistantMessage:
@@ -95,15 +96,15 @@ def generate(model: Model, messages, tools=None, tool_choice=None, call_name=Non
         reason = TerminationReason.CONTEXT_WINDOW_EXCEEDED if is_too_long else TerminationReason.INFRASTRUCTURE_ERROR
         raise DialogueEnd(reason, str(error)) from error
     text, calls = protocol.visible(turn.text).strip(), []
+    usage = {"prompt_tokens": turn.prompt_tokens, "completion_tokens": turn.tokens}
     for index, (name, arguments) in enumerate(turn.calls):
         try:
             calls.append(ToolCall(id=f"call_{len(messages)}_{index}", name=name, arguments=json.loads(arguments)))
         except ValueError as error:
-            raise DialogueEnd(fault, f"malformed call of {name}: {arguments[:200]}") from error
+            raise DialogueEnd(fault, f"malformed call of {name}: {arguments[:200]}", usage) from error
     if not text and not calls or tool_choice == "required" and not calls:
-        raise DialogueEnd(fault, f"no text and no call of a tool in {turn.text[:200]!r}")
-    return AssistantMessage(role="assistant", content=text or None, tool_calls=calls or None, cost=0.0,
-                            usage={"prompt_tokens": turn.prompt_tokens, "completion_tokens": turn.tokens})
+        raise DialogueEnd(fault, f"no text and no call of a tool in {turn.text[:200]!r}", usage)
+    return AssistantMessage(role="assistant", content=text or None, tool_calls=calls or None, cost=0.0, usage=usage)
 
 
 tau2.agent.llm_agent.generate = tau2.user.user_simulator.generate = generate
@@ -187,7 +188,7 @@ def only_ticket(task: Task) -> Task:
 class Dialogue(Orchestrator):
     """The official orchestrator; a DialogueEnd ends the dialogue where it stands."""
 
-    failure = ""
+    failure, broken_turn = "", None
 
     def initialize(self) -> None:
         self.trajectory, self.message = [], None
@@ -200,7 +201,7 @@ class Dialogue(Orchestrator):
         try:
             work()
         except DialogueEnd as end:
-            self.done, self.termination_reason, self.failure = True, end.reason, str(end)
+            self.done, self.termination_reason, self.failure, self.broken_turn = True, end.reason, str(end), end.usage
 
 
 def simulate(task: Task, domain: str, student: Model, user: Model | None, guide: Guide | None, *, trial: int, seed: int,
@@ -225,7 +226,7 @@ def simulate(task: Task, domain: str, student: Model, user: Model | None, guide:
             id=dialogue.simulation_id, task_id=task.id, start_time=start, end_time=get_now(), duration=0.0, seed=seed,
             messages=dialogue.trajectory, termination_reason=TerminationReason.UNEXPECTED_ERROR, reward_info=RewardInfo(reward=0.0))
     simulation.trial, simulation.policy = trial, None  # the policy is in the results' header once
-    simulation.info = {"failure": dialogue.failure} if dialogue.failure else None
+    simulation.info = {"failure": dialogue.failure, "usage": dialogue.broken_turn} if dialogue.failure else None
     return simulation, agent.guidance
 
 

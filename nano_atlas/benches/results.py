@@ -14,7 +14,7 @@ from nano_atlas.errors import UserError
 from nano_atlas.files import read_json, replace_text
 
 STUDENT = "student"  # the arm that all others are compared with
-RESULT_FILES = ("tasks.jsonl", "run.json", "results.json", "tables.md")
+RESULT_FILES = ("tasks.jsonl", "run.json", "results.json", "tables.md", "floors.json", "tau2-*.json")  # the last two are τ²-bench's
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ def start_or_continue(config: Any, contents: Mapping[str, str]) -> None:
     out: Path = config.out
     out.mkdir(parents=True, exist_ok=True)
     if config.restart:
-        for name in RESULT_FILES:
-            (out / name).unlink(missing_ok=True)
+        for file in [file for pattern in RESULT_FILES for file in out.glob(pattern)]:
+            file.unlink()
     saved = read_json(out / "run.json")
     if not saved and (out / "tasks.jsonl").exists():
         raise UserError(f"{out}/tasks.jsonl lies there without its run.json; choose another --out, or use --restart")

@@ -25,6 +25,7 @@ import json
 import os
 import random
 import re
+import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -153,9 +154,17 @@ def require_tau2(config: Config) -> dict[str, str]:
     files = sorted(file for folder in folders for file in folder.rglob("*") if file.is_file())
     if not all(folder.is_dir() for folder in folders):
         raise UserError(f"{DATA_DIR} does not hold the data of the domain {config.domain}.\n{INSTALL}")
-    origin = json.loads(importlib.metadata.distribution("tau2").read_text("direct_url.json") or "{}")
-    commit = origin.get("vcs_info", {}).get("commit_id", "unknown")
-    return {"tau2 version": importlib.metadata.version("tau2"), "tau2 commit": commit, "tau2 data": files_digest(files)}
+    return {"tau2 version": importlib.metadata.version("tau2"), "tau2 commit": installed_commit("tau2"), "tau2 data": files_digest(files)}
+
+
+def installed_commit(package: str) -> str:
+    """Of the repository that pip installed it from, by address or from a clone that still lies there."""
+    origin = json.loads(importlib.metadata.distribution(package).read_text("direct_url.json") or "{}")
+    if "vcs_info" in origin:
+        return origin["vcs_info"]["commit_id"]
+    folder = origin.get("url", "").removeprefix("file://")
+    answer = subprocess.run(["git", "-C", folder or "/", "rev-parse", "HEAD"], capture_output=True, text=True)
+    return answer.stdout.strip() if answer.returncode == 0 else "unknown"
 
 
 def load_tasks(config: Config) -> list:
@@ -271,12 +280,19 @@ def in_parallel(run: Callable[..., TaskResult], jobs: Sequence[tuple], workers: 
 def task_result(arm: str, problem: Problem, simulation: dict[str, Any], told: dict[str, Any], teaching_tokens: int) -> TaskResult:
     """One line of the log, in the terms of the other benchmarks: right is a reward of 1, and an answer is a proper end."""
     reward, reason = simulation["reward_info"]["reward"], simulation["termination_reason"]
-    tokens = sum(message["usage"]["completion_tokens"] for message in simulation["messages"]
-                 if message["role"] == "assistant" and message.get("usage"))
+    tokens = student_tokens(simulation, "completion_tokens")
     answer = str(reward) if reason in ("user_stop", "agent_stop") else None
     attempt = Attempt("", answer, reward > 1 - 1e-6, tokens, reason == "max_steps")
     record = {"simulation": simulation, "teaching_tokens": teaching_tokens}
     return TaskResult(arm, problem.domain, problem.id, simulation["trial"], "", attempt, **told, record=record)
+
+
+def student_tokens(simulation: dict[str, Any], kind: str) -> int:
+    """prompt_tokens or completion_tokens of all of the student's turns, of the one too that broke the dialogue off."""
+    turns = [message.get("usage") for message in simulation["messages"] if message["role"] == "assistant"]
+    if simulation["termination_reason"] == "agent_error":
+        turns.append((simulation.get("info") or {}).get("usage"))
+    return sum(usage[kind] for usage in turns if usage)
 
 
 def termination(result: TaskResult) -> str:
@@ -327,8 +343,7 @@ def own_tables(config: Config, out: Path) -> str:
             rates = [mean(stats.pass_hat_k(config.trials, sum(right), k) for right in whole) for k in ks if whole]
             shown = [f"{100 * rate:.1f}" for rate in rates] or ["–"] * len(ks)
             passed.append([f"{name}: {group}", str(len(whole)), *shown])
-        prompts = [sum(message["usage"]["prompt_tokens"] for message in result.record["simulation"]["messages"]
-                       if message["role"] == "assistant" and message.get("usage")) for result in of_arm]
+        prompts = [student_tokens(result.record["simulation"], "prompt_tokens") for result in of_arm]
         covered = mean(termination(result) not in UNREACHED for result in of_arm)
         costs.append([name, str(len(of_arm)), f"{100 * covered:.1f}", f"{mean(r.record['teaching_tokens'] for r in of_arm):.0f}",
                       f"{mean(r.attempt.tokens for r in of_arm):.0f}", f"{mean(prompts):.0f}",
