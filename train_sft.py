@@ -218,8 +218,8 @@ def train(config: Config) -> None:
         if record["data"] != data_hash:
             raise UserError(f"{config.out} was trained on other contents of {', '.join(map(str, config.data))}; "
                             "choose another --out, or start over with --restart")
-        is_same = {**saved_options, "restart": None} == {**to_json(config), "restart": None}
-        if record["is_finished"] and is_same and (config.out / "model").is_dir():
+        is_longer = any(saved_options[name] != getattr(config, name) for name in ("steps", "epochs", "stop_loss"))
+        if record["is_finished"] and not is_longer and (config.out / "model").is_dir():
             print(f"{config.out / 'model'} is already trained ({record['step']} steps)")
             return
 

@@ -11,7 +11,8 @@ import pytest
 import eval as evaluation
 from nano_atlas.benches import tau2
 from nano_atlas.benches.results import STUDENT, TaskLog, start_or_continue
-from nano_atlas.benches.tau2 import Config, in_parallel, intent, persona, task_result
+from nano_atlas.benches.tau2 import Config, in_parallel
+from nano_atlas.benches.tau2_report import intent, persona, student_tokens, task_result, termination
 from nano_atlas.config import run_script
 from nano_atlas.errors import UserError
 
@@ -64,7 +65,7 @@ def test_the_turn_that_breaks_a_dialogue_off_is_paid_for():
     broken = {"failure": "no text", "usage": {"prompt_tokens": 300, "completion_tokens": 40}}
     for reason, expected in (("agent_error", (47, 400)), ("user_error", (7, 100))):
         simulation = result(reason, 0.0).record["simulation"] | {"info": broken}
-        assert tuple(tau2.student_tokens(simulation, f"{kind}_tokens") for kind in ("completion", "prompt")) == expected
+        assert tuple(student_tokens(simulation, f"{kind}_tokens") for kind in ("completion", "prompt")) == expected
 
 
 def test_restart_leaves_nothing_of_the_earlier_run(tmp_path):
@@ -72,6 +73,13 @@ def test_restart_leaves_nothing_of_the_earlier_run(tmp_path):
         (tmp_path / name).write_text("old")
     start_or_continue(Config(**OPTIONS, out=tmp_path, restart=True), {})
     assert sorted(file.name for file in tmp_path.iterdir()) == ["mine.txt", "run.json"]
+
+
+def test_no_resume_continues_nothing(tmp_path):
+    start_or_continue(Config(**OPTIONS, out=tmp_path, resume=False), {})
+    start_or_continue(Config(**OPTIONS, out=tmp_path), {})
+    with pytest.raises(UserError, match="--no-resume"):
+        start_or_continue(Config(**OPTIONS, out=tmp_path, resume=False), {})
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -108,7 +116,7 @@ def test_a_seat_that_is_gone_ends_the_run_and_its_dialogues_can_be_run_again():
     yielded = []
     with pytest.raises(UserError, match="4 dialogues in a row .* refused"):
         for done in in_parallel(lambda trial: result(next(reasons), 0.0, trial=trial, failure="refused"), [(i,) for i in range(9)], 1):
-            yielded.append(tau2.termination(done))
+            yielded.append(termination(done))
     assert yielded == ["user_stop", "infrastructure_error", "agent_error"]
 
 

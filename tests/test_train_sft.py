@@ -203,7 +203,7 @@ def test_a_run_ends_once_its_evaluation_is_good_enough(checkpoint, sums, tmp_pat
     assert len(whole) == 12 and ended[-1]["eval_loss"] <= bound
     assert [record["loss"] for record in ended] == [record["loss"] for record in whole[: len(ended)]] and len(ended) <= 6
     capsys.readouterr()
-    run(checkpoint, sums, tmp_path / "ended", "--steps", "12", "--eval-every", "3", "--stop-loss", str(bound))
+    run(checkpoint, sums, tmp_path / "ended", "--steps", "12", "--eval-every", "2", "--stop-loss", str(bound))  # nothing new to learn
     assert f"is already trained ({len(ended)} steps)" in capsys.readouterr().out
 
 

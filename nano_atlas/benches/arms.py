@@ -41,6 +41,7 @@ class ArmsConfig:
     device: str = option("cpu", "where checkpoints run, such as cpu or cuda", group="run")
     dtype: str = option("float32", "of checkpoints", ("float32", "bfloat16"))
     tables: bool = option(False, "only print the tables of --out, also of an unfinished run", resumable=True)
+    resume: bool = option(True, "continue what --out holds of an earlier run; --no-resume refuses to", resumable=True)
     restart: bool = option(False, "start over; discards what --out holds", resumable=True)
 
     def check_arms(self) -> None:

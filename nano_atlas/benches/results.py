@@ -110,6 +110,8 @@ def start_or_continue(config: Any, contents: Mapping[str, str]) -> None:
     saved = read_json(out / "run.json")
     if not saved and (out / "tasks.jsonl").exists():
         raise UserError(f"{out}/tasks.jsonl lies there without its run.json; choose another --out, or use --restart")
+    if saved and not config.resume:
+        raise UserError(f"{out} holds an earlier run, which --no-resume does not continue; choose another --out, or use --restart")
     if saved:
         refuse_changes(config, saved["config"], str(out))
         changed = [name for name, value in contents.items() if saved["contents"].get(name) != value]

@@ -24,7 +24,6 @@ import importlib.util
 import json
 import os
 import random
-import re
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -34,17 +33,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from statistics import mean
-from typing import Any
 
 from tqdm import tqdm
 
-from nano_atlas import stats
 from nano_atlas.benches import scores
 from nano_atlas.benches.arms import SHUFFLED, UNTRAINED, ArmsConfig, derange, require_checkpoint, stored_report, write_report
 from nano_atlas.benches.results import STUDENT, TaskLog, TaskResult, read_results, start_or_continue
+from nano_atlas.benches.tau2_report import UNREACHED, dialogue_tables, intent, print_dialogues, task_result, termination
 from nano_atlas.config import option, parse
 from nano_atlas.data import Problem
-from nano_atlas.episodes import Attempt
 from nano_atlas.errors import UserError
 from nano_atlas.files import digest, files_digest, read_json, replace_text
 from nano_atlas.seats import Generation, is_url
@@ -55,7 +52,6 @@ INSTALL = """--bench tau2 needs the official package and its data:
                                                 # pip install --no-deps --ignore-requires-python ./tau2-bench
     export TAU2_DATA_DIR=$PWD/tau2-bench/data
 (`pip install tau2` is a different project.)"""
-UNREACHED = ("infrastructure_error", "unexpected_error")  # terminations that say nothing about the student
 GIVE_UP = 4  # such dialogues in a row; each has tried again several times by itself
 
 
@@ -111,7 +107,7 @@ class Config(ArmsConfig):
 def main(argv: Sequence[str]) -> None:
     config = parse(Config, argv, {}, __doc__)
     if config.view:
-        view(config)
+        print_dialogues(config.out / "tasks.jsonl", config.view)
         return
     if config.tables:
         report, stored = stored_report(config.out, Config)
@@ -187,17 +183,6 @@ def load_tasks(config: Config) -> list:
     if config.is_solo and any(task.ticket is None for task in tasks):
         raise UserError(f"--mode solo needs tasks with a ticket, which the domain {config.domain} has not")
     return tasks
-
-
-def intent(name: str, domain: str) -> str:
-    """The kind of a telecom task, [mms_issue]...[PERSONA:Easy]; of the others, the domain."""
-    match = re.match(r"\[(\w+)\]", name)
-    return match[1] if match else domain
-
-
-def persona(name: str) -> str | None:
-    match = re.search(r"\[PERSONA:(\w+)\]", name)
-    return match and match[1]
 
 
 def floors(config: Config, tasks: Sequence) -> dict[str, float]:
@@ -277,28 +262,6 @@ def in_parallel(run: Callable[..., TaskResult], jobs: Sequence[tuple], workers: 
         pool.shutdown(cancel_futures=True)
 
 
-def task_result(arm: str, problem: Problem, simulation: dict[str, Any], told: dict[str, Any], teaching_tokens: int) -> TaskResult:
-    """One line of the log, in the terms of the other benchmarks: right is a reward of 1, and an answer is a proper end."""
-    reward, reason = simulation["reward_info"]["reward"], simulation["termination_reason"]
-    tokens = student_tokens(simulation, "completion_tokens")
-    answer = str(reward) if reason in ("user_stop", "agent_stop") else None
-    attempt = Attempt("", answer, reward > 1 - 1e-6, tokens, reason == "max_steps")
-    record = {"simulation": simulation, "teaching_tokens": teaching_tokens}
-    return TaskResult(arm, problem.domain, problem.id, simulation["trial"], "", attempt, **told, record=record)
-
-
-def student_tokens(simulation: dict[str, Any], kind: str) -> int:
-    """prompt_tokens or completion_tokens of all of the student's turns, of the one too that broke the dialogue off."""
-    turns = [message.get("usage") for message in simulation["messages"] if message["role"] == "assistant"]
-    if simulation["termination_reason"] == "agent_error":
-        turns.append((simulation.get("info") or {}).get("usage"))
-    return sum(usage[kind] for usage in turns if usage)
-
-
-def termination(result: TaskResult) -> str:
-    return result.record["simulation"]["termination_reason"]
-
-
 # ------------------------------------------------------------------------------------------------------------------ the outcome
 
 
@@ -322,35 +285,8 @@ def write_official(config: Config, tasks: Sequence, contents: dict[str, str]) ->
 
 
 def own_tables(config: Config, out: Path) -> str:
-    """Markdown: pass^k by intent and persona, then the cost and the end of each arm's dialogues, the floors, and of what."""
-    results = list(read_results(out / "tasks.jsonl")[0].values())
-    ks = range(1, config.trials + 1)
-    passed = [["", "tasks", *(f"pass^{k}" for k in ks)]]
-    costs = [["", "dialogues", "covered", "guidance tokens", "student tokens", "prompt tokens", "seconds"]]
-    ends = sorted({termination(result) for result in results})
-    ended = [["", *ends]]
-    for arm in config.arms:
-        of_arm = [result for result in results if result.arm == arm]
-        if not of_arm:
-            continue
-        name = config.names.get(arm, arm)
-        groups: dict[str, dict[str, list[bool]]] = {}  # by group and task
-        for result in of_arm:
-            for group in filter(None, ("all", result.domain, persona(result.id) and f"persona {persona(result.id)}")):
-                groups.setdefault(group, {}).setdefault(result.id, []).append(result.attempt.is_correct)
-        for group, tasks in groups.items():
-            whole = [right for right in tasks.values() if len(right) == config.trials]
-            rates = [mean(stats.pass_hat_k(config.trials, sum(right), k) for right in whole) for k in ks if whole]
-            shown = [f"{100 * rate:.1f}" for rate in rates] or ["–"] * len(ks)
-            passed.append([f"{name}: {group}", str(len(whole)), *shown])
-        prompts = [student_tokens(result.record["simulation"], "prompt_tokens") for result in of_arm]
-        covered = mean(termination(result) not in UNREACHED for result in of_arm)
-        costs.append([name, str(len(of_arm)), f"{100 * covered:.1f}", f"{mean(r.record['teaching_tokens'] for r in of_arm):.0f}",
-                      f"{mean(r.attempt.tokens for r in of_arm):.0f}", f"{mean(prompts):.0f}",
-                      f"{mean(r.record['simulation']['duration'] for r in of_arm):.1f}"])
-        counts = Counter(map(termination, of_arm))
-        ended.append([name, *(str(counts[end]) for end in ends)])
-    lines = ["", "### pass^k", "", *scores.table(passed), "", "### dialogues", "", *scores.table(costs), "", *scores.table(ended), ""]
+    """Markdown: what became of the dialogues, the floors, and of what package, data and user this is true."""
+    lines = dialogue_tables(list(read_results(out / "tasks.jsonl")[0].values()), config.arms, config.names, config.trials)
     if floors_of_run := read_json(out / "floors.json"):
         lines += [floor_line(floors_of_run), ""]
     contents = read_json(out / "run.json").get("contents", {})
@@ -360,18 +296,3 @@ def own_tables(config: Config, out: Path) -> str:
 
 def floor_line(rewards: dict[str, float]) -> str:
     return "Floors, by the official scorer: " + ", ".join(f"{name} {100 * reward:.2f} %" for name, reward in rewards.items())
-
-
-def view(config: Config) -> None:
-    results, _ = read_results(config.out / "tasks.jsonl")
-    for result in results.values():
-        if config.view in result.id:
-            simulation = result.record["simulation"]
-            print(f"\n=== {result.id}, {result.arm}, trial {result.sample}: {'right' if result.attempt.is_correct else 'wrong'}, "
-                  f"{termination(result)} {(simulation.get('info') or {}).get('failure', '')}")
-            for name in ("approach", "teacher_text", "teaching"):
-                if getattr(result, name):
-                    print(f"[{name}] {getattr(result, name)}")
-            for message in simulation["messages"]:
-                calls = [f"{call['name']}({json.dumps(call['arguments'])})" for call in message.get("tool_calls") or []]
-                print(f"[{message['role']}] " + " ".join([message.get("content") or "", *calls]).strip())
