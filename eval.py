@@ -160,7 +160,8 @@ def evaluate(config: Config, tasks: dict[str, list[Problem]], log: TaskLog, is_r
     student = open_student()
     controls = [arm for arm in config.controls if arm != TWO_VOTES]  # these take from the teachers, or need their token counts
     stages = [[arm for arm in config.arms if arm in (STUDENT, TWO_VOTES)], *([name] for name in config.teachers), controls]
-    with tqdm(total=len(problems) * len(config.arms), initial=len(problems) * len(config.arms) - left, unit="task", desc="evaluation") as bar:
+    total = len(problems) * len(config.arms)
+    with tqdm(total=total, initial=total - left, unit="task", desc="evaluation") as bar:
         for stage in stages:
             pending = {arm: [chunk for chunk in chunks if not log.has(arm, chunk, config.samples)] for arm in stage}
             scripts = {arm: script_of(arm, config, tasks, log, student, open_teacher) for arm in stage if pending[arm]}
@@ -208,8 +209,8 @@ def script_of(arm: str, config: Config, tasks: dict[str, list[Problem]], log: Ta
 def answer_alone(config: Config, student: Seat, chunk: Sequence[Problem]) -> Script:
     replies = yield student, sketch_questions(chunk, config.episode, config.seed, config.samples)
     return [
-        TaskResult(STUDENT, sketch.problem.domain, sketch.problem.id, sample, sketch.problem.answer, alone, sketch.approach, sketch.approach_tokens)
-        for sketch in read_sketches(chunk, replies) for sample, alone in enumerate(sketch.baselines)]
+        TaskResult(STUDENT, problem.domain, problem.id, sample, problem.answer, alone, sketch.approach, sketch.approach_tokens)
+        for problem, sketch in zip(chunk, read_sketches(chunk, replies)) for sample, alone in enumerate(sketch.baselines)]
 
 
 def answer_taught(config: Config, student: Seat, log: TaskLog, arm: str, teacher: Seat, chunk: Sequence[Problem]) -> Script:
@@ -220,7 +221,8 @@ def answer_taught(config: Config, student: Seat, log: TaskLog, arm: str, teacher
     return task_results(config, arm, read_episodes(drafts, answers, teacher, RewardConfig()))
 
 
-def answer_shuffled(config: Config, student: Seat, log: TaskLog, donors: dict[tuple[str, str], Problem], chunk: Sequence[Problem]) -> Script:
+def answer_shuffled(config: Config, student: Seat, log: TaskLog, donors: dict[tuple[str, str], Problem],
+                    chunk: Sequence[Problem]) -> Script:
     """Sample i of a task gets the teaching that the last teacher wrote for sample i of the task's donor."""
     last = list(config.teachers)[-1]
     given = [result for p in chunk for result in log.get(last, donors[p.domain, p.id], config.samples)]
@@ -234,14 +236,13 @@ def answer_shuffled(config: Config, student: Seat, log: TaskLog, donors: dict[tu
 def answer_by_vote(config: Config, student: Seat, arm: str, votes: dict[str, int], chunk: Sequence[Problem]) -> Script:
     """Each answer is the majority of `votes[domain]` fresh ones, at the price of all of them."""
     generation = Generation(config.answer_tokens, config.temperature or VOTE_TEMPERATURE, config.top_p)
+    wanted = [(problem, sample) for problem in chunk for sample in range(config.samples)]
     replies = yield student, [
-        Question(protocol.baseline_messages(problem.question), generation, derive_seed(config.seed, arm, problem.domain, problem.id, sample),
-                 n=votes[problem.domain])
-        for problem in chunk for sample in range(config.samples)]
-    answered = iter(replies)
+        Question(protocol.baseline_messages(p.question), generation, derive_seed(config.seed, arm, p.domain, p.id, sample), votes[p.domain])
+        for p, sample in wanted]
     return [
-        TaskResult(arm, problem.domain, problem.id, sample, problem.answer, majority([attempt(reply, problem.answer) for reply in next(answered)]), "", 0)
-        for problem in chunk for sample in range(config.samples)]
+        TaskResult(arm, p.domain, p.id, sample, p.answer, majority([attempt(reply, p.answer) for reply in answers]), "", 0)
+        for (p, sample), answers in zip(wanted, replies, strict=True)]
 
 
 def same_budget(config: Config, problems: Sequence[Problem], log: TaskLog) -> int:

@@ -10,7 +10,8 @@ Student, teacher and judges are each a checkpoint directory, the URL of an OpenA
 function (`agents`). A line of the tasks file has a `question` and, where it is known, an `answer`. The loop has the three parts of
 the published one:
 
-    task analysis     how much help: a lane (`lanes`), by the student's record (`capability`); its approach, its own answer, the gap to full score
+    task analysis     how much help: a lane (`lanes`), by the student's record (`capability`); its approach, its own answer, and
+                      the gap to full score
     experimentation   a strategy for each task, by what has worked so far (`strategies`), and skills (`playbook`); every answer is
                       validated (`judges`), and the best one returned, never one below the student's own (`guard`)
     trace export      each session appended to traces.jsonl (`traces`); --export selects those worth training on (`review`)

@@ -64,8 +64,8 @@ GPU = {"dtype": "bfloat16", "gradient_checkpointing": True, "tokens_per_batch": 
 PRESETS = {
     "nano": Preset("the nano world on a CPU, 1 GB", {
         "student": str(NANO / "student/model"), "teacher": NANO / "teacher-sft/model", "out": NANO / "teacher-grpo",
-        "steps": 60, "problems_per_step": 16, "baseline_samples": 4, "lr": 2e-4, "schedule": "cosine", "probe_tokens": 40, "teaching_tokens": 96,
-        "answer_tokens": 120, "tokens_per_batch": 8192, "eval_every": 20, "eval_problems": 200, "save_every": 1,
+        "steps": 60, "problems_per_step": 16, "baseline_samples": 4, "lr": 2e-4, "schedule": "cosine",
+        "probe_tokens": 40, "teaching_tokens": 96, "answer_tokens": 120, "tokens_per_batch": 8192, "eval_every": 20, "eval_problems": 200, "save_every": 1,
     }),
     "24gb": Preset(f"0.6B teacher and student on one GPU: {needs('Qwen/Qwen3-0.6B', 'Qwen/Qwen3-0.6B', 1, 32, 2560)}; --problems", {
         **GPU, "student": "Qwen/Qwen3-0.6B", "answer_tokens": 1024, "teaching_tokens": 1024, "cache_rows": 32,

@@ -199,7 +199,8 @@ def run_all(rows: list[Row], seeds: list[int], steps: int, out: Path, workers: i
         row, seed = job
         place = out / row.key / str(seed)
         place.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "benchmarks.ablation", "--one", row.key, "--seeds", str(seed), "--steps", str(steps), "--out", str(out)]
+        command = [sys.executable, "-m", "benchmarks.ablation", "--one", row.key, "--seeds", str(seed), "--steps", str(steps),
+                   "--out", str(out)]
         with (place / "log.txt").open("w") as log:
             status = subprocess.call(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         if status:

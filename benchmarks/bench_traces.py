@@ -26,7 +26,8 @@ def make_trace(index: int, task: world.Task) -> dict:
     teaching = world.plan(task.chain)
     events = [{"event": kind, "actor": actor, "tokens": 40, "prompt_tokens": 100, "is_truncated": False, "text": teaching}
               for kind, actor in (("probe", "student"), ("alone", "student"), ("teaching", "teacher"), ("guided", "student"))]
-    session = Session(f"{index:024x}", Problem(f"t{index}", f"{index} {task.question}", task.answer, task.domain), 0, "adaptive", task.domain, lane="paired",
+    session = Session(f"{index:024x}", Problem(f"t{index}", f"{index} {task.question}", task.answer, task.domain), 0, "adaptive", task.domain,
+                      lane="paired",
                       created_at="2026-01-01T00:00:00.000+00:00", approach=teaching, teachings=[teaching], trials=[wrong, right],
                       events=events, chosen=1, reward=1.9)  # fmt: skip
     return trace_of(session, session_outcome(session, "approved", {}), {}, {"count": index})

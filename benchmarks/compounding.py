@@ -74,19 +74,23 @@ def run_arms(config: Config) -> None:
     """Everything that makes the models and traces of all arms; each command continues or does nothing where it is done."""
     whole = config.rounds * config.tasks
     train = f"--steps {config.steps} --eval-every 0 --held-out 0 {shlex.join(map(str, lengths(config)))} {config.train_options}"
-    common = ["--domain", config.domain, "--count", whole, "--student", config.student, "--teacher", config.teacher, "--seed", config.seed, *lengths(config)]
-    call("runtime_loop.py", *common, "--rounds", config.rounds, "--held-out-count", config.held_out, "--train-options", train, "--out", config.out / "both")
+    common = ["--domain", config.domain, "--count", whole, "--student", config.student, "--teacher", config.teacher,
+              "--seed", config.seed, *lengths(config)]
+    call("runtime_loop.py", *common, "--rounds", config.rounds, "--held-out-count", config.held_out, "--train-options", train,
+         "--out", config.out / "both")
     call("runtime_loop.py", *common, "--out", config.out / "online")
     teacher = config.teacher
     for number in range(1, config.rounds + 1):
         out = config.out / f"offline-{number}"
         if not is_checkpoint(out / "model"):
-            call("train_grpo.py", "--teacher", teacher, "--student", config.student, "--out", out, "--seed", config.seed + number, *shlex.split(train))
+            call("train_grpo.py", "--teacher", teacher, "--student", config.student, "--out", out,
+                 "--seed", config.seed + number, *shlex.split(train))
         teacher = str(out / "model")
         tuned = config.out / f"tuned-{number}"
         if not is_checkpoint(tuned / "model"):
             write_jsonl(config.out / f"tuning-{number}.jsonl", [{"messages": chat} for chat in right_answers(config, number)])
-            call("train_sft.py", "--model", config.student, "--data", config.out / f"tuning-{number}.jsonl", "--out", tuned, *shlex.split(config.tune_options))
+            call("train_sft.py", "--model", config.student, "--data", config.out / f"tuning-{number}.jsonl", "--out", tuned,
+                 *shlex.split(config.tune_options))
 
 
 def right_answers(config: Config, rounds: int) -> list[protocol.Messages]:
@@ -131,7 +135,8 @@ def measure(config: Config, arm: str, number: int, problems: Sequence[Problem], 
     if arm == "fine-tuning" and number:
         student = open_agent(str(config.out / f"tuned-{number}/model"))
     answering = Generation(config.answer_tokens, 0.0)
-    replies = student.ask([Question(shots + protocol.baseline_messages(p.question), answering, derive_seed("compounding", p.id)) for p in problems])
+    replies = student.ask([
+        Question(shots + protocol.baseline_messages(p.question), answering, derive_seed("compounding", p.id)) for p in problems])
     return [int(protocol.is_correct(protocol.extract_answer(reply.text), p.answer)) for (reply,), p in zip(replies, problems)]
 
 
@@ -152,7 +157,8 @@ def table(config: Config, results: dict[str, list[list[int]]]) -> str:
 def promotions(config: Config) -> str:
     files = [read_json(config.out / f"both/round-{n}/promotion.json") for n in range(1, config.rounds + 1)]
     in_service = read_deployment(config.out / "both/deploy.yaml")["teacher"].spec
-    return "; ".join(f"round {n}: {'yes' if f['is_promoted'] else 'no'}, {f['reason']}" for n, f in enumerate(files, 1)) + f"; in service: {in_service}"
+    decisions = [f"round {n}: {'yes' if f['is_promoted'] else 'no'}, {f['reason']}" for n, f in enumerate(files, 1)]
+    return "; ".join([*decisions, f"in service: {in_service}"])
 
 
 def main() -> None:

@@ -80,12 +80,18 @@ def table(config: Config, results: dict[str, list[list[dict]]]) -> str:
     first, second = config.domains
     starts = range(0, config.tasks, config.window)
     columns = [f"{domain} {start + 1}–{start + config.window}" for domain in config.domains for start in starts]
-    lines = ["| | " + " | ".join(columns) + f" | last half, {first}: Δ to fixed | {second}: Δ to new |", "| --- |" + " ---: |" * (len(columns) + 2)]
+    lines = [
+        "| | " + " | ".join(columns) + f" | last half, {first}: Δ to fixed | {second}: Δ to new |",
+        "| --- |" + " ---: |" * (len(columns) + 2),
+    ]
     for arm, runs in results.items():
         is_new = arm.startswith("new")
         cells = [""] * (len(columns) // 2) if is_new else []
         size = len(runs[0])
-        cells += [f"{100 * fmean(o['guided'] for run in runs for o in run[start : start + config.window]):.1f}" for start in range(0, size, config.window)]
+        cells += [
+            f"{100 * fmean(o['guided'] for run in runs for o in run[start : start + config.window]):.1f}"
+            for start in range(0, size, config.window)
+        ]
         half = slice(config.tasks // 2, config.tasks)
         cells.append("" if is_new or arm == "fixed" else difference([run[half] for run in results["fixed"]], [run[half] for run in runs]))
         fresh = results.get(f"new, {arm}")
@@ -93,7 +99,10 @@ def table(config: Config, results: dict[str, list[list[dict]]]) -> str:
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     alone = [o["baseline"] for run in results["fixed"] for o in run]
     count = len(alone) // len(results["fixed"])
-    lines += ["", f"Student alone {100 * fmean(alone):.1f} %. {config.seeds} seeds, {count} tasks each; Δ in points, 95 % interval over tasks."]
+    lines += [
+        "",
+        f"Student alone {100 * fmean(alone):.1f} %. {config.seeds} seeds, {count} tasks each; Δ in points, 95 % interval over tasks.",
+    ]
     return "\n".join(lines)
 
 

@@ -90,7 +90,8 @@ def main() -> None:
     if config.out.exists():
         raise UserError(f"{config.out} exists; choose another --out")
     problems = world.held_out("math", config.tasks, "unattended")
-    write_jsonl(config.out / "tasks.jsonl", [{"id": p.id, "question": p.question, "answer": p.answer, "domain": p.domain} for p in problems])
+    write_jsonl(config.out / "tasks.jsonl", [
+        {"id": p.id, "question": p.question, "answer": p.answer, "domain": p.domain} for p in problems])
     injected: Counter = Counter()
     with ExitStack() as servers:
         urls = [start_proxy(serve(spec, config.out / f"vllm-{name}.log", servers), config.fault_rate, injected)
@@ -109,8 +110,10 @@ def serve(spec: str, log: Path, servers: ExitStack) -> str:
 def run(config: Config, problems: list[Problem], urls: list[str], injected: Counter) -> None:
     script = str(Path(__file__).parents[1] / "runtime_loop.py")
     tokens = [part for name in ("probe", "teaching", "answer") for part in (f"--{name}-tokens", str(config.answer_tokens))]
-    command = [sys.executable, script, "--preset", "own", "--tasks", str(config.out / "tasks.jsonl"), "--student", urls[0], "--teacher", urls[1],
-               "--lane", "paired", "--timeout", str(config.timeout), "--workers", str(config.workers), "--out", str(config.out / "run"), *tokens]
+    command = [sys.executable, script, "--preset", "own", "--tasks", str(config.out / "tasks.jsonl"),
+               "--student", urls[0], "--teacher", urls[1],
+               "--lane", "paired", "--timeout", str(config.timeout), "--workers", str(config.workers),
+               "--out", str(config.out / "run"), *tokens]
     path, began, starts, kills = config.out / "run/traces.jsonl", time.monotonic(), 0, 0
     while True:
         starts += 1

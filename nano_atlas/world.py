@@ -263,7 +263,9 @@ def make_tokenizer(vocab_size: int = 1200) -> Tokenizer:
     """A byte-level BPE trained on the corpus and on the protocol's own prompts; the tags are single tokens, as in Qwen3."""
     texts = [message["content"] for chat in base_corpus(6000, "tokenizer") for message in chat["messages"]]
     sample = tasks("math", 300, "tokenizer")
-    demonstrations = [demonstration(task, plan(task.chain), style, is_thorough=True) for task in sample for style in protocol.TEACHING_STYLES]
+    demonstrations = [
+        demonstration(task, plan(task.chain), style, is_thorough=True) for task in sample for style in protocol.TEACHING_STYLES
+    ]
     for d in demonstrations:
         texts += [m["content"] for m in protocol.teacher_messages(d["problem_text"], d["student_approach"], d["strategy"])]
         texts.append(d["teacher_diagnosis"] + "\n" + d["teacher_teaching"])

@@ -10,7 +10,11 @@ from nano_atlas.errors import UserError
 
 
 def test_all_arms_are_made_and_measured_once(place, tmp_path, monkeypatch, capsys):
-    small = {name: value for name, value in SMALL.items() if name not in ("steps", "eval_every", "held_out", "probe_tokens", "teaching_tokens", "answer_tokens")}
+    small = {
+        name: value
+        for name, value in SMALL.items()
+        if name not in ("steps", "eval_every", "held_out", "probe_tokens", "teaching_tokens", "answer_tokens")
+    }
     train = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in small.items())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(compounding, "right_answers", lambda config, number: [  # this student knows no mathematics

@@ -58,12 +58,20 @@ def test_every_provider(file, llm, spec):
         assert (config.student, config.student_model, config.answer_tokens) == ("http://h:1", "m", 9)
 
 
-@pytest.mark.parametrize(("text", "complaint"), [
-    ("teacher: [", "not YAML"), ("teacher:\n", "must be a section"), ("", "must be a section"), ("judge: {llm: {}}", "judge: unknown; there are student, teacher"),
-    ("teacher: {llm: {provider: huggingface, model: m, temprature: 1}}", r"teacher\.llm\.temprature: unknown"),
-    ("teacher: {llm: {provider: xai, model: m}}", "'xai' is unknown"), ("teacher: {llm: {provider: huggingface}}", "model: provider huggingface needs it"),
-    ("teacher: {llm: {provider: huggingface, model: m, api_base: u}}", "belongs to provider openai"),
-    ("teacher: {llm: {provider: huggingface, model: m, temperature: hot}}", "'hot' is not a number")])
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("teacher: [", "not YAML"),
+        ("teacher:\n", "must be a section"),
+        ("", "must be a section"),
+        ("judge: {llm: {}}", "judge: unknown; there are student, teacher"),
+        ("teacher: {llm: {provider: huggingface, model: m, temprature: 1}}", r"teacher\.llm\.temprature: unknown"),
+        ("teacher: {llm: {provider: xai, model: m}}", "'xai' is unknown"),
+        ("teacher: {llm: {provider: huggingface}}", "model: provider huggingface needs it"),
+        ("teacher: {llm: {provider: huggingface, model: m, api_base: u}}", "belongs to provider openai"),
+        ("teacher: {llm: {provider: huggingface, model: m, temperature: hot}}", "'hot' is not a number"),
+    ],
+)
 def test_mistakes_are_named_with_their_place(file, text, complaint):
     file.write_text(text)
     with pytest.raises(UserError, match=f"deploy.yaml.*{complaint}"):

@@ -142,7 +142,9 @@ def test_without_guidance_requests_are_those_of_the_official_agent(monkeypatch):
     environment = build_environment("telecom")
     tools, policy = environment.get_tools(), environment.get_policy()
     messages = [UserMessage(role="user", content="My phone {is} broken <b>"), None, UserMessage(role="user", content="Grüße")]
-    asked = AssistantMessage(role="assistant", tool_calls=[llm_utils.ToolCall(id="c", name="get_customer_by_phone", arguments={"phone_number": "1"})])
+    asked = AssistantMessage(
+        role="assistant", tool_calls=[llm_utils.ToolCall(id="c", name="get_customer_by_phone", arguments={"phone_number": "1"})]
+    )
     messages[1] = environment.get_response(asked.tool_calls[0])
 
     def talk(agent):
@@ -264,7 +266,10 @@ def test_a_broken_user_is_a_failed_simulation_and_says_whose_fault():
 
 
 def test_thoughts_reach_neither_user_nor_history():
-    student, user = Script(text("<think>SECRET</think> Restart it.")), Script(text("<think>PRIVATE</think>help"), text("ok"), text("###STOP###"))
+    student, user = (
+        Script(text("<think>SECRET</think> Restart it.")),
+        Script(text("<think>PRIVATE</think>help"), text("ok"), text("###STOP###")),
+    )
     simulation, _ = simulate(TASKS[0], "telecom", student, user, None, trial=0, seed=1, max_steps=30)
     assert "Restart it." in user.shown[-1] and not any("SECRET" in shown for shown in student.shown + user.shown)
     assert not any("PRIVATE" in shown for shown in student.shown) and "SECRET" not in simulation.model_dump_json()

@@ -51,7 +51,7 @@ class Seat:
         for conversation, generation, seed, n in questions:
             if len(self.asked) == self.stop_after:
                 raise KeyboardInterrupt
-            self.asked.append(conversation[0]["content"])
+            self.asked += [conversation[0]["content"]] * n
             draws = random.Random(seed)
             replies.append([self.rule(conversation, draws if generation.temperature else None) for _ in range(n)])
         return replies
@@ -188,7 +188,7 @@ def test_all_that_can_be_asked_at_once_is_one_call(tmp_path):
     controls = (SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET)
     _, student, teachers = run(config_for(tmp_path, control=controls, chunk=1000))
     count = sum(map(len, TASKS.values()))
-    assert student.calls[0] == count * 4 and len(student.calls) == 1 + 2 + 2
+    assert student.calls[0] == count * 3 and len(student.calls) == 1 + 2 + 2
     assert [seat.calls for seat in teachers.values()] == [[count], [count]]
 
 

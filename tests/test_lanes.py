@@ -59,7 +59,10 @@ def student(right_if=()):
         if PROBE_REQUEST in prompt:
             return "I would add."
         if "as JSON" in prompt:
-            steps = [{"id": name, "description": f"do {name}", "depends_on": needs} for name, needs in (("a", []), ("b", []), ("c", ["a", "b"]))]
+            steps = [
+                {"id": name, "description": f"do {name}", "depends_on": needs}
+                for name, needs in (("a", []), ("b", []), ("c", ["a", "b"]))
+            ]
             return "Here: " + json.dumps({"steps": steps})
         if "one step of a plan" in prompt:
             fields = json.loads(prompt[prompt.index("{") :])
@@ -146,7 +149,10 @@ def test_a_fault_ends_the_lane_but_what_was_reached_counts():
 
 
 def test_a_plan_survives_what_models_write():
-    assert [s["depends_on"] for s in parse_plan('{"steps": [{"description": "x", "depends_on": [1, 2, 9]}, {"description": "y", "depends_on": [1]}]}')] == [[], [1]]
+    assert [
+        s["depends_on"]
+        for s in parse_plan('{"steps": [{"description": "x", "depends_on": [1, 2, 9]}, {"description": "y", "depends_on": [1]}]}')
+    ] == [[], [1]]
     assert parse_plan("Just {do} it.") == [{"id": 1, "description": "Just {do} it.", "depends_on": []}]
     assert len(parse_plan(json.dumps({"steps": [{"description": "s"}] * 99}))) == 16
     assert [s["id"] for s in parse_plan('```{"steps": [null, {"description": ""}, {"description": "z", "depends_on": null}]}```')] == [1]
@@ -232,7 +238,13 @@ def test_the_large_judge_decides_where_the_small_ones_disagree_or_are_unsure(sam
 
     def small(prompt, seed):
         sample = next(replies)
-        return sample if sample is None or isinstance(sample, str) else verdict_json(*sample) if isinstance(sample, tuple) else verdict_json(sample)
+        return (
+            sample
+            if sample is None or isinstance(sample, str)
+            else verdict_json(*sample)
+            if isinstance(sample, tuple)
+            else verdict_json(sample)
+        )
 
     large = Seat(lambda prompt, seed: verdict_json(0.77))
     config = JudgeConfig(judge="x", large_judge="y", judges=("accuracy",), **options)
@@ -258,7 +270,18 @@ def test_guardrails_between_judges():
     assert hold_consistent({"accuracy": 0.3, "process": 0.9, "helpfulness": 1.0, "diagnostic": 1.0})["helpfulness"] == 0.5
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"score": "good"}', '{"score": 1.5}', '{"score": NaN}', '{"score": true, "uncertainty": []}x{', '{"score": 0.5, "uncertainty": "x"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        '{"score": "good"}',
+        '{"score": 1.5}',
+        '{"score": NaN}',
+        '{"score": true, "uncertainty": []}x{',
+        '{"score": 0.5, "uncertainty": "x"}',
+    ],
+)
 def test_what_is_no_verdict_is_named(text):
     assert isinstance(read_sample(text, 0.2), str) or read_sample(text, 0.2)["score"] == 1.0
 
@@ -344,7 +367,12 @@ def test_audit_draws_its_share():
         for which, share in enumerate((0.5, 0.0)):
             session = Session(f"s{index}", OPEN, 0, lane="paired")
             seats = {"student": student(["HELP"]), "teacher": teacher("<teaching>HELP</teaching>"), "judge": Seat(by_answer())}
-            finish(run_session(session, replace(JUDGED, audit=share, judges=("accuracy",), judge_temperatures=(0.2,), lane="paired"), [], len), **seats)
+            finish(
+                run_session(
+                    session, replace(JUDGED, audit=share, judges=("accuracy",), judge_temperatures=(0.2,), lane="paired"), [], len
+                ),
+                **seats,
+            )
             counts[which] += session.audited_gain is not None
     assert 18 < counts[0] < 42 and counts[1] == 0
 

@@ -48,7 +48,10 @@ def test_the_latest_decision_counts_and_an_unclear_name_decides_nothing(tmp_path
     for names, complaint in ((("ab",), "2 sessions begin like this"), (("xyz3", "no"), "no such session")):
         with pytest.raises(UserError, match=complaint):
             record_reviews(path, names, known, "approved", "", "t2")
-    assert {name: (review.status, review.note) for name, review in read_reviews(path).items()} == {"abc1": ("approved", ""), "xyz3": ("quarantined", "odd")}
+    assert {name: (review.status, review.note) for name, review in read_reviews(path).items()} == {
+        "abc1": ("approved", ""),
+        "xyz3": ("quarantined", "odd"),
+    }
     with path.open("ab") as file:
         file.write(b'{"torn')
     record_reviews(path, ("abd",), known, "approved", "", "t3")

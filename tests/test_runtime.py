@@ -586,7 +586,9 @@ def test_prices_become_costs_in_report_and_outcome(config):
 
 def test_every_seat_is_opened_with_its_model_and_one_model_once(config, monkeypatch):
     opened = []
-    monkeypatch.setattr(runtime_loop, "open_agent", lambda spec, **options: opened.append((spec, options["model"], options["tools"])) or object())
+    monkeypatch.setattr(
+        runtime_loop, "open_agent", lambda spec, **options: opened.append((spec, options["model"], options["tools"])) or object()
+    )
     seats = runtime_loop.open_seats(replace(
         config, student="s", student_model="sm", student_tools="m:t", teacher="t", teacher_model="tm", judge="t", judge_model="tm",
         large_judge="l", large_judge_model="lm", probe="p", probe_model="pm", skill_writer="w", skill_writer_model="wm"))

@@ -11,7 +11,16 @@ from nano_atlas.runtime.guard import Trial
 from nano_atlas.runtime.journal import to_line
 from nano_atlas.runtime.judges import Verdict
 from nano_atlas.runtime.lanes import Session
-from nano_atlas.runtime.traces import Outcome, Selection, TraceWriter, problems_from_traces, read_head, read_traces, session_outcome, trace_of
+from nano_atlas.runtime.traces import (
+    Outcome,
+    Selection,
+    TraceWriter,
+    problems_from_traces,
+    read_head,
+    read_traces,
+    session_outcome,
+    trace_of,
+)
 
 ATLAS_KEYS = {  # the fields of AtlasSessionTrace
     "task", "final_answer", "plan", "steps", "session_metadata", "session_reward", "trajectory_events", "student_learning",
@@ -20,7 +29,9 @@ ATLAS_KEYS = {  # the fields of AtlasSessionTrace
 SDK_KEYS = {"execution_mode", "learning_key", "review_status", "reward_stats", "reward_summary"}
 
 
-def session(question="What is 6 times 7?", gold="42", alone="41", guided="42", teaching="Multiply.", reward=1.9, name="s1", chosen=1) -> Session:
+def session(
+    question="What is 6 times 7?", gold="42", alone="41", guided="42", teaching="Multiply.", reward=1.9, name="s1", chosen=1
+) -> Session:
     def trial(kind: str, answer: str) -> Trial:
         verdict = Verdict(float(answer == gold), "exact", answer == gold) if gold else Verdict(None, "nobody")
         return Trial(kind, f"So <solution>{answer}</solution>", answer, 9, False, verdict)

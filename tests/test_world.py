@@ -87,7 +87,9 @@ def test_no_question_is_in_two_of_the_sets():
         "demonstrations": [record["problem_text"] for record in teaching_demonstrations(300)],
         "telecom": [problem.question for problem in world.held_out("telecom", 200, "test")],
         "crm": [problem.question for problem in world.held_out("crm", 200, "test")],
-        "corpus": [chat["messages"][0]["content"].split("\n\n")[0] for chat in (*world.base_corpus(1000, 0), *world.reading_corpus(1000, 0))],
+        "corpus": [
+            chat["messages"][0]["content"].split("\n\n")[0] for chat in (*world.base_corpus(1000, 0), *world.reading_corpus(1000, 0))
+        ],
     }
     for name, questions in sets.items():
         others = {question for other, listed in sets.items() if other != name for question in listed}

@@ -32,9 +32,13 @@ class LayoutConfig:
     device: str = option("auto", "where the policy is trained: cpu, cuda, cuda:1, ...", group="layout", resumable=True)
     student_device: str = option("auto", "where the student is sampled; auto: a second GPU if there is one, else --device", resumable=True)
     reference_device: str = option("auto", "where the reference is; auto: beside the student (the policy for --kl exact)", resumable=True)
-    optimizer_device: str = option("auto", "where masters and moments are (12 bytes per parameter); auto: beside the policy", resumable=True)
+    optimizer_device: str = option(
+        "auto", "where masters and moments are (12 bytes per parameter); auto: beside the policy", resumable=True
+    )
     dtype: str = option("float32", "compute precision; masters and moments are float32 always", ["float32", "bfloat16"])
-    gradient_checkpointing: bool = option(False, "keep one activation per layer and recompute the rest: less memory, 4/3 the time", resumable=True)
+    gradient_checkpointing: bool = option(
+        False, "keep one activation per layer and recompute the rest: less memory, 4/3 the time", resumable=True
+    )
     thinking: bool = option(False, "render prompts with Qwen3's thinking mode on; other chat templates ignore it")
     cache_rows: int = option(256, "most sequences decoded at once by each sampler in this process (KV cache memory)", resumable=True)
 

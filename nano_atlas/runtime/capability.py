@@ -16,7 +16,9 @@ LANES = ("auto", "paired", "coach", "escalate")
 THRESHOLDS = (0.85, 0.65, 0.35)  # least capability for auto, paired, coach
 
 
-def choose_lane(question: str, record: Sequence[float], forced: str, has_probe: bool, seed: int) -> Generator[list[Call], list, dict[str, Any]]:
+def choose_lane(
+    question: str, record: Sequence[float], forced: str, has_probe: bool, seed: int
+) -> Generator[list[Call], list, dict[str, Any]]:
     """{mode, confidence, by}, as it goes into the trace. forced: a lane, or "adaptive". record: scores of the student alone."""
     if forced != "adaptive":
         return {"mode": forced, "confidence": None, "by": "--lane"}

@@ -155,7 +155,9 @@ def _decide(name: str, samples: list[dict], config: JudgeConfig, seed: object, f
     is_escalated = reason is not None and config.large_judge is not None
     if is_escalated:
         messages = protocol.judge_messages(name, samples=samples, **fields)
-        (reply,) = yield [Call("large judge", f"arbiter: {name}", messages, Generation(config.judge_tokens, 0.3), derive_seed(seed, "arbiter", name))]
+        (reply,) = yield [
+            Call("large judge", f"arbiter: {name}", messages, Generation(config.judge_tokens, 0.3), derive_seed(seed, "arbiter", name))
+        ]
         final = str(reply) if isinstance(reply, Fault) else read_sample(reply.text, 0.3)
         if isinstance(final, dict):
             score, rationale, principles = final["score"], final["rationale"], final["principles"]

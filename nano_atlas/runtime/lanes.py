@@ -250,7 +250,10 @@ def carry_out(session: Session, config: LaneConfig, steps: Sequence[dict], resul
         if not open_steps:
             break
         prior = {s["id"]: {i: results[i] for i in s["depends_on"]} for s in open_steps}
-        calls = [student(session, config, f"step {s['id']}", protocol.step_messages(question, s, prior[s["id"]], s["guidance"])) for s in open_steps]
+        calls = [
+            student(session, config, f"step {s['id']}", protocol.step_messages(question, s, prior[s["id"]], s["guidance"]))
+            for s in open_steps
+        ]
         replies = yield from ask(*calls)
         for step, reply in zip(open_steps, replies):
             step["attempts"] += 1

@@ -142,7 +142,12 @@ def read_entries(text: str, learning_key: str, session_id: str, secret: str | No
         kind, pattern = cue.get("type"), str(cue.get("pattern") or "").strip()
         imperative, strategy = str(action.get("imperative") or "").strip(), action.get("strategy")
         strategy = strategy if strategy in protocol.TEACHING_STYLES else None
-        if kind not in ("keyword", "regex") or not 2 <= len(pattern) <= 200 or not (imperative or strategy) or len(imperative) > LONGEST_SENTENCE:
+        if (
+            kind not in ("keyword", "regex")
+            or not 2 <= len(pattern) <= 200
+            or not (imperative or strategy)
+            or len(imperative) > LONGEST_SENTENCE
+        ):
             continue
         if kind == "regex" and not _compiles(pattern):
             continue

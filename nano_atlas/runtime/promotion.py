@@ -57,7 +57,10 @@ def compare(
     greedy = EpisodeConfig(episodes.probe_tokens, episodes.teaching_tokens, episodes.answer_tokens).greedy()
     sketches = sketch_problems(student, problems, greedy, "promotion", progress="held out")
     arms = [
-        [float(episode.guided.is_correct) for (episode,) in teach(student, seat, sketches, greedy, RewardConfig(), "promotion", progress="held out")]
+        [
+            float(episode.guided.is_correct)
+            for (episode,) in teach(student, seat, sketches, greedy, RewardConfig(), "promotion", progress="held out")
+        ]
         for seat in (old, new)
     ]
     differences = [after - before for before, after in zip(*arms)]
@@ -70,7 +73,14 @@ def compare(
 
 
 def train_and_promote(
-    folder: Path, traces: Path, teacher: str, student: str, problems: Sequence[Problem], config, trainer: Path, open_seat: Callable[[str], Seat]
+    folder: Path,
+    traces: Path,
+    teacher: str,
+    student: str,
+    problems: Sequence[Problem],
+    config,
+    trainer: Path,
+    open_seat: Callable[[str], Seat],
 ) -> Decision:
     """Training and the test of one round; whatever of it is done already is not done again.
 

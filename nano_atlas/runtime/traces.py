@@ -115,7 +115,8 @@ def trace_of(session: Session, outcome: Outcome, metadata: Trace, learning_histo
     plan = session.plan or [{"id": 1, "description": session.approach, "depends_on": []}]
     steps = [_executed(step) for step in session.steps] or [{
         "step_id": 1, "description": session.approach, "trace": chosen.text if chosen else "", "output": final_answer, "reward": reward,
-        "validation": {"valid": chosen.verdict.is_valid if chosen else None, "guidance": session.teachings[-1] if session.teachings else None},
+        "validation": {"valid": chosen.verdict.is_valid if chosen else None,
+                       "guidance": session.teachings[-1] if session.teachings else None},
         "attempts": len(trials), "guidance": session.teachings, "depends_on": [], "metadata": {},
     }]
     steps[0]["metadata"]["attempt_history"] = [_attempt(trial) for trial in trials]
