@@ -18,6 +18,7 @@ import difflib
 import json
 import math
 import os
+import select
 import sys
 import time
 import typing
@@ -173,4 +174,16 @@ def run_script(main: Callable[[], None], is_parallel: bool = False) -> None:
             if isinstance(error, KeyboardInterrupt):
                 print("\ninterrupted; the same command continues from the last saved state", file=sys.stderr)
                 sys.exit(130)
+            if isinstance(error, BrokenPipeError) and _reader_has_left():
+                sys.exit(141)  # as a shell reports it
             raise
+
+
+def _reader_has_left() -> bool:
+    """Whether our output goes to a program, such as `head`, that has read enough."""
+    pipe = select.poll()
+    pipe.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in pipe.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+    return True

@@ -1,6 +1,7 @@
 """The command line that a Config dataclass makes, and the log of a run."""
 
 import json
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,14 @@ def test_an_interrupt_ends_without_a_traceback(capsys):
         run_script(main)
     assert stop.value.code == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    script = "from nano_atlas.config import run_script; run_script(lambda: [print('line') for _ in range(100_000)])"
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"line\n"
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
 
 
 # ------------------------------------------------------------------------------------------------------------- metrics
