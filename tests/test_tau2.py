@@ -1,9 +1,12 @@
 """What of τ²-bench needs no tau2: options, tables, and what becomes of dialogues that did not happen. The rest: test_dialogue.py."""
 
+import ast
+import importlib
 import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -42,6 +45,16 @@ def test_a_missing_package_ends_with_the_commands_that_install_it(found, monkeyp
     assert exit_.value.code == 2
     for part in ("git clone --branch v1.0.1 https://github.com/sierra-research/tau2-bench", "pip install ./tau2-bench", "TAU2_DATA_DIR="):
         assert part in message
+
+
+def test_what_needs_tau2_imports_only_what_is_there():
+    """Both files are skipped where tau2 is not installed, and a name that has moved would not be missed."""
+    for file in (Path(tau2.__file__).with_name("dialogue.py"), Path(__file__).with_name("test_dialogue.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "nano_atlas" and not node.module.endswith("dialogue"):
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    assert hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}"), alias.name
 
 
 @pytest.mark.parametrize("origin, expected", [
