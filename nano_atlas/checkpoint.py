@@ -283,6 +283,8 @@ def save_model(path: str | Path, model: Transformer, tokenizer: Tokenizer | None
             file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
             weight_map |= dict.fromkeys(names, file)
             run = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in islice(tensors, len(names))}
+            if repeat_tied_head and "lm_head.weight" in run:
+                run["lm_head.weight"] = run["lm_head.weight"].clone()  # one file must not hold the same memory twice
             save_file(run, folder / file, metadata={"format": "pt"})
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(tensor_bytes.values())}, "weight_map": weight_map}

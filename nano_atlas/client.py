@@ -37,18 +37,19 @@ class Client:
         self._http.close()
 
     def request(self, method: str, path: str, body: dict | None = None, *, tries: int | None = None,
-                check: Callable[[dict], str | None] = lambda answer: None) -> dict:  # fmt: skip
+                timeout: float | None = None, check: Callable[[dict], str | None] = lambda answer: None) -> dict:  # fmt: skip
         """The server's JSON answer (`{}` where it is empty).
 
         `check` says what is wrong with an answer of status 200, if anything is. That, 429, 5xx and transport errors are tried
         again; then ServerLost is raised with the last cause. Any other status is a refusal: UserError at once.
         """
         tries, failure = tries or self.tries, ServerLost
+        patience = httpx.USE_CLIENT_DEFAULT if timeout is None else timeout
         for attempt in range(tries):
             if attempt:
                 time.sleep(min(2.0 ** (attempt - 1), 20.0))
             try:
-                response = self._http.request(method, self.url + path, json=body)
+                response = self._http.request(method, self.url + path, json=body, timeout=patience)
             except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
                 cause, failure = f"{type(error).__name__}: {error}", UserError
                 break

@@ -140,6 +140,11 @@ def test_tied_checkpoints_may_repeat_the_embedding_as_head(tmp_path):
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, file)
     with pytest.raises(UserError, match="lm_head.weight differs"):
         load_model(tmp_path / "m")
+    for max_shard_bytes in (0, 5e9):  # a file each, and both in one
+        save_model(tmp_path / "m", tiny_model(tie_word_embeddings=True), None, max_shard_bytes=max_shard_bytes, repeat_tied_head=True)
+        assert torch.equal(load_model(tmp_path / "m").head_weight, tensors["model.embed_tokens.weight"])
+        names = [name for part in (tmp_path / "m").glob("*.safetensors") for name in load_file(part)]
+        assert "lm_head.weight" in names and len(names) == len(tensors) + 1
 
 
 def test_broken_directories_are_explained(tmp_path):

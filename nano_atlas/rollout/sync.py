@@ -53,8 +53,9 @@ class FileTransfer:
 class NcclTransfer:
     """vLLM's own weight transfer: a broadcast from the policy's GPU to the server's workers, no file in between.
 
-    Written against the trainer-side classes of vLLM 0.32 (`vllm/distributed/weight_transfer/nccl_engine.py`). **It has not been
-    run**: that takes two GPUs. The server must be started with `--weight-transfer-config '{"backend": "nccl"}'`.
+    Written against the trainer-side classes of vLLM 0.32 (`vllm/distributed/weight_transfer/nccl_engine.py`). **Not run with NCCL
+    itself**: that takes two GPUs. The tests run all else with a real server, and broadcasts that go through a TCP store. The server
+    must be started with `--weight-transfer-config '{"backend": "nccl"}'`.
     """
 
     def __init__(self):
@@ -65,9 +66,14 @@ class NcclTransfer:
         self.model = model
 
     def load(self, client: Client) -> None:
-        if client.url not in self.engines:
-            self.engines[client.url] = self._connect(client)
-        self.engines[client.url].send_weights()
+        import requests  # through which vLLM's own client talks to the server
+
+        try:
+            if client.url not in self.engines:
+                self.engines[client.url] = self._connect(client)
+            self.engines[client.url].send_weights()
+        except requests.RequestException as error:
+            raise ServerLost(f"{client.url} did not take the weights: {error}; its log says more") from error
 
     def _connect(self, client: Client) -> object:
         from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient, ParamMeta, WeightSource

@@ -10,6 +10,7 @@ import threading
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from nano_atlas.rollout.sync import FileTransfer, NcclTransfer, Parity, sequence
 from nano_atlas.sampler import Request, Rollout
 
 RECOVERIES = 2  # restarts or reloads within one call, before giving up
+RESUME_PATIENCE = 10.0  # seconds for a server to resume after a load of weights that failed
 
 
 class VllmSampler:
@@ -165,8 +167,11 @@ class VllmSampler:
             self.transfer.load(client)
             client.request("POST", "/reset_prefix_cache")  # keys and values of the old weights
             client.request("POST", "/update_weight_version", {"new_version": self.tag})
-        finally:
-            client.request("POST", "/resume")
+        except BaseException:
+            with suppress(UserError):  # the reason counts, not that the server may hang because of it
+                client.request("POST", "/resume", tries=1, timeout=RESUME_PATIENCE)
+            raise
+        client.request("POST", "/resume")
 
     @property
     def tag(self) -> str:
