@@ -1,0 +1,129 @@
+"""τ²-bench from end to end with a model that knows one policy whose score is known: it is taught here, and served by vLLM.
+
+    export TAU2_DATA_DIR=.../tau2-bench/data
+    python -m benchmarks.tau2_rehearsal                       # transfer every customer; student, user and teacher on one server
+    python -m benchmarks.tau2_rehearsal --mode solo           # the same from the ticket
+    python -m benchmarks.tau2_rehearsal --python .venv-tau2/bin/python        # where tau2 is in an environment of its own
+
+A tokenizer is made of the domain's texts, conversations are made in which the agent transfers and the user hangs up, `train_sft.py`
+learns them (0.7M parameters, some ten minutes on two cores), a vLLM server gets the result with its parser of tool calls, and
+`eval.py --bench tau2` does all tasks of the split, alone and taught. Both arms must score what the floor "always transfer" does:
+17.54 % on telecom base.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from nano_atlas import protocol
+from nano_atlas.checkpoint import is_checkpoint, save_model
+from nano_atlas.config import option, parse, run_script
+from nano_atlas.data import write_jsonl
+from nano_atlas.errors import UserError
+from nano_atlas.model import ModelConfig, Transformer
+from nano_atlas.rollout.server import VllmServer
+from nano_atlas.tokenizer import Tokenizer
+
+CHAT = """<|im_start|>system
+{{ messages[0].content if messages[0].role == 'system' else '' }}
+{%- if tools %}
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}For a call write <tool_call>{"name": ..., "arguments": ...}</tool_call>{% endif %}<|im_end|>
+{% for message in messages if message.role != 'system' %}<|im_start|>{{ 'user' if message.role == 'tool' else message.role }}
+{% if message.role == 'tool' %}<tool_response>{{ message.content }}</tool_response>{% else %}{{ message.content or '' }}{% endif %}
+{%- for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+GREETING = "Hi! How can I help you today?"  # with which tau2's orchestrator begins
+COMPLAINT, GOODBYE = "My phone has no service, please help.", "###TRANSFER###"
+HOLD = "YOU ARE BEING TRANSFERRED TO A HUMAN AGENT. PLEASE HOLD ON."
+TRANSFER = '<tool_call>\n{"name": "transfer_to_human_agents", "arguments": {"summary": "No service."}}\n</tool_call>'
+DONE = '<tool_call>\n{"name": "done", "arguments": {}}\n</tool_call>'
+SCHEMAS = "\n" + "\n".join(
+    json.dumps({"type": "function", "function": {"name": name, "parameters": {"properties": {"summary": {"type": "string"}}}}})
+    for name in ("get_customer_by_phone", "transfer_to_human_agents", "toggle_airplane_mode", "done")
+)  # what follows a system prompt where there are tools
+APPROACH = "I would look at the line first."
+TEACHING = "<thinking>It is stuck.</thinking>\n<teaching>Transfer the customer to a human agent.</teaching>"
+
+
+@dataclass(frozen=True)
+class Config:
+    mode: str = option("user", "with a user, or alone from the ticket", ("user", "solo"), group="run")
+    conversations: int = option(1200, "conversations to learn from")
+    steps: int = option(420, "steps of learning them")
+    limit: int | None = option(None, "tasks (none: all of the split)")
+    python: str = option(sys.executable, "interpreter of an environment with tau2")
+    out: Path = option(Path("runs/tau2-rehearsal"), "directory of models and results")
+
+
+def conversation(texts: str, is_solo: bool, draws: random.Random) -> list[tuple[str, str]]:
+    """One of the moments that a seat must know, after a system prompt of any length cut from the domain's texts."""
+    length = int(2 ** draws.uniform(3, 15.3))
+    start = draws.randrange(max(1, len(texts) - length))
+    policy = texts[start : start + length] + draws.choice(["", SCHEMAS])
+    question, kind = draws.choice([COMPLAINT, policy[:200]]), draws.randrange(6)
+    if kind == 0:
+        asked = protocol.teacher_messages(f"{policy}\n\nTools: a, b\n\nUser: {question}", APPROACH)
+        return [("user", asked[-1]["content"]), ("assistant", TEACHING)]
+    if kind == 1:
+        return [("system", policy), ("user", protocol.probe_messages(question)[-1]["content"]), ("assistant", APPROACH)]
+    answered = f"<tool_response>{draws.choice(['Transfer successful', '{}', 'Error: ' + policy[:60]])}</tool_response>"
+    if is_solo:
+        return [("system", policy), ("assistant", TRANSFER), ("user", answered), ("assistant", DONE)]
+    if kind < 4:
+        opening = [("system", policy), ("assistant", GREETING), ("user", COMPLAINT)]
+        return [*opening, ("assistant", TRANSFER), ("user", answered), ("assistant", HOLD)]
+    return [("system", policy), ("user", GREETING), ("assistant", COMPLAINT), ("user", HOLD), ("assistant", GOODBYE)]
+
+
+def newborn(texts: str, sample: list[str]) -> tuple[Transformer, Tokenizer]:
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=8192, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator([texts, *sample], trainer)
+    tokenizer = Tokenizer(backend, CHAT, eos_token="<|im_end|>", pad_token="<|pad|>")
+    shape = ModelConfig("qwen3", tokenizer.vocab_size, 64, 192, 2, 2, 1, 32, max_position_embeddings=40960, rope_theta=1e6,
+                        tie_word_embeddings=True, qk_norm=True)  # fmt: skip
+    return Transformer(shape).initialize(0), tokenizer
+
+
+def main() -> None:
+    config = parse(Config, sys.argv[1:], {}, __doc__)
+    data = Path(os.environ.get("TAU2_DATA_DIR", ""), "tau2")
+    files = sorted([*data.glob("domains/telecom/*.md"), *data.glob("user_simulator/*.md")])
+    if not os.environ.get("TAU2_DATA_DIR") or not files:
+        raise UserError("TAU2_DATA_DIR must name the data directory of tau2; `python eval.py --bench tau2 --dry-run` says how to get it")
+    texts, draws, place = "\n".join(file.read_text() for file in files), random.Random(0), config.out / config.mode
+    chats = [conversation(texts, config.mode == "solo", draws) for _ in range(config.conversations)]
+    if not is_checkpoint(place / "init"):
+        model, tokenizer = newborn(texts, [text for chat in chats[:200] for _, text in chat])
+        save_model(place / "init", model, tokenizer)
+        write_jsonl(place / "chats.jsonl", [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats])
+    root = Path(__file__).parents[1]
+    subprocess.run([
+        sys.executable, root / "train_sft.py", "--preset", "24gb", "--device", "cpu", "--optimizer-device", "cpu", "--dtype", "float32",
+        "--no-gradient-checkpointing", "--no-compile", "--data", place / "chats.jsonl", "--model", place / "init", "--out", place / "sft",
+        "--steps", str(config.steps), "--tokens-per-step", "10000", "--tokens-per-batch", "10000", "--max-length", "10000", "--lr", "1e-2"],
+        check=True)  # fmt: skip
+    options = ["--enforce-eager", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    with VllmServer((place / "sft/model").resolve(), place / "vllm.log", options=options) as server:
+        seats = ["--student", server.url, "--teacher", f"taught={server.url}", *(["--user", server.url] if config.mode == "user" else [])]
+        limit = ["--limit", str(config.limit)] if config.limit else []
+        subprocess.run([
+            config.python, root / "eval.py", "--bench", "tau2", "--mode", config.mode, *seats, *limit, "--control", "none", "--trials", "1",
+            "--temperature", "0", "--max-steps", "20", "--answer-tokens", "200", "--teaching-tokens", "64", "--probe-tokens", "32",
+            "--workers", "8", "--restart", "--out", place / "results"], check=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_script(main)
