@@ -213,7 +213,7 @@ def train(config: Config) -> None:
     resumed = latest_training_state(state_dir)
     record = read_json(resumed / "state.json") if resumed else {}
     if resumed:
-        saved_options = read_json(options_file)
+        saved_options = to_json(Config()) | read_json(options_file)  # what was no option then had its default
         refuse_changes(config, saved_options, str(config.out))
         if record["data"] != data_hash:
             raise UserError(f"{config.out} was trained on other contents of {', '.join(map(str, config.data))}; "

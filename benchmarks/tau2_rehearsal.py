@@ -104,8 +104,8 @@ def main() -> None:
     if not os.environ.get("TAU2_DATA_DIR") or not files:
         raise UserError("TAU2_DATA_DIR must name the data directory of tau2; `python eval.py --bench tau2 --dry-run` says how to get it")
     texts, draws, place = "\n".join(file.read_text() for file in files), random.Random(0), config.out / config.mode
-    chats = [conversation(texts, config.mode == "solo", draws) for _ in range(config.conversations)]
     if not is_checkpoint(place / "init"):
+        chats = [conversation(texts, config.mode == "solo", draws) for _ in range(config.conversations)]
         model, tokenizer = newborn(texts, [text for chat in chats[:200] for _, text in chat])
         save_model(place / "init", model, tokenizer)
         write_jsonl(place / "chats.jsonl", [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats])

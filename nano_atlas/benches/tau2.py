@@ -33,6 +33,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from statistics import mean
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from tqdm import tqdm
 
@@ -158,8 +160,8 @@ def installed_commit(package: str) -> str:
     origin = json.loads(importlib.metadata.distribution(package).read_text("direct_url.json") or "{}")
     if "vcs_info" in origin:
         return origin["vcs_info"]["commit_id"]
-    folder = origin.get("url", "").removeprefix("file://")
-    answer = subprocess.run(["git", "-C", folder or "/", "rev-parse", "HEAD"], capture_output=True, text=True)
+    clone = url2pathname(urlsplit(origin.get("url", "")).path)
+    answer = subprocess.run(["git", f"--git-dir={clone}/.git", "rev-parse", "HEAD"], capture_output=True, text=True)
     return answer.stdout.strip() if answer.returncode == 0 else "unknown"
 
 

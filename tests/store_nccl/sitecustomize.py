@@ -61,5 +61,5 @@ class Patch(importlib.abc.MetaPathFinder):
         return spec
 
 
-if "sitecustomize" == __name__:
+if __name__ == "sitecustomize":
     sys.meta_path.insert(0, Patch())
