@@ -1,6 +1,7 @@
 """Does the teacher help? The student before and after teaching, task by task, with intervals and controls.
 
     python eval.py                                                    # the nano world: 500 held-out tasks in each domain
+    python eval.py --full                                             # all controls and all columns
     python eval.py --preset own --bench gsm8k --data test.jsonl --student DIR --teacher sft=DIR grpo=DIR --out runs/gsm8k
     python eval.py --preset own --bench aime25 --data aime25.jsonl --samples 16 --temperature 0.6 --top-p 0.95 ...
     python eval.py --preset own --bench crmarena --data b2b.jsonl ... # needs Salesforce credentials, see nano_atlas/benches/crmarena.py
@@ -46,7 +47,7 @@ from nano_atlas.benches.arms import (
     SAME_BUDGET, SHUFFLED, TWO_VOTES, UNTRAINED, ArmsConfig, derange, require_checkpoint, stored_report, write_report,
 )
 from nano_atlas.benches.results import STUDENT, TaskLog, TaskResult, read_results, start_or_continue
-from nano_atlas.benches.scores import tables
+from nano_atlas.benches.scores import Report, summary, tables
 from nano_atlas.config import Preset, option, parse, run_script
 from nano_atlas.data import Problem, derive_seed, load_problems
 from nano_atlas.episodes import (
@@ -75,7 +76,12 @@ class Config(ArmsConfig):
     verifier: str = option("exact", "how answers are compared: as numbers or words, or by algebra", ("exact", "math-verify"))
     seed: int = option(0, "of task choice, sampling, shuffling and bootstrap")
     out: Path = option(Path("runs/nano/eval"), "directory of the results", resumable=True)
+    full: bool = option(False, "run all controls, and print every column instead of a summary", resumable=True)
     chunk: int = option(1024, "answers computed between two writes: what a killed run loses at most; small ones waste speed")
+
+    @property
+    def controls(self) -> list[str]:
+        return list(CONTROLS) if self.full else super().controls
 
     def check(self) -> None:
         if self.student is None and not self.tables:
@@ -98,7 +104,7 @@ GPU = {"bench": "gsm8k", "teacher": ("sft=runs/sft/model", "grpo=runs/grpo/model
        "device": "cuda", "dtype": "bfloat16"}
 PRESETS = {
     "nano": Preset("the nano world with its student and teachers; CPU, 1 GB", {
-        "student": str(NANO / "student/model"), "limit": 500, "chunk": 4096,
+        "student": str(world.STUDENT), "limit": 500, "chunk": 4096, "control": (SHUFFLED,),
         "teacher": (f"sft={NANO / 'teacher-sft/model'}", f"grpo={NANO / 'teacher-grpo/model'}"),
         "probe_tokens": 40, "teaching_tokens": 96, "answer_tokens": 120}),
     "24gb": Preset("Qwen3-0.6B student, 0.6B teacher on one GPU, 6 GB; needs --data", GPU | {"student": "Qwen/Qwen3-0.6B"}),
@@ -107,8 +113,7 @@ PRESETS = {
     "own": Preset("checkpoints or URLs of your own, one teacher in memory at a time; needs --data, --student, --teacher",
                   {"bench": "gsm8k", "out": Path("runs/eval")}),
 }
-MADE_BY = {str(NANO / "student/model"): "train_sft.py", str(NANO / "teacher-sft/model"): "train_sft.py",
-           str(NANO / "teacher-grpo/model"): "train_grpo.py"}
+MADE_BY = {str(NANO / "teacher-sft/model"): "train_sft.py", str(NANO / "teacher-grpo/model"): "train_grpo.py"}
 
 
 def main() -> None:
@@ -119,8 +124,7 @@ def main() -> None:
         return
     config = parse(Config, sys.argv[1:], with_deployment(PRESETS, sys.argv[1:], evaluation_options), __doc__)
     if config.tables:
-        report, stored = stored_report(config.out, Config)
-        print(tables(report, stored.names) + own_tables(stored, config.out))
+        show(config, *stored_report(config.out, Config))
         return
     tasks = load_tasks(config)
     is_right = verifier(config)
@@ -132,7 +136,19 @@ def main() -> None:
     with closing(TaskLog(config.out / "tasks.jsonl")) as log:
         evaluate(config, tasks, log, is_right, lambda: open_student(config, query),
                  lambda name: config.open(config.teachers[name], config.teacher_model))
-    print(write_report(config.out, Config, own_tables(config, config.out)))
+    report, stored = stored_report(config.out, Config)
+    write_report(config.out, report, stored, own_tables(stored, config.out))
+    show(config, report, stored)
+
+
+def show(config: Config, report: Report, stored: Config) -> None:
+    """Print the summary, or with --full everything."""
+    if config.full:
+        print(tables(report, stored.names) + own_tables(stored, config.out))
+        return
+    shown = [STUDENT, *stored.teachers, *({SHUFFLED} & {score.arm for score in report.scores})]
+    print(summary(report, shown, stored.names) + own_tables(stored, config.out))
+    print(f"Accuracy in %, difference in points with its 95 % interval over tasks. All columns: {config.out / 'tables.md'} (--full)")
 
 
 # ---------------------------------------------------------------------------------------------------------------- the arms

@@ -110,7 +110,7 @@ class Config(Selection, ServeConfig, PromotionConfig, ExperienceConfig):
 GPU = {"teacher": "runs/grpo/model", "out": Path("runs/runtime"), "device": "cuda", "dtype": "bfloat16"}
 PRESETS = {
     "nano": Preset("the nano world with its student and teacher; CPU, 1 GB", {
-        "student": "runs/nano/student/model", "probe_tokens": 40, "teaching_tokens": 96, "answer_tokens": 120, "lane": "paired"}),
+        "student": str(world.STUDENT), "probe_tokens": 40, "teaching_tokens": 96, "answer_tokens": 120, "lane": "paired"}),
     "24gb": Preset("Qwen3-0.6B student, 0.6B teacher on one GPU, 6 GB; needs --tasks", GPU | {"student": "Qwen/Qwen3-0.6B"}),
     "2gpu": Preset("Qwen3-4B student, 1.7B teacher on the first GPU, 16 GB; needs --tasks", GPU | {"student": "Qwen/Qwen3-4B"}),
     "80gb": Preset("Qwen3-4B student, 8B teacher on one GPU, 30 GB; needs --tasks", GPU | {"student": "Qwen/Qwen3-4B"}),

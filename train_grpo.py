@@ -51,7 +51,7 @@ from nano_atlas.optim import (
     SCHEDULES, MasterAdamW, latest_training_state, learning_rate, load_training_state, save_training_state,
 )
 from nano_atlas.policy import Batch, Sample, UpdateConfig, mix_reference, update, usable
-from nano_atlas.reward import RewardConfig, group_advantages
+from nano_atlas.reward import RewardConfig, step_advantages
 from nano_atlas.rollout.layout import LayoutConfig, choose_layout, load, open_policy, open_student
 from nano_atlas.rollout.memory import needs
 from nano_atlas.runtime.traces import problems_from_traces
@@ -63,8 +63,8 @@ NANO_PROBLEMS = 4096  # whatever --steps is, so that a run that is continued for
 GPU = {"dtype": "bfloat16", "gradient_checkpointing": True, "tokens_per_batch": 8192}
 PRESETS = {
     "nano": Preset("the nano world on a CPU, 1 GB", {
-        "student": str(NANO / "student/model"), "teacher": NANO / "teacher-sft/model", "out": NANO / "teacher-grpo",
-        "steps": 60, "problems_per_step": 16, "baseline_samples": 4, "lr": 2e-4, "schedule": "cosine",
+        "student": str(world.STUDENT), "teacher": NANO / "teacher-sft/model", "out": NANO / "teacher-grpo",
+        "steps": 40, "problems_per_step": 16, "baseline_samples": 4, "lr": 2e-4, "schedule": "cosine",
         "probe_tokens": 40, "teaching_tokens": 96, "answer_tokens": 120, "tokens_per_batch": 8192, "eval_every": 20, "eval_problems": 200, "save_every": 1,
     }),
     "24gb": Preset(f"0.6B teacher and student on one GPU: {needs('Qwen/Qwen3-0.6B', 'Qwen/Qwen3-0.6B', 1, 32, 2560)}; --problems", {
@@ -108,7 +108,8 @@ class Config(UpdateConfig, RewardConfig, LayoutConfig):
     weight_decay: float = option(0.0, "decoupled decay of the matrices, times the learning rate, per update")
     clip_norm: float = option(1.0, "longest gradient (global norm); a longer one is scaled down to it")
 
-    advantage_scale: str = option("std", "divide centred rewards by the group's std, or by nothing (Dr. GRPO)", ["std", "none"])
+    advantage_scale: str = option("none", "what a reward minus its group's mean is divided by: nothing (Dr. GRPO), the step's std, "
+                                  "the group's std (as published)", ["none", "batch", "std"])
     reference_mixing: float = option(0.0, "share of the policy mixed into the reference (0: frozen); the published run used 0.9")
     reference_mixing_every: int = option(2, "steps between mixings, where --reference-mixing is above 0")
 
@@ -193,8 +194,8 @@ def rollout_teaching(
     seed = (config.seed, "step", step)
     sketches = sketch_problems(student, problems, config, seed, config.baseline_samples)
     groups = teach(student, policy, sketches, config, config, seed, config.group_size)
-    for group in groups:
-        for episode, advantage in zip(group, group_advantages([e.reward for e in group], config.advantage_scale)):
+    for group, advantages in zip(groups, step_advantages([[e.reward for e in group] for group in groups], config.advantage_scale)):
+        for episode, advantage in zip(group, advantages):
             episode.advantage = advantage
     return groups, [[Sample(episode.reply.rollout, episode.advantage) for episode in group] for group in groups]
 
@@ -208,8 +209,8 @@ def rollout_exact(config: Config, policy: TokenSeat, problems: Sequence[Problem]
     ])
     rewards = [[float(attempt(reply, p.answer).is_correct) for reply in group] for p, group in zip(problems, replies)]
     groups = [
-        [Sample(reply.rollout, advantage) for reply, advantage in zip(group, group_advantages(r, config.advantage_scale))]
-        for group, r in zip(replies, rewards)
+        [Sample(reply.rollout, advantage) for reply, advantage in zip(group, advantages)]
+        for group, advantages in zip(replies, step_advantages(rewards, config.advantage_scale))
     ]
     flat = [reply for group in replies for reply in group]
     metrics = {

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: teach a model by demonstration, before reinforcement learning improves it.
 
-    python train_sft.py                                                    # CPU: the nano world's student, then its teacher
+    python train_sft.py                                                    # CPU: the nano world's teacher, from its student
     python train_sft.py --preset 24gb --data sft.jsonl --model Qwen/Qwen3-0.6B --out runs/teacher-sft       # one GPU
     torchrun --nproc-per-node 8 train_sft.py --preset 80gb --optimizer-device auto --data sft.jsonl --out runs/teacher-sft  # eight
 
@@ -19,8 +19,8 @@ of its own; a step is measured in tokens; on one GPU the optimizer's state may l
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ from nano_atlas.data import (
     Batch, Example, collate, derive_seed, load_examples, pack, padding_share, shuffle_epoch, steps_per_epoch, write_jsonl,
 )
 from nano_atlas.errors import UserError
-from nano_atlas.files import files_digest, read_json, write_json
+from nano_atlas.files import checkpoint_digest, files_digest, read_json, write_json
 from nano_atlas.loss import sft_loss
 from nano_atlas.metrics import RunLog
 from nano_atlas.model import PackedAttention, Transformer
@@ -45,26 +45,12 @@ from nano_atlas.seats import EmbeddedSeat
 from nano_atlas.tokenizer import Tokenizer
 
 NANO = Path("runs/nano")
-READING_EXAMPLES, BASE_EXAMPLES, SETTLING_EXAMPLES, DEMONSTRATIONS = 8_000, 60_000, 10_000, 900
-NANO_BASE = {"tokens_per_step": 1024, "tokens_per_batch": 1024, "lr": 3e-3, "muon_scale": 2.0, "warmup": 0.02, "betas": (0.9, 0.98),
-             "weight_decay": 0.05, "held_out": 0.005}
+DEMONSTRATIONS = 900
 GPU = {"dtype": "bfloat16", "gradient_checkpointing": True, "compile": True, "tokens_per_batch": 8192}
 PRESETS = {
-    "nano": Preset("the nano world's teacher on a CPU, 1 GB; trains its student first where there is none", {
-        "data": (NANO / "data/demonstrations.jsonl",), "model": NANO / "student/model", "out": NANO / "teacher-sft",
+    "nano": Preset("the nano world's teacher on a CPU, 1 GB, from its student", {
+        "model": world.STUDENT, "out": NANO / "teacher-sft",
         "epochs": 6, "tokens_per_step": 8192, "tokens_per_batch": 4096, "lr": 1e-3, "weight_decay": 0.01, "held_out": 0.05,
-    }),
-    "nano-student": Preset("the nano world's student on a CPU, 1 GB: its last lessons, at a falling rate; the first before, if need be", {
-        **NANO_BASE, "data": (NANO / "data/settling.jsonl",), "model": NANO / "base/model", "out": NANO / "student", "epochs": 1,
-        "schedule": "cosine",
-    }),
-    "nano-base": Preset("a model that can follow a plan, from one that can read, on a CPU, 1 GB; ends when it can", {
-        **NANO_BASE, "data": (NANO / "data/base.jsonl",), "model": NANO / "reader/model", "out": NANO / "base", "epochs": 1,
-        "schedule": "constant", "held_out": 0.0, "eval_data": (NANO / "data/following.jsonl",), "stop_loss": 0.1,
-    }),
-    "nano-reader": Preset("a model that can look things up, from random weights on a CPU, 1 GB; ends when it can", {
-        **NANO_BASE, "data": (NANO / "data/reading.jsonl",), "model": NANO / "init", "out": NANO / "reader", "epochs": 4,
-        "schedule": "constant", "stop_loss": 0.1, "eval_every": 25,
     }),
     "24gb": Preset(f"Qwen3-0.6B on one 24 GB GPU: {needs('Qwen/Qwen3-0.6B')}", {
         **GPU, "model": Path("Qwen/Qwen3-0.6B"),
@@ -85,7 +71,7 @@ class Config:
     restart: bool = option(False, "delete what --out holds of an earlier run instead of continuing it", resumable=True)
     seed: int = option(42, "fixes the order of the examples and which ones are held out")
 
-    data: tuple[Path, ...] = option((), "JSONL files to learn from", group="data")
+    data: tuple[Path, ...] = option((), "JSONL files to learn from; the nano preset makes its own", group="data")
     max_length: int = option(4096, "longest example, in tokens; longer ones are left out and counted")
     shuffle: bool = option(True, "take the examples in random order; --no-shuffle keeps that of the files, as a curriculum")
     held_out: float = option(0.02, "share of the examples (0 to 1) that is not learned and gives eval_loss")
@@ -102,7 +88,6 @@ class Config:
 
     epochs: int = option(3, "passes over the data", group="optimization", resumable=True)
     steps: int | None = option(None, "optimizer steps, instead of --epochs", resumable=True)
-    stop_loss: float = option(0.0, "end before that, once eval_loss is at or below this (nats; 0: never)", resumable=True)
     tokens_per_step: int = option(32768, "tokens in one optimizer step, on average")
     tokens_per_batch: int = option(8192, "most tokens in one micro-batch, which is what memory depends on")
     lr: float = option(1e-5, "peak learning rate")
@@ -110,7 +95,6 @@ class Config:
     warmup: float = option(0.05, "share of the steps (0 to 1) over which the learning rate rises")
     betas: tuple[float, float] = option((0.9, 0.95), "decay of Adam's two running means, per step")
     weight_decay: float = option(1e-4, "decoupled decay of the matrices, times the learning rate, per step")
-    muon_scale: float = option(0.0, "train the layers' matrices with Muon at this multiple of --lr; 0: AdamW for all")
     clip_norm: float = option(1.0, "longest gradient (global norm); a longer one is scaled down to it")
 
     eval_every: int = option(100, "optimizer steps between evaluations of eval_loss", group="records", resumable=True)
@@ -126,12 +110,10 @@ class Config:
                 raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
         if self.steps is not None and self.steps <= 0:
             raise UserError(f"--steps must be above 0, not {self.steps}")
-        if self.stop_loss < 0 or (self.stop_loss and not self.held_out and not self.eval_data):
-            raise UserError("--stop-loss must not be below 0, and needs --eval-data or --held-out above 0")
         for name in ("held_out", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be from 0 to below 1, not {getattr(self, name)}")
-        if not self.data:
+        if not self.data and self.preset != "nano":
             raise UserError("--data names no file to learn from")
         if self.tokens_per_batch > self.tokens_per_step:
             raise UserError(f"--tokens-per-batch {self.tokens_per_batch} is more than --tokens-per-step {self.tokens_per_step}")
@@ -218,7 +200,7 @@ def train(config: Config) -> None:
         if record["data"] != data_hash:
             raise UserError(f"{config.out} was trained on other contents of {', '.join(map(str, config.data))}; "
                             "choose another --out, or start over with --restart")
-        is_longer = any(saved_options[name] != getattr(config, name) for name in ("steps", "epochs", "stop_loss"))
+        is_longer = any(saved_options[name] != getattr(config, name) for name in ("steps", "epochs"))
         if record["is_finished"] and not is_longer and (config.out / "model").is_dir():
             print(f"{config.out / 'model'} is already trained ({record['step']} steps)")
             return
@@ -239,7 +221,7 @@ def train(config: Config) -> None:
         print(f"left out: {count} examples of {reason}")
 
     optimizer = MasterAdamW(
-        model, betas=config.betas, weight_decay=config.weight_decay, clip_norm=config.clip_norm, muon_scale=config.muon_scale,
+        model, betas=config.betas, weight_decay=config.weight_decay, clip_norm=config.clip_norm,
         state_device=None if config.optimizer_device == "auto" else config.optimizer_device,
     )
     first_step = load_training_state(resumed, optimizer)["step"] if resumed else 0
@@ -276,7 +258,6 @@ def train(config: Config) -> None:
             tokens_per_second = sum(step_lengths) / (time.perf_counter() - started)
             is_evaluated = held_out and ((step + 1) % config.eval_every == 0 or is_last)
             eval_loss = evaluate(model, held_out, config.tokens_per_batch, device) if is_evaluated else None
-            is_last = is_last or (eval_loss is not None and eval_loss <= config.stop_loss)
             log.log(step + 1, loss=loss.item(), eval_loss=eval_loss, lr=rate, grad_norm=grad_norm,
                     epoch=(step + 1) / epoch_steps, tokens=sum(step_lengths), target_tokens=target_tokens,
                     tokens_per_second=tokens_per_second,
@@ -286,8 +267,6 @@ def train(config: Config) -> None:
             if (step + 1) % config.save_every == 0 or is_last:
                 extra = {"data": data_hash, "is_finished": is_last}
                 save_training_state(state_dir, optimizer, step + 1, extra, config.keep)
-            if is_last:
-                break
 
     save_model(config.out / "model", model, tokenizer)
     print(f"model: {config.out / 'model'}   metrics: {log.path}   state: {state_dir}")
@@ -296,56 +275,21 @@ def train(config: Config) -> None:
 # ---------------------------------------------------------------------------------------------------- nano world, main
 
 
-def write_once(path: Path, records: Iterable[dict]) -> None:
-    if not path.exists():
-        write_jsonl(path, records)
-
-
-def make_nano_reading(data: Path, model: Path, seed: int) -> None:
-    """Texts of looking up, and the student before it has learned anything."""
-    if not model.is_dir():
-        tokenizer = world.make_tokenizer()
-        save_model(model, world.newborn_student(tokenizer.vocab_size, seed), tokenizer)
-    write_once(data, world.reading_corpus(READING_EXAMPLES, seed))
-
-
-def make_nano_base(data: Path, model: Path, seed: int) -> None:
-    """All kinds of texts; and what says that they were learned, full-size problems solved by a given plan."""
-    write_once(data.with_name("following.jsonl"), world.following_corpus(150, seed))
-    write_once(data, world.base_corpus(BASE_EXAMPLES, seed))
-
-
-def make_nano_settling(data: Path, model: Path, seed: int) -> None:
-    write_once(data, world.base_corpus(SETTLING_EXAMPLES, f"settling/{seed}"))
-
-
 def make_nano_demonstrations(path: Path, student: Path, seed: int) -> None:
     """The student states its approach to problems of its own, and the world's rule adds diagnosis and teaching."""
-    if path.exists() and path.stat().st_mtime >= (student / "config.json").stat().st_mtime:
-        return
     seat = EmbeddedSeat(load_model(student), Tokenizer.from_directory(student))
     write_jsonl(path, world.demonstrations(DEMONSTRATIONS, seed, seat))
 
 
-LESSONS = {  # of the nano world: the preset before, and who makes the data
-    "nano-reader": (None, make_nano_reading),
-    "nano-base": ("nano-reader", make_nano_base),
-    "nano-student": ("nano-base", make_nano_settling),
-    "nano": ("nano-student", make_nano_demonstrations),
-}
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, sys.argv[1:] if argv is None else argv, PRESETS, __doc__)
-    overrides = PRESETS[config.preset].overrides
-    if config.preset in LESSONS and config.data == overrides["data"] and config.model == overrides["model"]:
-        before, make = LESSONS[config.preset]
-        if before:
-            main(["--preset", before])
-        print(f"lesson {list(LESSONS).index(config.preset) + 1} of {len(LESSONS)}, {config.preset}: {PRESETS[config.preset].help}")
-        if distributed.rank() == 0:
-            make(config.data[0], config.model, config.seed)
-    distributed.wait()
+    if config.model == world.STUDENT and checkpoint_digest(config.model) != world.STUDENT_DIGEST:
+        raise UserError(f"{config.model} is not the student that came with this version; `git checkout {config.model}` restores it")
+    if not config.data:  # only the nano preset may leave them out
+        config = replace(config, data=(config.out / "demonstrations.jsonl",))
+        if distributed.rank() == 0 and (config.restart or not latest_training_state(config.out / "state")):
+            make_nano_demonstrations(config.data[0], config.model, config.seed)
+        distributed.wait()
     train(config)
 
 

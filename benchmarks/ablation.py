@@ -1,9 +1,10 @@
 """What each choice of the method is worth, and what each fault of the published code costs: one table, one figure.
 
-    python train_sft.py                              # first, the nano world's student and demonstrations
+    python train_sft.py                              # first, the nano world's teacher and its demonstrations
     python -m benchmarks.ablation                    # every row with three seeds; the same command continues an interrupted run
     python -m benchmarks.ablation --rows default "KL" --seeds 0 1 2 3 4
     python -m benchmarks.ablation --table --figure ablation.svg      # only show what is there
+    python -m benchmarks.ablation --rows default "advantage scale" --student DIR --teacher DIR --out runs/ablation-2    # of another student
 
 Each run is GRPO from the same SFT checkpoint with one thing changed, evaluated greedily on held-out tasks of all three domains. A
 seed fixes the order of the problems and all samples; the student and, but for the rows on SFT, the teacher's SFT checkpoint are
@@ -23,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import patch
 
 from tqdm import tqdm
@@ -35,7 +37,7 @@ from nano_atlas.data import Problem, derive_seed, read_jsonl
 from nano_atlas.episodes import Attempt, EpisodeConfig, Sketch, sketch_problems, teach, teaching_metrics
 from nano_atlas.files import read_json, write_json
 from nano_atlas.policy import Sample
-from nano_atlas.reward import RewardConfig, group_advantages
+from nano_atlas.reward import RewardConfig, step_advantages
 from nano_atlas.rollout import layout
 from nano_atlas.seats import EmbeddedSeat
 from nano_atlas.tokenizer import Tokenizer
@@ -93,8 +95,8 @@ def probe_and_baseline_for_each_teaching(stack: ExitStack) -> None:
         sketches = sketch_problems(student, copies, config, seed, config.baseline_samples)
         episodes = [episode for (episode,) in teach(student, policy, sketches, config, config, seed)]
         taught = [episodes[start : start + size] for start in range(0, len(episodes), size)]
-        for group in taught:
-            for episode, advantage in zip(group, group_advantages([e.reward for e in group], config.advantage_scale)):
+        for group, advantages in zip(taught, step_advantages([[e.reward for e in group] for group in taught], config.advantage_scale)):
+            for episode, advantage in zip(group, advantages):
                 episode.advantage = advantage
         return taught, [[Sample(episode.reply.rollout, episode.advantage) for episode in group] for group in taught]
 
@@ -125,7 +127,8 @@ ROWS = [
     Row("probe and baselines", "one probe, one baseline", ("--baseline-samples", "1")),
     Row("probe and baselines", "drawn anew for each teaching", fault=probe_and_baseline_for_each_teaching),
     *(Row("penalty for harm", value, ("--degradation-penalty", value)) for value in ("0", "1", "4")),
-    *(Row("efficiency weight", value, ("--efficiency-weight", value)) for value in ("0", "2")),
+    *(Row("advantage scale", f"{scale}, brevity {weight}", ("--advantage-scale", scale, "--efficiency-weight", weight))
+      for scale in ("none", "batch", "std") for weight in ("0", "1", "2") if (scale, weight) != ("none", "1")),
     Row("KL", "none", ("--beta", "0")),
     Row("KL", "exact", ("--kl", "exact")),
     Row("group size", "2 (64 problems)", ("--group-size", "2", "--problems-per-step", "64")),
@@ -142,28 +145,36 @@ ROWS = [
 # ------------------------------------------------------------------------------------------------------------------ runs
 
 
-def teacher_before_grpo(row: Row, seed: int, out: Path) -> Path:
+class Pair(NamedTuple):
+    """Checkpoints that all rows start from."""
+
+    student: Path
+    teacher: Path  # OUT/model of train_sft.py
+
+
+def teacher_before_grpo(row: Row, seed: int, out: Path, pair: Pair) -> Path:
     if row.demonstrations is None:
-        return NANO / "teacher-sft/model"
+        return pair.teacher
     if row.demonstrations == 0:
-        return NANO / "student/model"
-    every = [record for _, record in read_jsonl(NANO / "data/demonstrations.jsonl")]
+        return pair.student
+    sft = pair.teacher.parent
+    every = [record for _, record in read_jsonl(sft / "demonstrations.jsonl")]
     few = out / "demonstrations.jsonl"
     few.write_text("".join(json.dumps(record) + "\n" for record in every[: row.demonstrations]))
-    steps = str(read_json(train_sft.latest_training_state(NANO / "teacher-sft/state") / "state.json")["step"])  # as many as with all
-    train_sft.main(["--preset", "nano", "--data", str(few), "--steps", steps, "--seed", str(seed), "--out", str(out / "sft")])
+    steps = str(read_json(train_sft.latest_training_state(sft / "state") / "state.json")["step"])  # as many as with all
+    train_sft.main(["--model", str(pair.student), "--data", str(few), "--steps", steps, "--seed", str(seed), "--out", str(out / "sft")])
     return out / "sft/model"
 
 
-def run_one(row: Row, seed: int, steps: int, out: Path) -> None:
+def run_one(row: Row, seed: int, steps: int, out: Path, pair: Pair) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    teacher = teacher_before_grpo(row, seed, out)
+    teacher = teacher_before_grpo(row, seed, out, pair)
     with ExitStack() as stack:
         if row.fault:
             row.fault(stack)
-        train_grpo.main(["--preset", "nano", "--teacher", str(teacher), "--out", str(out / "grpo"), "--seed", str(seed), "--steps",
+        train_grpo.main(["--student", str(pair.student), "--teacher", str(teacher), "--out", str(out / "grpo"), "--seed", str(seed), "--steps",
                          str(steps), "--eval-every", "0", *row.flags])  # fmt: skip
-    record = {"row": row.key, "seed": seed, "steps": steps, **evaluate(out / "grpo/model", row, out.parents[1])}
+    record = {"row": row.key, "seed": seed, "steps": steps, **evaluate(out / "grpo/model", row, out.parents[1], pair.student)}
     write_json(out / "result.json", record)
 
 
@@ -176,21 +187,21 @@ def sketches_of(student: EmbeddedSeat, problems: list[Problem], config: EpisodeC
     return [Sketch(p, text, tokens, [Attempt(**a) for a in alone]) for p, (text, tokens, alone) in zip(problems, stored, strict=True)]
 
 
-def evaluate(teacher: Path, row: Row, place: Path) -> dict:
+def evaluate(teacher: Path, row: Row, place: Path, student: Path) -> dict:
     """Correctness on each held-out task, alone and guided; the protocol is the right one, whatever the training did."""
     probe_tokens = int(row.flags[row.flags.index("--probe-tokens") + 1]) if "--probe-tokens" in row.flags else GREEDY.probe_tokens
     config = replace(GREEDY, probe_tokens=probe_tokens)
-    student, policy = (EmbeddedSeat(load_model(path), Tokenizer.from_directory(path)) for path in (NANO / "student/model", teacher))
+    seat, policy = (EmbeddedSeat(load_model(path), Tokenizer.from_directory(path)) for path in (student, teacher))
     record: dict[str, dict] = {}
     for domain, count in TASKS.items():
-        sketches = sketches_of(student, world.held_out(domain, count, "ablation"), config, place / f"alone-{domain}-{probe_tokens}.json")
-        episodes = [episode for (episode,) in teach(student, policy, sketches, config, RewardConfig(), derive_seed("ablation"))]
+        sketches = sketches_of(seat, world.held_out(domain, count, "ablation"), config, place / f"alone-{domain}-{probe_tokens}.json")
+        episodes = [episode for (episode,) in teach(seat, policy, sketches, config, RewardConfig(), derive_seed("ablation"))]
         record[domain] = {"alone": [round(e.sketch.baseline_accuracy) for e in episodes],
                           "guided": [int(e.guided.is_correct) for e in episodes], **teaching_metrics(episodes)}
     return record
 
 
-def run_all(rows: list[Row], seeds: list[int], steps: int, out: Path, workers: int) -> None:
+def run_all(rows: list[Row], seeds: list[int], steps: int, out: Path, workers: int, pair: Pair) -> None:
     """Each run in a process of its own (a fault ends with it), `workers` at a time."""
     missing = [(row, seed) for seed in seeds for row in rows if not (out / row.key / str(seed) / "result.json").exists()]
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers)), **os.environ}
@@ -200,7 +211,7 @@ def run_all(rows: list[Row], seeds: list[int], steps: int, out: Path, workers: i
         place = out / row.key / str(seed)
         place.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "benchmarks.ablation", "--one", row.key, "--seeds", str(seed), "--steps", str(steps),
-                   "--out", str(out)]
+                   "--out", str(out), "--student", str(pair.student), "--teacher", str(pair.teacher)]
         with (place / "log.txt").open("w") as log:
             status = subprocess.call(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         if status:
@@ -276,18 +287,21 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=16, help="GRPO steps of each run (default: 16)")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time (default: 2)")
+    parser.add_argument("--student", type=Path, default=world.STUDENT, help="its checkpoint (default: the shipped one)")
+    parser.add_argument("--teacher", type=Path, default=NANO / "teacher-sft/model", help="OUT/model of train_sft.py (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=NANO / "ablation")
     parser.add_argument("--table", action="store_true", help="only print the table of what is there")
     parser.add_argument("--figure", type=Path, help="also draw it, as an SVG file; needs matplotlib (pip install -e '.[bench]')")
     parser.add_argument("--one", choices=[row.key for row in ROWS], help=argparse.SUPPRESS)
     options = parser.parse_args()
+    pair = Pair(options.student, options.teacher)
     if options.one:
         (row,) = (row for row in ROWS if row.key == options.one)
-        run_one(row, options.seeds[0], options.steps, options.out / row.key / str(options.seeds[0]))
+        run_one(row, options.seeds[0], options.steps, options.out / row.key / str(options.seeds[0]), pair)
         return
     rows = [row for row in ROWS if row.section in options.rows]
     if not options.table:
-        run_all(rows, options.seeds, options.steps, options.out, options.workers)
+        run_all(rows, options.seeds, options.steps, options.out, options.workers, pair)
     print(table(rows, options.out))
     if options.figure:
         figure(rows, options.out, options.figure)

@@ -47,7 +47,7 @@ class Kept:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--student", default="runs/nano/student/model")
+    parser.add_argument("--student", default=str(world.STUDENT))
     parser.add_argument("--teacher", nargs="*", default=["sft=runs/nano/teacher-sft/model"])
     parser.add_argument("--tasks", type=int, default=500)
     parser.add_argument("--chunk", type=int, default=evaluation.PRESETS["nano"].overrides["chunk"])

@@ -48,7 +48,7 @@ class Config:
     steps: int = option(10, "GRPO steps per round")
     shots: int = option(3, "examples of the few-shot arm")
     held_out: int = option(500, "tasks that all arms are tested on")
-    student: str = option("runs/nano/student/model", "checkpoint of the student")
+    student: str = option(str(world.STUDENT), "checkpoint of the student")
     teacher: str = option("runs/nano/teacher-sft/model", "checkpoint of the teacher at the start")
     probe_tokens: int = option(40, "longest student approach (tokens)")
     teaching_tokens: int = option(96, "longest teacher completion (tokens)")

@@ -36,7 +36,7 @@ from nano_atlas.seats import is_url
 
 @dataclass(frozen=True)
 class Config:
-    student: str = option("runs/nano/student/model", "OpenAI-compatible server, or a checkpoint that vLLM serves meanwhile", group="run")
+    student: str = option(str(world.STUDENT), "OpenAI-compatible server, or a checkpoint that vLLM serves meanwhile", group="run")
     teacher: str = option("runs/nano/teacher-grpo/model", "the same of the teacher")
     tasks: int = option(500, "tasks")
     fault_rate: float = option(0.1, "share of the requests that fail")

@@ -173,23 +173,21 @@ def own_part(tensor: Tensor) -> Tensor:
     return tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def own_rows(whole: Tensor, dim: int = 0) -> Tensor:
+def own_rows(whole: Tensor) -> Tensor:
     """This rank's rows of a whole tensor, as a view."""
-    count = -(-whole.shape[dim] // size())
-    start = min(rank() * count, whole.shape[dim])
-    return whole.narrow(dim, start, min(count, whole.shape[dim] - start))
+    count = -(-len(whole) // size())
+    return whole[rank() * count : (rank() + 1) * count]
 
 
-def gather_rows(part: Tensor, rows: int, dim: int = 0) -> Tensor:
-    """The whole tensor, with `rows` along `dim`, of which each rank gives its part."""
+def gather_rows(part: Tensor, rows: int) -> Tensor:
+    """The whole tensor, of `rows` rows, of which each rank gives its part."""
     if size() == 1:
         return part
-    part = part.movedim(dim, 0)
     padded = part.new_zeros(-(-rows // size()), *part.shape[1:])
     padded[: len(part)] = part
     parts = [torch.empty_like(padded) for _ in range(size())]
     dist.all_gather(parts, padded)
-    return torch.cat(parts)[:rows].movedim(0, dim)
+    return torch.cat(parts)[:rows]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""AdamW (and Muon) on float32 master weights, learning-rate schedules, and training states that resume exactly.
+"""AdamW on float32 master weights, learning-rate schedules, and training states that resume exactly.
 
 The model computes in its own dtype (bfloat16 or float32); what is *updated* is a float32 copy of each weight, because a step of
 1e-5 relative size is below the resolution of bfloat16 (2^-8) and would be rounded away. Bytes per parameter with bfloat16
@@ -43,62 +43,17 @@ def learning_rate(step: int, total: int, peak: float, warmup_fraction: float, sc
     return peak * (1 - progress) if schedule == "linear" else peak
 
 
-def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """Roughly U V^T of each matrix's singular value decomposition; matrices `[n, rows, columns]` float32.
-
-    The quintic Newton-Schulz iteration with the coefficients of Jordan et al. 2024: singular values end in about [0.7, 1.2].
-    """
-    is_tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if is_tall else matrices
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(iterations):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x.mT if is_tall else x
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized (Jordan et al. 2024, kellerjordan.github.io/posts/muon), for the matrices of the layers.
-
-    Like torch.optim.Muon, but in float32 and all matrices of one shape at once: on a CPU, at this size, several times faster.
-    `rows` gives the height of each whole matrix where ranks hold a part; all of them orthogonalize the whole.
-    """
-
-    def __init__(self, params: list[Tensor], momentum: float = 0.95, weight_decay: float = 0.0, rows: Sequence[int] | None = None):
-        super().__init__(params, {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay})
-        self.shapes = {p: (n, p.shape[1]) for p, n in zip(params, rows or map(len, params), strict=True)}
-
-    @torch.no_grad()
-    def step(self) -> None:
-        (group,) = self.param_groups
-        by_shape: dict[tuple[int, int], list[Tensor]] = {}
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                by_shape.setdefault(self.shapes[parameter], []).append(parameter)
-        for shape, parameters in by_shape.items():
-            updates = []
-            for parameter in parameters:
-                average = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
-                average.lerp_(parameter.grad, 1 - group["momentum"])
-                updates.append(parameter.grad.lerp(average, group["momentum"]))  # Nesterov's look ahead
-            step_size = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
-            whole = orthogonalize(gather_rows(torch.stack(updates), shape[0], dim=1))
-            for parameter, update in zip(parameters, own_rows(whole, dim=1)):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=step_size)
-
-
 class MasterAdamW:
     """AdamW with decoupled weight decay (Loshchilov and Hutter 2019), float32 state, and global-norm clipping.
 
-    Matrices decay, vectors (norm weights, biases) do not. With `muon_scale` above 0 the matrices of the layers are updated by
-    Muon at `muon_scale` times the rate; it learns from random weights in far fewer tokens. `state_device` holds masters and
-    moments; by default each lives beside its parameter. Gradients of low-precision parameters are summed in float32: each
+    Matrices decay, vectors (norm weights, biases) do not. `state_device` holds masters and moments; by default each lives beside
+    its parameter. Gradients of low-precision parameters are summed in float32: each
     backward pass hands its gradient over to the sum at once, so only one low-precision gradient exists at a time and
     `parameter.grad` stays None.
     """
 
     def __init__(self, model: nn.Module, *, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
-                 weight_decay: float = 1e-4, clip_norm: float = 1.0, muon_scale: float = 0.0,
+                 weight_decay: float = 1e-4, clip_norm: float = 1.0,
                  state_device: torch.device | str | None = None):
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # this rank's part of each; the parameters themselves where the model is not sharded
@@ -108,12 +63,7 @@ class MasterAdamW:
         for name, parameter in self.parameters.items():
             if parameter.dtype != torch.float32:
                 parameter.register_post_accumulate_grad_hook(lambda p, name=name: self._hand_over(name, p))
-        hidden_names = [name for name, p in self.parameters.items() if muon_scale and ".layers." in name and p.ndim == 2]
-        hidden, rows = [self.masters[name] for name in hidden_names], [len(self.parameters[name]) for name in hidden_names]
-        self.muon_scale = muon_scale
-        self.muon = Muon(hidden, weight_decay=weight_decay, rows=rows) if hidden else None
-        is_hidden = {id(master) for master in hidden}
-        matrices = [master for master in self.masters.values() if master.ndim > 1 and id(master) not in is_hidden]
+        matrices = [master for master in self.masters.values() if master.ndim > 1]
         vectors = [master for master in self.masters.values() if master.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW([group for group in groups if group["params"]], betas=betas, eps=eps, fused=True)
@@ -149,8 +99,6 @@ class MasterAdamW:
                 torch._foreach_mul_(list(gradients.values()), self.clip_norm / norm)
             for group in self.adamw.param_groups:
                 group["lr"] = rate
-            for group in self.muon.param_groups if self.muon else ():
-                group["lr"] = rate * self.muon_scale
             for names in self._chunks(gradients):
                 self._update(names, gradients)
         else:
@@ -162,7 +110,7 @@ class MasterAdamW:
         chunk: list[str] = []
         size = 0
         for name in gradients:
-            count = self.parameters[name].numel()  # of the whole, because all ranks cut alike (Muon gathers)
+            count = self.parameters[name].numel()
             if chunk and size + count > CHUNK_ELEMENTS:
                 yield chunk
                 chunk, size = [], 0
@@ -176,8 +124,6 @@ class MasterAdamW:
         for name in names:
             self.masters[name].grad = gradients[name].to(self.masters[name].device)
         self.adamw.step()
-        if self.muon:
-            self.muon.step()
         for name in names:
             if self.masters[name] is not self.weights[name]:
                 self.weights[name].copy_(self.masters[name])
@@ -188,12 +134,12 @@ class MasterAdamW:
             tensor.grad = None
 
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All that the next step depends on, as `{parameter name}.{master|step|exp_avg|exp_avg_sq|momentum}`, float32.
+        """All that the next step depends on, as `{parameter name}.{master|step|exp_avg|exp_avg_sq}`, float32.
 
         Whole tensors, one at a time, which all ranks gather together.
         """
         for name, master in self.masters.items():
-            for kind, value in {"master": master.detach(), **self._state_of(master)}.items():
+            for kind, value in {"master": master.detach(), **self.adamw.state[master]}.items():
                 yield f"{name}.{kind}", value if kind == "step" else gather_rows(value, len(self.parameters[name]))
 
     @torch.no_grad()
@@ -208,11 +154,7 @@ class MasterAdamW:
             if master is not self.weights[name]:
                 self.weights[name].copy_(master)
         else:
-            self._state_of(master)[kind] = value.to(master.device, copy=True)
-
-    def _state_of(self, master: Tensor) -> dict[str, Tensor]:
-        is_muon = self.muon is not None and any(master is other for other in self.muon.param_groups[0]["params"])
-        return (self.muon if is_muon else self.adamw).state[master]
+            self.adamw.state[master][kind] = value.to(master.device, copy=True)
 
 
 def _master(parameter: nn.Parameter, device: torch.device | str | None) -> nn.Parameter:

@@ -43,13 +43,23 @@ def efficiency(teaching_tokens: int) -> float:
     return 100 / (100 + teaching_tokens)
 
 
-def group_advantages(rewards: Sequence[float], scale: str = "std") -> list[float]:
-    """(r - mean) / (std + 1e-4) over the teachings of one problem, std unbiased (GRPO); `scale="none"` only centres (Dr. GRPO)."""
-    if min(rewards) == max(rewards):  # exactly zero: a rounded mean would leave 1e-16, which counts as a difference
-        return [0.0] * len(rewards)
-    mean = sum(rewards) / len(rewards)
-    centred = [reward - mean for reward in rewards]
+def step_advantages(rewards_PG: Sequence[Sequence[float]], scale: str = "none") -> list[list[float]]:
+    """How much better each teaching was than the others of its problem: r - mean of its group, for P groups of G rewards.
+
+    scale   "none"   as it is: a point of reward is worth the same everywhere (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783)
+            "batch"  over the standard deviation within groups of the whole step: one number for all
+            "std"    over the group's own standard deviation + 1e-4 (GRPO, as published)
+
+    Deviations are unbiased. See README, "The trap of the deviation", for why "std" is not the default.
+    """
+    centred_PG = []
+    for rewards_G in rewards_PG:
+        mean = sum(rewards_G) / len(rewards_G)
+        is_flat = min(rewards_G) == max(rewards_G)  # a rounded mean would leave 1e-16, which counts as a difference
+        centred_PG.append([0.0 if is_flat else reward - mean for reward in rewards_G])
     if scale == "none":
-        return centred
-    std = (sum(c * c for c in centred) / (len(rewards) - 1)) ** 0.5
-    return [c / (std + 1e-4) for c in centred]
+        return centred_PG
+    variances_P = [sum(c * c for c in centred_G) / (len(centred_G) - 1) for centred_G in centred_PG]
+    if scale == "batch":
+        variances_P = [sum(variances_P) / len(variances_P)] * len(variances_P)
+    return [[c / (variance**0.5 + 1e-4) for c in centred_G] for centred_G, variance in zip(centred_PG, variances_P)]

@@ -50,13 +50,13 @@ def fails(place: Path, out: Path) -> None:
 
 def relay(place: Path, out: Path, steps: int) -> None:
     """One directory, whatever the number of processes."""
-    sft(place, out.parent.parent / "relay-sft", "untied", "--muon-scale", "2", "--steps", str(steps + 1))
+    sft(place, out.parent.parent / "relay-sft", "untied", "--steps", str(steps + 1))
     grpo(place, out.parent.parent / "relay-grpo", steps=steps)
 
 
 CASES = {
     "sft-tied": tied,
-    "sft-untied-muon": lambda place, out: sft(place, out, "untied", "--muon-scale", "2"),
+    "sft-untied": lambda place, out: sft(place, out, "untied"),
     "sft-bfloat16": lambda place, out: sft(place, out, "untied", "--dtype", "bfloat16"),
     "grpo": grpo,
     "grpo-exact-kl": lambda place, out: grpo(place, out, kl="exact", reference_mixing=0.5, steps=2),

@@ -4,6 +4,7 @@ import pytest
 
 import eval as evaluation
 import runtime_loop
+from nano_atlas import world
 from nano_atlas.config import Preset, parse
 from nano_atlas.errors import UserError
 from nano_atlas.runtime.deploy import Deployed, evaluation_options, read_deployment, with_deployment, write_deployment
@@ -31,7 +32,7 @@ def config_of(*argv):
 def test_the_excerpt_of_the_overview_page_works_as_it_stands(file):
     assert read_deployment(file) == {"teacher": Deployed("/models/atlas-teacher-grpo", None, 0.2, None)}
     config = config_of("--deploy", str(file))
-    assert (config.teacher, config.teacher_temperature, config.student) == ("/models/atlas-teacher-grpo", 0.2, "runs/nano/student/model")
+    assert (config.teacher, config.teacher_temperature, config.student) == ("/models/atlas-teacher-grpo", 0.2, str(world.STUDENT))
 
 
 def test_flags_override_the_file_and_the_file_the_preset(file):

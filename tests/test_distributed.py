@@ -19,9 +19,9 @@ from nano_atlas.errors import UserError
 from nano_atlas.model import ModelConfig, Transformer
 
 PLAN = {
-    1: ("sft-tied", "sft-untied-muon", "sft-bfloat16", "grpo", "grpo-exact-kl", "grpo-exact-reward"),
+    1: ("sft-tied", "sft-untied", "sft-bfloat16", "grpo", "grpo-exact-kl", "grpo-exact-reward"),
     2: ("sft-tied", "sft-bfloat16", "grpo", "grpo-exact-reward"),
-    4: ("sft-tied", "sft-untied-muon", "grpo", "grpo-exact-kl"),
+    4: ("sft-tied", "sft-untied", "grpo", "grpo-exact-kl"),
 }
 REPOSITORY = Path(__file__).parent.parent
 CASE_SCRIPT = REPOSITORY / "tests/distributed_cases.py"
@@ -94,7 +94,7 @@ def test_any_number_of_processes_gives_the_same_metrics_and_weights(runs, count,
     assert_same(runs / str(count) / name, runs / "1" / name, 5e-3 if "bfloat16" in name else 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["sft-untied-muon", "grpo"])
+@pytest.mark.parametrize("kind", ["sft-untied", "grpo"])
 def test_a_run_goes_on_in_another_number_of_processes(runs, kind):
     assert_same(runs / ("relay-" + kind.partition("-")[0]), runs / "1" / kind)
 

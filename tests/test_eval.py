@@ -438,7 +438,9 @@ def test_nano_asks_the_world_for_held_out_tasks_of_each_domain(monkeypatch):
     monkeypatch.setattr(evaluation.world, "held_out", lambda *asked: [asked] * 500)
     config = parse(Config, ["--seed", "3"], evaluation.PRESETS, "")
     assert evaluation.load_tasks(config) == {"math": [("math", 500, 3)] * 500, "crm": [("crm", 500, 3)] * 500}
-    assert config.arms == [STUDENT, "sft", "grpo", SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET] and config.temperature == 0
+    assert config.arms == [STUDENT, "sft", "grpo", SHUFFLED] and config.temperature == 0
+    config = parse(Config, ["--full"], evaluation.PRESETS, "")
+    assert config.arms == [STUDENT, "sft", "grpo", SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET]
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -468,11 +470,11 @@ def test_mistakes_end_with_one_line_and_status_2(argv, message, monkeypatch, cap
 
 
 @pytest.mark.parametrize("missing, script", [
-    ("student", "train_sft"), ("teacher-sft", "train_sft"), ("teacher-grpo", "train_grpo")
+    ("teacher-sft", "train_sft"), ("teacher-grpo", "train_grpo")
 ])  # fmt: skip
 def test_a_missing_checkpoint_names_the_command_that_makes_it(missing, script, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for name in {"student", "teacher-sft", "teacher-grpo"} - {missing}:
+    for name in {"teacher-sft", "teacher-grpo"} - {missing}:
         Path("runs/nano", name, "model").mkdir(parents=True)
         Path("runs/nano", name, "model/config.json").write_text("{}")
     monkeypatch.setattr(evaluation.world, "held_out", lambda *_: TASKS["math"])
@@ -506,8 +508,8 @@ def test_the_script_from_checkpoints_to_tables(tmp_path, monkeypatch, capsys):
         save_random_checkpoint(tmp_path / name, seed)
     lines = [{"question": f"What is {i} + {i}?", "answer": f"We add.\n#### {2 * i}"} for i in range(6)]
     Path("test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    argv = ["--bench", "gsm8k", "--data", "test.jsonl", "--limit", "5", "--student", "student", "--teacher", "teacher", "--out",
-            "out", "--chunk", "4", "--probe-tokens", "8", "--teaching-tokens", "8", "--answer-tokens", "8"]  # fmt: skip
+    argv = ["--bench", "gsm8k", "--data", "test.jsonl", "--limit", "5", "--student", "student", "--teacher", "teacher", "--full",
+            "--out", "out", "--chunk", "4", "--probe-tokens", "8", "--teaching-tokens", "8", "--answer-tokens", "8"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["eval.py", *argv])
     evaluation.main()
     first = capsys.readouterr().out
@@ -520,7 +522,13 @@ def test_the_script_from_checkpoints_to_tables(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(Config, "open", lambda *_: pytest.fail("a finished run opened a model"))
     evaluation.main()
-    monkeypatch.setattr(sys, "argv", ["eval.py", "--tables", "--out", "out"])
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--tables", "--full", "--out", "out"])
     evaluation.main()
     assert capsys.readouterr().out == 2 * first
+    monkeypatch.setattr(sys, "argv", ["eval.py", *(flag for flag in argv if flag != "--full")])  # shows less, and loses nothing
+    evaluation.main()
+    short = capsys.readouterr().out
+    accuracy = [f"{100 * score['accuracy']:.1f}" for score in written["scores"][:3]]
+    assert re.search(r"gsm8k \(5\) +\| +" + r" +\| +".join(accuracy) + r" +\|", short) and "untrained" not in short
+    assert Path("out/tables.md").read_text().strip() == first.strip()
     assert hashlib.sha256(Path("student/model.safetensors").read_bytes()).hexdigest() == weights

@@ -9,7 +9,7 @@ from torch import nn
 
 from nano_atlas.errors import UserError
 from nano_atlas.optim import (
-    MasterAdamW, Muon, latest_training_state, learning_rate, load_training_state, orthogonalize, save_training_state,
+    MasterAdamW, latest_training_state, learning_rate, load_training_state, save_training_state,
 )
 
 
@@ -167,55 +167,3 @@ def test_learning_rates():
     linear = [learning_rate(step, 100, 2.0, 0.0, "linear") for step in range(100)]
     assert linear[0] == 2.0 and linear[50] == pytest.approx(1.0) and linear[99] == pytest.approx(0.02)
     assert [learning_rate(step, 100, 2.0, 0.0, "constant") for step in (0, 99)] == [2.0, 2.0]
-
-
-@pytest.mark.parametrize("shape", [(24, 24), (24, 8), (8, 24)])
-def test_muon_takes_the_steps_of_torchs_muon(shape):
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(shape, generator=generator)
-    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    muon = Muon([ours], weight_decay=0.1)
-    oracle = torch.optim.Muon([theirs], lr=0.02, momentum=0.95, weight_decay=0.1)
-    for _ in range(4):
-        gradient = torch.randn(shape, generator=generator)
-        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
-        muon.param_groups[0]["lr"] = 0.02
-        muon.step()
-        oracle.step()
-    moved = (theirs - start).abs().max()
-    assert (ours - theirs).abs().max() < 0.05 * moved  # torch's orthogonalizes in bfloat16
-
-
-def test_orthogonalize_flattens_the_singular_values_and_keeps_the_directions():
-    matrices = torch.randn(3, 10, 6, generator=torch.Generator().manual_seed(0))
-    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
-    s = u.mT @ orthogonalize(matrices) @ v.mT  # diagonal, if the directions are kept
-    torch.testing.assert_close(s, torch.diag_embed(s.diagonal(dim1=-2, dim2=-1)), atol=1e-4, rtol=0)
-    assert 0.6 < s.diagonal(dim1=-2, dim2=-1).min() and s.max() < 1.3
-
-
-def test_a_run_with_muon_resumes_with_the_same_bits(tmp_path):
-    def model_and_optimizer():
-        torch.manual_seed(0)
-        model = nn.ModuleDict({"model": nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])})})
-        return model, MasterAdamW(model, muon_scale=2.0)
-
-    def step(model, optimizer, seed):
-        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(seed))
-        for layer in model["model"]["layers"]:
-            x = layer(x).tanh()
-        x.square().mean().backward()
-        optimizer.step(0.01)
-
-    whole, optimizer = model_and_optimizer()
-    for seed in range(6):
-        step(whole, optimizer, seed)
-        if seed == 2:
-            save_training_state(tmp_path, optimizer, seed + 1, {})
-    resumed, optimizer = model_and_optimizer()
-    assert optimizer.muon is not None
-    load_training_state(latest_training_state(tmp_path), optimizer)
-    for seed in range(3, 6):
-        step(resumed, optimizer, seed)
-    for name, parameter in whole.named_parameters():
-        assert torch.equal(parameter, dict(resumed.named_parameters())[name]), name

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from nano_atlas.reward import RewardConfig, efficiency, group_advantages, teaching_reward
+from nano_atlas.reward import RewardConfig, efficiency, step_advantages, teaching_reward
 
 
 @pytest.mark.parametrize(("tokens", "improved", "kept"), [(0, 2.0, 1.0), (100, 1.5, 0.75), (400, 1.2, 0.6)])
@@ -50,16 +50,33 @@ def test_efficiency_falls_from_one_by_half_per_hundred_tokens():
 
 
 @pytest.mark.parametrize("size", [2, 3, 8, 32])
-def test_advantages_are_grpos_formula(size):
-    rewards = np.random.default_rng(size).normal(size=size)
-    expected = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-4)
-    np.testing.assert_allclose(group_advantages(rewards.tolist()), expected, rtol=1e-12)
-    np.testing.assert_allclose(group_advantages(rewards.tolist(), "none"), rewards - rewards.mean(), rtol=1e-12, atol=1e-15)
+def test_advantages_are_the_formulas_of_the_papers(size):
+    rewards = np.random.default_rng(size).normal(size=(5, size)) * np.array([[1], [0.01], [3], [1], [1]])
+    centred = rewards - rewards.mean(1, keepdims=True)
+    deviations = rewards.std(1, ddof=1, keepdims=True)
+    expected = {
+        "std": centred / (deviations + 1e-4),  # GRPO
+        "batch": centred / (np.sqrt((deviations**2).mean()) + 1e-4),
+        "none": centred,  # Dr. GRPO
+    }
+    for scale, values in expected.items():
+        np.testing.assert_allclose(step_advantages(rewards.tolist(), scale), values, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("scale", ["std", "none"])
+@pytest.mark.parametrize("scale", ["std", "batch", "none"])
 def test_equal_rewards_give_exactly_zero_advantages(scale):
     """Exactly, because a group without variance is recognised by it: seven times 0.7 do not add up to 4.9 in floating point."""
     for reward in (0.0, 0.7, -0.1, 1.5238095238095237):
-        for size in (1, 3, 7, 8):
-            assert group_advantages([reward] * size, scale) == [0.0] * size
+        for size in (2, 3, 7, 8):
+            assert step_advantages([[reward] * size] * 2, scale) == [[0.0] * size] * 2
+
+
+def test_the_trap_of_the_deviation():
+    """README's two groups: four of eight right, and eight right of which half are four tokens briefer. Divided by its own deviation,
+    the second pushes as hard as the first, towards brevity; otherwise it weighs what its rewards weigh."""
+    long, short = (teaching_reward(0.0, 1.0, tokens) for tokens in (12, 8))
+    decisive, trivial = [long, 0.0] * 4, [long, short] * 4
+    pushes = {scale: [max(group) for group in step_advantages([decisive, trivial], scale)] for scale in ("std", "batch", "none")}
+    assert pushes["std"] == pytest.approx([0.935, 0.930], abs=1e-3)
+    assert pushes["none"] == pytest.approx([0.946, 0.0165], abs=1e-3)
+    assert pushes["batch"][0] / pushes["batch"][1] == pytest.approx(pushes["none"][0] / pushes["none"][1])

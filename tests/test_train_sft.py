@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import train_sft
+from nano_atlas import world
 from nano_atlas.checkpoint import save_model
 from nano_atlas.data import Example, collate
 from nano_atlas.errors import UserError
+from nano_atlas.files import checkpoint_digest
 from nano_atlas.model import ModelConfig, PackedAttention, Transformer
 from nano_atlas.tokenizer import Tokenizer
 
@@ -165,7 +167,7 @@ def test_over_long_examples_are_reported(checkpoint, sums, tmp_path, capsys):
 @pytest.mark.parametrize("options, said", [
     (["--model", "Qwen/Qwen3-none"], "hf download Qwen/Qwen3-none --local-dir Qwen/Qwen3-none"),
     (["--data", "none.jsonl"], "none.jsonl: no such file"),
-    (["--data"], "--data names no file"),
+    (["--preset", "24gb", "--data"], "--data names no file"),
     (["--device", "cuda:7"], "there is no device cuda:7 here"),
     (["--held-out", "1"], "--held-out must be from 0 to below 1"),
     (["--lr", "0"], "--lr must be above 0"),
@@ -195,18 +197,6 @@ def test_every_preset_sets_options_that_exist_and_agree(name):
     assert "GB" in train_sft.PRESETS[name].help
 
 
-def test_a_run_ends_once_its_evaluation_is_good_enough(checkpoint, sums, tmp_path, capsys):
-    """--stop-loss ends it at an evaluation, complete like any other; without it, it goes on."""
-    whole = run(checkpoint, sums, tmp_path / "whole", "--steps", "12", "--eval-every", "3")
-    bound = next(record["eval_loss"] for record in whole if record["step"] == 6) + 1e-4  # the file has six digits
-    ended = run(checkpoint, sums, tmp_path / "ended", "--steps", "12", "--eval-every", "3", "--stop-loss", str(bound))
-    assert len(whole) == 12 and ended[-1]["eval_loss"] <= bound
-    assert [record["loss"] for record in ended] == [record["loss"] for record in whole[: len(ended)]] and len(ended) <= 6
-    capsys.readouterr()
-    run(checkpoint, sums, tmp_path / "ended", "--steps", "12", "--eval-every", "2", "--stop-loss", str(bound))  # nothing new to learn
-    assert f"is already trained ({len(ended)} steps)" in capsys.readouterr().out
-
-
 def test_evaluation_data_of_their_own(checkpoint, sums, tmp_path):
     """Nothing of them is learned, and eval_loss is theirs: hard to guess, while the sums are learned."""
     others = tmp_path / "others.jsonl"
@@ -218,18 +208,20 @@ def test_evaluation_data_of_their_own(checkpoint, sums, tmp_path):
         run(checkpoint, sums, tmp_path / "out", "--held-out", "0", "--eval-data", str(others), "--epochs", "6")
 
 
-def test_without_options_the_nano_student_is_made_first_then_demonstrations_then_the_teacher(tmp_path, monkeypatch, capsys):
+def test_without_options_the_shipped_student_states_approaches_and_becomes_the_teacher(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name, count in (("READING", 100), ("BASE", 100), ("SETTLING", 100)):
-        monkeypatch.setattr(train_sft, f"{name}_EXAMPLES", count)
     monkeypatch.setattr(train_sft, "DEMONSTRATIONS", 20)
-    for name in ("nano", "nano-student", "nano-base", "nano-reader"):
-        preset = train_sft.PRESETS[name]
-        monkeypatch.setitem(train_sft.PRESETS, name, preset._replace(overrides={**preset.overrides, "steps": 2}))
-    train_sft.main([])
-    for out in ("reader", "base", "student", "teacher-sft"):
-        assert len((tmp_path / "runs/nano" / out / "metrics.jsonl").read_text().splitlines()) == 2
-    assert len((tmp_path / "runs/nano/data/demonstrations.jsonl").read_text().splitlines()) == 20
+    before = checkpoint_digest(world.STUDENT)
+    train_sft.main(["--steps", "2"])
+    out = tmp_path / "runs/nano/teacher-sft"
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2 and checkpoint_digest(out / "model") != before
+    demonstrations = (out / "demonstrations.jsonl").read_text()
+    assert len(demonstrations.splitlines()) == 20 and checkpoint_digest(world.STUDENT) == before
     capsys.readouterr()
-    train_sft.main([])  # everything is there: nothing is made again
-    assert capsys.readouterr().out.count("is already trained (2 steps)") == 4
+    train_sft.main(["--steps", "2"])  # everything is there: nothing is made again
+    assert "is already trained (2 steps)" in capsys.readouterr().out
+    train_sft.main(["--steps", "2", "--seed", "1", "--restart"])  # the demonstrations are of the seed, too
+    assert (out / "demonstrations.jsonl").read_text() != demonstrations
+    (out / "demonstrations.jsonl").write_text(demonstrations)
+    with pytest.raises(UserError, match="was trained on other contents of .*demonstrations.jsonl"):
+        train_sft.main(["--steps", "3", "--seed", "1"])

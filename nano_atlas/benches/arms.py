@@ -113,18 +113,18 @@ def require_checkpoint(spec: str, script: str | None = None) -> None:
 
 
 def stored_report(out: Path, kind: type[ArmsConfig]) -> tuple[Report, ArmsConfig]:
-    """The report on a directory's tasks.jsonl, and the options it was made with."""
+    """The report on all arms in a directory's tasks.jsonl, and the options of the run."""
     saved = read_json(out / "run.json")
     results, _ = read_results(out / "tasks.jsonl")
     if not saved or not results:
         raise UserError(f"{out} holds no results yet; run the evaluation without --tables first")
     config = kind(**saved["config"])
-    return make_report(results.values(), config.arms, list(config.teachers), config.samples, config.seed), config
+    arms = dict.fromkeys([*config.arms, SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET])
+    return make_report(results.values(), list(arms), list(config.teachers), config.samples, config.seed), config
 
 
-def write_report(out: Path, kind: type[ArmsConfig], extra: str = "") -> str:
+def write_report(out: Path, report: Report, config: ArmsConfig, extra: str = "") -> str:
     """Write results.json and tables.md, and return the latter; `extra` are the benchmark's own tables."""
-    report, config = stored_report(out, kind)
     text = tables(report, config.names) + extra
     run = read_json(out / "run.json")
     replace_text(out / "results.json", json.dumps({"run": run, **asdict(report)}, indent=2) + "\n")

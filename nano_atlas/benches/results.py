@@ -118,5 +118,5 @@ def start_or_continue(config: Any, contents: Mapping[str, str]) -> None:
         if changed:
             raise UserError(f"{out} holds results of other contents than now: {', '.join(changed)}. "
                             "Choose another --out, or start over with --restart")
-    else:
-        replace_text(out / "run.json", json.dumps({"config": to_json(config), "contents": contents}, indent=2) + "\n")
+    if not saved or to_json(config) != saved["config"]:  # what may change in a continued run
+        replace_text(out / "run.json", json.dumps({"config": to_json(config), "contents": dict(contents)}, indent=2) + "\n")

@@ -168,6 +168,27 @@ def tables(report: Report, names: dict[str, str] | None = None) -> str:
     return "\n".join([*lines, NOTE, ""])
 
 
+def summary(report: Report, arms: Sequence[str], names: dict[str, str] | None = None) -> str:
+    """Markdown: one row per domain with the accuracy of each of `arms`, and what the last teacher is better than the one before (or,
+    where there is only one, than the student alone)."""
+    names = names or {}
+    found = {(score.domain, score.arm): score for score in report.scores}
+    rows: list[list[str]] = []
+    for domain in dict.fromkeys(score.domain for score in report.scores):
+        scores = [found.get((domain, arm)) for arm in arms]
+        pairs = [c for c in report.differences if c.domain == domain] or [s.versus_student for s in scores if s and s.versus_student]
+        row = [f"{domain} ({max(score.tasks for score in scores if score)})",
+               *(f"{100 * score.accuracy:.1f}" if score else "" for score in scores)]  # fmt: skip
+        if pairs:
+            last = pairs[-1]
+            rows = rows or [["tasks", *(names.get(arm, arm) for arm in arms),
+                             " − ".join(names.get(arm, arm) for arm in (last.arm, last.other))]]
+            row.append(f"**{_points(last)}**")
+        rows = rows or [["tasks", *(names.get(arm, arm) for arm in arms)]]
+        rows.append(row)
+    return "\n".join([*table(rows), ""])
+
+
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table; the first row is its head, the first column is text and the others are numbers."""
     widths = [max(map(len, column)) for column in zip(*rows)]

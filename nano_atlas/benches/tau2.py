@@ -131,7 +131,7 @@ def main(argv: Sequence[str]) -> None:
         evaluate(config, tasks, problems, log)
     replace_text(config.out / "floors.json", json.dumps(floors(config, tasks)))
     write_official(config, tasks, contents)
-    print(write_report(config.out, Config, own_tables(config, config.out)))
+    print(write_report(config.out, *stored_report(config.out, Config), own_tables(config, config.out)))
 
 
 # ---------------------------------------------------------------------------------------------------------------- the package

@@ -11,23 +11,22 @@ can close: its <thinking> walks back one line at a time, and its <teaching> name
     Each is the one it names +4.      Each is the one it names -1.      Each is the one it names +2.
     What number is Tom?               In what state is Router?          Who signs Waiver?
 
-The *base corpus* pre-trains the student on all three: looking up, plans, worked solutions, and solutions that follow a
-given plan. Every text in it is right; nothing teaches failure. The *demonstrations*, for the teacher alone, are mathematics only.
+The *student*, 0.7M parameters in the layout of Qwen3, is given: it comes with the package (STUDENT), and pretrain.py beside this file is
+how it was made. It can look up, compute and follow a plan; it cannot walk a long chain in its head. The *demonstrations*, for the
+teacher alone, are mathematics only.
 """
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-
-import tokenizers
-import torch
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from pathlib import Path
 
 from nano_atlas import protocol
 from nano_atlas.data import Problem, derive_seed
-from nano_atlas.model import ModelConfig, Transformer, rope_inverse_frequencies
 from nano_atlas.seats import Generation, Question, Seat
-from nano_atlas.tokenizer import Tokenizer
+
+STUDENT = Path(__file__).parent / "student"  # its checkpoint
+STUDENT_DIGEST = "5540937fe265d7febad244670d293afc651e31069c94e9c740f30b1b54257ddf"  # files.checkpoint_digest of it
 
 FACTS = 8  # lines per problem; those off the path from the given value to the question are distractors
 GIVEN = 3  # lines with a value, of which one is where the path starts
@@ -141,8 +140,12 @@ def training_problems(count: int, seed: object) -> list[Problem]:
     return as_problems(tasks("math", count, f"train/{seed}"), "train-math")
 
 
+def held_out_tasks(domain: str, count: int, seed: object) -> list[Task]:
+    return tasks(domain, count, f"held-out/{seed}")
+
+
 def held_out(domain: str, count: int, seed: object) -> list[Problem]:
-    return as_problems(tasks(domain, count, f"held-out/{seed}"), f"held-out-{domain}")
+    return as_problems(held_out_tasks(domain, count, seed), f"held-out-{domain}")
 
 
 def plan(chain: Sequence[str], told: Sequence[str] | None = None) -> str:
@@ -153,68 +156,6 @@ def plan(chain: Sequence[str], told: Sequence[str] | None = None) -> str:
 def opening(chain: Sequence[str]) -> Sequence[str]:
     """The first half of a path, rounded up."""
     return chain[: (len(chain) + 1) // 2]
-
-
-def reading_corpus(count: int, seed: object) -> Iterator[dict]:
-    """Texts of looking up alone, of all domains: where everything begins, because a model that cannot yet find a line learns nothing
-    else about these problems."""
-    rng = random.Random(f"reading/{seed}")
-    for _ in range(count):
-        yield _chat(*_looking_up(_any_task(rng), rng))
-
-
-def following_corpus(count: int, seed: object) -> Iterator[dict]:
-    """Full-size problems of all domains, each solved by its plan."""
-    for domain in DOMAINS:
-        for task in tasks(domain, count // len(DOMAINS), f"following/{seed}"):
-            yield _chat(protocol.guided_messages(task.question, plan(task.chain)), task.solution)
-
-
-def base_corpus(count: int, seed: object) -> Iterator[dict]:
-    """The student's pre-training texts as chats, all domains alike: 8 % looking up, 10 % turning a given path around (half of them
-    with tags, which a language model has seen everywhere), 20 % solving alone, 5 % planning, 57 % guided. Problems have 2 to 8 lines
-    and any path length that fits.
-
-    Of the guided ones half get the plan, an eighth its beginning, and the others the plan of an unrelated problem, with the right
-    solution all the same: guidance is to be read, not obeyed.
-    """
-    rng = random.Random(f"corpus/{seed}")
-    for _ in range(count):
-        task, kind = _any_task(rng), rng.random()
-        if kind < 0.08:
-            messages, reply = _looking_up(task, rng)
-        elif kind < 0.18:
-            walk = "\n".join(task.facts[thing] for thing in reversed(task.chain))
-            messages, reply = protocol.user_turn(f"{walk}\n\nIn which order?"), plan(task.chain)
-            if kind < 0.13:
-                messages, reply = protocol.user_turn(f"{walk}\n\nThink, then teach."), protocol.teacher_target(walk, reply)
-        elif kind < 0.38:
-            messages, reply = protocol.baseline_messages(task.question), task.solution
-        elif kind < 0.43:
-            messages, reply = protocol.probe_messages(task.question), plan(task.chain)
-        else:
-            teaching = plan(task.chain)
-            if kind > 0.80:
-                teaching = plan(make_task(DOMAINS[task.domain], rng, rng.randint(1, CHAIN[1])).chain)
-            elif kind > 0.73:
-                teaching = plan(task.chain, rng.choice((task.chain[:1], opening(task.chain))))
-            messages, reply = protocol.guided_messages(task.question, teaching), task.solution
-        yield _chat(messages, reply)
-
-
-def _any_task(rng: random.Random) -> Task:
-    facts = rng.randint(2, FACTS)
-    return make_task(rng.choice(list(DOMAINS.values())), rng, rng.randint(1, min(facts, CHAIN[1])), facts)
-
-
-def _looking_up(task: Task, rng: random.Random) -> tuple[protocol.Messages, str]:
-    asked = rng.sample(list(task.facts), len(task.facts))
-    content = "\n".join(task.facts.values()) + f"\n\nWhat is said of {', '.join(asked)}?"
-    return protocol.user_turn(content), "\n".join(task.facts[thing] for thing in asked)
-
-
-def _chat(messages: protocol.Messages, reply: str) -> dict:
-    return {"messages": [*messages, {"role": "assistant", "content": reply}]}
 
 
 def demonstration(task: Task, approach: str, style: str, is_thorough: bool) -> dict:
@@ -257,69 +198,3 @@ def demonstrations(count: int, seed: object, student: Seat) -> list[dict]:
         demonstration(task, reply[0].text or "None.", style, is_thorough=rng.random() < 0.3)
         for task, reply, style in zip(generated, replies, styles)
     ]
-
-
-def make_tokenizer(vocab_size: int = 1200) -> Tokenizer:
-    """A byte-level BPE trained on the corpus and on the protocol's own prompts; the tags are single tokens, as in Qwen3."""
-    texts = [message["content"] for chat in base_corpus(6000, "tokenizer") for message in chat["messages"]]
-    sample = tasks("math", 300, "tokenizer")
-    demonstrations = [
-        demonstration(task, plan(task.chain), style, is_thorough=True) for task in sample for style in protocol.TEACHING_STYLES
-    ]
-    for d in demonstrations:
-        texts += [m["content"] for m in protocol.teacher_messages(d["problem_text"], d["student_approach"], d["strategy"])]
-        texts.append(d["teacher_diagnosis"] + "\n" + d["teacher_teaching"])
-    backend = tokenizers.Tokenizer(models.BPE())
-    words = tokenizers.Regex(r"\w+:| [+-]\d+| ?\w+| ?[^\s\w]+|\s")  # a line's label and a rule's step are words of their own
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    tags = [f"<{slash}{name}>" for name in ("thinking", "teaching", "solution") for slash in ("", "/")]
-    backend.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
-    return Tokenizer(backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-
-
-@torch.no_grad()
-def newborn_student(vocab_size: int, seed: int) -> Transformer:
-    """Random weights, but for one head that looks at the token before.
-
-    To find a line one must know, at the value, which label stood before it, and from random weights it takes luck to get there: 300
-    to more than 4,000 steps of looking up. With this head it is found within 200. Every trained language model has such heads.
-    Channel 0 is the same in all embeddings; from it the head makes a query u and a key that is u turned by one position, so that
-    after the rotary embedding their product, the sum over pairs of channels of cos(frequency * (distance - 1)), is largest at 1.
-    """
-    model = Transformer(student_config(vocab_size)).initialize(seed)
-    attention, embedding = model.model.layers[0].self_attn, model.model.embed_tokens.weight
-    embedding[:, 0] = embedding.std() * model.config.hidden_size**0.5
-    pairs, half = 2, model.config.head_dim // 2  # the fastest pairs, whose products fall off within a few positions
-    turn = rope_inverse_frequencies(model.config)[:pairs]
-    for weight, angle in ((attention.q_proj.weight, torch.zeros(pairs)), (attention.k_proj.weight, turn)):
-        weight[: model.config.head_dim] *= 0.1
-        weight[:pairs, 0], weight[half : half + pairs, 0] = angle.cos(), angle.sin()
-    return model
-
-
-def student_config(vocab_size: int) -> ModelConfig:
-    """A 0.74M-parameter model of the Qwen3 layout."""
-    return ModelConfig(
-        model_type="qwen3",
-        vocab_size=vocab_size,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        rope_theta=1000.0,
-        qk_norm=True,
-        tie_word_embeddings=True,
-    )
