@@ -129,6 +129,7 @@ ROWS = [
     *(Row("penalty for harm", value, ("--degradation-penalty", value)) for value in ("0", "1", "4")),
     *(Row("advantage scale", f"{scale}, brevity {weight}", ("--advantage-scale", scale, "--efficiency-weight", weight))
       for scale in ("none", "batch", "std") for weight in ("0", "1", "2") if (scale, weight) != ("none", "1")),
+    *(Row("learning rate", value, ("--lr", value)) for value in ("5e-5", "1e-3")),
     Row("KL", "none", ("--beta", "0")),
     Row("KL", "exact", ("--kl", "exact")),
     Row("group size", "2 (64 problems)", ("--group-size", "2", "--problems-per-step", "64")),

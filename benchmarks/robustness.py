@@ -9,7 +9,7 @@ its own, and then the answers that the student gives by the *whole plan*, which 
 
     headroom recovered = (GRPO - SFT) / (whole plan - SFT)
 
-The other students come from nano_atlas/world/pretrain.py with another seed or other amounts of text; they are made first (6 to 9 minutes each).
+The other students come from nano_atlas/world/pretrain.py with another seed or other amounts of text; they are made first (4 to 9 minutes each).
 """
 
 import argparse
@@ -162,7 +162,7 @@ def summary(runs: list[Run], out: Path) -> str:
 
     for student in dict.fromkeys(run.student for run in runs):
         found = [result for run in runs if run.student == student and (result := read(run, out))]
-        for domain in world.DOMAINS if found else ():
+        for domain in found[0] if found else ():
             rows = [result[domain] for result in found]
             low = min(rows, key=lambda row: row["interval"][0])
             cells = [student, domain, len(rows), *(spread([row[arm] for row in rows]) for arm in ("student", "sft", "grpo", "whole")),

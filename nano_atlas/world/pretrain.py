@@ -1,13 +1,13 @@
 """How the nano world's student was made: from random weights, in three lessons.
 
-    python -m nano_atlas.world.pretrain --out runs/pretrain --seed 4     # 6 to 9 minutes on one core
+    python -m nano_atlas.world.pretrain --out runs/pretrain --seed 4     # 4 to 7 minutes on one core
     python -m nano_atlas.world.pretrain --measure runs/pretrain/shipped  # alone, by half a plan, by the whole, by another's plan
 
-The result for seed 4 is shipped in nano_atlas/world/student. It is shipped, and not made on each machine, because pre-training amplifies
-the last bits of a matrix product: the same command gives a student of 39 % on one processor and of 57 % on the next.
+The result for seed 4 is shipped in nano_atlas/world/student (half precision). It is shipped, and not made on each machine, because
+pre-training amplifies the last bits of a matrix product: the same command gave a student of 39 % on one processor and of 57 % on another.
 
-    reader     looking up alone, until the held-out loss is at most 0.1     (about 200 steps of 1,024 tokens)
-    follower   all kinds of texts, until plans are followed                 (about 1,000 steps)
+    reader     looking up alone, until it can: held-out loss at most 0.1    (about 200 steps of 1,024 tokens)
+    follower   all kinds of texts, until it follows plans: the same bound   (about 1,100 steps)
     student    a little more at a falling rate                              (about 800 steps)
 
 An interrupted run goes on after its last whole lesson.
