@@ -7,9 +7,9 @@
     torchrun --nproc-per-node 8 train_grpo.py --preset 2gpu --optimizer-device auto ...    # eight GPUs; the same options on any number
 
 One step: P problems; one probe and K answers per problem by the student alone; G teachings per problem by the current policy; one
-guided answer each; reward; advantages (reward minus the mean of its group); one update (or several). Log-probabilities are those of the sampled
-token ids after the very prompt they were sampled from, at the sampling temperature, and each step checks that the trainer agrees
-with the sampler about them.
+guided answer each; reward; advantages (reward minus the mean of its group); one update (or several). Log-probabilities are those
+of the sampled token ids after the very prompt they were sampled from, at the sampling temperature, and each step checks that the
+trainer agrees with the sampler about them.
 
     OUT/model, OUT/best     the teacher at the end, and where it did best on the held-out problems
     OUT/metrics.jsonl       one record per step           OUT/episodes.jsonl    samples of whole episodes
@@ -18,8 +18,8 @@ with the sampler about them.
 Against the published recipe (ATLAS): the gradient is on the prompt that was sampled from; the sampler has the current weights;
 probe and baselines are shared by a group; the reward compares the guided answer with the student's own; an advantage is not divided
 by the deviation of its group, which would make the smallest term of the reward as strong as the largest (--advantage-scale); the
-KL anchor is the SFT checkpoint unless --reference-mixing says otherwise. In one process models may sit on different GPUs; under torchrun each rank
-shards the policy and has the frozen models, and a copy to sample from, to itself.
+KL anchor is the SFT checkpoint unless --reference-mixing says otherwise. In one process models may sit on different GPUs; under
+torchrun each rank shards the policy and has the frozen models, and a copy to sample from, to itself.
 
 Who samples is chosen in nano_atlas/rollout/layout.py, or with --rollout: this process, or vLLM servers that get the weights after each
 update. With --overlap they sample step t + 1 while step t trains, from weights that are one update old; importance weights correct
