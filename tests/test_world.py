@@ -11,6 +11,7 @@ from torch import nn
 
 from nano_atlas import protocol, world
 from nano_atlas.checkpoint import load_model
+from nano_atlas.errors import UserError
 from nano_atlas.files import checkpoint_digest
 from nano_atlas.seats import EmbeddedSeat
 from nano_atlas.tokenizer import Tokenizer
@@ -145,11 +146,11 @@ def test_the_shipped_student_is_the_one_that_all_numbers_are_about():
 
 
 def test_the_shipped_student_leaves_a_teacher_something_to_do():
-    """Alone a third to a half, more by the first half of a plan, nearly all by the whole plan; another's plan does little harm.
+    """Alone a third to a half, not much more by the first half of a plan, nearly all by the whole one; another's does little harm.
     150 tasks have a standard error of 4 points."""
     for domain, row in pretrain.measure(EmbeddedSeat(load_model(world.STUDENT), Tokenizer.from_directory(world.STUDENT)), 150).items():
         assert 0.28 < row["alone"] < 0.57, domain
-        assert row["alone"] + 0.05 < row["half a plan"] < row["whole plan"] - 0.15, domain
+        assert row["alone"] - 0.05 < row["half a plan"] < row["whole plan"] - 0.2, domain
         assert row["whole plan"] > 0.87 and row["another's plan"] > row["alone"] - 0.12, domain
 
 
@@ -253,6 +254,8 @@ def test_pre_training_from_nothing_to_a_measured_student(tmp_path, capsys):
     pretrain.main(["--out", str(tmp_path / "a"), *few])
     assert capsys.readouterr().out.count("held-out loss") == 1
     assert (tmp_path / "a/shipped/model.safetensors").read_bytes() == weights
+    with pytest.raises(UserError, match="holds lessons of other options"):
+        pretrain.main(["--out", str(tmp_path / "a"), *few[:-1], "2"])
 
 
 def test_a_lesson_ends_once_it_has_succeeded():

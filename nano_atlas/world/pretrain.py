@@ -29,6 +29,7 @@ from nano_atlas import protocol
 from nano_atlas.checkpoint import is_checkpoint, load_model, save_model
 from nano_atlas.data import Example, collate, make_examples, pack, shuffle_epoch, steps_per_epoch
 from nano_atlas.errors import UserError
+from nano_atlas.files import read_json, write_json
 from nano_atlas.loss import sft_loss
 from nano_atlas.model import ModelConfig, PackedAttention, Transformer, rope_inverse_frequencies
 from nano_atlas.optim import learning_rate
@@ -272,7 +273,14 @@ def learn(model: Transformer, learned: list[Example], held_out: list[Example], *
 
 
 def pretrain(out: Path, seed: int, texts: dict[str, int] = LESSONS) -> Path:
-    """All lessons; each ends with a checkpoint `out/LESSON`. Returns `out/shipped`, the last one in half precision."""
+    """All lessons; each ends with a checkpoint `out/LESSON`. Returns `out/shipped`, the last one in half precision.
+
+    Raises UserError where `out` holds lessons of another seed or other texts.
+    """
+    options = {"seed": seed, "texts": texts}
+    if read_json(out / "options.json") not in ({}, options):
+        raise UserError(f"{out} holds lessons of other options ({out / 'options.json'}); choose another --out, or delete it")
+    write_json(out / "options.json", options)
     if is_checkpoint(out / "reader"):
         tokenizer = Tokenizer.from_directory(out / "reader")
     else:
