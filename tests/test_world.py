@@ -198,6 +198,19 @@ def test_every_text_of_the_base_corpus_is_right():
     assert kinds == {"alone", "guided", "plan", "turn around", "turn around, with tags", "look up"}
 
 
+def test_hints_are_texts_guided_by_the_beginning_of_their_plan():
+    def beginnings(hints: float) -> int:
+        found = 0
+        for chat in pretrain.base_corpus(1500, "test", hints):
+            prompt = chat["messages"][0]["content"]
+            if "Teacher's guidance: " in prompt:
+                path, told = solve(prompt.split("\n\n")[0])[1], told_by(re.search("Teacher's guidance: (.+)", prompt)[1])
+                found += told == path[: len(told)] and len(told) < len(path)
+        return found
+
+    assert 0 < 2 * beginnings(0.07) < beginnings(0.3) and beginnings(0.0) == 0
+
+
 def test_one_head_of_the_newborn_student_looks_at_the_token_before():
     """In the first layer the highest score of each query is that of the token before it; other heads have no such preference."""
     model = pretrain.newborn_student(300, 1)

@@ -40,6 +40,7 @@ from nano_atlas.world import CHAIN, DOMAINS, FACTS, Task, demonstration, make_ta
 LESSONS = {"reader": 8_000, "follower": 60_000, "student": 10_000}  # texts of each; the first two end when they have succeeded
 SUCCESS = 0.1  # held-out loss (nats per learned token) at which a lesson ends
 TOKENS_PER_STEP = 1024
+HINTS = 0.07  # share of the texts that are guided by the beginning of a plan; a student that is taught more of them needs less help
 
 # -------------------------------------------------------------------------------------------------------------- corpora
 
@@ -59,13 +60,13 @@ def following_corpus(count: int, seed: object) -> Iterator[dict]:
             yield _chat(protocol.guided_messages(task.question, plan(task.chain)), task.solution)
 
 
-def base_corpus(count: int, seed: object) -> Iterator[dict]:
+def base_corpus(count: int, seed: object, hints: float = HINTS) -> Iterator[dict]:
     """The student's pre-training texts as chats, all domains alike: 8 % looking up, 10 % turning a given path around (half of them
     with tags, which a language model has seen everywhere), 20 % solving alone, 5 % planning, 57 % guided. Problems have 2 to 8 lines
     and any path length that fits.
 
-    Of the guided ones half get the plan, an eighth its beginning, and the others the plan of an unrelated problem, with the right
-    solution all the same: guidance is to be read, not obeyed.
+    Of the guided ones `hints` (a share of all texts) get the beginning of the plan, 20 % the plan of an unrelated problem, with the
+    right solution all the same (guidance is to be read, not obeyed), and the others the whole plan.
     """
     rng = random.Random(f"corpus/{seed}")
     for _ in range(count):
@@ -85,7 +86,7 @@ def base_corpus(count: int, seed: object) -> Iterator[dict]:
             teaching = plan(task.chain)
             if kind > 0.80:
                 teaching = plan(make_task(DOMAINS[task.domain], rng, rng.randint(1, CHAIN[1])).chain)
-            elif kind > 0.73:
+            elif kind > 0.80 - hints:
                 teaching = plan(task.chain, rng.choice((task.chain[:1], opening(task.chain))))
             messages, reply = protocol.guided_messages(task.question, teaching), task.solution
         yield _chat(messages, reply)
@@ -272,12 +273,12 @@ def learn(model: Transformer, learned: list[Example], held_out: list[Example], *
     return loss_held_out
 
 
-def pretrain(out: Path, seed: int, texts: dict[str, int] = LESSONS) -> Path:
+def pretrain(out: Path, seed: int, texts: dict[str, int] = LESSONS, hints: float = HINTS) -> Path:
     """All lessons; each ends with a checkpoint `out/LESSON`. Returns `out/shipped`, the last one in half precision.
 
     Raises UserError where `out` holds lessons of another seed or other texts.
     """
-    options = {"seed": seed, "texts": texts}
+    options = {"seed": seed, "texts": texts, "hints": hints}
     if read_json(out / "options.json") not in ({}, options):
         raise UserError(f"{out} holds lessons of other options ({out / 'options.json'}); choose another --out, or delete it")
     write_json(out / "options.json", options)
@@ -291,8 +292,8 @@ def pretrain(out: Path, seed: int, texts: dict[str, int] = LESSONS) -> Path:
         if is_checkpoint(out / name):
             model = load_model(out / name)
             continue
-        corpus = {"reader": reading_corpus(count, seed), "follower": base_corpus(count, seed),
-                  "student": base_corpus(count, f"settling/{seed}")}[name]  # fmt: skip
+        corpus = {"reader": reading_corpus(count, seed), "follower": base_corpus(count, seed, hints),
+                  "student": base_corpus(count, f"settling/{seed}", hints)}[name]  # fmt: skip
         learned, held_out = examples_of(corpus, tokenizer), following
         if name == "reader":
             learned, held_out = learned[len(learned) // 100 :], learned[: len(learned) // 100]
@@ -339,10 +340,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=4, help="of the first weights and of all texts (default: %(default)s)")
     for name, count in LESSONS.items():
         parser.add_argument(f"--{name}-texts", type=int, default=count, metavar="N", help=f"texts of this lesson (default: {count})")
+    parser.add_argument("--hints", type=float, default=HINTS, help="share of the texts with the beginning of a plan (default: %(default)s)")
     parser.add_argument("--measure", type=Path, nargs="+", metavar="DIR", help="train nothing, measure these checkpoints")
     parser.add_argument("--tasks", type=int, default=500, help="problems per domain and measure (default: %(default)s)")
     options = parser.parse_args(argv)
-    students = options.measure or [pretrain(options.out, options.seed, {name: getattr(options, f"{name}_texts") for name in LESSONS})]
+    texts = {name: getattr(options, f"{name}_texts") for name in LESSONS}
+    students = options.measure or [pretrain(options.out, options.seed, texts, options.hints)]
     for path in students:
         print(path)
         for domain, row in measure(EmbeddedSeat(load_model(path), Tokenizer.from_directory(path)), options.tasks).items():
