@@ -40,6 +40,10 @@ def test_the_robustness_table_is_made_of_what_its_runs_found(tmp_path):
         (run.place(tmp_path) / "eval").mkdir(parents=True)
         write_json(run.place(tmp_path) / "eval/results.json", {"scores": scores, "differences": differences})
         write_json(run.place(tmp_path) / "whole-plan.json", {"math": 1.0})
+    near = runs[0].place(tmp_path) / "whole-plan.json"
+    write_json(near, {"math": 0.52})
+    assert robustness.read(runs[0], tmp_path)["math"]["recovered"] is None  # two points of headroom
+    write_json(near, {"math": 1.0})
     lines = robustness.table([*runs, robustness.Run(robustness.SHIPPED, 3, 1)], tmp_path).splitlines()
     assert lines[2:] == [
         "| shipped | 1 | 1 | math | 40.0 | 50.0 | 90.0 | 100.0 | +40.0 [+30.0, +50.0] | 80 % | 30.0 |",
