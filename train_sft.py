@@ -69,7 +69,7 @@ class Config:
     preset: str = option("nano", "", group="run")
     out: Path = option(Path("runs/sft"), "directory of the run: model, metrics, state")
     restart: bool = option(False, "delete what --out holds of an earlier run instead of continuing it", resumable=True)
-    seed: int = option(42, "fixes the order of the examples and which ones are held out")
+    seed: int = option(42, "fixes the order of the examples, which ones are held out, and the demonstrations of the nano world")
 
     data: tuple[Path, ...] = option((), "JSONL files to learn from; the nano preset makes its own", group="data")
     max_length: int = option(4096, "longest example, in tokens; longer ones are left out and counted")
