@@ -84,5 +84,5 @@ def test_every_script_runs_a_checkpoint_made_by_transformers_on_gsm8k(tmp_path):
     assert len(lines(second / "metrics.jsonl")) == 2
 
     table = run("eval.py", "--preset", "own", "--bench", "gsm8k", "--data", GSM8K, "--student", base, "--teacher",
-                f"sft={sft / 'model'}", f"grpo={second / 'model'}", "--out", tmp_path / "eval", *lengths)
+                f"sft={sft / 'model'}", f"grpo={second / 'model'}", "--full", "--out", tmp_path / "eval", *lengths)
     assert "gsm8k: 12 tasks" in table and "shuffled grpo" in table and "untrained" in table
