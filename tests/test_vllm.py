@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -361,13 +362,15 @@ def test_a_server_that_hangs_in_a_rollout_is_restarted_and_only_the_rest_is_aske
     model = random_model(2)
     sampler = sampler_at(server, model, own=True, connections=2, timeout=6.0)
     sampler.clients[0].tries = 2
-    real, answered = VllmSampler._ask, []
+    real, answered, lock = VllmSampler._ask, [], threading.Lock()
+    victim = processes_of(server)[1]  # found beforehand: while one thread looks, the other one could get all answers
 
     def ask(self, request):
         group = real(self, request)
-        answered.append(request)
-        if len(answered) == 3:
-            os.kill(processes_of(server)[1], signal.SIGSTOP)
+        with lock:
+            answered.append(request)
+            if len(answered) == 3:
+                os.kill(victim, signal.SIGSTOP)
         return group
 
     monkeypatch.setattr(VllmSampler, "_ask", ask)
