@@ -44,7 +44,7 @@ from tqdm import tqdm
 from nano_atlas import protocol, world
 from nano_atlas.benches import crmarena, tau2
 from nano_atlas.benches.arms import (
-    SAME_BUDGET, SHUFFLED, TWO_VOTES, UNTRAINED, ArmsConfig, derange, require_checkpoint, stored_report, write_report,
+    CONTROLS, SAME_BUDGET, SHUFFLED, TWO_VOTES, UNTRAINED, ArmsConfig, derange, require_checkpoint, stored_report, write_report,
 )
 from nano_atlas.benches.results import STUDENT, TaskLog, TaskResult, read_results, start_or_continue
 from nano_atlas.benches.scores import Report, summary, tables
@@ -60,7 +60,6 @@ from nano_atlas.reward import RewardConfig
 from nano_atlas.runtime.deploy import evaluation_options, with_deployment
 from nano_atlas.seats import Generation, Question, Reply, Seat
 
-CONTROLS = (SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET)
 VOTE_TEMPERATURE = 0.7  # of the votes where all else is greedy: equal answers are no vote
 BENCHES = ("nano", "gsm8k", "aime25", "crmarena", "tau2")
 
@@ -123,9 +122,24 @@ def main() -> None:
         tau2.main(sys.argv[1:])
         return
     config = parse(Config, sys.argv[1:], with_deployment(PRESETS, sys.argv[1:], evaluation_options), __doc__)
-    if config.tables:
-        show(config, *stored_report(config.out, Config))
-        return
+    if not config.tables:
+        run(config)
+    report, stored = stored_report(config.out, Config)
+    own = own_tables(stored, config.out)
+    text = tables(report, stored.names) + own
+    if not config.tables:
+        write_report(config.out, report, text)
+    print(text if config.full else brief(report, stored, config.out) + own)
+
+
+def brief(report: Report, stored: Config, out: Path) -> str:
+    controls = [arm for arm in (SHUFFLED,) if any(score.arm == arm for score in report.scores)]
+    return (f"{summary(report, list(stored.teachers), controls, stored.names)}\nAccuracy in %, difference in points with its 95 % interval over "
+            f"tasks. All columns: {out / 'tables.md'} (--full)\n")
+
+
+def run(config: Config) -> None:
+    """Compute whatever config.out does not hold yet."""
     tasks = load_tasks(config)
     is_right = verifier(config)
     query = crmarena.salesforce() if config.bench == "crmarena" else None
@@ -136,19 +150,6 @@ def main() -> None:
     with closing(TaskLog(config.out / "tasks.jsonl")) as log:
         evaluate(config, tasks, log, is_right, lambda: open_student(config, query),
                  lambda name: config.open(config.teachers[name], config.teacher_model))
-    report, stored = stored_report(config.out, Config)
-    write_report(config.out, report, stored, own_tables(stored, config.out))
-    show(config, report, stored)
-
-
-def show(config: Config, report: Report, stored: Config) -> None:
-    """Print the summary, or with --full everything."""
-    if config.full:
-        print(tables(report, stored.names) + own_tables(stored, config.out))
-        return
-    shown = [STUDENT, *stored.teachers, *({SHUFFLED} & {score.arm for score in report.scores})]
-    print(summary(report, shown, stored.names) + own_tables(stored, config.out))
-    print(f"Accuracy in %, difference in points with its 95 % interval over tasks. All columns: {config.out / 'tables.md'} (--full)")
 
 
 # ---------------------------------------------------------------------------------------------------------------- the arms

@@ -17,7 +17,7 @@ from eval import Config, evaluate
 from nano_atlas import protocol
 from nano_atlas.benches.arms import SAME_BUDGET, SHUFFLED, TWO_VOTES, UNTRAINED, derange, stored_report
 from nano_atlas.benches.results import STUDENT, TaskLog, read_results, start_or_continue
-from nano_atlas.benches.scores import make_report, tables
+from nano_atlas.benches.scores import make_report, summary, tables
 from nano_atlas.checkpoint import config_from_dict, save_model
 from nano_atlas.config import parse, run_script
 from nano_atlas.data import Problem
@@ -162,6 +162,10 @@ def test_every_number_of_the_tables_follows_from_the_rules(tmp_path):
     assert table[4][1] == f"{100 * rows['math', 'grpo'].accuracy:.1f}"
     assert table[4][2].startswith(f"{100 * versus.delta:+.1f} [")
     assert text.count("grpo − sft: **") == 2
+    short = [[cell.strip() for cell in line.split("|")[1:-1]] for line in summary(report, ["sft", "grpo"]).splitlines()]
+    assert short[0] == ["tasks", "student", "sft", "grpo", "grpo − sft"] and [row[0] for row in short[2:]] == [
+        f"{domain} ({len(tasks)})" for domain, tasks in TASKS.items()]
+    assert short[2][1:4] == [f"{100 * rows['math', arm].accuracy:.1f}" for arm in (STUDENT, "sft", "grpo")]
     assert len(results) == 5 * 42
 
 
@@ -530,5 +534,6 @@ def test_the_script_from_checkpoints_to_tables(tmp_path, monkeypatch, capsys):
     short = capsys.readouterr().out
     accuracy = [f"{100 * score['accuracy']:.1f}" for score in written["scores"][:3]]
     assert re.search(r"gsm8k \(5\) +\| +" + r" +\| +".join(accuracy) + r" +\|", short) and "untrained" not in short
+    assert "| control: shuffled teacher | teacher − student alone |" in re.sub(" +", " ", short)
     assert Path("out/tables.md").read_text().strip() == first.strip()
     assert hashlib.sha256(Path("student/model.safetensors").read_bytes()).hexdigest() == weights

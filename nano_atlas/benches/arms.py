@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from nano_atlas.benches.results import STUDENT, read_results
-from nano_atlas.benches.scores import Report, make_report, tables
+from nano_atlas.benches.scores import Report, make_report
 from nano_atlas.checkpoint import is_checkpoint
 from nano_atlas.config import option
 from nano_atlas.data import Problem, derive_seed
@@ -19,7 +19,7 @@ from nano_atlas.errors import UserError
 from nano_atlas.files import checkpoint_digest, read_json, replace_text
 from nano_atlas.seats import Seat, is_url, open_seat
 
-SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET = "shuffled", "untrained", "two-votes", "same-budget"
+CONTROLS = SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET = "shuffled", "untrained", "two-votes", "same-budget"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class ArmsConfig:
         for control in {SHUFFLED, SAME_BUDGET} & set(self.arms):
             if not self.teacher and not self.tables:
                 raise UserError(f"--control {control} needs a --teacher, which it is the control of")
-        taken = {STUDENT, SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET} & set(self.teachers)
+        taken = {STUDENT, *CONTROLS} & set(self.teachers)
         if taken or len(self.teachers) < len(self.teacher):
             raise UserError(f"--teacher {' '.join(self.teacher)}: each needs a name of its own, NAME=PATH, "
                             f"other than {STUDENT} and those of the controls")
@@ -119,14 +119,12 @@ def stored_report(out: Path, kind: type[ArmsConfig]) -> tuple[Report, ArmsConfig
     if not saved or not results:
         raise UserError(f"{out} holds no results yet; run the evaluation without --tables first")
     config = kind(**saved["config"])
-    arms = dict.fromkeys([*config.arms, SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET])
+    arms = dict.fromkeys([*config.arms, *CONTROLS])
     return make_report(results.values(), list(arms), list(config.teachers), config.samples, config.seed), config
 
 
-def write_report(out: Path, report: Report, config: ArmsConfig, extra: str = "") -> str:
-    """Write results.json and tables.md, and return the latter; `extra` are the benchmark's own tables."""
-    text = tables(report, config.names) + extra
+def write_report(out: Path, report: Report, text: str) -> None:
+    """Write results.json, and `text` as tables.md."""
     run = read_json(out / "run.json")
     replace_text(out / "results.json", json.dumps({"run": run, **asdict(report)}, indent=2) + "\n")
     replace_text(out / "tables.md", text)
-    return text

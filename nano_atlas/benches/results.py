@@ -99,7 +99,7 @@ class TaskLog:
 
 
 def start_or_continue(config: Any, contents: Mapping[str, str]) -> None:
-    """Write run.json into config.out, or compare with the one there: the options, and digests of what paths and packages hold
+    """Write run.json into config.out, after comparing with the one there, if any: the options, and digests of what paths and packages hold
     (a path may hold new contents). Raises UserError naming what differs from the run whose results lie there.
     """
     out: Path = config.out
@@ -118,5 +118,4 @@ def start_or_continue(config: Any, contents: Mapping[str, str]) -> None:
         if changed:
             raise UserError(f"{out} holds results of other contents than now: {', '.join(changed)}. "
                             "Choose another --out, or start over with --restart")
-    if not saved or to_json(config) != saved["config"]:  # what may change in a continued run
-        replace_text(out / "run.json", json.dumps({"config": to_json(config), "contents": dict(contents)}, indent=2) + "\n")
+    replace_text(out / "run.json", json.dumps({"config": to_json(config), "contents": contents}, indent=2) + "\n")

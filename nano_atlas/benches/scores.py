@@ -168,24 +168,24 @@ def tables(report: Report, names: dict[str, str] | None = None) -> str:
     return "\n".join([*lines, NOTE, ""])
 
 
-def summary(report: Report, arms: Sequence[str], names: dict[str, str] | None = None) -> str:
-    """Markdown: one row per domain with the accuracy of each of `arms`, and what the last teacher is better than the one before (or,
-    where there is only one, than the student alone)."""
-    names = names or {}
+def summary(report: Report, teachers: Sequence[str], controls: Sequence[str] = (), names: dict[str, str] | None = None) -> str:
+    """Markdown: one row per domain with the accuracy of the student alone, each teacher and each control, and what the last teacher is
+    better than the one before it (or, if it is the only one, than the student alone)."""
+    names, arms = names or {}, [STUDENT, *teachers, *controls]
     found = {(score.domain, score.arm): score for score in report.scores}
-    rows: list[list[str]] = []
+    gains = {difference.domain: difference for difference in report.differences}  # to the teacher before the last, which is its last
+    if len(teachers) == 1:
+        gains = {domain: score.versus_student for (domain, arm), score in found.items() if arm == teachers[0] and score.versus_student}
+    head = ["tasks", *(names.get(arm, arm) for arm in arms)]
+    if gains:
+        gain = next(iter(gains.values()))
+        head.append(" − ".join(names.get(arm, arm) for arm in (gain.arm, gain.other)))
+    rows = [head]
     for domain in dict.fromkeys(score.domain for score in report.scores):
         scores = [found.get((domain, arm)) for arm in arms]
-        pairs = [c for c in report.differences if c.domain == domain] or [s.versus_student for s in scores if s and s.versus_student]
-        row = [f"{domain} ({max(score.tasks for score in scores if score)})",
-               *(f"{100 * score.accuracy:.1f}" if score else "" for score in scores)]  # fmt: skip
-        if pairs:
-            last = pairs[-1]
-            rows = rows or [["tasks", *(names.get(arm, arm) for arm in arms),
-                             " − ".join(names.get(arm, arm) for arm in (last.arm, last.other))]]
-            row.append(f"**{_points(last)}**")
-        rows = rows or [["tasks", *(names.get(arm, arm) for arm in arms)]]
-        rows.append(row)
+        rows.append([f"{domain} ({max(score.tasks for score in scores if score)})", *(_percent(score and score.accuracy) for score in scores)])
+        if gains:
+            rows[-1].append(f"**{_points(gains[domain])}**" if domain in gains else "")
     return "\n".join([*table(rows), ""])
 
 

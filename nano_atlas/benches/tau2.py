@@ -112,8 +112,7 @@ def main(argv: Sequence[str]) -> None:
         print_dialogues(config.out / "tasks.jsonl", config.view)
         return
     if config.tables:
-        report, stored = stored_report(config.out, Config)
-        print(scores.tables(report, stored.names) + own_tables(stored, config.out))
+        print(report_of(config.out)[1])
         return
     contents = require_tau2(config)
     tasks = load_tasks(config)
@@ -131,7 +130,15 @@ def main(argv: Sequence[str]) -> None:
         evaluate(config, tasks, problems, log)
     replace_text(config.out / "floors.json", json.dumps(floors(config, tasks)))
     write_official(config, tasks, contents)
-    print(write_report(config.out, *stored_report(config.out, Config), own_tables(config, config.out)))
+    report, text = report_of(config.out)
+    write_report(config.out, report, text)
+    print(text)
+
+
+def report_of(out: Path) -> tuple[scores.Report, str]:
+    """On all that the directory holds, and its tables."""
+    report, stored = stored_report(out, Config)
+    return report, scores.tables(report, stored.names) + own_tables(stored, out)
 
 
 # ---------------------------------------------------------------------------------------------------------------- the package
