@@ -195,10 +195,15 @@ def rollout_teaching(
     seed = (config.seed, "step", step)
     sketches = sketch_problems(student, problems, config, seed, config.baseline_samples)
     groups = teach(student, policy, sketches, config, config, seed, config.group_size)
+    return groups, samples_of(config, groups)
+
+
+def samples_of(config: Config, groups: Sequence[list[Episode]]) -> list[list[Sample]]:
+    """Groups of episodes as samples, with their advantages, which the episodes get too."""
     for group, advantages in zip(groups, step_advantages([[e.reward for e in group] for group in groups], config.advantage_scale)):
         for episode, advantage in zip(group, advantages):
             episode.advantage = advantage
-    return groups, [[Sample(episode.reply.rollout, episode.advantage) for episode in group] for group in groups]
+    return [[Sample(episode.reply.rollout, episode.advantage) for episode in group] for group in groups]
 
 
 def rollout_exact(config: Config, policy: TokenSeat, problems: Sequence[Problem], step: int) -> tuple[dict, list[list[Sample]]]:

@@ -30,18 +30,18 @@ from nano_atlas import distributed, world
 from nano_atlas.checkpoint import is_checkpoint, load_model, save_model
 from nano_atlas.config import Preset, option, parse, refuse_changes, run_script, to_json
 from nano_atlas.data import (
-    Batch, Example, collate, derive_seed, load_examples, pack, padding_share, shuffle_epoch, steps_per_epoch, write_jsonl,
+    Example, collate, count_targets, derive_seed, load_examples, pack, padding_share, shuffle_epoch, steps_per_epoch, write_jsonl,
 )
 from nano_atlas.errors import UserError
 from nano_atlas.files import checkpoint_digest, files_digest, read_json, write_json
-from nano_atlas.loss import sft_loss
+from nano_atlas.loss import batch_loss
 from nano_atlas.metrics import RunLog
 from nano_atlas.model import PackedAttention, Transformer
 from nano_atlas.optim import (
     SCHEDULES, MasterAdamW, latest_training_state, learning_rate, load_training_state, save_training_state,
 )
 from nano_atlas.rollout.memory import needs
-from nano_atlas.seats import EmbeddedSeat
+from nano_atlas.seats import open_seat
 from nano_atlas.tokenizer import Tokenizer
 
 NANO = Path("runs/nano")
@@ -159,15 +159,6 @@ def data_digest(paths: Sequence[Path]) -> str:
 # ---------------------------------------------------------------------------------------------------------------- loop
 
 
-def batch_loss(model: Transformer, batch: Batch, target_tokens: int) -> torch.Tensor:
-    """-log p summed over the batch's targets, divided by the targets of the *whole step*, so that the cut into micro-batches
-    does not matter."""
-    attention = PackedAttention(batch.lengths, batch.input_ids.device)
-    hidden = model(batch.input_ids, attention.positions, attention)  # [N, D]
-    weights = torch.full_like(batch.targets, 1 / target_tokens, dtype=torch.float32)
-    return sft_loss(hidden[batch.target_positions], model.head_weight, batch.targets, weights)[0]
-
-
 def micro_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[list[int]]]:
     """Of each rank, the documents (by index) of each of its micro-batches."""
     shares = distributed.shares(lengths)
@@ -178,7 +169,7 @@ def micro_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[li
 def evaluate(model: Transformer, examples: list[Example], tokens_per_batch: int, device: torch.device) -> float:
     """Mean -log p of the target tokens, in nats."""
     lengths = [len(example.input_ids) - 1 for example in examples]
-    target_tokens = sum(sum(example.is_target[1:]) for example in examples)
+    target_tokens = count_targets(examples)
     loss = torch.zeros((), device=device)
     for documents, is_own in distributed.in_step(micro_batches(lengths, tokens_per_batch)[distributed.rank()], [0]):
         loss += batch_loss(model, collate([examples[i] for i in documents], device), target_tokens) * is_own
@@ -243,7 +234,7 @@ def train(config: Config) -> None:
             documents = plan[index]
             step_lengths = [lengths[i] for i in documents]
             batches = micro_batches(step_lengths, config.tokens_per_batch)
-            target_tokens = sum(sum(learned[i].is_target[1:]) for i in documents)
+            target_tokens = count_targets([learned[i] for i in documents])
             loss = torch.zeros((), device=device)
             for micro_batch, is_own in distributed.in_step(batches[distributed.rank()], [0]):
                 batch = collate([learned[documents[i]] for i in micro_batch], device)
@@ -277,14 +268,15 @@ def train(config: Config) -> None:
 
 def make_nano_demonstrations(path: Path, student: Path, seed: int) -> None:
     """The student states its approach to problems of its own, and the world's rule adds diagnosis and teaching."""
-    seat = EmbeddedSeat(load_model(student), Tokenizer.from_directory(student))
-    write_jsonl(path, world.demonstrations(DEMONSTRATIONS, seed, seat))
+    write_jsonl(path, world.demonstrations(DEMONSTRATIONS, seed, open_seat(str(student))))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, sys.argv[1:] if argv is None else argv, PRESETS, __doc__)
     if config.model == world.STUDENT and checkpoint_digest(config.model) != world.STUDENT_DIGEST:
         raise UserError(f"{config.model} is not the student that came with this version; `git checkout {config.model}` restores it")
+    if distributed.rank() == 0:
+        print(f"{config.preset}: {PRESETS[config.preset].help}", flush=True)
     if not config.data:  # only the nano preset may leave them out
         config = replace(config, data=(config.out / "demonstrations.jsonl",))
         if distributed.rank() == 0 and (config.restart or not latest_training_state(config.out / "state")):

@@ -32,15 +32,13 @@ from tqdm import tqdm
 import train_grpo
 import train_sft
 from nano_atlas import protocol, stats, world
-from nano_atlas.checkpoint import load_model
 from nano_atlas.data import Problem, derive_seed, read_jsonl
 from nano_atlas.episodes import Attempt, EpisodeConfig, Sketch, sketch_problems, teach, teaching_metrics
 from nano_atlas.files import read_json, write_json
 from nano_atlas.policy import Sample
-from nano_atlas.reward import RewardConfig, step_advantages
+from nano_atlas.reward import RewardConfig
 from nano_atlas.rollout import layout
-from nano_atlas.seats import EmbeddedSeat
-from nano_atlas.tokenizer import Tokenizer
+from nano_atlas.seats import EmbeddedSeat, open_seat
 
 NANO = Path("runs/nano")
 GREEDY = EpisodeConfig(probe_tokens=40, teaching_tokens=96, answer_tokens=120).greedy()
@@ -95,10 +93,7 @@ def probe_and_baseline_for_each_teaching(stack: ExitStack) -> None:
         sketches = sketch_problems(student, copies, config, seed, config.baseline_samples)
         episodes = [episode for (episode,) in teach(student, policy, sketches, config, config, seed)]
         taught = [episodes[start : start + size] for start in range(0, len(episodes), size)]
-        for group, advantages in zip(taught, step_advantages([[e.reward for e in group] for group in taught], config.advantage_scale)):
-            for episode, advantage in zip(group, advantages):
-                episode.advantage = advantage
-        return taught, [[Sample(episode.reply.rollout, episode.advantage) for episode in group] for group in taught]
+        return taught, train_grpo.samples_of(config, taught)
 
     stack.enter_context(patch.object(train_grpo, "rollout_teaching", resampled))
 
@@ -192,7 +187,7 @@ def evaluate(teacher: Path, row: Row, place: Path, student: Path) -> dict:
     """Correctness on each held-out task, alone and guided; the protocol is the right one, whatever the training did."""
     probe_tokens = int(row.flags[row.flags.index("--probe-tokens") + 1]) if "--probe-tokens" in row.flags else GREEDY.probe_tokens
     config = replace(GREEDY, probe_tokens=probe_tokens)
-    seat, policy = (EmbeddedSeat(load_model(path), Tokenizer.from_directory(path)) for path in (student, teacher))
+    seat, policy = (open_seat(str(path)) for path in (student, teacher))
     record: dict[str, dict] = {}
     for domain, count in TASKS.items():
         sketches = sketches_of(seat, world.held_out(domain, count, "ablation"), config, place / f"alone-{domain}-{probe_tokens}.json")

@@ -14,7 +14,6 @@ The other students come from nano_atlas/world/pretrain.py with another seed or o
 
 import argparse
 import os
-import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -24,12 +23,12 @@ from statistics import median
 
 from tqdm import tqdm
 
-from nano_atlas import protocol, world
-from nano_atlas.checkpoint import is_checkpoint, load_model
-from nano_atlas.files import read_json, write_json
-from nano_atlas.seats import EmbeddedSeat, Generation, Question
+from nano_atlas import world
+from nano_atlas.checkpoint import is_checkpoint
+from nano_atlas.files import read_json, replace_text, write_json
+from nano_atlas.seats import open_seat
 from nano_atlas.stats import in_points
-from nano_atlas.tokenizer import Tokenizer
+from nano_atlas.world.pretrain import is_right
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = "shipped"
@@ -87,15 +86,9 @@ def run_one(run: Run, out: Path, steps: int | None, tasks: int) -> None:
 
 def whole_plan(student: Path, count: int) -> dict[str, float]:
     """Per domain the student's accuracy (0 to 1) by the whole plan, on the tasks of eval.py."""
-    seat, accuracy = EmbeddedSeat(load_model(student), Tokenizer.from_directory(student)), {}
-    for domain in world.DOMAINS:
-        tasks = world.held_out_tasks(domain, count, 0)
-        replies = seat.ask([
-            Question(protocol.guided_messages(task.question, world.plan(task.chain)), Generation(120, 0.0), 0) for task in tasks
-        ])
-        right = [protocol.is_correct(protocol.extract_answer(reply.text), task.answer) for (reply,), task in zip(replies, tasks)]
-        accuracy[domain] = sum(right) / count
-    return accuracy
+    seat = open_seat(str(student))
+    tasks = {domain: world.held_out_tasks(domain, count, 0) for domain in world.DOMAINS}
+    return {domain: sum(is_right(seat, [(task, world.plan(task.chain)) for task in tasks[domain]])) / count for domain in tasks}
 
 
 def run_all(runs: list[Run], out: Path, steps: int | None, tasks: int) -> None:
@@ -135,8 +128,9 @@ def read(run: Run, out: Path) -> dict[str, dict] | None:
         found.setdefault(score["domain"], {"whole": whole[score["domain"]]})[score["arm"]] = score["accuracy"]
     for difference in results["differences"]:
         row = found[difference["domain"]]
+        headroom = row["whole"] - row["sft"]
         row |= {"gain": difference["delta"], "interval": difference["interval"],
-                "recovered": (row["grpo"] - row["sft"]) / headroom if (headroom := row["whole"] - row["sft"]) >= HEADROOM else None}  # fmt: skip
+                "recovered": (row["grpo"] - row["sft"]) / headroom if headroom >= HEADROOM else None}  # fmt: skip
     return found
 
 
@@ -195,9 +189,8 @@ def main() -> None:
     if not options.table:
         run_all(runs, options.out, options.steps, options.tasks)
     text = f"{summary(runs, options.out)}\n\n{table(runs, options.out)}\n"
-    if any(re.search(r"\d", line) for line in text.splitlines()[2:]):
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "tables.md").write_text(text)
+    if options.out.is_dir():
+        replace_text(options.out / "tables.md", text)
     print(text)
 
 

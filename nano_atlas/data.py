@@ -284,6 +284,10 @@ def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> 
     )
 
 
+def count_targets(examples: Iterable[Example]) -> int:
+    return sum(sum(example.is_target[1:]) for example in examples)
+
+
 def pack(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
     """Group documents (by index) into micro-batches whose padded view, rows x longest, has at most `tokens_per_batch` tokens.
 

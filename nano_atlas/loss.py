@@ -28,11 +28,16 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from nano_atlas.model import PackedAttention, Transformer
+
+if TYPE_CHECKING:
+    from nano_atlas.data import Batch
 
 # (logprobs [n], entropy [n], kl [n] | None, rows) -> loss [n]; `rows` is the slice of the N tokens that the chunk holds
 TokenLoss = Callable[[Tensor, Tensor, Tensor | None, slice], Tensor]
@@ -266,6 +271,15 @@ def sft_loss(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Ten
     With `w_t = 1 / (target tokens of the whole optimizer step)` it is the mean over tokens, however the step is split.
     """
     return fused_token_loss(hidden, weight, targets, lambda logprobs, entropy, kl, rows: -logprobs, token_weights)
+
+
+def batch_loss(model: Transformer, batch: "Batch", target_tokens: int) -> Tensor:
+    """-log p summed over the targets of a packed batch (data.collate), divided by the targets of the *whole step*, so that the cut into
+    micro-batches does not matter; []."""
+    attention = PackedAttention(batch.lengths, batch.input_ids.device)
+    hidden = model(batch.input_ids, attention.positions, attention)  # [N, D]
+    weights = torch.full_like(batch.targets, 1 / target_tokens, dtype=torch.float32)
+    return sft_loss(hidden[batch.target_positions], model.head_weight, batch.targets, weights)[0]
 
 
 def k3_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ another device. Of a sharded model (distributed.py) each rank updates its own ro
 import math
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 

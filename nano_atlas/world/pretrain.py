@@ -18,6 +18,7 @@ import random
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import tokenizers
 import torch
@@ -27,18 +28,30 @@ from tqdm import tqdm
 
 from nano_atlas import protocol
 from nano_atlas.checkpoint import is_checkpoint, load_model, save_model
-from nano_atlas.data import Example, collate, make_examples, pack, shuffle_epoch, steps_per_epoch
+from nano_atlas.data import Batch, Example, collate, count_targets, make_examples, pack, shuffle_epoch, steps_per_epoch
 from nano_atlas.errors import UserError
 from nano_atlas.files import read_json, write_json
-from nano_atlas.loss import sft_loss
-from nano_atlas.model import ModelConfig, PackedAttention, Transformer, rope_inverse_frequencies
+from nano_atlas.loss import batch_loss
+from nano_atlas.model import ModelConfig, Transformer, rope_inverse_frequencies
 from nano_atlas.optim import learning_rate
-from nano_atlas.seats import EmbeddedSeat, Generation, Question, Seat
+from nano_atlas.seats import Generation, Question, Seat, open_seat
 from nano_atlas.tokenizer import Tokenizer
 from nano_atlas.world import CHAIN, DOMAINS, FACTS, Task, demonstration, make_task, opening, plan, tasks
 
-LESSONS = {"reader": 8_000, "follower": 60_000, "student": 10_000}  # texts of each; the first two end when they have succeeded
-SUCCESS = 0.1  # held-out loss (nats per learned token) at which a lesson ends
+
+class Lesson(NamedTuple):
+    texts: int
+    epochs: int = 1
+    schedule: str = "constant"
+    eval_every: int = 100  # steps
+    success: float | None = 0.1  # held-out loss (nats per learned token) at which the lesson ends
+
+
+LESSONS = {
+    "reader": Lesson(8_000, epochs=4, eval_every=25),
+    "follower": Lesson(60_000),
+    "student": Lesson(10_000, schedule="cosine", success=None),
+}
 TOKENS_PER_STEP = 1024
 HINTS = 0.07  # share of the texts that are guided by the beginning of a plan; a student that is taught more of them needs less help
 
@@ -217,22 +230,9 @@ class Muon(torch.optim.Optimizer):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=step_size)
 
 
-def batch_loss(model: Transformer, examples: Sequence[Example], total: int) -> Tensor:
-    """-log p summed over the learned tokens of these examples, divided by `total`."""
-    batch = collate(examples)
-    attention = PackedAttention(batch.lengths)
-    hidden = model(batch.input_ids, attention.positions, attention)
-    weights = torch.full_like(batch.targets, 1 / total, dtype=torch.float32)
-    return sft_loss(hidden[batch.target_positions], model.head_weight, batch.targets, weights)[0]
-
-
-def micro_batches(examples: Sequence[Example]) -> list[list[Example]]:
+def micro_batches(examples: Sequence[Example]) -> list[Batch]:
     lengths = [len(example.input_ids) - 1 for example in examples]
-    return [[examples[i] for i in group] for group in pack(lengths, TOKENS_PER_STEP)]
-
-
-def count_targets(examples: Sequence[Example]) -> int:
-    return sum(sum(example.is_target[1:]) for example in examples)
+    return [collate([examples[i] for i in group]) for group in pack(lengths, TOKENS_PER_STEP)]
 
 
 def learn(model: Transformer, learned: list[Example], held_out: list[Example], *, name: str, epochs: int, seed: int, schedule: str,
@@ -273,8 +273,8 @@ def learn(model: Transformer, learned: list[Example], held_out: list[Example], *
     return loss_held_out
 
 
-def pretrain(out: Path, seed: int, texts: dict[str, int] = LESSONS, hints: float = HINTS) -> Path:
-    """All lessons; each ends with a checkpoint `out/LESSON`. Returns `out/shipped`, the last one in half precision.
+def pretrain(out: Path, seed: int, texts: dict[str, int], hints: float = HINTS) -> Path:
+    """All lessons, on `texts` texts each; each ends with a checkpoint `out/LESSON`. Returns `out/shipped`, the last one in half precision.
 
     Raises UserError where `out` holds lessons of another seed or other texts.
     """
@@ -297,10 +297,9 @@ def pretrain(out: Path, seed: int, texts: dict[str, int] = LESSONS, hints: float
         learned, held_out = examples_of(corpus, tokenizer), following
         if name == "reader":
             learned, held_out = learned[len(learned) // 100 :], learned[: len(learned) // 100]
-        loss = learn(
-            model, learned, held_out, name=name, seed=seed, epochs=4 if name == "reader" else 1,
-            schedule="cosine" if name == "student" else "constant", eval_every=25 if name == "reader" else 100,
-            success=None if name == "student" else SUCCESS)  # fmt: skip
+        lesson = LESSONS[name]
+        loss = learn(model, learned, held_out, name=name, seed=seed, epochs=lesson.epochs, schedule=lesson.schedule,
+                     eval_every=lesson.eval_every, success=lesson.success)
         save_model(out / name, model, tokenizer)
         print(f"{out / name}: held-out loss {loss:.3f}", flush=True)
     save_model(out / "shipped", model, tokenizer, dtype=torch.float16)
@@ -326,20 +325,23 @@ def measure(student: Seat, count: int, seed: object = "measure") -> dict[str, di
             "whole plan": lambda i: plan(generated[i].chain),
             "another's plan": lambda i: plan(generated[i - 1].chain),
         }
-        questions = [Question(protocol.guided_messages(task.question, told(i)), Generation(120, 0.0), 0)
-                     for told in kinds.values() for i, task in enumerate(generated)]  # fmt: skip
-        replies = iter(student.ask(questions))
-        table[domain] = {kind: sum(protocol.is_correct(protocol.extract_answer(next(replies)[0].text), task.answer)
-                                   for task in generated) / count for kind in kinds}  # fmt: skip
+        right = is_right(student, [(task, told(i)) for told in kinds.values() for i, task in enumerate(generated)])
+        table[domain] = {kind: sum(right[k * count : (k + 1) * count]) / count for k, kind in enumerate(kinds)}
     return table
+
+
+def is_right(student: Seat, taught: Sequence[tuple[Task, str | None]]) -> list[bool]:
+    """Whether it solves each task with what it is told (None: nothing). Greedy."""
+    replies = student.ask([Question(protocol.guided_messages(task.question, told), Generation(120, 0.0), 0) for task, told in taught])
+    return [protocol.is_correct(protocol.extract_answer(reply.text), task.answer) for (reply,), (task, _) in zip(replies, taught)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="where the lessons' checkpoints go (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=4, help="of the first weights and of all texts (default: %(default)s)")
-    for name, count in LESSONS.items():
-        parser.add_argument(f"--{name}-texts", type=int, default=count, metavar="N", help=f"texts of this lesson (default: {count})")
+    for name, lesson in LESSONS.items():
+        parser.add_argument(f"--{name}-texts", type=int, default=lesson.texts, metavar="N", help="texts of this lesson (default: %(default)s)")
     parser.add_argument("--hints", type=float, default=HINTS, help="share of the texts with the beginning of a plan (default: %(default)s)")
     parser.add_argument("--measure", type=Path, nargs="+", metavar="DIR", help="train nothing, measure these checkpoints")
     parser.add_argument("--tasks", type=int, default=500, help="problems per domain and measure (default: %(default)s)")
@@ -348,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     students = options.measure or [pretrain(options.out, options.seed, texts, options.hints)]
     for path in students:
         print(path)
-        for domain, row in measure(EmbeddedSeat(load_model(path), Tokenizer.from_directory(path)), options.tasks).items():
+        for domain, row in measure(open_seat(str(path)), options.tasks).items():
             print(f"  {domain:8}" + "".join(f"   {kind} {100 * share:5.1f}" for kind, share in row.items()), flush=True)
 
 
