@@ -30,7 +30,16 @@ from nano_atlas import distributed, world
 from nano_atlas.checkpoint import is_checkpoint, load_model, save_model
 from nano_atlas.config import Preset, option, parse, refuse_changes, run_script, to_json
 from nano_atlas.data import (
-    Example, collate, count_targets, derive_seed, load_examples, pack, padding_share, shuffle_epoch, steps_per_epoch, write_jsonl,
+    Example,
+    collate,
+    count_targets,
+    derive_seed,
+    load_examples,
+    pack,
+    padding_share,
+    shuffle_epoch,
+    steps_per_epoch,
+    write_jsonl,
 )
 from nano_atlas.errors import UserError
 from nano_atlas.files import checkpoint_digest, files_digest, read_json, write_json
@@ -38,7 +47,12 @@ from nano_atlas.loss import batch_loss
 from nano_atlas.metrics import RunLog
 from nano_atlas.model import PackedAttention, Transformer
 from nano_atlas.optim import (
-    SCHEDULES, MasterAdamW, latest_training_state, learning_rate, load_training_state, save_training_state,
+    SCHEDULES,
+    MasterAdamW,
+    latest_training_state,
+    learning_rate,
+    load_training_state,
+    save_training_state,
 )
 from nano_atlas.rollout.memory import needs
 from nano_atlas.seats import open_seat
@@ -48,19 +62,30 @@ NANO = Path("runs/nano")
 DEMONSTRATIONS = 900
 GPU = {"dtype": "bfloat16", "gradient_checkpointing": True, "compile": True, "tokens_per_batch": 8192}
 PRESETS = {
-    "nano": Preset("the nano world's teacher on a CPU, 1 GB, from its student", {
-        "model": world.STUDENT, "out": NANO / "teacher-sft",
-        "epochs": 6, "tokens_per_step": 8192, "tokens_per_batch": 4096, "lr": 1e-3, "weight_decay": 0.01, "held_out": 0.05,
-    }),
-    "24gb": Preset(f"Qwen3-0.6B on one 24 GB GPU: {needs('Qwen/Qwen3-0.6B')}", {
-        **GPU, "model": Path("Qwen/Qwen3-0.6B"),
-    }),
-    "2gpu": Preset(f"Qwen3-1.7B on two 24 GB GPUs: {needs('Qwen/Qwen3-1.7B', host=True)} on the second", {
-        **GPU, "model": Path("Qwen/Qwen3-1.7B"), "optimizer_device": "cuda:1",
-    }),
-    "80gb": Preset(f"Qwen3-8B on one 80 GB GPU: {needs('Qwen/Qwen3-8B', host=True)} on the host", {
-        **GPU, "model": Path("Qwen/Qwen3-8B"), "optimizer_device": "cpu",
-    }),
+    "nano": Preset(
+        "the nano world's teacher on a CPU, 1 GB, from its student",
+        {
+            "model": world.STUDENT,
+            "out": NANO / "teacher-sft",
+            "epochs": 6,
+            "tokens_per_step": 8192,
+            "tokens_per_batch": 4096,
+            "lr": 1e-3,
+            "weight_decay": 0.01,
+            "held_out": 0.05,
+        },
+    ),
+    "24gb": Preset(
+        f"Qwen3-0.6B on one 24 GB GPU: {needs('Qwen/Qwen3-0.6B')}", {**GPU, "model": Path("Qwen/Qwen3-0.6B")}
+    ),
+    "2gpu": Preset(
+        f"Qwen3-1.7B on two 24 GB GPUs: {needs('Qwen/Qwen3-1.7B', host=True)} on the second",
+        {**GPU, "model": Path("Qwen/Qwen3-1.7B"), "optimizer_device": "cuda:1"},
+    ),
+    "80gb": Preset(
+        f"Qwen3-8B on one 80 GB GPU: {needs('Qwen/Qwen3-8B', host=True)} on the host",
+        {**GPU, "model": Path("Qwen/Qwen3-8B"), "optimizer_device": "cpu"},
+    ),
 }
 
 
@@ -68,22 +93,44 @@ PRESETS = {
 class Config:
     preset: str = option("nano", "", group="run")
     out: Path = option(Path("runs/sft"), "directory of the run: model, metrics, state")
-    restart: bool = option(False, "delete what --out holds of an earlier run instead of continuing it", resumable=True)
-    seed: int = option(42, "fixes the order of the examples, which ones are held out, and the demonstrations of the nano world")
+    restart: bool = option(
+        False, "delete what --out holds of an earlier run instead of continuing it", resumable=True
+    )
+    seed: int = option(
+        42,
+        "fixes the order of the examples, which ones are held out, and the demonstrations of the nano world",
+    )
 
-    data: tuple[Path, ...] = option((), "JSONL files to learn from; the nano preset makes its own", group="data")
+    data: tuple[Path, ...] = option(
+        (), "JSONL files to learn from; the nano preset makes its own", group="data"
+    )
     max_length: int = option(4096, "longest example, in tokens; longer ones are left out and counted")
-    shuffle: bool = option(True, "take the examples in random order; --no-shuffle keeps that of the files, as a curriculum")
+    shuffle: bool = option(
+        True, "take the examples in random order; --no-shuffle keeps that of the files, as a curriculum"
+    )
     held_out: float = option(0.02, "share of the examples (0 to 1) that is not learned and gives eval_loss")
-    eval_data: tuple[Path, ...] = option((), "JSONL files that give eval_loss, with those that --held-out takes from --data")
-    thinking: bool = option(False, "render prompts with Qwen3's thinking mode on; other chat templates ignore it")
+    eval_data: tuple[Path, ...] = option(
+        (), "JSONL files that give eval_loss, with those that --held-out takes from --data"
+    )
+    thinking: bool = option(
+        False, "render prompts with Qwen3's thinking mode on; other chat templates ignore it"
+    )
 
     model: Path = option(Path("Qwen/Qwen3-0.6B"), "checkpoint directory to start from", group="model")
-    device: str = option("auto", "where the model is: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one", resumable=True)
-    optimizer_device: str = option("auto", "where masters and moments are (12 bytes per parameter); auto: beside the model",
-                                   resumable=True)
-    dtype: str = option("float32", "compute precision; masters and moments are float32 always", ["float32", "bfloat16"])
-    gradient_checkpointing: bool = option(False, "keep one activation per layer, recompute the rest: less memory, 4/3 the time")
+    device: str = option(
+        "auto", "where the model is: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one", resumable=True
+    )
+    optimizer_device: str = option(
+        "auto",
+        "where masters and moments are (12 bytes per parameter); auto: beside the model",
+        resumable=True,
+    )
+    dtype: str = option(
+        "float32", "compute precision; masters and moments are float32 always", ["float32", "bfloat16"]
+    )
+    gradient_checkpointing: bool = option(
+        False, "keep one activation per layer, recompute the rest: less memory, 4/3 the time"
+    )
     compile: bool = option(False, "compile the layers (torch.compile): faster, after a minute")
 
     epochs: int = option(3, "passes over the data", group="optimization", resumable=True)
@@ -97,26 +144,41 @@ class Config:
     weight_decay: float = option(1e-4, "decoupled decay of the matrices, times the learning rate, per step")
     clip_norm: float = option(1.0, "longest gradient (global norm); a longer one is scaled down to it")
 
-    eval_every: int = option(100, "optimizer steps between evaluations of eval_loss", group="records", resumable=True)
+    eval_every: int = option(
+        100, "optimizer steps between evaluations of eval_loss", group="records", resumable=True
+    )
     save_every: int = option(100, "optimizer steps between training states", resumable=True)
     keep: int = option(1, "number of training states to keep", resumable=True)
     wandb_project: str = option("", "mirror the metrics to this Weights & Biases project", resumable=True)
     wandb_run_name: str = option("", "name of the run there; by default that of --out", resumable=True)
 
     def check(self) -> None:
-        for name in ("max_length", "epochs", "tokens_per_step", "tokens_per_batch", "lr", "clip_norm", "eval_every",
-                     "save_every", "keep"):
+        for name in (
+            "max_length",
+            "epochs",
+            "tokens_per_step",
+            "tokens_per_batch",
+            "lr",
+            "clip_norm",
+            "eval_every",
+            "save_every",
+            "keep",
+        ):
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
         if self.steps is not None and self.steps <= 0:
             raise UserError(f"--steps must be above 0, not {self.steps}")
         for name in ("held_out", "warmup"):
             if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be from 0 to below 1, not {getattr(self, name)}")
+                raise UserError(
+                    f"--{name.replace('_', '-')} must be from 0 to below 1, not {getattr(self, name)}"
+                )
         if not self.data and self.preset != "nano":
             raise UserError("--data names no file to learn from")
         if self.tokens_per_batch > self.tokens_per_step:
-            raise UserError(f"--tokens-per-batch {self.tokens_per_batch} is more than --tokens-per-step {self.tokens_per_step}")
+            raise UserError(
+                f"--tokens-per-batch {self.tokens_per_batch} is more than --tokens-per-step {self.tokens_per_step}"
+            )
         if self.wandb_run_name and not self.wandb_project:
             raise UserError("--wandb-run-name needs --wandb-project")
 
@@ -126,11 +188,15 @@ class Config:
 
 def load(config: Config) -> tuple[Transformer, Tokenizer]:
     if not is_checkpoint(config.model):
-        raise UserError(f"no model at {config.model}; fetch one with `hf download {config.model} --local-dir {config.model}`, "
-                        "or name another directory with --model")
+        raise UserError(
+            f"no model at {config.model}; fetch one with `hf download {config.model} --local-dir {config.model}`, "
+            "or name another directory with --model"
+        )
     if config.optimizer_device != "auto":
         distributed.device(config.optimizer_device)
-    model = load_model(config.model, dtype=getattr(torch, config.dtype), device=distributed.device(config.device))
+    model = load_model(
+        config.model, dtype=getattr(torch, config.dtype), device=distributed.device(config.device)
+    )
     model.recompute_activations = config.gradient_checkpointing
     if config.compile:
         # The lengths of the documents differ in every batch; a compiler that saw them would compile for each anew.
@@ -146,7 +212,9 @@ def split(examples: list[Example], share: float, seed: int) -> tuple[list[Exampl
     generator = torch.Generator().manual_seed(derive_seed(seed, "held out"))
     order = torch.randperm(len(examples), generator=generator).tolist()
     held = set(order[: round(share * len(examples))])
-    return [e for i, e in enumerate(examples) if i not in held], [e for i, e in enumerate(examples) if i in held]
+    return [e for i, e in enumerate(examples) if i not in held], [
+        e for i, e in enumerate(examples) if i in held
+    ]
 
 
 def data_digest(paths: Sequence[Path]) -> str:
@@ -162,16 +230,23 @@ def data_digest(paths: Sequence[Path]) -> str:
 def micro_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[list[int]]]:
     """Of each rank, the documents (by index) of each of its micro-batches."""
     shares = distributed.shares(lengths)
-    return [[[share[i] for i in group] for group in pack([lengths[i] for i in share], tokens_per_batch)] for share in shares]
+    return [
+        [[share[i] for i in group] for group in pack([lengths[i] for i in share], tokens_per_batch)]
+        for share in shares
+    ]
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, examples: list[Example], tokens_per_batch: int, device: torch.device) -> float:
+def evaluate(
+    model: Transformer, examples: list[Example], tokens_per_batch: int, device: torch.device
+) -> float:
     """Mean -log p of the target tokens, in nats."""
     lengths = [len(example.input_ids) - 1 for example in examples]
     target_tokens = count_targets(examples)
     loss = torch.zeros((), device=device)
-    for documents, is_own in distributed.in_step(micro_batches(lengths, tokens_per_batch)[distributed.rank()], [0]):
+    for documents, is_own in distributed.in_step(
+        micro_batches(lengths, tokens_per_batch)[distributed.rank()], [0]
+    ):
         loss += batch_loss(model, collate([examples[i] for i in documents], device), target_tokens) * is_own
     return distributed.sum_over_ranks(loss).item()
 
@@ -189,8 +264,10 @@ def train(config: Config) -> None:
         saved_options = to_json(Config()) | read_json(options_file)  # what was no option then had its default
         refuse_changes(config, saved_options, str(config.out))
         if record["data"] != data_hash:
-            raise UserError(f"{config.out} was trained on other contents of {', '.join(map(str, config.data))}; "
-                            "choose another --out, or start over with --restart")
+            raise UserError(
+                f"{config.out} was trained on other contents of {', '.join(map(str, config.data))}; "
+                "choose another --out, or start over with --restart"
+            )
         is_longer = any(saved_options[name] != getattr(config, name) for name in ("steps", "epochs"))
         if record["is_finished"] and not is_longer and (config.out / "model").is_dir():
             print(f"{config.out / 'model'} is already trained ({record['step']} steps)")
@@ -207,12 +284,17 @@ def train(config: Config) -> None:
     lengths = [len(example.input_ids) - 1 for example in learned]
     epoch_steps = steps_per_epoch(lengths, config.tokens_per_step)
     total_steps = config.steps or config.epochs * epoch_steps
-    print(f"{len(learned)} examples, {sum(lengths):,} tokens, {epoch_steps} steps per epoch; {len(held_out)} held out")
+    print(
+        f"{len(learned)} examples, {sum(lengths):,} tokens, {epoch_steps} steps per epoch; {len(held_out)} held out"
+    )
     for reason, count in left_out.items():
         print(f"left out: {count} examples of {reason}")
 
     optimizer = MasterAdamW(
-        model, betas=config.betas, weight_decay=config.weight_decay, clip_norm=config.clip_norm,
+        model,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
         state_device=None if config.optimizer_device == "auto" else config.optimizer_device,
     )
     first_step = load_training_state(resumed, optimizer)["step"] if resumed else 0
@@ -222,9 +304,20 @@ def train(config: Config) -> None:
         write_json(options_file, to_json(config))
 
     with (
-        RunLog(config.out, first_step, wandb_project=config.wandb_project, wandb_run_name=config.wandb_run_name,
-               config=to_json(config)) as log,
-        tqdm(total=total_steps, initial=first_step, unit="step", desc=config.out.name, disable=distributed.rank() > 0) as progress,
+        RunLog(
+            config.out,
+            first_step,
+            wandb_project=config.wandb_project,
+            wandb_run_name=config.wandb_run_name,
+            config=to_json(config),
+        ) as log,
+        tqdm(
+            total=total_steps,
+            initial=first_step,
+            unit="step",
+            desc=config.out.name,
+            disable=distributed.rank() > 0,
+        ) as progress,
     ):
         for step in range(first_step, total_steps):
             started = time.perf_counter()
@@ -249,10 +342,19 @@ def train(config: Config) -> None:
             tokens_per_second = sum(step_lengths) / (time.perf_counter() - started)
             is_evaluated = held_out and ((step + 1) % config.eval_every == 0 or is_last)
             eval_loss = evaluate(model, held_out, config.tokens_per_batch, device) if is_evaluated else None
-            log.log(step + 1, loss=loss.item(), eval_loss=eval_loss, lr=rate, grad_norm=grad_norm,
-                    epoch=(step + 1) / epoch_steps, tokens=sum(step_lengths), target_tokens=target_tokens,
-                    tokens_per_second=tokens_per_second,
-                    padding_share=padding_share(sum(batches, []), step_lengths), skipped_steps=optimizer.skipped_steps)
+            log.log(
+                step + 1,
+                loss=loss.item(),
+                eval_loss=eval_loss,
+                lr=rate,
+                grad_norm=grad_norm,
+                epoch=(step + 1) / epoch_steps,
+                tokens=sum(step_lengths),
+                target_tokens=target_tokens,
+                tokens_per_second=tokens_per_second,
+                padding_share=padding_share(sum(batches, []), step_lengths),
+                skipped_steps=optimizer.skipped_steps,
+            )
             progress.set_postfix_str(f"loss {loss.item():.3f}, {tokens_per_second:,.0f} tokens/s")
             progress.update()
             if (step + 1) % config.save_every == 0 or is_last:
@@ -274,7 +376,9 @@ def make_nano_demonstrations(path: Path, student: Path, seed: int) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, sys.argv[1:] if argv is None else argv, PRESETS, __doc__)
     if config.model == world.STUDENT and checkpoint_digest(config.model) != world.STUDENT_DIGEST:
-        raise UserError(f"{config.model} is not the student that came with this version; `git checkout {config.model}` restores it")
+        raise UserError(
+            f"{config.model} is not the student that came with this version; `git checkout {config.model}` restores it"
+        )
     if distributed.rank() == 0:
         print(f"{config.preset}: {PRESETS[config.preset].help}", flush=True)
     if not config.data:  # only the nano preset may leave them out

@@ -122,8 +122,16 @@ ROWS = [
     Row("probe and baselines", "one probe, one baseline", ("--baseline-samples", "1")),
     Row("probe and baselines", "drawn anew for each teaching", fault=probe_and_baseline_for_each_teaching),
     *(Row("penalty for harm", value, ("--degradation-penalty", value)) for value in ("0", "1", "4")),
-    *(Row("advantage scale", f"{scale}, brevity {weight}", ("--advantage-scale", scale, "--efficiency-weight", weight))
-      for scale in ("none", "batch", "std") for weight in ("0", "1", "2") if (scale, weight) != ("none", "1")),
+    *(
+        Row(
+            "advantage scale",
+            f"{scale}, brevity {weight}",
+            ("--advantage-scale", scale, "--efficiency-weight", weight),
+        )
+        for scale in ("none", "batch", "std")
+        for weight in ("0", "1", "2")
+        if (scale, weight) != ("none", "1")
+    ),
     *(Row("learning rate", value, ("--lr", value)) for value in ("5e-5", "1e-3")),
     Row("KL", "none", ("--beta", "0")),
     Row("KL", "exact", ("--kl", "exact")),
@@ -134,7 +142,11 @@ ROWS = [
     Row("fault", "log-probs after the bare question", UNCHECKED, gradient_on_the_bare_question),
     Row("fault", "sampler never updated", UNCHECKED, sampler_never_updated),
     Row("fault", "whole text where the tag is missing", fault=whole_text_without_a_tag),
-    Row("fault", "reference mixed 0.9 every 2 steps", ("--reference-mixing", "0.9", "--reference-mixing-every", "2")),
+    Row(
+        "fault",
+        "reference mixed 0.9 every 2 steps",
+        ("--reference-mixing", "0.9", "--reference-mixing-every", "2"),
+    ),
 ]
 
 
@@ -157,8 +169,23 @@ def teacher_before_grpo(row: Row, seed: int, out: Path, pair: Pair) -> Path:
     every = [record for _, record in read_jsonl(sft / "demonstrations.jsonl")]
     few = out / "demonstrations.jsonl"
     few.write_text("".join(json.dumps(record) + "\n" for record in every[: row.demonstrations]))
-    steps = str(read_json(train_sft.latest_training_state(sft / "state") / "state.json")["step"])  # as many as with all
-    train_sft.main(["--model", str(pair.student), "--data", str(few), "--steps", steps, "--seed", str(seed), "--out", str(out / "sft")])
+    steps = str(
+        read_json(train_sft.latest_training_state(sft / "state") / "state.json")["step"]
+    )  # as many as with all
+    train_sft.main(
+        [
+            "--model",
+            str(pair.student),
+            "--data",
+            str(few),
+            "--steps",
+            steps,
+            "--seed",
+            str(seed),
+            "--out",
+            str(out / "sft"),
+        ]
+    )
     return out / "sft/model"
 
 
@@ -170,44 +197,96 @@ def run_one(row: Row, seed: int, steps: int, out: Path, pair: Pair) -> None:
             row.fault(stack)
         train_grpo.main(["--student", str(pair.student), "--teacher", str(teacher), "--out", str(out / "grpo"), "--seed", str(seed), "--steps",
                          str(steps), "--eval-every", "0", *row.flags])  # fmt: skip
-    record = {"row": row.key, "seed": seed, "steps": steps, **evaluate(out / "grpo/model", row, out.parents[1], pair.student)}
+    record = {
+        "row": row.key,
+        "seed": seed,
+        "steps": steps,
+        **evaluate(out / "grpo/model", row, out.parents[1], pair.student),
+    }
     write_json(out / "result.json", record)
 
 
-def sketches_of(student: EmbeddedSeat, problems: list[Problem], config: EpisodeConfig, path: Path) -> list[Sketch]:
+def sketches_of(
+    student: EmbeddedSeat, problems: list[Problem], config: EpisodeConfig, path: Path
+) -> list[Sketch]:
     """What the student does alone is the same in every run: it is kept in a file."""
     if not path.exists():
         sketches = sketch_problems(student, problems, config, 0)
-        write_json(path, {"sketches": [[s.approach, s.approach_tokens, [asdict(a) for a in s.baselines]] for s in sketches]})
+        write_json(
+            path,
+            {
+                "sketches": [
+                    [s.approach, s.approach_tokens, [asdict(a) for a in s.baselines]] for s in sketches
+                ]
+            },
+        )
     stored = read_json(path)["sketches"]
-    return [Sketch(p, text, tokens, [Attempt(**a) for a in alone]) for p, (text, tokens, alone) in zip(problems, stored, strict=True)]
+    return [
+        Sketch(p, text, tokens, [Attempt(**a) for a in alone])
+        for p, (text, tokens, alone) in zip(problems, stored, strict=True)
+    ]
 
 
 def evaluate(teacher: Path, row: Row, place: Path, student: Path) -> dict:
     """Correctness on each held-out task, alone and guided; the protocol is the right one, whatever the training did."""
-    probe_tokens = int(row.flags[row.flags.index("--probe-tokens") + 1]) if "--probe-tokens" in row.flags else GREEDY.probe_tokens
+    probe_tokens = (
+        int(row.flags[row.flags.index("--probe-tokens") + 1])
+        if "--probe-tokens" in row.flags
+        else GREEDY.probe_tokens
+    )
     config = replace(GREEDY, probe_tokens=probe_tokens)
     seat, policy = (open_seat(str(path)) for path in (student, teacher))
     record: dict[str, dict] = {}
     for domain, count in TASKS.items():
-        sketches = sketches_of(seat, world.held_out(domain, count, "ablation"), config, place / f"alone-{domain}-{probe_tokens}.json")
-        episodes = [episode for (episode,) in teach(seat, policy, sketches, config, RewardConfig(), derive_seed("ablation"))]
-        record[domain] = {"alone": [round(e.sketch.baseline_accuracy) for e in episodes],
-                          "guided": [int(e.guided.is_correct) for e in episodes], **teaching_metrics(episodes)}
+        sketches = sketches_of(
+            seat,
+            world.held_out(domain, count, "ablation"),
+            config,
+            place / f"alone-{domain}-{probe_tokens}.json",
+        )
+        episodes = [
+            episode
+            for (episode,) in teach(seat, policy, sketches, config, RewardConfig(), derive_seed("ablation"))
+        ]
+        record[domain] = {
+            "alone": [round(e.sketch.baseline_accuracy) for e in episodes],
+            "guided": [int(e.guided.is_correct) for e in episodes],
+            **teaching_metrics(episodes),
+        }
     return record
 
 
 def run_all(rows: list[Row], seeds: list[int], steps: int, out: Path, workers: int, pair: Pair) -> None:
     """Each run in a process of its own (a fault ends with it), `workers` at a time."""
-    missing = [(row, seed) for seed in seeds for row in rows if not (out / row.key / str(seed) / "result.json").exists()]
+    missing = [
+        (row, seed)
+        for seed in seeds
+        for row in rows
+        if not (out / row.key / str(seed) / "result.json").exists()
+    ]
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers)), **os.environ}
 
     def run(job: tuple[Row, int]) -> None:
         row, seed = job
         place = out / row.key / str(seed)
         place.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "benchmarks.ablation", "--one", row.key, "--seeds", str(seed), "--steps", str(steps),
-                   "--out", str(out), "--student", str(pair.student), "--teacher", str(pair.teacher)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.ablation",
+            "--one",
+            row.key,
+            "--seeds",
+            str(seed),
+            "--steps",
+            str(steps),
+            "--out",
+            str(out),
+            "--student",
+            str(pair.student),
+            "--teacher",
+            str(pair.teacher),
+        ]
         with (place / "log.txt").open("w") as log:
             status = subprocess.call(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         if status:
@@ -227,8 +306,10 @@ def results(row: Row, out: Path) -> list[dict]:
 def table(rows: list[Row], out: Path) -> str:
     """One line per row; every number is a mean over seeds, the bracket behind accuracy its smallest and largest seed."""
     default = {record["seed"]: record for record in results(ROWS[0], out)}
-    lines = ["| changed | to | seeds | math, guided | against default | not worse | tokens taught | malformed | telecom | crm |",
-             "|---|---|--:|---|---|--:|--:|--:|--:|--:|"]
+    lines = [
+        "| changed | to | seeds | math, guided | against default | not worse | tokens taught | malformed | telecom | crm |",
+        "|---|---|--:|---|---|--:|--:|--:|--:|--:|",
+    ]
     for row in rows:
         found = results(row, out)
         if not found:
@@ -236,7 +317,12 @@ def table(rows: list[Row], out: Path) -> str:
             continue
         accuracy = [100 * statistics.mean(record["math"]["guided"]) for record in found]
         shared = [record for record in found if record["seed"] in default and row != ROWS[0]]
-        pairs = zip(*([g - d for g, d in zip(r["math"]["guided"], default[r["seed"]]["math"]["guided"])] for r in shared))
+        pairs = zip(
+            *(
+                [g - d for g, d in zip(r["math"]["guided"], default[r["seed"]]["math"]["guided"])]
+                for r in shared
+            )
+        )
         changes = [statistics.mean(pair) for pair in pairs]
         against = stats.mean_in_points(changes) if changes else ""
 
@@ -256,7 +342,9 @@ def figure(rows: list[Row], out: Path, path: Path) -> None:
     import matplotlib.pyplot as plt  # pip install -e '.[bench]'
 
     plt.rcParams |= {"svg.hashsalt": "ablation", "font.size": 9, "svg.fonttype": "none"}
-    found = {row: [100 * statistics.mean(record["math"]["guided"]) for record in results(row, out)] for row in rows}
+    found = {
+        row: [100 * statistics.mean(record["math"]["guided"]) for record in results(row, out)] for row in rows
+    }
     found = {row: values for row, values in found.items() if values}
     canvas, axes = plt.subplots(figsize=(8, 0.27 * len(found) + 0.8), layout="constrained")
     sections = list(dict.fromkeys(row.section for row in found))
@@ -277,17 +365,37 @@ def figure(rows: list[Row], out: Path, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     sections = list(dict.fromkeys(row.section for row in ROWS))
-    parser.add_argument("--rows", nargs="+", choices=sections, default=sections, metavar="SECTION", help=f"of {', '.join(sections)}")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=sections,
+        default=sections,
+        metavar="SECTION",
+        help=f"of {', '.join(sections)}",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=16, help="GRPO steps of each run (default: 16)")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time (default: 2)")
-    parser.add_argument("--student", type=Path, default=world.STUDENT, help="its checkpoint (default: the shipped one)")
-    parser.add_argument("--teacher", type=Path, default=NANO / "teacher-sft/model", help="OUT/model of train_sft.py (default: %(default)s)")
+    parser.add_argument(
+        "--student", type=Path, default=world.STUDENT, help="its checkpoint (default: the shipped one)"
+    )
+    parser.add_argument(
+        "--teacher",
+        type=Path,
+        default=NANO / "teacher-sft/model",
+        help="OUT/model of train_sft.py (default: %(default)s)",
+    )
     parser.add_argument("--out", type=Path, default=NANO / "ablation")
     parser.add_argument("--table", action="store_true", help="only print the table of what is there")
-    parser.add_argument("--figure", type=Path, help="also draw it, as an SVG file; needs matplotlib (pip install -e '.[bench]')")
+    parser.add_argument(
+        "--figure",
+        type=Path,
+        help="also draw it, as an SVG file; needs matplotlib (pip install -e '.[bench]')",
+    )
     parser.add_argument("--one", choices=[row.key for row in ROWS], help=argparse.SUPPRESS)
     options = parser.parse_args()
     pair = Pair(options.student, options.teacher)

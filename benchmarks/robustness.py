@@ -37,7 +37,12 @@ OTHERS = {  # options of pretrain.py
     "another seed": ("--seed", "3"),
     "weaker": ("--seed", "5", "--student-texts", "2000"),
     "stronger": ("--seed", "6", "--student-texts", "40000"),
-    "good guesser": ("--seed", "7", "--hints", "0.15"),  # as good by half a plan as by the whole: GRPO can only do harm
+    "good guesser": (
+        "--seed",
+        "7",
+        "--hints",
+        "0.15",
+    ),  # as good by half a plan as by the whole: GRPO can only do harm
 }
 
 
@@ -60,14 +65,28 @@ def call(log: Path, threads: int, *command: object) -> None:
     with log.open("a") as file:
         file.write(f"$ {' '.join(map(str, command))}\n")
         file.flush()
-        subprocess.run([sys.executable, *map(str, command)], stdout=file, stderr=subprocess.STDOUT, env=environment, check=True)
+        subprocess.run(
+            [sys.executable, *map(str, command)],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            check=True,
+        )
 
 
 def make_student(name: str, out: Path) -> None:
     place = student_path(name, out)
     if not is_checkpoint(place):
         place.parent.mkdir(parents=True, exist_ok=True)
-        call(place.parent / "log.txt", 1, "-m", "nano_atlas.world.pretrain", "--out", place.parent, *OTHERS[name])
+        call(
+            place.parent / "log.txt",
+            1,
+            "-m",
+            "nano_atlas.world.pretrain",
+            "--out",
+            place.parent,
+            *OTHERS[name],
+        )
 
 
 def run_one(run: Run, out: Path, steps: int | None, tasks: int) -> None:
@@ -76,7 +95,18 @@ def run_one(run: Run, out: Path, steps: int | None, tasks: int) -> None:
     place.mkdir(parents=True, exist_ok=True)
     log, sft, grpo = place / "log.txt", place / "sft", place / "grpo"
     limited = () if steps is None else ("--steps", steps)
-    call(log, run.threads, ROOT / "train_sft.py", "--model", student, "--seed", run.seed, "--out", sft, *limited)
+    call(
+        log,
+        run.threads,
+        ROOT / "train_sft.py",
+        "--model",
+        student,
+        "--seed",
+        run.seed,
+        "--out",
+        sft,
+        *limited,
+    )
     call(log, run.threads, ROOT / "train_grpo.py", "--student", student, "--teacher", sft / "model", "--seed", run.seed, "--out", grpo,
          *limited)  # fmt: skip
     call(log, run.threads, ROOT / "eval.py", "--student", student, "--teacher", f"sft={sft / 'model'}", f"grpo={grpo / 'model'}",
@@ -88,7 +118,10 @@ def whole_plan(student: Path, count: int) -> dict[str, float]:
     """Per domain the student's accuracy (0 to 1) by the whole plan, on the tasks of eval.py."""
     seat = open_seat(str(student))
     tasks = {domain: world.held_out_tasks(domain, count, 0) for domain in world.DOMAINS}
-    return {domain: sum(is_right(seat, [(task, world.plan(task.chain)) for task in tasks[domain]])) / count for domain in tasks}
+    return {
+        domain: sum(is_right(seat, [(task, world.plan(task.chain)) for task in tasks[domain]])) / count
+        for domain in tasks
+    }
 
 
 def run_all(runs: list[Run], out: Path, steps: int | None, tasks: int) -> None:
@@ -97,7 +130,14 @@ def run_all(runs: list[Run], out: Path, steps: int | None, tasks: int) -> None:
     others = sorted({run.student for run in runs} - {SHIPPED}, key=list(OTHERS).index)
     cores = os.cpu_count() or 1
     with ThreadPoolExecutor(cores) as pool:
-        list(tqdm(pool.map(lambda name: make_student(name, out), others), total=len(others), desc="students", disable=not others))
+        list(
+            tqdm(
+                pool.map(lambda name: make_student(name, out), others),
+                total=len(others),
+                desc="students",
+                disable=not others,
+            )
+        )
     missing = [run for run in runs if not (run.place(out) / "whole-plan.json").exists()]
     with tqdm(total=len(missing), desc="runs", unit="run") as progress:
 
@@ -122,7 +162,10 @@ def read(run: Run, out: Path) -> dict[str, dict] | None:
     """Per domain: accuracy of each arm (0 to 1), GRPO - SFT with its interval, and the headroom recovered."""
     if not (run.place(out) / "whole-plan.json").exists():
         return None
-    whole, results = read_json(run.place(out) / "whole-plan.json"), read_json(run.place(out) / "eval/results.json")
+    whole, results = (
+        read_json(run.place(out) / "whole-plan.json"),
+        read_json(run.place(out) / "eval/results.json"),
+    )
     found: dict[str, dict] = {}
     for score in results["scores"]:
         found.setdefault(score["domain"], {"whole": whole[score["domain"]]})[score["arm"]] = score["accuracy"]
@@ -136,8 +179,10 @@ def read(run: Run, out: Path) -> dict[str, dict] | None:
 
 def table(runs: list[Run], out: Path) -> str:
     """One line per run and domain."""
-    lines = ["| student | seed | threads | domain | alone | SFT | GRPO | whole plan | GRPO − SFT | recovered | shuffled |",
-             "|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|"]
+    lines = [
+        "| student | seed | threads | domain | alone | SFT | GRPO | whole plan | GRPO − SFT | recovered | shuffled |",
+        "|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
     for run in runs:
         for domain, row in (read(run, out) or {}).items():
             numbers = [f"{100 * row[arm]:.1f}" for arm in ("student", "sft", "grpo", "whole")]
@@ -149,8 +194,10 @@ def table(runs: list[Run], out: Path) -> str:
 
 def summary(runs: list[Run], out: Path) -> str:
     """One line per student and domain: median over its runs, smallest and largest in brackets."""
-    lines = ["| student | domain | runs | alone | SFT | GRPO | whole plan | GRPO − SFT | lowest interval | recovered |",
-             "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    lines = [
+        "| student | domain | runs | alone | SFT | GRPO | whole plan | GRPO − SFT | lowest interval | recovered |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
 
     def spread(values: list[float | None], unit: str = "") -> str:
         values = [value for value in values if value is not None]
@@ -172,13 +219,37 @@ def summary(runs: list[Run], out: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     names = [SHIPPED, *OTHERS]
-    parser.add_argument("--students", nargs="+", choices=names, default=names, metavar="NAME", help=f"of {', '.join(names)}")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44, 45, 46], help="with the shipped student (default: 42 to 46)")
-    parser.add_argument("--other-seeds", nargs="+", type=int, default=[42, 43, 44], help="with each other one (default: 42 to 44)")
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="with the shipped student (default: 1 2); others take 1")
-    parser.add_argument("--steps", type=int, help="of SFT and of GRPO, instead of the preset's: for trying this out")
+    parser.add_argument(
+        "--students", nargs="+", choices=names, default=names, metavar="NAME", help=f"of {', '.join(names)}"
+    )
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=[42, 43, 44, 45, 46],
+        help="with the shipped student (default: 42 to 46)",
+    )
+    parser.add_argument(
+        "--other-seeds",
+        nargs="+",
+        type=int,
+        default=[42, 43, 44],
+        help="with each other one (default: 42 to 44)",
+    )
+    parser.add_argument(
+        "--threads",
+        nargs="+",
+        type=int,
+        default=[1, 2],
+        help="with the shipped student (default: 1 2); others take 1",
+    )
+    parser.add_argument(
+        "--steps", type=int, help="of SFT and of GRPO, instead of the preset's: for trying this out"
+    )
     parser.add_argument("--tasks", type=int, default=500, help="held-out tasks per domain (default: 500)")
     parser.add_argument("--out", type=Path, default=Path("runs/robustness"))
     parser.add_argument("--table", action="store_true", help="only print the tables of what is there")

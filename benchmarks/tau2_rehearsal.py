@@ -44,10 +44,17 @@ CHAT = """<|im_start|>system
 GREETING = "Hi! How can I help you today?"  # with which tau2's orchestrator begins
 COMPLAINT, GOODBYE = "My phone has no service, please help.", "###TRANSFER###"
 HOLD = "YOU ARE BEING TRANSFERRED TO A HUMAN AGENT. PLEASE HOLD ON."
-TRANSFER = '<tool_call>\n{"name": "transfer_to_human_agents", "arguments": {"summary": "No service."}}\n</tool_call>'
+TRANSFER = (
+    '<tool_call>\n{"name": "transfer_to_human_agents", "arguments": {"summary": "No service."}}\n</tool_call>'
+)
 DONE = '<tool_call>\n{"name": "done", "arguments": {}}\n</tool_call>'
 SCHEMAS = "\n" + "\n".join(
-    json.dumps({"type": "function", "function": {"name": name, "parameters": {"properties": {"summary": {"type": "string"}}}}})
+    json.dumps(
+        {
+            "type": "function",
+            "function": {"name": name, "parameters": {"properties": {"summary": {"type": "string"}}}},
+        }
+    )
     for name in ("get_customer_by_phone", "transfer_to_human_agents", "toggle_airplane_mode", "done")
 )  # what follows a system prompt where there are tools
 APPROACH = "I would look at the line first."
@@ -74,22 +81,37 @@ def conversation(texts: str, is_solo: bool, draws: random.Random) -> list[tuple[
         asked = protocol.teacher_messages(f"{policy}\n\nTools: a, b\n\nUser: {question}", APPROACH)
         return [("user", asked[-1]["content"]), ("assistant", TEACHING)]
     if kind == 1:
-        return [("system", policy), ("user", protocol.probe_messages(question)[-1]["content"]), ("assistant", APPROACH)]
+        return [
+            ("system", policy),
+            ("user", protocol.probe_messages(question)[-1]["content"]),
+            ("assistant", APPROACH),
+        ]
     answered = f"<tool_response>{draws.choice(['Transfer successful', '{}', 'Error: ' + policy[:60]])}</tool_response>"
     if is_solo:
         return [("system", policy), ("assistant", TRANSFER), ("user", answered), ("assistant", DONE)]
     if kind < 4:
         opening = [("system", policy), ("assistant", GREETING), ("user", COMPLAINT)]
         return [*opening, ("assistant", TRANSFER), ("user", answered), ("assistant", HOLD)]
-    return [("system", policy), ("user", GREETING), ("assistant", COMPLAINT), ("user", HOLD), ("assistant", GOODBYE)]
+    return [
+        ("system", policy),
+        ("user", GREETING),
+        ("assistant", COMPLAINT),
+        ("user", HOLD),
+        ("assistant", GOODBYE),
+    ]
 
 
 def newborn(texts: str, sample: list[str]) -> tuple[Transformer, Tokenizer]:
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=8192, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=8192, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator([texts, *sample], trainer)
     tokenizer = Tokenizer(backend, CHAT, eos_token="<|im_end|>", pad_token="<|pad|>")
     shape = ModelConfig("qwen3", tokenizer.vocab_size, 64, 192, 2, 2, 1, 32, max_position_embeddings=40960, rope_theta=1e6,
@@ -102,13 +124,22 @@ def main() -> None:
     data = Path(os.environ.get("TAU2_DATA_DIR", ""), "tau2")
     files = sorted([*data.glob("domains/telecom/*.md"), *data.glob("user_simulator/*.md")])
     if not os.environ.get("TAU2_DATA_DIR") or not files:
-        raise UserError("TAU2_DATA_DIR must name the data directory of tau2; `python eval.py --bench tau2 --dry-run` says how to get it")
-    texts, draws, place = "\n".join(file.read_text() for file in files), random.Random(0), config.out / config.mode
+        raise UserError(
+            "TAU2_DATA_DIR must name the data directory of tau2; `python eval.py --bench tau2 --dry-run` says how to get it"
+        )
+    texts, draws, place = (
+        "\n".join(file.read_text() for file in files),
+        random.Random(0),
+        config.out / config.mode,
+    )
     if not is_checkpoint(place / "init"):
         chats = [conversation(texts, config.mode == "solo", draws) for _ in range(config.conversations)]
         model, tokenizer = newborn(texts, [text for chat in chats[:200] for _, text in chat])
         save_model(place / "init", model, tokenizer)
-        write_jsonl(place / "chats.jsonl", [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats])
+        write_jsonl(
+            place / "chats.jsonl",
+            [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats],
+        )
     root = Path(__file__).parents[1]
     subprocess.run([
         sys.executable, root / "train_sft.py", "--preset", "24gb", "--device", "cpu", "--optimizer-device", "cpu", "--dtype", "float32",
@@ -117,7 +148,13 @@ def main() -> None:
         check=True)  # fmt: skip
     options = ["--enforce-eager", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     with VllmServer((place / "sft/model").resolve(), place / "vllm.log", options=options) as server:
-        seats = ["--student", server.url, "--teacher", f"taught={server.url}", *(["--user", server.url] if config.mode == "user" else [])]
+        seats = [
+            "--student",
+            server.url,
+            "--teacher",
+            f"taught={server.url}",
+            *(["--user", server.url] if config.mode == "user" else []),
+        ]
         limit = ["--limit", str(config.limit)] if config.limit else []
         subprocess.run([
             config.python, root / "eval.py", "--bench", "tau2", "--mode", config.mode, *seats, *limit, "--control", "none", "--trials", "1",

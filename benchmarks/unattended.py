@@ -36,7 +36,11 @@ from nano_atlas.seats import is_url
 
 @dataclass(frozen=True)
 class Config:
-    student: str = option(str(world.STUDENT), "OpenAI-compatible server, or a checkpoint that vLLM serves meanwhile", group="run")
+    student: str = option(
+        str(world.STUDENT),
+        "OpenAI-compatible server, or a checkpoint that vLLM serves meanwhile",
+        group="run",
+    )
     teacher: str = option("runs/nano/teacher-grpo/model", "the same of the teacher")
     tasks: int = option(500, "tasks")
     fault_rate: float = option(0.1, "share of the requests that fail")
@@ -65,10 +69,17 @@ def start_proxy(target: str, rate: float, injected: Counter) -> str:
             if fault == "hang up":
                 self.connection.close()
             elif fault is not None:
-                empty = json.dumps({"choices": [{"message": {"content": ""}, "finish_reason": "stop"}]}).encode()
-                self.answer(int(fault) if fault.isdigit() else 200, {"garbage": b"<html>{", "empty": empty}.get(fault, b"{}"))
+                empty = json.dumps(
+                    {"choices": [{"message": {"content": ""}, "finish_reason": "stop"}]}
+                ).encode()
+                self.answer(
+                    int(fault) if fault.isdigit() else 200,
+                    {"garbage": b"<html>{", "empty": empty}.get(fault, b"{}"),
+                )
             else:
-                response = client.post(target + self.path, content=body, headers={"Content-Type": "application/json"})
+                response = client.post(
+                    target + self.path, content=body, headers={"Content-Type": "application/json"}
+                )
                 self.answer(response.status_code, response.content)
 
         def answer(self, status: int, body: bytes) -> None:
@@ -90,12 +101,16 @@ def main() -> None:
     if config.out.exists():
         raise UserError(f"{config.out} exists; choose another --out")
     problems = world.held_out("math", config.tasks, "unattended")
-    write_jsonl(config.out / "tasks.jsonl", [
-        {"id": p.id, "question": p.question, "answer": p.answer, "domain": p.domain} for p in problems])
+    write_jsonl(
+        config.out / "tasks.jsonl",
+        [{"id": p.id, "question": p.question, "answer": p.answer, "domain": p.domain} for p in problems],
+    )
     injected: Counter = Counter()
     with ExitStack() as servers:
-        urls = [start_proxy(serve(spec, config.out / f"vllm-{name}.log", servers), config.fault_rate, injected)
-                for name, spec in (("student", config.student), ("teacher", config.teacher))]
+        urls = [
+            start_proxy(serve(spec, config.out / f"vllm-{name}.log", servers), config.fault_rate, injected)
+            for name, spec in (("student", config.student), ("teacher", config.teacher))
+        ]
         run(config, problems, urls, injected)
 
 
@@ -103,17 +118,40 @@ def serve(spec: str, log: Path, servers: ExitStack) -> str:
     """The URL, that of a server started here where `spec` is a checkpoint."""
     if is_url(spec):
         return spec.rstrip("/")
-    server = VllmServer(Path(spec).resolve(), log, dtype="float32", options=["--enforce-eager", "--max-num-seqs", "16"])
+    server = VllmServer(
+        Path(spec).resolve(), log, dtype="float32", options=["--enforce-eager", "--max-num-seqs", "16"]
+    )
     return servers.enter_context(server).url
 
 
 def run(config: Config, problems: list[Problem], urls: list[str], injected: Counter) -> None:
     script = str(Path(__file__).parents[1] / "runtime_loop.py")
-    tokens = [part for name in ("probe", "teaching", "answer") for part in (f"--{name}-tokens", str(config.answer_tokens))]
-    command = [sys.executable, script, "--preset", "own", "--tasks", str(config.out / "tasks.jsonl"),
-               "--student", urls[0], "--teacher", urls[1],
-               "--lane", "paired", "--timeout", str(config.timeout), "--workers", str(config.workers),
-               "--out", str(config.out / "run"), *tokens]
+    tokens = [
+        part
+        for name in ("probe", "teaching", "answer")
+        for part in (f"--{name}-tokens", str(config.answer_tokens))
+    ]
+    command = [
+        sys.executable,
+        script,
+        "--preset",
+        "own",
+        "--tasks",
+        str(config.out / "tasks.jsonl"),
+        "--student",
+        urls[0],
+        "--teacher",
+        urls[1],
+        "--lane",
+        "paired",
+        "--timeout",
+        str(config.timeout),
+        "--workers",
+        str(config.workers),
+        "--out",
+        str(config.out / "run"),
+        *tokens,
+    ]
     path, began, starts, kills = config.out / "run/traces.jsonl", time.monotonic(), 0, 0
     while True:
         starts += 1
@@ -130,14 +168,23 @@ def run(config: Config, problems: list[Problem], urls: list[str], injected: Coun
         with TraceWriter(path) as writer:  # also mends, and checks every record
             outcomes = list(writer.outcomes())
         succeeded = Counter(o.session_id for o in outcomes if o.status == "succeeded")
-        print(f"start {starts}: {len(outcomes)} records, {len(succeeded)} of {config.tasks} tasks succeeded", flush=True)
+        print(
+            f"start {starts}: {len(outcomes)} records, {len(succeeded)} of {config.tasks} tasks succeeded",
+            flush=True,
+        )
         if kills == config.kills and len(succeeded) == config.tasks:
             break
-    selected, _ = export_traces(path, config.out / "export.jsonl", Selection(review_status=("approved", "pending")))
-    trainable = len(problems_from_traces(config.out / "export.jsonl", Selection(review_status=("approved", "pending")))[0])
+    selected, _ = export_traces(
+        path, config.out / "export.jsonl", Selection(review_status=("approved", "pending"))
+    )
+    trainable = len(
+        problems_from_traces(config.out / "export.jsonl", Selection(review_status=("approved", "pending")))[0]
+    )
     failed = sum(o.status == "failed" for o in outcomes)
-    print(f"{config.tasks} tasks, {kills} kills, {starts} starts, {time.monotonic() - began:.0f} s; requests {dict(injected)}; "
-          f"{failed} failed sessions, all done again; {selected} exported, {trainable} training problems")
+    print(
+        f"{config.tasks} tasks, {kills} kills, {starts} starts, {time.monotonic() - began:.0f} s; requests {dict(injected)}; "
+        f"{failed} failed sessions, all done again; {selected} exported, {trainable} training problems"
+    )
     if set(succeeded.values()) != {1} or len(succeeded) != config.tasks:
         raise UserError("a task was lost or done twice")
     if config.train:

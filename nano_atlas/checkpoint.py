@@ -61,7 +61,9 @@ ONLY_SUPPORTED = {
 
 EMBEDDING = "model.embed_tokens.weight"
 
-ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"} | {field.name for field in fields(Llama3RopeScaling)}
+ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"} | {
+    field.name for field in fields(Llama3RopeScaling)
+}
 
 
 def config_from_dict(values: dict, source: str = "config.json") -> ModelConfig:
@@ -87,19 +89,29 @@ def config_from_dict(values: dict, source: str = "config.json") -> ModelConfig:
         if values.get(field) not in supported:
             raise refuse(field, values[field], f"only {' or '.join(repr(v) for v in supported)} is")
     if kind != "qwen2" and values.get("attention_bias"):
-        raise refuse("attention_bias", True, f"for {kind} it would put a bias on o_proj too; only Qwen2's biases are supported")
+        raise refuse(
+            "attention_bias",
+            True,
+            f"for {kind} it would put a bias on o_proj too; only Qwen2's biases are supported",
+        )
     layer_types = values.get("layer_types") or []
     if set(layer_types) - {"full_attention"}:
         raise refuse("layer_types", sorted(set(layer_types)), "only full_attention is")
-    window = values.get("sliding_window", 4096 if kind == "mistral" else None)  # Mistral's default when the field is absent
-    if window is not None and not kind.startswith("qwen"):  # Qwen's is off unless `use_sliding_window`, refused above
+    window = values.get(
+        "sliding_window", 4096 if kind == "mistral" else None
+    )  # Mistral's default when the field is absent
+    if window is not None and not kind.startswith(
+        "qwen"
+    ):  # Qwen's is off unless `use_sliding_window`, refused above
         raise refuse("sliding_window", window, "only null is (full attention)")
 
     heads, width = positive("num_attention_heads"), positive("hidden_size")
     head_dim = positive("head_dim", 128 if kind == "qwen3" else width // heads)
     kv_heads = positive("num_key_value_heads", heads)
     if heads % kv_heads:
-        raise UserError(f"{source}: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
+        raise UserError(
+            f"{source}: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}"
+        )
     if head_dim % 2:
         raise refuse("head_dim", head_dim, "rotary embeddings need an even one")
     theta, scaling = _rope(values, source)
@@ -129,12 +141,16 @@ def _rope(values: dict, source: str) -> tuple[float, Llama3RopeScaling | None]:
         old = {"rope_theta": values["rope_theta"]} | old
     for field in sorted(old.keys() & new.keys()):
         if old[field] != new[field]:
-            raise UserError(f"{source}: rope_parameters and rope_scaling or rope_theta disagree on {field}; remove one of them")
+            raise UserError(
+                f"{source}: rope_parameters and rope_scaling or rope_theta disagree on {field}; remove one of them"
+            )
     rope = new | old
     unknown = sorted(rope.keys() - ROPE_KEYS)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
-        raise UserError(f"{source}: rope_type={rope_type!r} is not supported; only 'default' and 'llama3' are")
+        raise UserError(
+            f"{source}: rope_type={rope_type!r} is not supported; only 'default' and 'llama3' are"
+        )
     if unknown or rope.get("partial_rotary_factor", 1.0) != 1.0:
         field = unknown[0] if unknown else "partial_rotary_factor"
         raise UserError(f"{source}: {field}={rope[field]!r} in the rope parameters is not supported")
@@ -143,7 +159,9 @@ def _rope(values: dict, source: str) -> tuple[float, Llama3RopeScaling | None]:
         return theta, None
     names = [field.name for field in fields(Llama3RopeScaling)]
     if missing := [name for name in names if name not in rope]:
-        raise UserError(f"{source}: rope_type 'llama3' needs {', '.join(missing)} in rope_parameters or rope_scaling")
+        raise UserError(
+            f"{source}: rope_type 'llama3' needs {', '.join(missing)} in rope_parameters or rope_scaling"
+        )
     return theta, Llama3RopeScaling(**{name: rope[name] for name in names})
 
 
@@ -157,7 +175,12 @@ def config_to_dict(config: ModelConfig, dtype: torch.dtype, tokenizer: Tokenizer
     values["rope_scaling"] = scaling
     values["rope_parameters"] = (scaling or {"rope_type": "default"}) | {"rope_theta": config.rope_theta}
     name = str(dtype).removeprefix("torch.")
-    values |= {"architectures": [ARCHITECTURES[config.model_type]], "hidden_act": "silu", "dtype": name, "torch_dtype": name}
+    values |= {
+        "architectures": [ARCHITECTURES[config.model_type]],
+        "hidden_act": "silu",
+        "dtype": name,
+        "torch_dtype": name,
+    }
     values |= {"sliding_window": None, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if tokenizer is not None:
         ends = list(tokenizer.eos_ids)
@@ -177,7 +200,9 @@ def read_config(path: str | Path) -> ModelConfig:
     return config_from_dict(read_json(file), str(file))
 
 
-def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Transformer:
+def load_model(
+    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Transformer:
     """A checkpoint directory as a model in `dtype` on `device`.
 
     Tensors are read one at a time from the mapped file straight into their place, so that host memory holds the result and one
@@ -201,11 +226,15 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
     problems += [f"{name} has shape {found[name]}, should have {shapes[name]}" for name in wrong]
     if config.tie_word_embeddings and "lm_head.weight" in extra and EMBEDDING in found:
         extra.remove("lm_head.weight")
-        if not torch.equal(_read(file_of["lm_head.weight"], "lm_head.weight"), _read(file_of[EMBEDDING], EMBEDDING)):
+        if not torch.equal(
+            _read(file_of["lm_head.weight"], "lm_head.weight"), _read(file_of[EMBEDDING], EMBEDDING)
+        ):
             problems.append(f"lm_head.weight differs from {EMBEDDING} although tie_word_embeddings is true")
     problems += [f"extra {name} {found[name]}" for name in sorted(extra)]
     if problems:
-        raise UserError(f"{path} does not fit its config.json ({len(problems)} problems):\n  " + "\n  ".join(problems))
+        raise UserError(
+            f"{path} does not fit its config.json ({len(problems)} problems):\n  " + "\n  ".join(problems)
+        )
     state = {}
     for name, shape in shapes.items():
         # `copy_` and not a view: the file may be replaced while the model lives, and training writes into its weights
@@ -220,10 +249,14 @@ def _weight_files(path: Path) -> list[Path]:
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"]
     if not index.is_file():
-        raise UserError(f"{path} has neither model.safetensors nor {index.name}; pickled weights are not read, convert them")
+        raise UserError(
+            f"{path} has neither model.safetensors nor {index.name}; pickled weights are not read, convert them"
+        )
     files = [path / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
     if absent := [file.name for file in files if not file.is_file()]:
-        raise UserError(f"{index} names files that are not there: {', '.join(absent)}; download the checkpoint again")
+        raise UserError(
+            f"{index} names files that are not there: {', '.join(absent)}; download the checkpoint again"
+        )
     return files
 
 
@@ -232,7 +265,9 @@ def _shapes_in(file: Path) -> dict[str, list[int]]:
         with safe_open(file, framework="pt") as tensors:
             return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise UserError(f"{file} is not a complete safetensors file ({error}); copy or download it again") from error
+        raise UserError(
+            f"{file} is not a complete safetensors file ({error}); copy or download it again"
+        ) from error
 
 
 def _read(file: Path, name: str) -> torch.Tensor:
@@ -241,7 +276,9 @@ def _read(file: Path, name: str) -> torch.Tensor:
         return tensors.get_tensor(name)
 
 
-def with_tied_head(weights: Iterable[tuple[str, torch.Tensor]], config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
+def with_tied_head(
+    weights: Iterable[tuple[str, torch.Tensor]], config: ModelConfig
+) -> Iterator[tuple[str, torch.Tensor]]:
     """The named weights of a model, and once more the embedding as lm_head.weight where the two are tied."""
     for name, weight in weights:
         yield name, weight
@@ -249,8 +286,14 @@ def with_tied_head(weights: Iterable[tuple[str, torch.Tensor]], config: ModelCon
             yield "lm_head.weight", weight
 
 
-def save_model(path: str | Path, model: Transformer, tokenizer: Tokenizer | None, dtype: torch.dtype | None = None,
-               max_shard_bytes: float = 5e9, repeat_tied_head: bool = False) -> None:
+def save_model(
+    path: str | Path,
+    model: Transformer,
+    tokenizer: Tokenizer | None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: float = 5e9,
+    repeat_tied_head: bool = False,
+) -> None:
     """Writes a directory that `load_model`, transformers and vLLM read, replacing an earlier checkpoint at `path` atomically.
 
     `dtype` converts the weights (default: as they are). Weights above `max_shard_bytes` are split into several files with an
@@ -259,10 +302,16 @@ def save_model(path: str | Path, model: Transformer, tokenizer: Tokenizer | None
     """
     path = Path(path)
     entries = list(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
-    foreign = sorted(entry.name for entry in entries if entry.suffix != ".safetensors" and entry.name not in CHECKPOINT_FILES)
+    foreign = sorted(
+        entry.name
+        for entry in entries
+        if entry.suffix != ".safetensors" and entry.name not in CHECKPOINT_FILES
+    )
     if foreign:
         listed = ", ".join(foreign[:5])
-        raise UserError(f"{path} holds {listed}, which saving a checkpoint would delete; choose another directory")
+        raise UserError(
+            f"{path} holds {listed}, which saving a checkpoint would delete; choose another directory"
+        )
     dtype = dtype or model.compute_dtype or model.head_weight.dtype
     parameters, tensors = model.named_parameters(), full_parameters(model)
     if repeat_tied_head:
@@ -280,11 +329,17 @@ def save_model(path: str | Path, model: Transformer, tokenizer: Tokenizer | None
     with atomic_directory(path) as folder:
         weight_map = {}
         for number, names in enumerate(shards, start=1):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            file = (
+                "model.safetensors"
+                if len(shards) == 1
+                else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            )
             weight_map |= dict.fromkeys(names, file)
             run = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in islice(tensors, len(names))}
             if repeat_tied_head and "lm_head.weight" in run:
-                run["lm_head.weight"] = run["lm_head.weight"].clone()  # one file must not hold the same memory twice
+                run["lm_head.weight"] = run[
+                    "lm_head.weight"
+                ].clone()  # one file must not hold the same memory twice
             save_file(run, folder / file, metadata={"format": "pt"})
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(tensor_bytes.values())}, "weight_map": weight_map}

@@ -59,7 +59,11 @@ class Client:
             if response.status_code == 200:
                 try:
                     answer = response.json() if response.content else {}
-                    cause = check(answer) if isinstance(answer, dict) else f"not a JSON object: {response.text[:200]!r}"
+                    cause = (
+                        check(answer)
+                        if isinstance(answer, dict)
+                        else f"not a JSON object: {response.text[:200]!r}"
+                    )
                 except ValueError:
                     cause = f"not JSON: {response.text[:200]!r}"
                 if cause is None:

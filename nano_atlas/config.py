@@ -39,7 +39,9 @@ class Preset(NamedTuple):
     overrides: Mapping[str, Any]
 
 
-def option(default: Any, help: str, choices: Sequence[Any] | None = None, *, group: str = "", resumable: bool = False) -> Any:
+def option(
+    default: Any, help: str, choices: Sequence[Any] | None = None, *, group: str = "", resumable: bool = False
+) -> Any:
     """A dataclass field that becomes `--its-name`. `help` gives meaning and unit; defaults are appended to it.
 
     `group` starts a section of `--help`, which lasts until the next field with a group. A `resumable` option may differ when an
@@ -72,10 +74,18 @@ def _shown(value: Any) -> str:
     return "none" if value is None or text == "" else text
 
 
-def _add_option(group: argparse._ArgumentGroup, field: dataclasses.Field, kind: Any, presets: Mapping[str, Preset]) -> None:
+def _add_option(
+    group: argparse._ArgumentGroup, field: dataclasses.Field, kind: Any, presets: Mapping[str, Preset]
+) -> None:
     help_text, choices = field.metadata["help"], field.metadata["choices"]
-    values = {name: preset.overrides[field.name] for name, preset in presets.items() if field.name in preset.overrides}
-    defaults = "; ".join(f"{name}: {_shown(value)}" for name, value in {"default": field.default, **values}.items())
+    values = {
+        name: preset.overrides[field.name]
+        for name, preset in presets.items()
+        if field.name in preset.overrides
+    }
+    defaults = "; ".join(
+        f"{name}: {_shown(value)}" for name, value in {"default": field.default, **values}.items()
+    )
     settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
     settings["help"] = f"{help_text} ({defaults})".replace("%", "%%")
     if kind is bool:
@@ -102,20 +112,29 @@ def _add_option(group: argparse._ArgumentGroup, field: dataclasses.Field, kind: 
     group.add_argument(_flag(field.name), type=convert, choices=choices, **settings)
 
 
-def parse(cls: type[ConfigType], argv: Sequence[str], presets: Mapping[str, Preset], description: str) -> ConfigType:
+def parse(
+    cls: type[ConfigType], argv: Sequence[str], presets: Mapping[str, Preset], description: str
+) -> ConfigType:
     """Build `cls` from the command line; its field `preset`, where there is one, is the name of the preset to start from.
 
     Raises UserError for an unknown option (with the closest existing one), a malformed value, or what `cls.check()` refuses.
     """
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = _Parser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     kinds, group = typing.get_type_hints(cls), parser
     for field in dataclasses.fields(cls):
         if field.metadata["group"]:
             group = parser.add_argument_group(field.metadata["group"])
         if field.name == "preset":
             about = "; ".join(f"{name}: {preset.help}" for name, preset in presets.items())
-            group.add_argument("--preset", default=field.default, choices=list(presets), metavar="NAME",
-                               help=f"start from these values ({about}) (default: {field.default})".replace("%", "%%"))
+            group.add_argument(
+                "--preset",
+                default=field.default,
+                choices=list(presets),
+                metavar="NAME",
+                help=f"start from these values ({about}) (default: {field.default})".replace("%", "%%"),
+            )
         else:
             _add_option(group, field, kinds[field.name], presets)
     given, unknown = parser.parse_known_args(list(argv))
@@ -123,7 +142,9 @@ def parse(cls: type[ConfigType], argv: Sequence[str], presets: Mapping[str, Pres
         known = [flag for action in parser._actions for flag in action.option_strings]
         name = unknown[0].split("=")[0]
         close = difflib.get_close_matches(name.replace("_", "-"), known, n=1)
-        raise UserError(f"unknown option {unknown[0]}" + (f"; did you mean {close[0]}?" if close else " (see --help)"))
+        raise UserError(
+            f"unknown option {unknown[0]}" + (f"; did you mean {close[0]}?" if close else " (see --help)")
+        )
     values = vars(given)
     overrides = presets[values["preset"]].overrides if "preset" in values else {}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
@@ -147,8 +168,10 @@ def refuse_changes(config: Any, saved: Mapping[str, Any], where: str) -> None:
     changed = [f"{_flag(name)} {saved[name]} -> {now[name]}" for name in fixed if saved[name] != now[name]]
     if changed:
         anew = "start over with --restart" if "restart" in now else "delete it"
-        raise UserError(f"{where} was started with other options: {', '.join(changed)}. "
-                        f"Repeat the earlier ones to continue it, choose another --out, or {anew}")
+        raise UserError(
+            f"{where} was started with other options: {', '.join(changed)}. "
+            f"Repeat the earlier ones to continue it, choose another --out, or {anew}"
+        )
 
 
 def run_script(main: Callable[[], None], is_parallel: bool = False) -> None:
@@ -160,13 +183,17 @@ def run_script(main: Callable[[], None], is_parallel: bool = False) -> None:
     with process_group():
         try:
             if size() > 1 and not is_parallel:
-                raise UserError("this script is work for one process: start it with python, not with torchrun")
+                raise UserError(
+                    "this script is work for one process: start it with python, not with torchrun"
+                )
             main()
         except SystemExit:
             raise
         except BaseException as error:
             if not is_first_failure():
-                time.sleep(1)  # torchrun ends the job at the first exit, which the one that says why should be
+                time.sleep(
+                    1
+                )  # torchrun ends the job at the first exit, which the one that says why should be
                 os._exit(1)  # at an orderly end, torch would report that the others are gone
             if isinstance(error, UserError):
                 print(f"error: {error}", file=sys.stderr)

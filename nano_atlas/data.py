@@ -76,10 +76,14 @@ def _parse_line(raw: bytes, number: int, where: str) -> dict[str, Any]:
     try:
         record = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 (byte {error.start} of the line); save the file as UTF-8") from None
+        raise UserError(
+            f"{where}: not UTF-8 (byte {error.start} of the line); save the file as UTF-8"
+        ) from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}); "
-                        "each line must be one complete JSON object, {...}") from None
+        raise UserError(
+            f"{where}: not JSON ({error.msg} at column {error.colno}); "
+            "each line must be one complete JSON object, {...}"
+        ) from None
     if not isinstance(record, dict):
         raise UserError(f"{where}: a JSON {type(record).__name__}, but each line must be an object, {{...}}")
     return record
@@ -94,7 +98,9 @@ def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
 def _text(record: dict[str, Any], field: str, where: str) -> str:
     value = record[field]
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: the field {field!r} must be a non-empty text, not {json.dumps(value)[:60]}")
+        raise UserError(
+            f"{where}: the field {field!r} must be a non-empty text, not {json.dumps(value)[:60]}"
+        )
     return value
 
 
@@ -109,7 +115,9 @@ class Problem:
     domain: str = ""
 
 
-def load_problems(path: Path | str, *, needs_answer: bool = True, bad: list[str] | None = None) -> list[Problem]:
+def load_problems(
+    path: Path | str, *, needs_answer: bool = True, bad: list[str] | None = None
+) -> list[Problem]:
     """Read problems in any of the usual layouts: GSM8K and AIME {question|problem, answer}, Arc's RL file {prompt,
     ground_truth}, {problem_text|input, solution}. The gold answer is what follows GSM8K's `####`, the inside of `<solution>` or
     `\\boxed{}`, or else the whole text; numbers are taken as their text. Without an `id` a problem is called after its line,
@@ -125,7 +133,9 @@ def load_problems(path: Path | str, *, needs_answer: bool = True, bad: list[str]
         try:
             problem = _problem(record, where, f"{Path(path).stem}:{number}", needs_answer)
             if problem.id in problems:
-                raise UserError(f"{where}: the id {problem.id!r} is that of line {lines[problem.id]} too; ids must differ")
+                raise UserError(
+                    f"{where}: the id {problem.id!r} is that of line {lines[problem.id]} too; ids must differ"
+                )
         except UserError as error:
             if bad is None:
                 raise
@@ -143,7 +153,9 @@ def _problem(record: dict[str, Any], where: str, name: str, needs_answer: bool) 
     answer = _gold_answer(record, where)
     if answer is None and needs_answer:
         raise UserError(f"{where}: no gold answer; one of the fields {', '.join(ANSWER_FIELDS)} must hold it")
-    return Problem(str(record.get("id", name)), _text(record, question, where), answer, str(record.get("domain", "")))
+    return Problem(
+        str(record.get("id", name)), _text(record, question, where), answer, str(record.get("domain", ""))
+    )
 
 
 def _gold_answer(record: dict[str, Any], where: str) -> str | None:
@@ -191,7 +203,9 @@ def load_examples(
     return examples, left_out
 
 
-def make_examples(record: dict[str, Any], tokenizer: Tokenizer, where: str, *, thinking: bool = False) -> list[Example]:
+def make_examples(
+    record: dict[str, Any], tokenizer: Tokenizer, where: str, *, thinking: bool = False
+) -> list[Example]:
     """The example of one line (several if the chat template rewrites earlier turns, see `_chat_examples`)."""
     render = functools.partial(tokenizer.chat_ids, enable_thinking=thinking)
     if "messages" in record:
@@ -199,9 +213,13 @@ def make_examples(record: dict[str, Any], tokenizer: Tokenizer, where: str, *, t
     if "problem_text" in record or "teacher_teaching" in record:
         missing = [field for field in DEMONSTRATION_FIELDS if field not in record]
         if missing:
-            raise UserError(f"{where}: a demonstration needs the fields {', '.join(DEMONSTRATION_FIELDS)}; "
-                            f"missing: {', '.join(missing)}")
-        question, approach, diagnosis, teaching = (_text(record, field, where) for field in DEMONSTRATION_FIELDS)
+            raise UserError(
+                f"{where}: a demonstration needs the fields {', '.join(DEMONSTRATION_FIELDS)}; "
+                f"missing: {', '.join(missing)}"
+            )
+        question, approach, diagnosis, teaching = (
+            _text(record, field, where) for field in DEMONSTRATION_FIELDS
+        )
         style = {"style": _text(record, "strategy", where)} if "strategy" in record else {}
         messages = protocol.teacher_messages(question, approach, **style)
         target = {"role": "assistant", "content": protocol.teacher_target(diagnosis, teaching)}
@@ -214,8 +232,10 @@ def make_examples(record: dict[str, Any], tokenizer: Tokenizer, where: str, *, t
         messages = _messages(record, "prompt", where)
         completion = _messages(record, "completion", where)
         return _chat_examples(messages + completion, len(messages), render, tokenizer.eos_ids, where)
-    raise UserError(f"{where}: the fields {', '.join(record)} make no training example; expected "
-                    f"{', '.join(DEMONSTRATION_FIELDS)}; or messages; or prompt and completion")
+    raise UserError(
+        f"{where}: the fields {', '.join(record)} make no training example; expected "
+        f"{', '.join(DEMONSTRATION_FIELDS)}; or messages; or prompt and completion"
+    )
 
 
 def _messages(record: dict[str, Any], field: str, where: str) -> protocol.Messages:
@@ -223,13 +243,21 @@ def _messages(record: dict[str, Any], field: str, where: str) -> protocol.Messag
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{where}: {field!r} must be a non-empty list of messages")
     for index, message in enumerate(messages):
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise UserError(f'{where}: {field!r}[{index}] must be {{"role": "...", "content": "..."}} with texts as values')
+        if not isinstance(message, dict) or not all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        ):
+            raise UserError(
+                f'{where}: {field!r}[{index}] must be {{"role": "...", "content": "..."}} with texts as values'
+            )
     return messages
 
 
 def _chat_examples(
-    messages: protocol.Messages, first: int, render: Callable[..., list[int]], eos_ids: Sequence[int], where: str
+    messages: protocol.Messages,
+    first: int,
+    render: Callable[..., list[int]],
+    eos_ids: Sequence[int],
+    where: str,
 ) -> list[Example]:
     """Learn the assistant turns from index `first` on, each exactly as it would be generated: after the prompt of that turn.
 
@@ -246,12 +274,16 @@ def _chat_examples(
         prompt = render(messages[:turn], add_generation_prompt=True)
         text = render(messages[: turn + 1], add_generation_prompt=False)
         if text[: len(prompt)] != prompt:
-            raise UserError(f"{where}: message {turn}: the chat template does not continue its own generation prompt with "
-                            "the answer, so there is no telling which tokens to learn; mend it or use prompt/completion texts")
+            raise UserError(
+                f"{where}: message {turn}: the chat template does not continue its own generation prompt with "
+                "the answer, so there is no telling which tokens to learn; mend it or use prompt/completion texts"
+            )
         # A template may write a line break after the end of the turn; it is never generated, so it is not learned either.
         end = next((i + 1 for i in range(len(text) - 1, len(prompt) - 1, -1) if text[i] in eos_ids), None)
         if end is None:
-            raise UserError(f"{where}: message {turn}: the chat template ends no turn with an end token ({list(eos_ids)})")
+            raise UserError(
+                f"{where}: message {turn}: the chat template ends no turn with an end token ({list(eos_ids)})"
+            )
         continues = examples and text[: len(examples[-1].input_ids)] == examples[-1].input_ids
         known = examples.pop() if continues else Example([], [])
         masked = known.is_target + [False] * (len(prompt) - len(known.is_target))
@@ -277,7 +309,9 @@ def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> 
     is_target = torch.tensor([flag for example in examples for flag in example.is_target[1:]])
     next_ids = torch.tensor([token for example in examples for token in example.input_ids[1:]])
     return Batch(
-        input_ids=torch.tensor([token for example in examples for token in example.input_ids[:-1]]).to(device),
+        input_ids=torch.tensor([token for example in examples for token in example.input_ids[:-1]]).to(
+            device
+        ),
         lengths=lengths,
         target_positions=is_target.nonzero()[:, 0].to(device),
         targets=next_ids[is_target].to(device),

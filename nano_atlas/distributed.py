@@ -25,7 +25,9 @@ from torch import Tensor
 from nano_atlas.errors import UserError
 from nano_atlas.model import Transformer
 
-PATIENCE = timedelta(hours=2)  # a rank waits this long for the others, who may sample long answers or evaluate
+PATIENCE = timedelta(
+    hours=2
+)  # a rank waits this long for the others, who may sample long answers or evaluate
 Item = TypeVar("Item")
 
 
@@ -58,7 +60,9 @@ def is_first_failure() -> bool:
         return True
     try:  # torchrun's own store, which outlives the ranks
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
+        store = dist.TCPStore(
+            host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10)
+        )
         return store.add(f"failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
     except RuntimeError:
         return True
@@ -74,7 +78,9 @@ def device(choice: str, gpus: int | None = None) -> str:
     """The device that an option names; "auto" is a GPU, a process's own, or the CPU where there is none. Raises UserError."""
     gpus = torch.cuda.device_count() if gpus is None else gpus
     if size() > 1 and choice.startswith("cuda"):
-        raise UserError(f"device {choice}: each of torchrun's processes has a GPU of its own; use auto or cpu")
+        raise UserError(
+            f"device {choice}: each of torchrun's processes has a GPU of its own; use auto or cpu"
+        )
     if choice == "auto":
         choice = f"cuda:{os.environ['LOCAL_RANK'] if size() > 1 else 0}" if gpus else "cpu"
     if choice.startswith("cuda"):
@@ -95,7 +101,9 @@ def shares(sizes: Sequence[int]) -> list[list[int]]:
     result: list[list[int]] = [[] for _ in range(size())]
     before, total = 0, sum(sizes)
     for index, item in enumerate(sizes):
-        result[int((before + item / 2) * len(result) / total)].append(index)  # the rank in whose share its middle lies
+        result[int((before + item / 2) * len(result) / total)].append(
+            index
+        )  # the rank in whose share its middle lies
         before += item
     return result
 
@@ -123,14 +131,19 @@ class DividedSeat:
     """A seat on every rank; each asks its own a part of the questions (or rank 0 all of them), and all get all replies."""
 
     def __init__(self, seat, is_first_only: bool):
-        self.seat, self.group = seat, dist.new_group(backend="gloo", timeout=PATIENCE)  # its own, so that a thread may ask
+        self.seat, self.group = (
+            seat,
+            dist.new_group(backend="gloo", timeout=PATIENCE),
+        )  # its own, so that a thread may ask
         self.parts = 1 if is_first_only else size()
 
     def ask(self, questions, progress=None) -> list[list]:
         own = slice(rank(), None, self.parts) if rank() < self.parts else slice(0)
         replies = self.seat.ask(questions[own], progress if rank() == 0 else None)
         parts: list[list] = [[] for _ in range(size())]
-        dist.all_gather_object(parts, replies, self.group)  # pickled on the way between the ranks; nothing of it is stored
+        dist.all_gather_object(
+            parts, replies, self.group
+        )  # pickled on the way between the ranks; nothing of it is stored
         return [parts[index % self.parts][index // self.parts] for index in range(len(questions))]
 
     def __getattr__(self, name: str):
@@ -153,7 +166,9 @@ def shard(model: Transformer) -> None:
     """
     if size() == 1:
         return
-    from torch.distributed.device_mesh import init_device_mesh  # here, because these take as long to import as torch itself
+    from torch.distributed.device_mesh import (
+        init_device_mesh,
+    )  # here, because these take as long to import as torch itself
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     model.compute_dtype = model.head_weight.dtype

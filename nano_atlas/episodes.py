@@ -98,25 +98,43 @@ def majority(attempts: Sequence[Attempt]) -> Attempt:
     """
     keys = [None if attempt.answer is None else protocol.answer_key(attempt.answer) for attempt in attempts]
     votes = Counter(key for key in keys if key is not None)
-    first = keys.index(max(votes, key=votes.__getitem__)) if votes else 0  # max: the first of the most frequent
-    tokens, is_truncated = sum(attempt.tokens for attempt in attempts), any(attempt.is_truncated for attempt in attempts)
+    first = (
+        keys.index(max(votes, key=votes.__getitem__)) if votes else 0
+    )  # max: the first of the most frequent
+    tokens, is_truncated = (
+        sum(attempt.tokens for attempt in attempts),
+        any(attempt.is_truncated for attempt in attempts),
+    )
     return replace(attempts[first], tokens=tokens, is_truncated=is_truncated)
 
 
 def sketch_problems(
-    student: Seat, problems: Sequence[Problem], config: EpisodeConfig, seed: object, baselines: int = 1, progress: str | None = None
+    student: Seat,
+    problems: Sequence[Problem],
+    config: EpisodeConfig,
+    seed: object,
+    baselines: int = 1,
+    progress: str | None = None,
 ) -> list[Sketch]:
     """One probe and `baselines` answers per problem, by the student alone; with `probe_tokens` 0 the approach is empty."""
     questions = sketch_questions(problems, config, seed, baselines)
     return read_sketches(problems, student.ask(questions, progress=progress and f"{progress}: alone"))
 
 
-def sketch_questions(problems: Sequence[Problem], config: EpisodeConfig, seed: object, baselines: int = 1) -> list[Question]:
+def sketch_questions(
+    problems: Sequence[Problem], config: EpisodeConfig, seed: object, baselines: int = 1
+) -> list[Question]:
     """To the student alone: first for all approaches (unless `probe_tokens` is 0), then for the answers to all problems."""
     probe = Generation(config.probe_tokens, config.student_temperature, config.top_p)
     alone = Generation(config.answer_tokens, config.student_temperature, config.top_p)
-    probes = [Question(protocol.probe_messages(p.question), probe, derive_seed(seed, "probe", p.id)) for p in problems]
-    answers = [Question(protocol.baseline_messages(p.question), alone, derive_seed(seed, "alone", p.id), baselines) for p in problems]
+    probes = [
+        Question(protocol.probe_messages(p.question), probe, derive_seed(seed, "probe", p.id))
+        for p in problems
+    ]
+    answers = [
+        Question(protocol.baseline_messages(p.question), alone, derive_seed(seed, "alone", p.id), baselines)
+        for p in problems
+    ]
     return (probes if config.probe_tokens else []) + answers
 
 
@@ -153,7 +171,11 @@ def teach(
 
 
 def teaching_questions(
-    sketches: Sequence[Sketch], styles: Sequence[str], config: EpisodeConfig, seed: object, group_size: int = 1
+    sketches: Sequence[Sketch],
+    styles: Sequence[str],
+    config: EpisodeConfig,
+    seed: object,
+    group_size: int = 1,
 ) -> list[Question]:
     """To the teacher, for `group_size` teachings of each sketch."""
     teaching = Generation(config.teaching_tokens, config.teacher_temperature, config.top_p)
@@ -164,7 +186,9 @@ def teaching_questions(
     ]  # fmt: skip
 
 
-def read_drafts(sketches: Sequence[Sketch], styles: Sequence[str], replies: Sequence[list[Reply]]) -> list[Draft]:
+def read_drafts(
+    sketches: Sequence[Sketch], styles: Sequence[str], replies: Sequence[list[Reply]]
+) -> list[Draft]:
     """From the replies to `teaching_questions`."""
     return [
         Draft(sketch, style, reply, protocol.parse_teaching(reply.text))
@@ -176,17 +200,23 @@ def read_drafts(sketches: Sequence[Sketch], styles: Sequence[str], replies: Sequ
 def guided_questions(drafts: Sequence[Draft], config: EpisodeConfig, seed: object) -> list[Question]:
     """To the student: each problem once more, with what it is told now."""
     answering = Generation(config.answer_tokens, config.student_temperature, config.top_p)
-    place: Counter[str] = Counter()  # a seed names problem and place in the group, so an answer does not depend on its batch
+    place: Counter[str] = (
+        Counter()
+    )  # a seed names problem and place in the group, so an answer does not depend on its batch
     questions = []
     for draft in drafts:
         problem = draft.sketch.problem
         messages = protocol.guided_messages(problem.question, draft.teaching)
-        questions.append(Question(messages, answering, derive_seed(seed, "guided", problem.id, place[problem.id])))
+        questions.append(
+            Question(messages, answering, derive_seed(seed, "guided", problem.id, place[problem.id]))
+        )
         place[problem.id] += 1
     return questions
 
 
-def read_episodes(drafts: Sequence[Draft], answers: Sequence[list[Reply]], teacher: Seat, rewards: RewardConfig) -> list[Episode]:
+def read_episodes(
+    drafts: Sequence[Draft], answers: Sequence[list[Reply]], teacher: Seat, rewards: RewardConfig
+) -> list[Episode]:
     """From the replies to `guided_questions`."""
     episodes = []
     for draft, (answer,) in zip(drafts, answers, strict=True):
@@ -194,10 +224,14 @@ def read_episodes(drafts: Sequence[Draft], answers: Sequence[list[Reply]], teach
         guided = attempt(answer, gold)
         length = teacher.count_tokens(told) if told else 0
         is_leak = told is not None and gold is not None and protocol.reveals_answer(told, gold)
-        reward = teaching_reward(draft.sketch.baseline_accuracy, float(guided.is_correct), length, is_leak, rewards)
+        reward = teaching_reward(
+            draft.sketch.baseline_accuracy, float(guided.is_correct), length, is_leak, rewards
+        )
         if told is None:  # the student's own success is not the teacher's merit
             reward = min(reward, 0.0) - rewards.malformed_penalty
-        episodes.append(Episode(draft.sketch, draft.style, draft.reply, told, length, guided, is_leak, reward))
+        episodes.append(
+            Episode(draft.sketch, draft.style, draft.reply, told, length, guided, is_leak, reward)
+        )
     return episodes
 
 

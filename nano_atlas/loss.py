@@ -67,7 +67,9 @@ class GrpoStats(NamedTuple):
 # ---- elementwise kernels over one chunk of logits [n, V]; everything inside is float32 ------------------------------------
 
 
-def _chunk_stats(logits: Tensor, ref_logits: Tensor | None, target_logits: Tensor, inverse_temperature: Tensor):
+def _chunk_stats(
+    logits: Tensor, ref_logits: Tensor | None, target_logits: Tensor, inverse_temperature: Tensor
+):
     """-> TokenStats of the chunk, log-sum-exp [n], and the reference's log-sum-exp [n] (None without reference)."""
     scores = logits.float() * inverse_temperature
     top = scores.amax(-1)
@@ -97,7 +99,9 @@ def _logits_to_gradient_(
         per_probability = per_probability - derivatives.entropy[:, None] * (logprobs + stats.entropy[:, None])
     if derivatives.kl is not None:
         ref_logprobs = ref_logits.float() * inverse_temperature - ref_logsumexp[:, None]
-        per_probability = per_probability + derivatives.kl[:, None] * (logprobs - ref_logprobs - stats.kl[:, None])
+        per_probability = per_probability + derivatives.kl[:, None] * (
+            logprobs - ref_logprobs - stats.kl[:, None]
+        )
     is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
     gradient = logprobs.exp() * per_probability + torch.where(is_target, derivatives.logprobs[:, None], 0.0)
     logits.copy_(gradient * inverse_temperature)
@@ -110,19 +114,25 @@ _compiled = cache(partial(torch.compile, dynamic=True, fullgraph=True))
 def _run(kernel: Callable, *arguments):
     setting = os.environ.get("NANO_ATLAS_COMPILE", "")
     if setting not in ("", "0", "1"):
-        raise ValueError(f"environment variable NANO_ATLAS_COMPILE is {setting!r}; use 0, 1 or leave it unset")
+        raise ValueError(
+            f"environment variable NANO_ATLAS_COMPILE is {setting!r}; use 0, 1 or leave it unset"
+        )
     if setting == "0" or (setting == "" and arguments[0].shape[1] < MIN_COMPILED_VOCABULARY):
         return kernel(*arguments)
     try:
         return _compiled(kernel)(*arguments)
     except Exception as error:
-        error.add_note(f"in the compiled kernel {kernel.__name__}; NANO_ATLAS_COMPILE=0 does without a compiler")
+        error.add_note(
+            f"in the compiled kernel {kernel.__name__}; NANO_ATLAS_COMPILE=0 does without a compiler"
+        )
         raise
 
 
 def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
     """`hidden @ weight.T`, `[n, V]`, in the buffer, which is resized because the compiler would recompile for a view of it."""
-    options = {} if buffer.dtype == hidden.dtype else {"out_dtype": buffer.dtype}  # only CUDA's mm knows out_dtype
+    options = (
+        {} if buffer.dtype == hidden.dtype else {"out_dtype": buffer.dtype}
+    )  # only CUDA's mm knows out_dtype
     return torch.mm(hidden, weight.T, out=buffer.resize_(len(hidden), len(weight)), **options)
 
 
@@ -133,20 +143,28 @@ def _slices(tokens: int, vocabulary: int, device: torch.device) -> list[slice]:
     return [slice(start, min(start + length, tokens)) for start in range(0, tokens, length)]
 
 
-def _differentiate(token_loss: TokenLoss, weights: Tensor, stats: TokenStats, rows: slice) -> tuple[Tensor, TokenStats]:
+def _differentiate(
+    token_loss: TokenLoss, weights: Tensor, stats: TokenStats, rows: slice
+) -> tuple[Tensor, TokenStats]:
     """-> sum of the weighted losses [] and its derivative by each statistic, [n] (None: it does not depend on that one)."""
     with torch.enable_grad():
         inputs = TokenStats(*(None if x is None else x.detach().requires_grad_() for x in stats))
         losses = token_loss(*inputs, rows)
         if losses.shape != weights.shape:
-            raise ValueError(f"token_loss must return {tuple(weights.shape)}, one number per token, not {tuple(losses.shape)}")
-        gradients = iter(torch.autograd.grad(losses.sum(), [x for x in inputs if x is not None], allow_unused=True))
+            raise ValueError(
+                f"token_loss must return {tuple(weights.shape)}, one number per token, not {tuple(losses.shape)}"
+            )
+        gradients = iter(
+            torch.autograd.grad(losses.sum(), [x for x in inputs if x is not None], allow_unused=True)
+        )
 
     def weighted(x: Tensor) -> Tensor:  # a plain product with weight 0 would let inf and NaN through
         return torch.where(weights != 0, weights * x, 0.0)
 
     derivatives = [None if x is None else next(gradients) for x in inputs]
-    return weighted(losses.detach()).sum(), TokenStats(*(None if d is None else weighted(d) for d in derivatives))
+    return weighted(losses.detach()).sum(), TokenStats(
+        *(None if d is None else weighted(d) for d in derivatives)
+    )
 
 
 @torch.no_grad()
@@ -161,7 +179,9 @@ def _sweep(
     longest = chunks[0].stop if chunks else 0
 
     def logits_buffer(head: Tensor) -> Tensor:
-        return torch.empty(longest, vocabulary, dtype=torch.float32 if head.is_cuda else head.dtype, device=device)
+        return torch.empty(
+            longest, vocabulary, dtype=torch.float32 if head.is_cuda else head.dtype, device=device
+        )
 
     buffer, ref_buffer = logits_buffer(weight), None if ref_weight is None else logits_buffer(ref_weight)
     d_hidden = torch.empty_like(hidden) if needs_gradient[0] else None
@@ -186,7 +206,9 @@ def _sweep(
         if any(needs_gradient):
             known = (targets[rows], inverse_temperature, stats, *logsumexps, derivatives)
             _run(_logits_to_gradient_, logits, ref_logits, *known)
-            d_logits = logits.to(hidden.dtype)  # [n, V]; copies only where the product returned float32 for bfloat16
+            d_logits = logits.to(
+                hidden.dtype
+            )  # [n, V]; copies only where the product returned float32 for bfloat16
         if d_hidden is not None:
             torch.mm(d_logits, weight, out=d_hidden[rows])
         if is_summed_apart:
@@ -201,7 +223,9 @@ def _sweep(
 class _GradientInForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, *arguments):
-        loss, stats, *ctx.gradients = _sweep(hidden, weight, *arguments, needs_gradient=ctx.needs_input_grad[:2])
+        loss, stats, *ctx.gradients = _sweep(
+            hidden, weight, *arguments, needs_gradient=ctx.needs_input_grad[:2]
+        )
         ctx.mark_non_differentiable(*(x for x in stats if x is not None))
         return loss, *stats
 
@@ -209,25 +233,35 @@ class _GradientInForward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_loss: Tensor, *_):
         if ctx.gradients is None:
-            raise RuntimeError("the fused loss keeps its gradient for one backward pass only; compute the loss again")
+            raise RuntimeError(
+                "the fused loss keeps its gradient for one backward pass only; compute the loss again"
+            )
         gradients, ctx.gradients = ctx.gradients, None  # handed on, not copied: [V, D] is large
         return *(None if gradient is None else gradient.mul_(d_loss) for gradient in gradients), *[None] * 6
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, ref_hidden, ref_weight, **per_token) -> None:
+def _check(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, ref_hidden, ref_weight, **per_token
+) -> None:
     shapes = [tuple(x.shape) for x in (hidden, weight, targets)]
     if [len(shape) for shape in shapes] != [2, 2, 1] or shapes[0] != (*shapes[2], shapes[1][1]):
         raise ValueError(f"expected hidden [N, D], weight [V, D] and targets [N], not {shapes}")
     if hidden.dtype != weight.dtype or hidden.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"hidden ({hidden.dtype}) and weight ({weight.dtype}) must both be float32 or both bfloat16")
+        raise ValueError(
+            f"hidden ({hidden.dtype}) and weight ({weight.dtype}) must both be float32 or both bfloat16"
+        )
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
     ref_sizes = [None if x is None else len(x) for x in (ref_hidden, ref_weight)]
     if ref_sizes not in ([None, None], [len(hidden), len(weight)]):
-        raise ValueError("ref_hidden [N, D_ref] and ref_weight [V, D_ref] come together, with the policy's N and V")
+        raise ValueError(
+            "ref_hidden [N, D_ref] and ref_weight [V, D_ref] come together, with the policy's N and V"
+        )
     for name, value in per_token.items():  # a [N, 1] would silently broadcast to [N, N]
         if value is not None and value.shape != targets.shape:
-            raise ValueError(f"{name} must have one number per token, {tuple(targets.shape)}, not {tuple(value.shape)}")
+            raise ValueError(
+                f"{name} must have one number per token, {tuple(targets.shape)}, not {tuple(value.shape)}"
+            )
 
 
 def fused_token_loss(
@@ -265,12 +299,16 @@ def token_stats(
 # ---- the losses ---------------------------------------------------------------------------------------------------------
 
 
-def sft_loss(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor) -> tuple[Tensor, TokenStats]:
+def sft_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor
+) -> tuple[Tensor, TokenStats]:
     """Weighted cross-entropy, `sum_t w_t * -log p(y_t)`; arguments as in `fused_token_loss`.
 
     With `w_t = 1 / (target tokens of the whole optimizer step)` it is the mean over tokens, however the step is split.
     """
-    return fused_token_loss(hidden, weight, targets, lambda logprobs, entropy, kl, rows: -logprobs, token_weights)
+    return fused_token_loss(
+        hidden, weight, targets, lambda logprobs, entropy, kl, rows: -logprobs, token_weights
+    )
 
 
 def batch_loss(model: Transformer, batch: "Batch", target_tokens: int) -> Tensor:
@@ -312,12 +350,20 @@ def grpo_loss(
     The `grpo_loss` listing of the published overview page is something else, and NaN for any input: see tests/test_loss.py.
     """
     if kl not in ("k3", "exact") or not min(clip_low, clip_high) >= 0:
-        raise ValueError(f"kl={kl!r} must be 'k3' or 'exact', clip_low={clip_low} and clip_high={clip_high} not negative")
+        raise ValueError(
+            f"kl={kl!r} must be 'k3' or 'exact', clip_low={clip_low} and clip_high={clip_high} not negative"
+        )
     if beta != 0 and (ref_logprobs if kl == "k3" else ref_hidden) is None:
         needed = "ref_logprobs" if kl == "k3" else "ref_hidden and ref_weight"
-        raise ValueError(f"beta={beta} with kl={kl!r} needs {needed}; set beta=0 to train without a reference")
-    per_token = dict(advantages=advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, importance=importance)
-    _check(hidden, weight, targets, temperature, ref_hidden, ref_weight, token_weights=token_weights, **per_token)
+        raise ValueError(
+            f"beta={beta} with kl={kl!r} needs {needed}; set beta=0 to train without a reference"
+        )
+    per_token = dict(
+        advantages=advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, importance=importance
+    )
+    _check(
+        hidden, weight, targets, temperature, ref_hidden, ref_weight, token_weights=token_weights, **per_token
+    )
 
     def token_loss(logprobs: Tensor, entropy: Tensor, exact_kl: Tensor | None, rows: slice) -> Tensor:
         ratio = (logprobs - (logprobs.detach() if old_logprobs is None else old_logprobs[rows])).exp()
@@ -359,5 +405,7 @@ def step_token_weights(
     if mode != "constant":
         raise ValueError(f"mode must be 'sequence', 'token' or 'constant', not {mode!r}")
     if max_length is None or max_length < max(lengths, default=1):
-        raise ValueError(f"mode 'constant' needs max_length, at least the longest of the lengths; it is {max_length}")
+        raise ValueError(
+            f"mode 'constant' needs max_length, at least the longest of the lengths; it is {max_length}"
+        )
     return [1 / (len(lengths) * max_length)] * len(lengths)

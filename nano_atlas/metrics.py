@@ -20,8 +20,16 @@ class RunLog:
     Raises UserError when the file is damaged, or when a wandb project is named but wandb is not installed.
     """
 
-    def __init__(self, directory: Path, resumed_step: int = 0, *, filename: str = "metrics.jsonl", wandb_project: str = "",
-                 wandb_run_name: str = "", config: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        directory: Path,
+        resumed_step: int = 0,
+        *,
+        filename: str = "metrics.jsonl",
+        wandb_project: str = "",
+        wandb_run_name: str = "",
+        config: dict[str, Any] | None = None,
+    ):
         self.path = Path(directory) / filename
         self.path.parent.mkdir(parents=True, exist_ok=True)
         is_first = rank() == 0  # the other ranks write nothing
@@ -33,12 +41,21 @@ class RunLog:
             try:
                 import wandb
             except ImportError:
-                raise UserError("--wandb-project needs wandb: pip install wandb, or leave the option out") from None
-            id_file = self.path.with_name("wandb_run.txt")  # the run's id, so that a continued run goes on in the same graph
+                raise UserError(
+                    "--wandb-project needs wandb: pip install wandb, or leave the option out"
+                ) from None
+            id_file = self.path.with_name(
+                "wandb_run.txt"
+            )  # the run's id, so that a continued run goes on in the same graph
             if resumed_step == 0 or not id_file.exists():
                 id_file.write_text(uuid.uuid4().hex)
-            self._wandb = wandb.init(project=wandb_project, name=wandb_run_name or self.path.resolve().parent.name,
-                                     id=id_file.read_text(), resume="allow", config=config)
+            self._wandb = wandb.init(
+                project=wandb_project,
+                name=wandb_run_name or self.path.resolve().parent.name,
+                id=id_file.read_text(),
+                resume="allow",
+                config=config,
+            )
 
     def log(self, step: int, **metrics: Any) -> None:
         """Write one record: floats to 6 significant digits, or null if not finite; a metric that is None is left out."""
@@ -75,6 +92,10 @@ def _keep_until(path: Path, last_step: int) -> None:
             if json.loads(line)["step"] <= last_step:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
-            if number < len(lines):  # a torn last line is what an interrupted write leaves; anywhere else it is damage
-                raise UserError(f"{path}:{number}: not a metrics record; mend or delete the file, or use --restart") from None
+            if number < len(
+                lines
+            ):  # a torn last line is what an interrupted write leaves; anywhere else it is damage
+                raise UserError(
+                    f"{path}:{number}: not a metrics record; mend or delete the file, or use --restart"
+                ) from None
     replace_text(path, "".join(line + "\n" for line in kept))

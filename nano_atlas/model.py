@@ -155,7 +155,9 @@ class Transformer(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.recompute_activations = False  # gradient checkpointing, one layer at a time
-        self.compute_dtype: torch.dtype | None = None  # of a sharded model, whose parameters are float32 (distributed.py)
+        self.compute_dtype: torch.dtype | None = (
+            None  # of a sharded model, whose parameters are float32 (distributed.py)
+        )
 
     @property
     def head_weight(self) -> Tensor:
@@ -206,7 +208,9 @@ class PackedAttention:
         rows = torch.repeat_interleave(torch.arange(len(counts)), counts)
         positions = torch.arange(int(counts.sum())) - starts[rows]
         self.positions = positions.to(device)  # [N] position of each token in its document
-        self.slots = (rows * self.longest + positions).to(device)  # [N] place of each token in the flattened padded view
+        self.slots = (rows * self.longest + positions).to(
+            device
+        )  # [N] place of each token in the flattened padded view
         self.is_rectangular = int(counts.sum()) == len(counts) * self.longest
 
     def pad(self, x: Tensor) -> Tensor:
@@ -222,7 +226,9 @@ class PackedAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = self.pad(q), self.pad(k), self.pad(v)
-        return self.unpad(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]))
+        return self.unpad(
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        )
 
 
 class SharedPromptAttention:
@@ -234,14 +240,20 @@ class SharedPromptAttention:
     """
 
     def __init__(
-        self, prompt_lengths: Sequence[int], completion_lengths: Sequence[int], prompt_of: Sequence[int], device: torch.device | str
+        self,
+        prompt_lengths: Sequence[int],
+        completion_lengths: Sequence[int],
+        prompt_of: Sequence[int],
+        device: torch.device | str,
     ):
         self.prompts = PackedAttention(prompt_lengths, device)
         self.completions = PackedAttention(completion_lengths, device)
         self.prompt_of = torch.tensor(prompt_of, device=device)
         lengths = torch.tensor(prompt_lengths, device=device)[self.prompt_of]  # [R]
         counts = torch.tensor(completion_lengths, device=device)
-        self.positions = torch.cat((self.prompts.positions, self.completions.positions + lengths.repeat_interleave(counts)))
+        self.positions = torch.cat(
+            (self.prompts.positions, self.completions.positions + lengths.repeat_interleave(counts))
+        )
         sees_prompt = torch.arange(self.prompts.longest, device=device) < lengths[:, None]  # [R, P_max]
         size = self.completions.longest
         sees_own = torch.ones(size, size, dtype=torch.bool, device=device).tril()  # [C_max, C_max]
@@ -255,8 +267,11 @@ class SharedPromptAttention:
         if self.completions.longest == 0:
             return on_prompts
         keys, values = (
-            torch.cat((self.prompts.pad(x[:split])[self.prompt_of], self.completions.pad(x[split:])), dim=2) for x in (k, v)
+            torch.cat((self.prompts.pad(x[:split])[self.prompt_of], self.completions.pad(x[split:])), dim=2)
+            for x in (k, v)
         )  # [R, H_kv, P_max + C_max, D_head]
         queries = self.completions.pad(q[split:])
-        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=self.mask, enable_gqa=q.shape[1] != k.shape[1])
+        out = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=self.mask, enable_gqa=q.shape[1] != k.shape[1]
+        )
         return torch.cat((on_prompts, self.completions.unpad(out)))

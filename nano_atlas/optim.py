@@ -23,7 +23,9 @@ from nano_atlas.distributed import gather_rows, own_part, own_rows, rank, size, 
 from nano_atlas.errors import UserError
 from nano_atlas.files import atomic_directory, read_json, write_json
 
-CHUNK_ELEMENTS = 2**28  # parameters moved and updated at a time where the optimizer lives on another device: 1 GiB of float32
+CHUNK_ELEMENTS = (
+    2**28
+)  # parameters moved and updated at a time where the optimizer lives on another device: 1 GiB of float32
 SHARD_BYTES = 2 * 10**9  # size of a file of a training state
 SCHEDULES = ("cosine", "constant", "linear")
 
@@ -52,9 +54,16 @@ class MasterAdamW:
     `parameter.grad` stays None.
     """
 
-    def __init__(self, model: nn.Module, *, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
-                 weight_decay: float = 1e-4, clip_norm: float = 1.0,
-                 state_device: torch.device | str | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-4,
+        clip_norm: float = 1.0,
+        state_device: torch.device | str | None = None,
+    ):
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # this rank's part of each; the parameters themselves where the model is not sharded
         self.weights = {name: own_part(p) for name, p in self.parameters.items()}
@@ -65,8 +74,13 @@ class MasterAdamW:
                 parameter.register_post_accumulate_grad_hook(lambda p, name=name: self._hand_over(name, p))
         matrices = [master for master in self.masters.values() if master.ndim > 1]
         vectors = [master for master in self.masters.values() if master.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.adamw = torch.optim.AdamW([group for group in groups if group["params"]], betas=betas, eps=eps, fused=True)
+        groups = [
+            {"params": matrices, "weight_decay": weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        self.adamw = torch.optim.AdamW(
+            [group for group in groups if group["params"]], betas=betas, eps=eps, fused=True
+        )
         self.clip_norm = clip_norm
         self.skipped_steps = 0
 
@@ -140,7 +154,10 @@ class MasterAdamW:
         """
         for name, master in self.masters.items():
             for kind, value in {"master": master.detach(), **self.adamw.state[master]}.items():
-                yield f"{name}.{kind}", value if kind == "step" else gather_rows(value, len(self.parameters[name]))
+                yield (
+                    f"{name}.{kind}",
+                    value if kind == "step" else gather_rows(value, len(self.parameters[name])),
+                )
 
     @torch.no_grad()
     def load_state_tensor(self, key: str, value: Tensor) -> None:
@@ -167,7 +184,9 @@ def _master(parameter: nn.Parameter, device: torch.device | str | None) -> nn.Pa
 # ---------------------------------------------------------------------------------------------------- training states
 
 
-def save_training_state(root: Path, optimizer: MasterAdamW, step: int, extra: Mapping[str, Any], keep: int = 1) -> Path:
+def save_training_state(
+    root: Path, optimizer: MasterAdamW, step: int, extra: Mapping[str, Any], keep: int = 1
+) -> Path:
     """Write `root/step-00000120/` (safetensors and state.json) and delete all but the newest `keep` states.
 
     The directory appears under its name only when it is complete, so an interrupted save leaves the one before. The masters are
@@ -180,7 +199,9 @@ def save_training_state(root: Path, optimizer: MasterAdamW, step: int, extra: Ma
         with atomic_directory(target) as folder:
             for number, run in enumerate(_runs(tensors)):
                 save_file(run, folder / f"state-{number:05d}.safetensors")
-            write_json(folder / "state.json", {"step": step, "skipped_steps": optimizer.skipped_steps, **extra})
+            write_json(
+                folder / "state.json", {"step": step, "skipped_steps": optimizer.skipped_steps, **extra}
+            )
         for old in _states(root)[:-keep]:
             shutil.rmtree(old)
     deque(tensors, maxlen=0)  # the other ranks take part in gathering

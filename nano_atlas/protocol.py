@@ -18,9 +18,7 @@ Messages = list[dict[str, str]]
 
 ANSWER_FORMAT = "Solve step by step. Give the final answer in <solution></solution>."
 PROBE_REQUEST = "Before solving, describe your approach in brief."
-TEACHER_REQUEST = (
-    "Diagnose the approach in <thinking></thinking>, then guide the student in <teaching></teaching>. {style} Never state the answer."
-)
+TEACHER_REQUEST = "Diagnose the approach in <thinking></thinking>, then guide the student in <teaching></teaching>. {style} Never state the answer."
 TEACHING_STYLES = {
     "adaptive": "Be brief if the approach is right, detailed if it is wrong.",
     "concise": "Be brief.",
@@ -179,7 +177,11 @@ def parse_plan(text: str) -> list[dict]:
     Dependencies that do not exist, or that would go in a circle, are dropped. A text without a JSON plan is one step.
     """
     plan = last_json(text, "steps")
-    steps = [s for s in (plan or {}).get("steps") or [] if isinstance(s, dict) and str(s.get("description") or "").strip()]
+    steps = [
+        s
+        for s in (plan or {}).get("steps") or []
+        if isinstance(s, dict) and str(s.get("description") or "").strip()
+    ]
     if not steps:
         return [{"id": 1, "description": visible(text).strip(), "depends_on": []}]
     place = {str(step.get("id", index)): index for index, step in enumerate(steps[:MOST_STEPS], start=1)}
@@ -194,25 +196,37 @@ def parse_plan(text: str) -> list[dict]:
 def show_plan(plan: list[dict]) -> str:
     if len(plan) == 1:
         return plan[0]["description"]
-    after = {step["id"]: f" (after {', '.join(map(str, step['depends_on']))})" if step["depends_on"] else "" for step in plan}
+    after = {
+        step["id"]: f" (after {', '.join(map(str, step['depends_on']))})" if step["depends_on"] else ""
+        for step in plan
+    }
     return "\n".join(f"{step['id']}. {step['description']}{after[step['id']]}" for step in plan)
 
 
 def coached_messages(question: str, plan: list[dict], guidance: str) -> Messages:
-    return user_turn(question, f"Your plan: {show_plan(plan)}", f"Teacher's guidance: {guidance}", ANSWER_FORMAT)
+    return user_turn(
+        question, f"Your plan: {show_plan(plan)}", f"Teacher's guidance: {guidance}", ANSWER_FORMAT
+    )
 
 
 def step_messages(question: str, step: dict, results: dict[int, str], guidance: list[str]) -> Messages:
     """One step of a plan, with the results of the steps it depends on."""
     return _request(
         "Carry out this one step of a plan for the task, and nothing else. Give its result in <solution></solution>.",
-        task=question, step=step["description"], results_so_far={str(i): text for i, text in results.items()}, guidance=guidance,
+        task=question,
+        step=step["description"],
+        results_so_far={str(i): text for i, text in results.items()},
+        guidance=guidance,
     )
 
 
 def synthesis_messages(question: str, plan: list[dict], results: dict[int, str]) -> Messages:
     done = [{"step": step["description"], "result": results[step["id"]]} for step in plan]
-    return _request(f"Every step of the plan has been carried out. Now answer the task. {ANSWER_FORMAT}", task=question, steps=done)
+    return _request(
+        f"Every step of the plan has been carried out. Now answer the task. {ANSWER_FORMAT}",
+        task=question,
+        steps=done,
+    )
 
 
 JUDGES = {
@@ -234,7 +248,10 @@ def judge_messages(judge: str, samples: list[dict] | None = None, **fields: Any)
     """`fields`: task, answer and whatever else this judge may see. With `samples`, the arbiter's request."""
     request = JUDGE_REQUEST.replace("{question}", JUDGES[judge])
     if samples is not None:
-        request, fields = f"{request} Earlier judges disagreed; their verdicts are below. Decide.", {**fields, "verdicts": samples}
+        request, fields = (
+            f"{request} Earlier judges disagreed; their verdicts are below. Decide.",
+            {**fields, "verdicts": samples},
+        )
     return _request(request, **{name: value for name, value in fields.items() if value not in (None, "")})
 
 
@@ -242,7 +259,8 @@ def capability_messages(question: str, history: dict[str, Any]) -> Messages:
     return _request(
         "Decide how much help a student gets with a task: auto (none), paired (a teacher's guidance), coach (its plan is reviewed), "
         'escalate (step by step). Reply in JSON: {"mode": "...", "confidence": 0.0}, confidence: that the student can do it alone.',
-        task=question, history=history,
+        task=question,
+        history=history,
     )
 
 
@@ -253,5 +271,8 @@ def skill_messages(question: str, approach: str, guidance: str, reward: float) -
         '"scope": {"category": "reinforcement" or "differentiation"}}]}. The cue is looked for in task and approach; the imperative '
         f"(one sentence) tells the teacher what to do then; strategy may be one of {', '.join(TEACHING_STYLES)}. No names, dates, "
         "numbers or answers of this task.",
-        task=question, approach=approach, guidance=guidance, reward=reward,
+        task=question,
+        approach=approach,
+        guidance=guidance,
+        reward=reward,
     )

@@ -17,15 +17,25 @@ from nano_atlas.config import option
 
 @dataclass(frozen=True)
 class RewardConfig:
-    degradation_penalty: float = option(2.0, "reward lost per unit of accuracy that a teaching destroys", group="reward of a teaching")
+    degradation_penalty: float = option(
+        2.0, "reward lost per unit of accuracy that a teaching destroys", group="reward of a teaching"
+    )
     keep_correct: float = option(0.5, "reward for a student that was right and stayed right")
     efficiency_weight: float = option(1.0, "weight w of the brevity bonus e = 100 / (100 + teaching tokens)")
-    leak_penalty: float = option(1.0, "subtracted, with every positive reward forfeited, when a teaching contains the answer")
-    malformed_penalty: float = option(0.5, "subtracted when there is no <teaching>…</teaching>; the student then got nothing")
+    leak_penalty: float = option(
+        1.0, "subtracted, with every positive reward forfeited, when a teaching contains the answer"
+    )
+    malformed_penalty: float = option(
+        0.5, "subtracted when there is no <teaching>…</teaching>; the student then got nothing"
+    )
 
 
 def teaching_reward(
-    baseline: float, guided: float, teaching_tokens: int, is_leak: bool = False, config: RewardConfig = RewardConfig()
+    baseline: float,
+    guided: float,
+    teaching_tokens: int,
+    is_leak: bool = False,
+    config: RewardConfig = RewardConfig(),
 ) -> float:
     """baseline: mean correctness of the student alone, in [0, 1]; guided: correctness with the teaching, in [0, 1]."""
     gain = guided - baseline
@@ -55,11 +65,16 @@ def step_advantages(rewards_PG: Sequence[Sequence[float]], scale: str = "none") 
     centred_PG = []
     for rewards_G in rewards_PG:
         mean = sum(rewards_G) / len(rewards_G)
-        is_flat = min(rewards_G) == max(rewards_G)  # a rounded mean would leave 1e-16, which counts as a difference
+        is_flat = min(rewards_G) == max(
+            rewards_G
+        )  # a rounded mean would leave 1e-16, which counts as a difference
         centred_PG.append([0.0 if is_flat else reward - mean for reward in rewards_G])
     if scale == "none":
         return centred_PG
     variances_P = [sum(c * c for c in centred_G) / (len(centred_G) - 1) for centred_G in centred_PG]
     if scale == "batch":
         variances_P = [sum(variances_P) / len(variances_P)] * len(variances_P)
-    return [[c / (variance**0.5 + 1e-4) for c in centred_G] for centred_G, variance in zip(centred_PG, variances_P)]
+    return [
+        [c / (variance**0.5 + 1e-4) for c in centred_G]
+        for centred_G, variance in zip(centred_PG, variances_P)
+    ]

@@ -29,7 +29,9 @@ from nano_atlas.distributed import copy_parameters
 from nano_atlas.errors import UserError
 from nano_atlas.model import ModelConfig, PackedAttention, Transformer
 
-PREFILL_TOKENS = 8192  # at most this many prompt tokens go through the model at once (a longer prompt goes alone)
+PREFILL_TOKENS = (
+    8192  # at most this many prompt tokens go through the model at once (a longer prompt goes alone)
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ class SamplingParams:
 
     max_tokens: int  # of the completion, the stop token included
     temperature: float = 1.0  # 0: the most likely token
-    top_p: float = 1.0  # nucleus (Holtzman et al. 2020, arXiv:1904.09751): the fewest tokens with at least this mass
+    top_p: float = (
+        1.0  # nucleus (Holtzman et al. 2020, arXiv:1904.09751): the fewest tokens with at least this mass
+    )
     stop_token_ids: tuple[int, ...] = ()  # the sample ends with, and includes, the first of these
 
 
@@ -56,13 +60,19 @@ class Rollout:
 
     prompt_ids: tuple[int, ...]
     completion_ids: list[int]  # includes the stop token where finish_reason is "stop"
-    logprobs: list[float]  # nats, float32: log-softmax of logits / temperature before top_p (at temperature 0: of the logits)
+    logprobs: list[
+        float
+    ]  # nats, float32: log-softmax of logits / temperature before top_p (at temperature 0: of the logits)
     finish_reason: str  # "stop" | "length"
     weight_version: int  # of the weights that drew it
 
 
 def draw_tokens(
-    logits: Tensor, uniforms: Tensor, temperature: Tensor, is_greedy: Tensor | None = None, top_p: Tensor | None = None
+    logits: Tensor,
+    uniforms: Tensor,
+    temperature: Tensor,
+    is_greedy: Tensor | None = None,
+    top_p: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One token per row by inverse-CDF sampling: `(tokens [R] int64, logprobs [R] float32)`.
 
@@ -80,7 +90,9 @@ def draw_tokens(
         probs = probs.masked_fill((probs < threshold) & (top_p < 1), 0)
     # float64: rounding must not lead to tokens of probability zero. Out of range are only NaN logits, reported by the caller.
     cumulative = probs.cumsum(-1, dtype=torch.float64)
-    tokens = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True).clamp_(max=logits.shape[-1] - 1)
+    tokens = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True).clamp_(
+        max=logits.shape[-1] - 1
+    )
     if is_greedy is not None:
         tokens = torch.where(is_greedy, logits.argmax(-1, keepdim=True), tokens)
     return tokens.squeeze(1), all_logprobs.gather(1, tokens).squeeze(1)
@@ -92,7 +104,9 @@ class RecordingAttention(PackedAttention):
     def __init__(self, lengths: Sequence[int], config: ModelConfig, dtype: torch.dtype, device: torch.device):
         super().__init__(lengths, device)
         heads, size = config.num_key_value_heads, config.head_dim
-        self.kv = torch.empty(config.num_hidden_layers, 2, sum(lengths), heads, size, dtype=dtype, device=device)
+        self.kv = torch.empty(
+            config.num_hidden_layers, 2, sum(lengths), heads, size, dtype=dtype, device=device
+        )
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.kv[layer, 0], self.kv[layer, 1] = k, v
@@ -110,7 +124,9 @@ class CachedAttention:
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
         # Zeros, not `empty`: a masked slot still takes part in 0 * value and must be finite.
         self.kv = torch.zeros(layers, 2, rows, heads, slots, config.head_dim, dtype=dtype, device=device)
-        self.flat = self.kv.view(2 * layers, rows * heads * slots, -1).unbind()  # k, v of layer 0, k, v of layer 1, ...
+        self.flat = self.kv.view(
+            2 * layers, rows * heads * slots, -1
+        ).unbind()  # k, v of layer 0, k, v of layer 1, ...
         self.first_slots = torch.arange(rows * heads, device=device).view(rows, heads) * slots
         self.columns = torch.arange(slots, device=device)
 
@@ -126,15 +142,21 @@ class CachedAttention:
         rows = len(positions)
         self.targets = (self.first_slots[:rows] + positions[:, None]).flatten()
         is_beyond = self.columns[:longest] > positions[:, None]
-        mask = torch.zeros(rows, longest, dtype=self.kv.dtype, device=self.kv.device).masked_fill_(is_beyond, -torch.inf)
+        mask = torch.zeros(rows, longest, dtype=self.kv.dtype, device=self.kv.device).masked_fill_(
+            is_beyond, -torch.inf
+        )
         self.mask = mask[:, None, None]  # [R, 1, 1, longest], added to the scores
-        self.views = self.kv[:, :, :rows, :, :longest].flatten(0, 1).unbind()  # 2 L times [R, H_kv, longest, D_head]
+        self.views = (
+            self.kv[:, :, :rows, :, :longest].flatten(0, 1).unbind()
+        )  # 2 L times [R, H_kv, longest, D_head]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.flat[2 * layer].index_copy_(0, self.targets, k.flatten(0, 1))
         self.flat[2 * layer + 1].index_copy_(0, self.targets, v.flatten(0, 1))
         grouped = q.unflatten(1, (k.shape[1], -1))  # [R, H_kv, H / H_kv, D_head]
-        out = F.scaled_dot_product_attention(grouped, self.views[2 * layer], self.views[2 * layer + 1], attn_mask=self.mask)
+        out = F.scaled_dot_product_attention(
+            grouped, self.views[2 * layer], self.views[2 * layer + 1], attn_mask=self.mask
+        )
         return out.flatten(1, 2)
 
 
@@ -160,9 +182,18 @@ class Sampler:
     """
 
     def __init__(
-        self, model: Transformer, *, max_rows: int = 256, max_cache_tokens: int | None = None, steps_per_sync: int | None = None
+        self,
+        model: Transformer,
+        *,
+        max_rows: int = 256,
+        max_cache_tokens: int | None = None,
+        steps_per_sync: int | None = None,
     ):
-        for name, value in (("max_rows", max_rows), ("max_cache_tokens", max_cache_tokens), ("steps_per_sync", steps_per_sync)):
+        for name, value in (
+            ("max_rows", max_rows),
+            ("max_cache_tokens", max_cache_tokens),
+            ("steps_per_sync", steps_per_sync),
+        ):
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}: the sampler needs at least 1")
         self.model, self.weight_version = model, 0
@@ -178,7 +209,9 @@ class Sampler:
         if not waiting:
             return results
         batch = _Batch(self, waiting)
-        with tqdm(total=len(waiting), desc=progress, unit="sample", disable=progress is None, leave=False) as bar:
+        with tqdm(
+            total=len(waiting), desc=progress, unit="sample", disable=progress is None, leave=False
+        ) as bar:
             while waiting or batch.samples:
                 batch.admit(waiting)
                 for sample, rollout in batch.decode():
@@ -211,21 +244,31 @@ class _Batch:
         self.steps_per_sync = sampler.steps_per_sync or (8 if self.device.type == "cuda" else 1)
 
         slots = max(sample.longest for sample in waiting)
-        self.max_rows = min(sampler.max_rows, len(waiting), (sampler.max_cache_tokens or sampler.max_rows * slots) // slots)
+        self.max_rows = min(
+            sampler.max_rows, len(waiting), (sampler.max_cache_tokens or sampler.max_rows * slots) // slots
+        )
         if self.max_rows == 0:
-            raise UserError(f"max_cache_tokens is {sampler.max_cache_tokens}, too few for a request of {slots}: raise it")
+            raise UserError(
+                f"max_cache_tokens is {sampler.max_cache_tokens}, too few for a request of {slots}: raise it"
+            )
         self.attention = CachedAttention(self.model.config, self.max_rows, slots, self.dtype, self.device)
 
         longest_completion = max(sample.request.params.max_tokens for sample in waiting)
         most_stops = max(len(sample.request.params.stop_token_ids) for sample in waiting)
         # `token` is the next input and `position` its place (as many slots are filled); `count` tokens have been drawn.
         fields = [(name, "i8") for name in ("token", "position", "count", "max_tokens")]
-        fields += [("temperature", "f4"), ("top_p", "f4"), ("stop_token_ids", "i8", (most_stops,))]  # filled up with -1
+        fields += [
+            ("temperature", "f4"),
+            ("top_p", "f4"),
+            ("stop_token_ids", "i8", (most_stops,)),
+        ]  # filled up with -1
         per_token = (("uniforms", "f8"), ("completion_ids", "i8"), ("logprobs", "f4"))
         fields += [(name, kind, (longest_completion,)) for name, kind in per_token]
         self.state = np.zeros(self.max_rows, dtype=fields)
         self.samples: list[Sample] = []
-        self.straddling: tuple[tuple[int, ...], Tensor] | None = None  # prompt some of whose samples still wait, and its prefix
+        self.straddling: tuple[tuple[int, ...], Tensor] | None = (
+            None  # prompt some of whose samples still wait, and its prefix
+        )
 
     def admit(self, waiting: deque[Sample]) -> None:
         """Fills free rows from the waiting line, once an eighth of all rows is free (prompts are cheaper by the batch)."""
@@ -261,8 +304,12 @@ class _Batch:
             total = np.cumsum([len(prompt_ids) for prompt_ids in prompts])
             chunk = prompts[: max(1, int((total <= PREFILL_TOKENS).sum()))]
             prompts = prompts[len(chunk) :]
-            prefixes = [prompt_ids[:-1] or prompt_ids for prompt_ids in chunk]  # never empty; decoding rewrites a lone token
-            attention = RecordingAttention([len(prefix) for prefix in prefixes], self.model.config, self.dtype, self.device)
+            prefixes = [
+                prompt_ids[:-1] or prompt_ids for prompt_ids in chunk
+            ]  # never empty; decoding rewrites a lone token
+            attention = RecordingAttention(
+                [len(prefix) for prefix in prefixes], self.model.config, self.dtype, self.device
+            )
             input_ids = torch.tensor([token for prefix in prefixes for token in prefix], device=self.device)
             self.model(input_ids, attention.positions, attention)
             yield from zip(chunk, attention.kv.split(attention.lengths, dim=2))
@@ -272,10 +319,15 @@ class _Batch:
         rows = len(self.samples)
         state = self.state[:rows]
         steps = min(self.steps_per_sync, int((state["max_tokens"] - state["count"]).min()))
-        cells = np.arange(rows)[:, None], state["count"][:, None] + np.arange(steps)  # of fields with a number per token
+        cells = (
+            np.arange(rows)[:, None],
+            state["count"][:, None] + np.arange(steps),
+        )  # of fields with a number per token
         tokens, logprobs = self._steps(steps, state["uniforms"][cells])
         if np.isnan(logprobs).any():
-            raise UserError("the model's logits are NaN: its weights are broken, go back to an earlier checkpoint")
+            raise UserError(
+                "the model's logits are NaN: its weights are broken, go back to an earlier checkpoint"
+            )
         state["completion_ids"][cells], state["logprobs"][cells] = tokens, logprobs
         state["token"] = tokens[:, -1]
         state["position"] += steps
@@ -291,7 +343,10 @@ class _Batch:
             yield sample, Rollout(sample.request.prompt_ids, *drawn, finish_reason, self.weight_version)
 
         remaining = rows - int(is_finished.sum())
-        holes, movers = is_finished[:remaining].nonzero()[0], (~is_finished[remaining:]).nonzero()[0] + remaining
+        holes, movers = (
+            is_finished[:remaining].nonzero()[0],
+            (~is_finished[remaining:]).nonzero()[0] + remaining,
+        )
         for hole, mover in zip(holes.tolist(), movers.tolist()):
             self.attention.move(mover, hole, int(state["position"][mover]))
             state[hole], self.samples[hole] = state[mover], self.samples[mover]
@@ -304,7 +359,11 @@ class _Batch:
             return torch.from_numpy(array.copy()).to(self.device, non_blocking=True)
 
         state = self.state[: len(self.samples)]
-        tokens, positions, longest = to_device(state["token"]), to_device(state["position"]), int(state["position"].max()) + 1
+        tokens, positions, longest = (
+            to_device(state["token"]),
+            to_device(state["position"]),
+            int(state["position"].max()) + 1,
+        )
         greedy = state["temperature"][:, None] == 0
         temperature = to_device(np.where(greedy, 1, state["temperature"][:, None]))
         is_greedy = to_device(greedy) if greedy.any() else None
@@ -325,7 +384,9 @@ def _waiting_line(requests: Sequence[Request]) -> deque[Sample]:
     for request_index, request in enumerate(requests):
         samples = [Sample(request_index, index, request) for index in range(request.n)]
         by_prompt.setdefault(request.prompt_ids, []).extend(samples)
-    groups = sorted(by_prompt.values(), key=lambda samples: max((s.longest for s in samples), default=0), reverse=True)
+    groups = sorted(
+        by_prompt.values(), key=lambda samples: max((s.longest for s in samples), default=0), reverse=True
+    )
     return deque(sample for samples in groups for sample in samples)
 
 
@@ -337,7 +398,9 @@ def _check(index: int, request: Request, config: ModelConfig) -> None:
     elif request.n < 0 or params.max_tokens < 1:
         fault = f"asks for n = {request.n} samples of max_tokens = {params.max_tokens}: give at least 0 and 1"
     elif len(prompt) + params.max_tokens > limit:
-        fault = f"has {len(prompt)} prompt tokens and max_tokens = {params.max_tokens}, more than the model's "
+        fault = (
+            f"has {len(prompt)} prompt tokens and max_tokens = {params.max_tokens}, more than the model's "
+        )
         fault += f"max_position_embeddings = {limit}: lower max_tokens to at most {limit - len(prompt)}, or shorten the prompt"
     elif not 0 <= params.temperature < np.inf or not 0 < params.top_p <= 1:
         fault = f"has temperature = {params.temperature}, top_p = {params.top_p}: give at least 0, and a number in (0, 1]"

@@ -69,10 +69,18 @@ class TokenSeat:
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:
         requests = [
-            Request(tuple(self.prompt_ids(messages)), SamplingParams(g.max_tokens, g.temperature, g.top_p, self.tokenizer.eos_ids), n, seed)
+            Request(
+                tuple(self.prompt_ids(messages)),
+                SamplingParams(g.max_tokens, g.temperature, g.top_p, self.tokenizer.eos_ids),
+                n,
+                seed,
+            )
             for messages, g, seed, n in questions
         ]
-        return [[self._reply(rollout) for rollout in group] for group in self.sampler.generate(requests, progress=progress)]
+        return [
+            [self._reply(rollout) for rollout in group]
+            for group in self.sampler.generate(requests, progress=progress)
+        ]
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         return self.tokenizer.chat_ids(messages, add_generation_prompt=True, **self.template_options)
@@ -82,27 +90,39 @@ class TokenSeat:
 
     def _reply(self, rollout: Rollout) -> Reply:
         text = self.tokenizer.decode(rollout.completion_ids)
-        return Reply(text, len(rollout.completion_ids), rollout.finish_reason == "length", rollout, len(rollout.prompt_ids))
+        return Reply(
+            text,
+            len(rollout.completion_ids),
+            rollout.finish_reason == "length",
+            rollout,
+            len(rollout.prompt_ids),
+        )
 
 
 class EmbeddedSeat(TokenSeat):
     """A model in this process. It samples with whatever weights `model` has at the moment of the call."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, thinking: bool = False, **sampler_options):
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, *, thinking: bool = False, **sampler_options
+    ):
         super().__init__(Sampler(model, **sampler_options), tokenizer, thinking=thinking)
 
 
 class EndpointSeat:
     """A chat endpoint that speaks the OpenAI protocol, such as `vllm serve`; the key comes from OPENAI_API_KEY."""
 
-    def __init__(self, url: str, model: str | None = None, *, workers: int = 16, timeout: float = 120.0, tries: int = 4):
+    def __init__(
+        self, url: str, model: str | None = None, *, workers: int = 16, timeout: float = 120.0, tries: int = 4
+    ):
         self.client = Client(url, connections=workers, timeout=timeout, tries=tries)
         self.model = model or self._first_model()
 
     def _first_model(self) -> str:
         models = self.client.request("GET", "/v1/models").get("data") or []
         if not models:
-            raise UserError(f"{self.client.url}/v1/models lists no model; name one with --student-model or --teacher-model")
+            raise UserError(
+                f"{self.client.url}/v1/models lists no model; name one with --student-model or --teacher-model"
+            )
         return models[0]["id"]
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:
@@ -122,11 +142,23 @@ class EndpointSeat:
             (choice,) = answer["choices"]
             text, usage = (choice.get("message") or {}).get("content") or "", answer.get("usage") or {}
             is_truncated = choice.get("finish_reason") == "length"
-            return Reply(text, usage.get("completion_tokens", 0), is_truncated, None, usage.get("prompt_tokens", 0))
+            return Reply(
+                text, usage.get("completion_tokens", 0), is_truncated, None, usage.get("prompt_tokens", 0)
+            )
 
         jobs = [(question, place) for question in questions for place in range(question.n)]
         with ThreadPoolExecutor(self.client.connections) as pool:
-            replies = iter(list(tqdm(pool.map(one, jobs), total=len(jobs), desc=progress, disable=progress is None, leave=False)))
+            replies = iter(
+                list(
+                    tqdm(
+                        pool.map(one, jobs),
+                        total=len(jobs),
+                        desc=progress,
+                        disable=progress is None,
+                        leave=False,
+                    )
+                )
+            )
         return [list(islice(replies, question.n)) for question in questions]
 
     def count_tokens(self, text: str) -> int:
@@ -139,7 +171,11 @@ def is_url(spec: str) -> bool:
 
 
 def open_seat(
-    spec: str, *, model: str | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    spec: str,
+    *,
+    model: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> EmbeddedSeat | EndpointSeat:
     """A URL becomes an EndpointSeat (of `model`, or of the first one it lists); anything else is a checkpoint directory.
 

@@ -36,7 +36,9 @@ def paired_bootstrap(
     values, counts = np.unique(np.asarray(differences, dtype=np.float64), return_counts=True)
     if not len(values):
         raise ValueError("no differences")
-    drawn = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), size=resamples)  # [resamples, values]
+    drawn = np.random.default_rng(seed).multinomial(
+        counts.sum(), counts / counts.sum(), size=resamples
+    )  # [resamples, values]
     low, high = np.quantile(drawn @ values / counts.sum(), [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 

@@ -29,7 +29,9 @@ CHATML = """{%- for message in messages %}
 {{- '<|im_start|>assistant\\n' }}
 {%- endif %}"""
 
-PRIVATE_USE = range(0xF0000, 0xFFFFE)  # code points without a meaning, which stand in for special tokens while rendering
+PRIVATE_USE = range(
+    0xF0000, 0xFFFFE
+)  # code points without a meaning, which stand in for special tokens while rendering
 
 
 class _Generation(Extension):
@@ -39,7 +41,9 @@ class _Generation(Extension):
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
-        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+        return jinja2.nodes.Scope(
+            parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
+        )
 
 
 def _compile(template: str, source: str) -> jinja2.Template:
@@ -49,16 +53,22 @@ def _compile(template: str, source: str) -> jinja2.Template:
         raise jinja2.TemplateError(message)
 
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        return json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
     environment.filters["tojson"] = tojson  # jinja's own escapes HTML characters
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     try:
         return environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"{source}: the chat template is not valid jinja2, line {error.lineno}: {error.message}") from error
+        raise UserError(
+            f"{source}: the chat template is not valid jinja2, line {error.lineno}: {error.message}"
+        ) from error
 
 
 def _token_text(value: str | dict | None) -> str | None:
@@ -75,7 +85,9 @@ def _stored_template(path: Path, config: dict) -> str | None:
         return template
     named = {entry["name"]: entry["template"] for entry in template}
     if "default" not in named:
-        raise UserError(f"{path / 'tokenizer_config.json'} has chat templates {sorted(named)}, but none named 'default'")
+        raise UserError(
+            f"{path / 'tokenizer_config.json'} has chat templates {sorted(named)}, but none named 'default'"
+        )
     return named["default"]
 
 
@@ -88,8 +100,15 @@ class Tokenizer:
     """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, chat_template: str = CHATML, eos_token: str | None = None,
-        pad_token: str | None = None, *, eos_ids: Sequence[int] = (), pad_id: int | None = None, config: dict | None = None,
+        self,
+        backend: tokenizers.Tokenizer,
+        chat_template: str = CHATML,
+        eos_token: str | None = None,
+        pad_token: str | None = None,
+        *,
+        eos_ids: Sequence[int] = (),
+        pad_id: int | None = None,
+        config: dict | None = None,
         source: str = "tokenizer",
     ):
         self.backend = backend
@@ -99,22 +118,35 @@ class Tokenizer:
         self.source = source
         self.chat_template = chat_template
         self._template = _compile(chat_template, source)
-        self.config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | (config or {})
-        self.config |= {key: token for key, token in (("eos_token", eos_token), ("pad_token", pad_token)) if token}
+        self.config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+        } | (config or {})
+        self.config |= {
+            key: token for key, token in (("eos_token", eos_token), ("pad_token", pad_token)) if token
+        }
         self.eos_ids = tuple(eos_ids) or (self._id_of(eos_token, "eos_token"),)
         self.pad_id = pad_id
         if pad_id is None:
             self.pad_id = self.eos_ids[0] if pad_token is None else self._id_of(pad_token, "pad_token")
 
-        special = {token.content: index for index, token in backend.get_added_tokens_decoder().items() if token.special}
-        for index in set(self.eos_ids) - set(special.values()):  # stored as an ordinary token, yet it ends a text
+        special = {
+            token.content: index
+            for index, token in backend.get_added_tokens_decoder().items()
+            if token.special
+        }
+        for index in set(self.eos_ids) - set(
+            special.values()
+        ):  # stored as an ordinary token, yet it ends a text
             token = backend.id_to_token(index)
             if token is None:
                 raise UserError(f"{source}: the end-of-sequence id {index} is not in the vocabulary")
             backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True)])
             special[token] = index
         self._special_ids = frozenset(special.values())
-        self._special = re.compile(f"({'|'.join(map(re.escape, sorted(special, key=len, reverse=True)))})")  # longest first
+        self._special = re.compile(
+            f"({'|'.join(map(re.escape, sorted(special, key=len, reverse=True)))})"
+        )  # longest first
 
     @classmethod
     def from_directory(cls, path: str | Path) -> "Tokenizer":
@@ -123,7 +155,9 @@ class Tokenizer:
         """
         path = Path(path)
         if not (path / "tokenizer.json").is_file():
-            raise UserError(f"{path} has no tokenizer.json; transformers' AutoTokenizer(...).save_pretrained(...) writes one")
+            raise UserError(
+                f"{path} has no tokenizer.json; transformers' AutoTokenizer(...).save_pretrained(...) writes one"
+            )
         try:
             backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
         except Exception as error:  # the library raises nothing more specific
@@ -132,7 +166,9 @@ class Tokenizer:
         settings = [read_json(path / name) for name in ("generation_config.json", "config.json")]
 
         def token_id(name: str) -> int | list[int] | None:
-            named = (file[f"{name}_token_id"] for file in settings if file.get(f"{name}_token_id") is not None)
+            named = (
+                file[f"{name}_token_id"] for file in settings if file.get(f"{name}_token_id") is not None
+            )
             token = _token_text(config.get(f"{name}_token"))
             return next(named, None if token is None else backend.token_to_id(token))
 
@@ -142,11 +178,15 @@ class Tokenizer:
         if template is None:
             template, end_of_turn = CHATML, backend.token_to_id("<|im_end|>")
             if end_of_turn is None and eos_ids:
-                template = CHATML.replace("<|im_end|>", backend.id_to_token(eos_ids[0]))  # the only end this model knows
+                template = CHATML.replace(
+                    "<|im_end|>", backend.id_to_token(eos_ids[0])
+                )  # the only end this model knows
             elif end_of_turn not in eos_ids:
                 eos_ids.append(end_of_turn)
         if not eos_ids or None in eos_ids:
-            raise UserError(f"{path} names no end-of-sequence token; add eos_token_id to its generation_config.json")
+            raise UserError(
+                f"{path} names no end-of-sequence token; add eos_token_id to its generation_config.json"
+            )
         pad_id = token_id("pad")
         pad_id = eos_ids[0] if pad_id is None else pad_id
         return cls(backend, template, eos_ids=eos_ids, pad_id=pad_id, config=config, source=str(path))
@@ -173,13 +213,17 @@ class Tokenizer:
         """Ids of plain text: no token is added, and special tokens that occur in it stay text."""
         ids = self._encode(text, specials_are_text=True)
         if not self._special_ids.isdisjoint(ids):
-            raise UserError(f"{self.source}: this vocabulary spells a special token out of ordinary text, in {text[:200]!r}")
+            raise UserError(
+                f"{self.source}: this vocabulary spells a special token out of ordinary text, in {text[:200]!r}"
+            )
         return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
 
-    def chat_ids(self, messages: Sequence[dict], add_generation_prompt: bool = True, **template_kwargs) -> list[int]:
+    def chat_ids(
+        self, messages: Sequence[dict], add_generation_prompt: bool = True, **template_kwargs
+    ) -> list[int]:
         """Ids of a chat in the checkpoint's format.
 
         `messages` are `{"role": ..., "content": ...}`; `template_kwargs` go to the template (Qwen3: `enable_thinking=False`).
@@ -209,12 +253,16 @@ class Tokenizer:
         newline, ids = self.encode("\n"), self.encode("\n" + text)
         return ids[len(newline) :] if ids[: len(newline)] == newline else self.encode(text)
 
-    def _render(self, messages: Sequence[dict], add_generation_prompt: bool, kwargs: dict) -> tuple[str, dict[str, str]]:
+    def _render(
+        self, messages: Sequence[dict], add_generation_prompt: bool, kwargs: dict
+    ) -> tuple[str, dict[str, str]]:
         """The chat as text in which a private-use character stands for each special token of the input: {character: token}."""
         character_of: dict[str, str] = {}
 
         def free_characters() -> Iterator[str]:  # looked for where one is needed, which is seldom
-            taken = set(json.dumps([list(messages), kwargs], ensure_ascii=False, default=str)) | set(self.chat_template)
+            taken = set(json.dumps([list(messages), kwargs], ensure_ascii=False, default=str)) | set(
+                self.chat_template
+            )
             yield from (chr(code) for code in PRIVATE_USE if chr(code) not in taken)
 
         free = free_characters()
@@ -233,11 +281,18 @@ class Tokenizer:
 
         named = (f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask"))
         variables = {key: _token_text(self.config[key]) for key in named if self.config.get(key) is not None}
-        variables |= {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt, **neutral(kwargs)}
+        variables |= {
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **neutral(kwargs),
+        }
         try:
             text = self._template.render(messages=neutral(messages), **variables)
         except (jinja2.TemplateError, TypeError) as error:
-            raise UserError(f"{self.source}: the chat template cannot render these messages: {error}") from error
+            raise UserError(
+                f"{self.source}: the chat template cannot render these messages: {error}"
+            ) from error
         return text, {character: token for token, character in character_of.items()}
 
     def _id_of(self, token: str | None, name: str) -> int:

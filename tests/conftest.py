@@ -23,7 +23,9 @@ STUDENT_WORDS = ("<solution>1</solution>", "<solution>2</solution>", "hm", "<|im
 def byte_tokenizer() -> Tokenizer:
     """Every byte a token, ChatML's two control tokens, and the protocol's tags and the words above as tokens of their own."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE({character: i for i, character in enumerate(alphabet)}, [])
+    )
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
@@ -37,7 +39,9 @@ def lively_model(seed: int, likely: Sequence[str], tokenizer: Tokenizer) -> Tran
 
     Channel 0 of every embedding is the same, so column 0 of the head works as a bias on each token.
     """
-    config = ModelConfig("qwen3", tokenizer.vocab_size, 48, 64, 2, 4, 2, 8, max_position_embeddings=1024, qk_norm=True)
+    config = ModelConfig(
+        "qwen3", tokenizer.vocab_size, 48, 64, 2, 4, 2, 8, max_position_embeddings=1024, qk_norm=True
+    )
     model = Transformer(config).initialize(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -93,13 +97,20 @@ def place(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("grpo")
     lively_checkpoint(path / "teacher", 1, TEACHER_WORDS)
     lively_checkpoint(path / "student", 2, STUDENT_WORDS)
-    problems = [{"id": f"p{i}", "question": f"Pick {'one' if i % 2 else 'the first'} of {i}.", "answer": "1"} for i in range(8)]
+    problems = [
+        {"id": f"p{i}", "question": f"Pick {'one' if i % 2 else 'the first'} of {i}.", "answer": "1"}
+        for i in range(8)
+    ]
     (path / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
     return path
 
 
 def grpo_flags(place: Path, out: Path, **options) -> list[str]:
-    places = {"teacher": place / "teacher", "student": place / "student", "problems": place / "problems.jsonl"}
+    places = {
+        "teacher": place / "teacher",
+        "student": place / "student",
+        "problems": place / "problems.jsonl",
+    }
     options = places | SMALL | options
     argv = ["--out", str(out)]
     for name, value in options.items():

@@ -17,11 +17,20 @@ from nano_atlas.errors import UserError
 SFT = ("--tokens-per-step", "400", "--tokens-per-batch", "100", "--lr", "1e-2", "--schedule", "constant", "--held-out", "0.1",
        "--device", "cpu", "--steps", "4")  # fmt: skip
 # advantages of size one: where all gradients are tiny, Adam's first steps turn their rounding into steps of full length
-GRPO = {"problems_per_step": 3, "steps": 3, "updates_per_batch": 2, "eval_every": 3, "schedule": "constant", "advantage_scale": "std"}
+GRPO = {
+    "problems_per_step": 3,
+    "steps": 3,
+    "updates_per_batch": 2,
+    "eval_every": 3,
+    "schedule": "constant",
+    "advantage_scale": "std",
+}
 
 
 def sft(place: Path, out: Path, model: str, *more: str) -> None:
-    train_sft.main(["--model", str(place / model), "--data", str(place / "sums.jsonl"), "--out", str(out), *SFT, *more])
+    train_sft.main(
+        ["--model", str(place / model), "--data", str(place / "sums.jsonl"), "--out", str(out), *SFT, *more]
+    )
 
 
 def grpo(place: Path, out: Path, **options) -> None:

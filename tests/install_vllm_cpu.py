@@ -37,7 +37,9 @@ def installed_version(name: str) -> str | None:
 
 def requirements_of(wheel: Path) -> list[str]:
     """The wheel's requirements that hold for this Python, extras and `LEFT_OUT` excepted."""
-    from packaging.requirements import Requirement  # installed in `main`, because a fresh environment lacks it
+    from packaging.requirements import (
+        Requirement,
+    )  # installed in `main`, because a fresh environment lacks it
 
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))

@@ -81,7 +81,10 @@ def counted(prompt, metadata):
     return {"content": "42", "usage": {"prompt_tokens": 11, "completion_tokens": 7}}
 
 
-@pytest.mark.parametrize(("function", "text"), [(plain, "6 times 7? 5 0.3"), (slow, "6 times 7?"), (pieces, "42"), (slow_pieces, "42"), (counted, "42")])
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [(plain, "6 times 7? 5 0.3"), (slow, "6 times 7?"), (pieces, "42"), (slow_pieces, "42"), (counted, "42")],
+)
 def test_python_functions_of_every_kind_also_under_a_running_event_loop(function, text):
     async def main():
         return await asyncio.get_running_loop().run_in_executor(None, ask, PythonAgent(function))
@@ -95,11 +98,17 @@ def test_usage_counts_where_it_is_told_and_is_estimated_where_not():
 
 
 def test_a_python_agent_is_found_by_its_name(tmp_path, monkeypatch):
-    (tmp_path / "my_agent.py").write_text("class Bot:\n    @staticmethod\n    def reply(prompt, metadata):\n        return 'hi'\nnumber = 3\n")
+    (tmp_path / "my_agent.py").write_text(
+        "class Bot:\n    @staticmethod\n    def reply(prompt, metadata):\n        return 'hi'\nnumber = 3\n"
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["", *sys.path])
     assert ask(open_agent("my_agent:Bot.reply")).text == "hi"
-    for spec, complaint in (("my_agent:nobody", "nobody"), ("no_such_module:f", "No module"), ("my_agent:number", "not a function")):
+    for spec, complaint in (
+        ("my_agent:nobody", "nobody"),
+        ("no_such_module:f", "No module"),
+        ("my_agent:number", "not a function"),
+    ):
         with pytest.raises(UserError, match=complaint):
             open_agent(spec)
     with pytest.raises(UserError, match="OpenAI-compatible URL only"):
@@ -107,10 +116,19 @@ def test_a_python_agent_is_found_by_its_name(tmp_path, monkeypatch):
 
 
 def test_an_http_service_gets_prompt_and_metadata_and_its_reply_is_found_by_its_path(server):
-    server.rule = lambda path, body: (200, {"result": [{"text": body["prompt"].upper()}], "usage": {"prompt_tokens": 1, "completion_tokens": 2}})
+    server.rule = lambda path, body: (
+        200,
+        {"result": [{"text": body["prompt"].upper()}], "usage": {"prompt_tokens": 1, "completion_tokens": 2}},
+    )
     reply = ask(open_agent(f"post+{server.url}/run#result.0.text"))
     assert (reply.text, reply.prompt_tokens, reply.tokens) == ("6 TIMES 7?", 1, 2)
-    assert server.bodies[0]["metadata"] == {"messages": MESSAGES, "seed": 5, "max_tokens": 20, "temperature": 0.3, "top_p": 1.0}
+    assert server.bodies[0]["metadata"] == {
+        "messages": MESSAGES,
+        "seed": 5,
+        "max_tokens": 20,
+        "temperature": 0.3,
+        "top_p": 1.0,
+    }
 
 
 def multiply(a: int, b: int = 2, *, why: str = "") -> int:
@@ -120,27 +138,48 @@ def multiply(a: int, b: int = 2, *, why: str = "") -> int:
 
 def test_a_chat_model_calls_tools_until_it_answers(server, monkeypatch, tmp_path):
     assert tool_schema(multiply)["function"] == {
-        "name": "multiply", "description": "The product of two numbers.",
-        "parameters": {"type": "object", "required": ["a"],
-                       "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}, "why": {"type": "string"}}}}
-    (tmp_path / "my_tools.py").write_text("def multiply(a: int, b: int) -> int:\n    return a * b\nTOOLS = [multiply]\n")
+        "name": "multiply",
+        "description": "The product of two numbers.",
+        "parameters": {
+            "type": "object",
+            "required": ["a"],
+            "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}, "why": {"type": "string"}},
+        },
+    }
+    (tmp_path / "my_tools.py").write_text(
+        "def multiply(a: int, b: int) -> int:\n    return a * b\nTOOLS = [multiply]\n"
+    )
     monkeypatch.chdir(tmp_path)
 
     def rule(path, body):
         said = [m["content"] for m in body["messages"] if m["role"] == "tool"]
-        call = {"id": "c1", "type": "function", "function": {"name": "multiply", "arguments": '{"a": 6, "b": 7}' if said else '{"a": "6"'}}
-        message = {"content": f"It is {said[1]}"} if len(said) == 2 else {"content": None, "tool_calls": [call]}
-        return 200, {"choices": [{"message": message, "finish_reason": "stop"}], "usage": {"prompt_tokens": 10, "completion_tokens": 1}}
+        call = {
+            "id": "c1",
+            "type": "function",
+            "function": {"name": "multiply", "arguments": '{"a": 6, "b": 7}' if said else '{"a": "6"'},
+        }
+        message = (
+            {"content": f"It is {said[1]}"} if len(said) == 2 else {"content": None, "tool_calls": [call]}
+        )
+        return 200, {
+            "choices": [{"message": message, "finish_reason": "stop"}],
+            "usage": {"prompt_tokens": 10, "completion_tokens": 1},
+        }
 
     server.rule = rule
     reply = ask(open_agent(server.url, tools="my_tools:TOOLS"))
     assert (reply.text, reply.prompt_tokens, reply.tokens) == ("It is 42", 30, 3)
-    assert server.bodies[1]["messages"][-1]["content"].startswith("error: JSONDecodeError")  # and the model could mend its call
+    assert server.bodies[1]["messages"][-1]["content"].startswith(
+        "error: JSONDecodeError"
+    )  # and the model could mend its call
 
 
 def test_a_plain_endpoint_counts_the_tokens_read_too(server):
     usage = {"prompt_tokens": 9, "completion_tokens": 4}
-    server.rule = lambda path, body: (200, {"choices": [{"message": {"content": "42"}, "finish_reason": "length"}], "usage": usage})
+    server.rule = lambda path, body: (
+        200,
+        {"choices": [{"message": {"content": "42"}, "finish_reason": "length"}], "usage": usage},
+    )
     reply = ask(open_agent(server.url))
     assert (reply.text, reply.tokens, reply.is_truncated, reply.prompt_tokens) == ("42", 4, True, 9)
 
@@ -154,26 +193,56 @@ def calls(agents, workers=8, timeout=30.0):
     def script():
         return (yield [Call(str(i), "ask", MESSAGES, GENERATION, 0) for i in range(len(agents))])
 
-    ((replies,),) = [group.values() for group in drive({0: script()}, {str(i): a for i, a in enumerate(agents)}, workers, timeout)]
+    ((replies,),) = [
+        group.values()
+        for group in drive({0: script()}, {str(i): a for i, a in enumerate(agents)}, workers, timeout)
+    ]
     return [str(reply) if isinstance(reply, Fault) else reply.text for reply in replies]
 
 
 def test_faults_stay_with_the_call_that_had_them(server):
-    statuses = {"/429": (429, "slow down"), "/500": (500, "oops"), "/garbage": (200, "<html>"), "/other": (200, {"x": 1})}
+    statuses = {
+        "/429": (429, "slow down"),
+        "/500": (500, "oops"),
+        "/garbage": (200, "<html>"),
+        "/other": (200, {"x": 1}),
+    }
     server.rule = lambda path, body: statuses[path]
     hang = threading.Event()
 
     def raises(prompt, metadata):
         raise KeyError("lost")
 
-    agents = [PythonAgent(f) for f in (raises, lambda **_: hang.wait(60), lambda **_: "", lambda **_: None, lambda **_: "x" * (LONGEST_REPLY + 1))]
+    agents = [
+        PythonAgent(f)
+        for f in (
+            raises,
+            lambda **_: hang.wait(60),
+            lambda **_: "",
+            lambda **_: None,
+            lambda **_: "x" * (LONGEST_REPLY + 1),
+        )
+    ]
     agents += [open_agent(f"post+{server.url}{path}") for path in statuses] + [PythonAgent(plain)]
     began = time.monotonic()
     replies = calls(agents, timeout=1.5)
     hang.set()
     assert time.monotonic() - began < 30
-    for reply, complaint in zip(replies, ("KeyError: 'lost'", "no reply within 1.5 seconds", "returned nothing", "NoneType instead of a text",
-                                          "1,000,001 characters", "HTTP 429", "HTTP 500", "not JSON", "KeyError: 'response'", "6 times 7?")):
+    for reply, complaint in zip(
+        replies,
+        (
+            "KeyError: 'lost'",
+            "no reply within 1.5 seconds",
+            "returned nothing",
+            "NoneType instead of a text",
+            "1,000,001 characters",
+            "HTTP 429",
+            "HTTP 500",
+            "not JSON",
+            "KeyError: 'response'",
+            "6 times 7?",
+        ),
+    ):
         assert complaint in reply
 
 
@@ -202,7 +271,11 @@ def test_workers_bound_how_many_calls_run_at_a_time_and_sessions_do_not_wait_for
         return "released" if gate.wait(60) else "stuck"
 
     seats = {"quick": PythonAgent(plain), "slow": PythonAgent(waits)}
-    order = [key for group in drive({key: two_steps(key) for key in ("slow", "quick")}, seats, 4, 60) for key in group]
+    order = [
+        key
+        for group in drive({key: two_steps(key) for key in ("slow", "quick")}, seats, 4, 60)
+        for key in group
+    ]
     assert order == ["quick", "slow"]  # quick did both of its steps while slow waited for it in its first
 
 
@@ -227,7 +300,12 @@ def test_calls_to_a_checkpoint_go_together_and_a_prompt_it_cannot_take_fails_alo
     scripts = {i: script("too long" if i == 1 else "fine", i) for i in range(4)}
     results = {key: value for group in drive(scripts, {"s": seat}) for key, value in group.items()}
     assert seat.batches == [4, 1, 1, 1, 1]
-    assert [getattr(results[i], "text", None) for i in range(4)] == ["0", None, "2", "3"] and "too many tokens" in str(results[1])
+    assert [getattr(results[i], "text", None) for i in range(4)] == [
+        "0",
+        None,
+        "2",
+        "3",
+    ] and "too many tokens" in str(results[1])
 
 
 def test_a_script_can_be_driven_in_a_thread_of_an_event_loop():

@@ -38,10 +38,14 @@ def tiny_model(seed: int = 0, **changes) -> Transformer:
 def test_round_trip_through_transformers_is_bit_identical(tmp_path, family, is_tied, dtype, max_shard_bytes):
     """transformers -> load_model -> save_model -> transformers: same weights, same configuration, same logits, to the bit."""
     reference_model(family, is_tied).to(dtype).save_pretrained(tmp_path / "theirs")
-    save_model(tmp_path / "ours", load_model(tmp_path / "theirs", dtype), None, max_shard_bytes=max_shard_bytes)
+    save_model(
+        tmp_path / "ours", load_model(tmp_path / "theirs", dtype), None, max_shard_bytes=max_shard_bytes
+    )
     assert (tmp_path / "ours" / "model.safetensors.index.json").exists() == (max_shard_bytes < 5e9)
     before = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", dtype="auto")
-    after, report = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto", output_loading_info=True)
+    after, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", dtype="auto", output_loading_info=True
+    )
     assert not any(report.values()) and before.dtype == after.dtype == dtype
     expected = before.state_dict()
     assert after.state_dict().keys() == expected.keys()
@@ -50,7 +54,14 @@ def test_round_trip_through_transformers_is_bit_identical(tmp_path, family, is_t
     assert torch.equal(after(input_ids).logits, before(input_ids).logits)
     assert read_config(tmp_path / "ours") == read_config(tmp_path / "theirs")
     theirs, ours = (AutoConfig.from_pretrained(tmp_path / name) for name in ("theirs", "ours"))
-    for field in ("rope_parameters", "rms_norm_eps", "architectures", "model_type", "tie_word_embeddings", "dtype"):
+    for field in (
+        "rope_parameters",
+        "rms_norm_eps",
+        "architectures",
+        "model_type",
+        "tie_word_embeddings",
+        "dtype",
+    ):
         assert getattr(ours, field) == getattr(theirs, field)
 
 
@@ -101,7 +112,10 @@ def test_saved_directory_has_all_that_transformers_reads(tmp_path):
     """Configuration, ends of generation, padding, tokenizer and template survive, for them and for us."""
     tokenizer = chat_like(CHATML, eos_ids=[400, 402])
     save_model(tmp_path / "m", tiny_model(vocab_size=512), tokenizer, dtype=torch.bfloat16)
-    generation, config = GenerationConfig.from_pretrained(tmp_path / "m"), AutoConfig.from_pretrained(tmp_path / "m")
+    generation, config = (
+        GenerationConfig.from_pretrained(tmp_path / "m"),
+        AutoConfig.from_pretrained(tmp_path / "m"),
+    )
     assert generation.eos_token_id == config.eos_token_id == [400, 402]
     assert generation.pad_token_id == config.pad_token_id == tokenizer.pad_id == 400
     messages = [{"role": "user", "content": "hello"}]
@@ -110,7 +124,9 @@ def test_saved_directory_has_all_that_transformers_reads(tmp_path):
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert ours.chat_ids(messages) == tokenizer.chat_ids(messages) == expected
     assert (ours.eos_ids, ours.pad_id) == ((400, 402), 400)
-    assert {tensor.dtype for tensor in load_file(tmp_path / "m" / "model.safetensors").values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in load_file(tmp_path / "m" / "model.safetensors").values()} == {
+        torch.bfloat16
+    }
 
 
 def test_all_faulty_tensors_are_named_at_once(tmp_path):
@@ -120,7 +136,9 @@ def test_all_faulty_tensors_are_named_at_once(tmp_path):
     del tensors["model.norm.weight"]
     tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 64)
     tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(64)
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(16)  # stored by old versions, means nothing
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(
+        16
+    )  # stored by old versions, means nothing
     save_file(tensors, file)
     with pytest.raises(UserError) as caught:
         load_model(tmp_path / "m")
@@ -141,7 +159,13 @@ def test_tied_checkpoints_may_repeat_the_embedding_as_head(tmp_path):
     with pytest.raises(UserError, match="lm_head.weight differs"):
         load_model(tmp_path / "m")
     for max_shard_bytes in (0, 5e9):  # a file each, and both in one
-        save_model(tmp_path / "m", tiny_model(tie_word_embeddings=True), None, max_shard_bytes=max_shard_bytes, repeat_tied_head=True)
+        save_model(
+            tmp_path / "m",
+            tiny_model(tie_word_embeddings=True),
+            None,
+            max_shard_bytes=max_shard_bytes,
+            repeat_tied_head=True,
+        )
         assert torch.equal(load_model(tmp_path / "m").head_weight, tensors["model.embed_tokens.weight"])
         names = [name for part in (tmp_path / "m").glob("*.safetensors") for name in load_file(part)]
         assert "lm_head.weight" in names and len(names) == len(tensors) + 1
@@ -193,11 +217,19 @@ print((kib("VmHWM") - before) * 1024, sum(p.numel() * p.element_size() for p in 
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from Linux's /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="resident memory is read from Linux's /proc"
+)
 def test_peak_memory_of_loading(tmp_path):
     """Resident memory, pages of the mapped file included, never grows by more than 1.2 times the checkpoint."""
     save_model(tmp_path / "tiny", tiny_model(), None, dtype=torch.bfloat16)
-    sizes = {"vocab_size": 8_000, "hidden_size": 768, "intermediate_size": 3_072, "num_hidden_layers": 14, "head_dim": 64}
+    sizes = {
+        "vocab_size": 8_000,
+        "hidden_size": 768,
+        "intermediate_size": 3_072,
+        "num_hidden_layers": 14,
+        "head_dim": 64,
+    }
     with torch.device("meta"):
         model = Transformer(config_from_dict(QWEN3 | sizes)).to(torch.bfloat16)
     model.to_empty(device="cpu")

@@ -11,13 +11,34 @@ from nano_atlas.errors import UserError
 
 def results(bench, tasks=50):
     def score(arm, right, tokens, versus):
-        return {"domain": bench, "arm": arm, "tasks": tasks, "accuracy": right, "error": 0.01, "interval": [right - 0.1, right + 0.1],
-                "completion": 0.9, "student_tokens": tokens, "all_tokens": tokens * 2, "versus_student": versus}
+        return {
+            "domain": bench,
+            "arm": arm,
+            "tasks": tasks,
+            "accuracy": right,
+            "error": 0.01,
+            "interval": [right - 0.1, right + 0.1],
+            "completion": 0.9,
+            "student_tokens": tokens,
+            "all_tokens": tokens * 2,
+            "versus_student": versus,
+        }
 
-    versus = {"delta": 0.25, "interval": [0.125, 0.375], "non_degradation": 0.96, "non_degradation_correct": None}
-    return {"run": {"config": {"bench": bench, "teacher": ["grpo=x"], "control": ["untrained", "none"]}},
-            "scores": [score("student", 0.5, 100, None), score("sft", 0.6, 90, versus), score("grpo", 0.75, 80, versus),
-                       score("untrained", 0.5, 100, versus | {"delta": 0.0})]}
+    versus = {
+        "delta": 0.25,
+        "interval": [0.125, 0.375],
+        "non_degradation": 0.96,
+        "non_degradation_correct": None,
+    }
+    return {
+        "run": {"config": {"bench": bench, "teacher": ["grpo=x"], "control": ["untrained", "none"]}},
+        "scores": [
+            score("student", 0.5, 100, None),
+            score("sft", 0.6, 90, versus),
+            score("grpo", 0.75, 80, versus),
+            score("untrained", 0.5, 100, versus | {"delta": 0.0}),
+        ],
+    }
 
 
 def test_each_claim_has_its_source_and_what_the_files_say(tmp_path, monkeypatch, capsys):
@@ -27,12 +48,21 @@ def test_each_claim_has_its_source_and_what_the_files_say(tmp_path, monkeypatch,
         paths[-1].write_text(json.dumps(results(bench)))
     monkeypatch.setattr(sys, "argv", ["claims", *map(str, paths)])
     claims.main()
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    table = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()
+    ]
     assert {len(row) for row in table} == {7} and len(table) == 2 + len(claims.CLAIMS)
     rows = {row[0]: row[1:] for row in table[2:]}
     gain = rows["average accuracy rises"]
-    assert gain[2:] == ["gsm8k, grpo: +25.0 [+12.5, +37.5] points", "50", "untrained: +0.0 [+12.5, +37.5] points", str(paths[0])]
-    assert rows["the student needs fewer tokens"][2].endswith("student -20.0 %, with probe and teacher +60.0 %")
+    assert gain[2:] == [
+        "gsm8k, grpo: +25.0 [+12.5, +37.5] points",
+        "50",
+        "untrained: +0.0 [+12.5, +37.5] points",
+        str(paths[0]),
+    ]
+    assert rows["the student needs fewer tokens"][2].endswith(
+        "student -20.0 %, with probe and teacher +60.0 %"
+    )
     assert rows["τ²-bench success"][2] == "tau2, grpo: 75.0 [65.0, 85.0] %, alone 50.0 [40.0, 60.0] %"
     assert rows["AIME-25 accuracy"][2:] == ["not measured", "", "", ""]
 

@@ -29,7 +29,10 @@ class Config:
             raise UserError("--schedule constant contradicts --steps 1")
 
 
-PRESETS = {"small": Preset("CPU, 1 GB", {}), "large": Preset("one GPU, 20 GB", {"lr": 1e-5, "compile": True, "steps": 7})}
+PRESETS = {
+    "small": Preset("CPU, 1 GB", {}),
+    "large": Preset("one GPU, 20 GB", {"lr": 1e-5, "compile": True, "steps": 7}),
+}
 
 
 def read(*argv: str) -> Config:
@@ -37,7 +40,21 @@ def read(*argv: str) -> Config:
 
 
 def test_every_field_type_is_read_from_the_command_line():
-    config = read("--out", "a b", "--steps", "3", "--lr", "2e-4", "--betas", "0.8", "0.9", "--compile", "--data", "x", "y")
+    config = read(
+        "--out",
+        "a b",
+        "--steps",
+        "3",
+        "--lr",
+        "2e-4",
+        "--betas",
+        "0.8",
+        "0.9",
+        "--compile",
+        "--data",
+        "x",
+        "y",
+    )
     assert config == Config("small", Path("a b"), 3, 2e-4, (0.8, 0.9), "cosine", True, (Path("x"), Path("y")))
 
 
@@ -53,24 +70,35 @@ def test_help_gives_meaning_default_and_group_of_each_option_and_the_memory_of_e
         read("--help")
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
-    for piece in ("what the script does", "optimization:", "peak learning rate, 100% of it (default: 0.001; large: 1e-05)",
-                  "{cosine,constant}", "(default: 0.9 0.95)", "optimizer steps (default: none; large: 7)", "--no-compile",
-                  "large: one GPU, 20 GB", "(default: small)"):
+    for piece in (
+        "what the script does",
+        "optimization:",
+        "peak learning rate, 100% of it (default: 0.001; large: 1e-05)",
+        "{cosine,constant}",
+        "(default: 0.9 0.95)",
+        "optimizer steps (default: none; large: 7)",
+        "--no-compile",
+        "large: one GPU, 20 GB",
+        "(default: small)",
+    ):
         assert piece in text
 
 
-@pytest.mark.parametrize("argv, said", [
-    (["--learning-rate", "1"], "unknown option --learning-rate"),
-    (["--schedul", "cosine"], "unknown option --schedul; did you mean --schedule?"),
-    (["--beta=1"], "did you mean --betas?"),
-    (["--lr", "fast"], "invalid float value: 'fast'"),
-    (["--lr", "nan"], "invalid float value: 'nan'"),
-    (["--steps", "1.5"], "invalid int value: '1.5'"),
-    (["--betas", "0.9"], "expected 2 arguments"),
-    (["--schedule", "linear"], "invalid choice: 'linear'"),
-    (["--preset", "huge"], "invalid choice: 'huge'"),
-    (["--schedule", "constant", "--steps", "1"], "contradicts"),
-])
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--learning-rate", "1"], "unknown option --learning-rate"),
+        (["--schedul", "cosine"], "unknown option --schedul; did you mean --schedule?"),
+        (["--beta=1"], "did you mean --betas?"),
+        (["--lr", "fast"], "invalid float value: 'fast'"),
+        (["--lr", "nan"], "invalid float value: 'nan'"),
+        (["--steps", "1.5"], "invalid int value: '1.5'"),
+        (["--betas", "0.9"], "expected 2 arguments"),
+        (["--schedule", "linear"], "invalid choice: 'linear'"),
+        (["--preset", "huge"], "invalid choice: 'huge'"),
+        (["--schedule", "constant", "--steps", "1"], "contradicts"),
+    ],
+)
 def test_a_mistake_on_the_command_line_is_named(argv, said):
     with pytest.raises(UserError) as error:
         read(*argv)
@@ -82,11 +110,15 @@ def test_a_config_survives_json_and_a_changed_option_is_refused_by_name_unless_i
     saved = json.loads(json.dumps(to_json(config)))
     refuse_changes(config, saved, "runs/x")
     refuse_changes(read("--data", "x", "--steps", "9"), saved, "runs/x")
-    older = {name: value for name, value in saved.items() if name != "lr"}  # from before there was such an option
+    older = {
+        name: value for name, value in saved.items() if name != "lr"
+    }  # from before there was such an option
     refuse_changes(config, older, "runs/x")
     with pytest.raises(UserError, match=r"--lr 0.001 -> 0.5"):
         refuse_changes(read("--data", "x", "--lr", "0.5"), older, "runs/x")
-    with pytest.raises(UserError, match=r"--lr 0.001 -> 0.5, --compile False -> True\. Repeat .*, or delete it"):
+    with pytest.raises(
+        UserError, match=r"--lr 0.001 -> 0.5, --compile False -> True\. Repeat .*, or delete it"
+    ):
         refuse_changes(read("--data", "x", "--lr", "0.5", "--compile"), saved, "runs/x")
 
 
@@ -132,7 +164,11 @@ def test_a_resumed_log_has_each_step_once(tmp_path):
         file.write('{"step": 5, "lo')  # what a killed process leaves
     with RunLog(tmp_path, resumed_step=2) as log:
         log.log(3, loss=9.0)
-    assert records(tmp_path) == [{"step": 1, "loss": 0.333333}, {"step": 2, "loss": 0.666667}, {"step": 3, "loss": 9.0}]
+    assert records(tmp_path) == [
+        {"step": 1, "loss": 0.333333},
+        {"step": 2, "loss": 0.666667},
+        {"step": 3, "loss": 9.0},
+    ]
 
 
 def test_a_new_run_in_an_old_directory_starts_an_empty_log(tmp_path):

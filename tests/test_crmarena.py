@@ -46,12 +46,16 @@ class Agent:
         agent = first.split("agent ")[1][0]
         if len(messages) == 1:
             made_up = "Rows: [] <solution>ka0009</solution>"
-            return Reply(f"<think>x</think><execute> SELECT a FROM b WHERE c = {agent} </execute>{made_up}", 10, False)
+            return Reply(
+                f"<think>x</think><execute> SELECT a FROM b WHERE c = {agent} </execute>{made_up}", 10, False
+            )
         if last.startswith("Error"):
             return Reply("<solution>None</solution>", 1, False)
         found = json.loads(last.removeprefix("Rows: "))
         strict = "Be strict" in first
-        return Reply(f"<solution>{found[0] if found else 'KA0001' if strict else 'none'}</solution>", 5, False)
+        return Reply(
+            f"<solution>{found[0] if found else 'KA0001' if strict else 'none'}</solution>", 5, False
+        )
 
     def count_tokens(self, text):
         return len(text.split())
@@ -59,19 +63,33 @@ class Agent:
 
 def query(text):
     agent = int(text[-1])
-    return ("no such field", False) if agent == 3 else (json.dumps([ARTICLES[agent]] if ARTICLES[agent] else []), True)
+    return (
+        ("no such field", False)
+        if agent == 3
+        else (json.dumps([ARTICLES[agent]] if ARTICLES[agent] else []), True)
+    )
 
 
 def test_the_student_queries_until_it_answers():
     agent = Agent()
     seat = crmarena.QueryingSeat(agent, query)
-    replies = seat.ask([Question(protocol.baseline_messages(f"agent {i}"), Generation(9), i, n=2) for i in (0, 1, 3)])
+    replies = seat.ask(
+        [Question(protocol.baseline_messages(f"agent {i}"), Generation(9), i, n=2) for i in (0, 1, 3)]
+    )
     assert [[reply.text for reply in group] for group in replies] == [
-        ["<solution>ka0001</solution>"] * 2, ["<solution>none</solution>"] * 2, ["<solution>None</solution>"] * 2]
-    assert [group[0].tokens for group in replies] == [15, 15, 11] and agent.calls == 2  # all conversations advance together
+        ["<solution>ka0001</solution>"] * 2,
+        ["<solution>none</solution>"] * 2,
+        ["<solution>None</solution>"] * 2,
+    ]
+    assert [group[0].tokens for group in replies] == [
+        15,
+        15,
+        11,
+    ] and agent.calls == 2  # all conversations advance together
     assert agent.asked[-1][1:] == [
         {"role": "assistant", "content": "<execute> SELECT a FROM b WHERE c = 3 </execute>"},
-        {"role": "user", "content": "Error: no such field"}]
+        {"role": "user", "content": "Error: no such field"},
+    ]
 
 
 def test_a_student_that_only_queries_is_stopped():
@@ -81,7 +99,8 @@ def test_a_student_that_only_queries_is_stopped():
 
     agent = Endless()
     ((reply,),) = crmarena.QueryingSeat(agent, lambda text: ("x" * 9999, True)).ask(
-        [Question(protocol.baseline_messages("agent 0"), Generation(9), 0)])
+        [Question(protocol.baseline_messages("agent 0"), Generation(9), 0)]
+    )
     assert agent.calls == crmarena.TURNS == reply.tokens and protocol.extract_answer(reply.text) is None
     assert len(agent.asked[-1][-1]["content"]) < crmarena.SHOWN_CHARACTERS + 50
 
@@ -96,7 +115,11 @@ def test_answers_are_compared_as_sets(answer, gold, expected):
 
 def test_tasks_are_read_by_kind_and_what_cannot_be_scored_is_counted(tasks_file, tmp_path, capsys):
     tasks = crmarena.load_tasks(tasks_file, 3)
-    assert list(tasks) == [crmarena.VIOLATION] and [p.answer for p in tasks[crmarena.VIOLATION]] == ["ka0001", "None", "None"]
+    assert list(tasks) == [crmarena.VIOLATION] and [p.answer for p in tasks[crmarena.VIOLATION]] == [
+        "ka0001",
+        "None",
+        "None",
+    ]
     question = tasks[crmarena.VIOLATION][0].question
     assert question.startswith("Today is 2024-05-01.") and "never shown" not in question
     assert "1 tasks left out" in capsys.readouterr().out
@@ -120,10 +143,19 @@ def test_the_command_prints_the_floor_beside_recall_and_precision(tasks_file, tm
     monkeypatch.setattr(crmarena, "salesforce", lambda: query)
     evaluation.main()
     printed = capsys.readouterr().out
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+    table = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in printed.splitlines()
+        if line.startswith("|")
+    ]
     rows = {row[0]: row[1:] for row in table[-8:]}
     assert rows["student alone"] == ["4", "100.0", "100.0", "100.0"]
-    assert rows["grpo"] == ["4", "50.0", "100.0", "33.3"]  # strict: two of three innocents accused, and the error saves the third
+    assert rows["grpo"] == [
+        "4",
+        "50.0",
+        "100.0",
+        "33.3",
+    ]  # strict: two of three innocents accused, and the error saves the third
     assert rows["floor: always None"] == ["4", "75.0", "0.0", "–"]
     results, _ = read_results(tmp_path / "out/tasks.jsonl")
     assert {arm for arm, *_ in results} == {STUDENT, "grpo", SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET}

@@ -10,8 +10,19 @@ import torch
 
 from nano_atlas import protocol
 from nano_atlas.data import (
-    Example, Problem, collate, derive_seed, load_examples, load_problems, make_examples, pack, padding_share, read_jsonl,
-    shuffle_epoch, steps_per_epoch, write_jsonl,
+    Example,
+    Problem,
+    collate,
+    derive_seed,
+    load_examples,
+    load_problems,
+    make_examples,
+    pack,
+    padding_share,
+    read_jsonl,
+    shuffle_epoch,
+    steps_per_epoch,
+    write_jsonl,
 )
 from nano_atlas.errors import UserError
 from nano_atlas.tokenizer import Tokenizer
@@ -28,7 +39,9 @@ FORGETFUL = (
 def byte_tokenizer(**options) -> Tokenizer:
     """Every byte a token, and ChatML's two control tokens."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE({character: i for i, character in enumerate(alphabet)}, [])
+    )
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
@@ -64,12 +77,15 @@ def test_lines_are_numbered_as_in_an_editor_and_blank_ones_and_a_byte_order_mark
     assert list(read_jsonl(path)) == [(1, {"a": 1}), (3, {"a": "\u2028"})]
 
 
-@pytest.mark.parametrize("lines, said", [
-    ([{}, '{"a": '], r"a.jsonl:2: not JSON .* each line must be one complete JSON object"),
-    ([{}, "[1]"], r"a.jsonl:2: a JSON list, but each line must be an object"),
-    ([{}, {}, b'{"a": "\xff"}'], r"a.jsonl:3: not UTF-8 .* save the file as UTF-8"),
-    (["", ""], r"a.jsonl: empty; it should have one JSON object per line"),
-])
+@pytest.mark.parametrize(
+    "lines, said",
+    [
+        ([{}, '{"a": '], r"a.jsonl:2: not JSON .* each line must be one complete JSON object"),
+        ([{}, "[1]"], r"a.jsonl:2: a JSON list, but each line must be an object"),
+        ([{}, {}, b'{"a": "\xff"}'], r"a.jsonl:3: not UTF-8 .* save the file as UTF-8"),
+        (["", ""], r"a.jsonl: empty; it should have one JSON object per line"),
+    ],
+)
 def test_a_bad_line_is_named_with_its_number_and_a_remedy(tmp_path, lines, said):
     with pytest.raises(UserError, match=said):
         list(read_jsonl(write(tmp_path / "a.jsonl", *lines)))
@@ -89,32 +105,51 @@ def test_written_lines_are_read_back(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ problems
 
 
-@pytest.mark.parametrize("record, problem", [
-    ({"question": "2+3?", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}, Problem("p:1", "2+3?", "5")),  # GSM8K
-    ({"problem": "x?", "answer": 70, "id": "0"}, Problem("0", "x?", "70")),  # AIME
-    ({"prompt": "x?", "ground_truth": "7"}, Problem("p:1", "x?", "7")),  # Arc-ATLAS-Teach-v0, training/rl.jsonl
-    ({"problem_text": "x?", "solution": "so \\boxed{\\frac12}.", "domain": "math"}, Problem("p:1", "x?", "\\frac12", "math")),
-    ({"input": "x?", "answer": "yes", "id": 3}, Problem("3", "x?", "yes")),
-])
+@pytest.mark.parametrize(
+    "record, problem",
+    [
+        ({"question": "2+3?", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}, Problem("p:1", "2+3?", "5")),  # GSM8K
+        ({"problem": "x?", "answer": 70, "id": "0"}, Problem("0", "x?", "70")),  # AIME
+        (
+            {"prompt": "x?", "ground_truth": "7"},
+            Problem("p:1", "x?", "7"),
+        ),  # Arc-ATLAS-Teach-v0, training/rl.jsonl
+        (
+            {"problem_text": "x?", "solution": "so \\boxed{\\frac12}.", "domain": "math"},
+            Problem("p:1", "x?", "\\frac12", "math"),
+        ),
+        ({"input": "x?", "answer": "yes", "id": 3}, Problem("3", "x?", "yes")),
+    ],
+)
 def test_the_usual_layouts_of_problems_are_read(tmp_path, record, problem):
     assert load_problems(write(tmp_path / "p.jsonl", record)) == [problem]
 
 
-@pytest.mark.parametrize("records, said", [
-    ([{"answer": "1"}], r"p.jsonl:1: no question; one of the fields problem_text, question"),
-    ([{"question": "x?"}], r"p.jsonl:1: no gold answer; one of the fields ground_truth, answer"),
-    ([{"question": ["x"], "answer": "1"}], r"p.jsonl:1: the field 'question' must be a non-empty text"),
-    ([{"question": "x?", "answer": "so\n#### "}], r"p.jsonl:1: the field 'answer' ends before its answer"),
-    ([{"question": "x?", "answer": "1", "id": 1}, {"question": "y?", "answer": "1", "id": "1"}],
-     r"p.jsonl:2: the id '1' is that of line 1"),
-])
+@pytest.mark.parametrize(
+    "records, said",
+    [
+        ([{"answer": "1"}], r"p.jsonl:1: no question; one of the fields problem_text, question"),
+        ([{"question": "x?"}], r"p.jsonl:1: no gold answer; one of the fields ground_truth, answer"),
+        ([{"question": ["x"], "answer": "1"}], r"p.jsonl:1: the field 'question' must be a non-empty text"),
+        (
+            [{"question": "x?", "answer": "so\n#### "}],
+            r"p.jsonl:1: the field 'answer' ends before its answer",
+        ),
+        (
+            [{"question": "x?", "answer": "1", "id": 1}, {"question": "y?", "answer": "1", "id": "1"}],
+            r"p.jsonl:2: the id '1' is that of line 1",
+        ),
+    ],
+)
 def test_a_bad_problem_is_named_with_its_line(tmp_path, records, said):
     with pytest.raises(UserError, match=said):
         load_problems(write(tmp_path / "p.jsonl", *records))
 
 
 def test_tasks_of_the_runtime_need_no_answer(tmp_path):
-    assert load_problems(write(tmp_path / "p.jsonl", {"question": "x?"}), needs_answer=False) == [Problem("p:1", "x?", None)]
+    assert load_problems(write(tmp_path / "p.jsonl", {"question": "x?"}), needs_answer=False) == [
+        Problem("p:1", "x?", None)
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------- loss mask
@@ -136,7 +171,12 @@ def test_of_a_chat_exactly_the_assistants_words_and_its_end_of_turn_are_learned(
 
 
 def test_a_demonstration_is_learned_on_exactly_the_prompt_that_is_sampled_later():
-    record = {"problem_text": "2+2?", "student_approach": "add", "teacher_diagnosis": "right", "teacher_teaching": "Go on."}
+    record = {
+        "problem_text": "2+2?",
+        "student_approach": "add",
+        "teacher_diagnosis": "right",
+        "teacher_teaching": "Go on.",
+    }
     (example,) = make_examples(record, TOKENIZER, "a:1")
     prompt = TOKENIZER.chat_ids(protocol.teacher_messages("2+2?", "add"), add_generation_prompt=True)
     assert example.input_ids[: len(prompt)] == prompt
@@ -153,7 +193,9 @@ def test_a_template_that_rewrites_earlier_turns_gives_one_example_per_turn_as_it
     messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd")]
     examples = make_examples({"messages": messages}, tokenizer, "a:1")
     assert [learned_texts(example) for example in examples] == [["b<|im_end|>"], ["d<|im_end|>"]]
-    for example, count in zip(examples, (1, 3)):  # the prompt is that of sampling at this turn, reasoning block included
+    for example, count in zip(
+        examples, (1, 3)
+    ):  # the prompt is that of sampling at this turn, reasoning block included
         prompt = tokenizer.chat_ids(messages[:count], add_generation_prompt=True, enable_thinking=False)
         assert example.input_ids[: len(prompt)] == prompt and example.is_target.index(True) == len(prompt)
     (first, _) = make_examples({"messages": messages}, tokenizer, "a:1", thinking=True)
@@ -163,35 +205,63 @@ def test_a_template_that_rewrites_earlier_turns_gives_one_example_per_turn_as_it
 def test_a_template_whose_prompt_is_no_prefix_is_refused():
     template = "{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
     tokenizer = byte_tokenizer(chat_template=template)
-    with pytest.raises(UserError, match=r"a:1: message 1: the chat template does not continue its own generation prompt"):
-        make_examples({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, tokenizer, "a:1")
+    with pytest.raises(
+        UserError, match=r"a:1: message 1: the chat template does not continue its own generation prompt"
+    ):
+        make_examples(
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            tokenizer,
+            "a:1",
+        )
 
 
 def test_prompt_and_completion_are_taken_as_they_are_or_as_messages():
     (plain,) = make_examples({"prompt": "2+2=", "completion": "4"}, TOKENIZER, "a:1")
-    assert plain == Example(TOKENIZER.encode("2+2=") + TOKENIZER.encode("4") + [TOKENIZER.eos_ids[0]], [False] * 4 + [True] * 2)
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    (chat,) = make_examples({"prompt": turns, "completion": [{"role": "assistant", "content": "d"}]}, TOKENIZER, "a:1")
+    assert plain == Example(
+        TOKENIZER.encode("2+2=") + TOKENIZER.encode("4") + [TOKENIZER.eos_ids[0]], [False] * 4 + [True] * 2
+    )
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    (chat,) = make_examples(
+        {"prompt": turns, "completion": [{"role": "assistant", "content": "d"}]}, TOKENIZER, "a:1"
+    )
     assert learned_texts(chat) == ["d<|im_end|>"]  # an assistant turn of the prompt is not learned
 
 
-@pytest.mark.parametrize("record, said", [
-    ({"text": "a"}, r"a:7: the fields text make no training example; expected problem_text, .* or prompt and completion"),
-    ({"problem_text": "a", "student_approach": "b", "teacher_teaching": "c"}, r"a:7: .* missing: teacher_diagnosis"),
-    ({"problem_text": "a", "student_approach": "", "teacher_diagnosis": "c", "teacher_teaching": "c"},
-     r"a:7: the field 'student_approach'"),
-    ({"messages": []}, r"a:7: 'messages' must be a non-empty list"),
-    ({"messages": [{"role": "user", "content": None}]}, r"a:7: 'messages'\[0\] must be"),
-    ({"messages": [{"role": "user", "content": "a"}]}, r"a:7: no assistant message to learn from"),
-    ({"prompt": "a", "completion": 4}, r"a:7: the field 'completion' must be a non-empty text, not 4"),
-])
+@pytest.mark.parametrize(
+    "record, said",
+    [
+        (
+            {"text": "a"},
+            r"a:7: the fields text make no training example; expected problem_text, .* or prompt and completion",
+        ),
+        (
+            {"problem_text": "a", "student_approach": "b", "teacher_teaching": "c"},
+            r"a:7: .* missing: teacher_diagnosis",
+        ),
+        (
+            {"problem_text": "a", "student_approach": "", "teacher_diagnosis": "c", "teacher_teaching": "c"},
+            r"a:7: the field 'student_approach'",
+        ),
+        ({"messages": []}, r"a:7: 'messages' must be a non-empty list"),
+        ({"messages": [{"role": "user", "content": None}]}, r"a:7: 'messages'\[0\] must be"),
+        ({"messages": [{"role": "user", "content": "a"}]}, r"a:7: no assistant message to learn from"),
+        ({"prompt": "a", "completion": 4}, r"a:7: the field 'completion' must be a non-empty text, not 4"),
+    ],
+)
 def test_a_bad_example_is_named_with_its_line_and_what_was_expected(record, said):
     with pytest.raises(UserError, match=said):
         make_examples(record, TOKENIZER, "a:7")
 
 
 def test_long_examples_are_left_out_and_counted_never_cut(tmp_path):
-    lines = [{"prompt": prompt, "completion": completion} for prompt, completion in (("ab", "c"), ("ab", "cd"), ("a" * 9, "c"))]
+    lines = [
+        {"prompt": prompt, "completion": completion}
+        for prompt, completion in (("ab", "c"), ("ab", "cd"), ("a" * 9, "c"))
+    ]
     path = write(tmp_path / "a.jsonl", *lines)
     examples, left_out = load_examples([path], TOKENIZER, max_length=4)
     assert [len(example.input_ids) for example in examples] == [4]
@@ -229,7 +299,11 @@ def test_an_epoch_is_a_permutation_cut_into_steps_of_the_asked_size_and_depends_
     lengths = [random.Random(1).randint(40, 160) for _ in range(1000)]
     first = shuffle_epoch(lengths, 8192, seed=1, epoch=0)
     assert first == shuffle_epoch(lengths, 8192, seed=1, epoch=0)
-    assert first != shuffle_epoch(lengths, 8192, seed=1, epoch=1) != shuffle_epoch(lengths, 8192, seed=2, epoch=1)
+    assert (
+        first
+        != shuffle_epoch(lengths, 8192, seed=1, epoch=1)
+        != shuffle_epoch(lengths, 8192, seed=2, epoch=1)
+    )
     assert sorted(index for step in first for index in step) == list(range(1000))
     assert len(first) == steps_per_epoch(lengths, 8192) == -(-sum(lengths) // 8192)
     assert max(map(len, first)) - min(map(len, first)) <= 1
@@ -238,4 +312,7 @@ def test_an_epoch_is_a_permutation_cut_into_steps_of_the_asked_size_and_depends_
 
 def test_a_derived_seed_is_the_same_everywhere_and_differs_with_every_part():
     assert derive_seed(1, "rollouts", 2) == 7975693295772203131
-    assert len({derive_seed(1, "a", 2), derive_seed(1, "b", 2), derive_seed(1, "a", 3), derive_seed(2, "a", 2)}) == 4
+    assert (
+        len({derive_seed(1, "a", 2), derive_seed(1, "b", 2), derive_seed(1, "a", 3), derive_seed(2, "a", 2)})
+        == 4
+    )

@@ -7,7 +7,13 @@ import runtime_loop
 from nano_atlas import world
 from nano_atlas.config import Preset, parse
 from nano_atlas.errors import UserError
-from nano_atlas.runtime.deploy import Deployed, evaluation_options, read_deployment, with_deployment, write_deployment
+from nano_atlas.runtime.deploy import (
+    Deployed,
+    evaluation_options,
+    read_deployment,
+    with_deployment,
+    write_deployment,
+)
 
 EXCERPT = """# atlas-sdk runtime config excerpt
 teacher:
@@ -32,12 +38,19 @@ def config_of(*argv):
 def test_the_excerpt_of_the_overview_page_works_as_it_stands(file):
     assert read_deployment(file) == {"teacher": Deployed("/models/atlas-teacher-grpo", None, 0.2, None)}
     config = config_of("--deploy", str(file))
-    assert (config.teacher, config.teacher_temperature, config.student) == ("/models/atlas-teacher-grpo", 0.2, str(world.STUDENT))
+    assert (config.teacher, config.teacher_temperature, config.student) == (
+        "/models/atlas-teacher-grpo",
+        0.2,
+        str(world.STUDENT),
+    )
 
 
 def test_flags_override_the_file_and_the_file_the_preset(file):
     assert config_of(f"--deploy={file}", "--teacher-temperature", "0.9").teacher_temperature == 0.9
-    assert config_of("--preset", "own", "--deploy", str(file), "--tasks", "t", "--student", "s").teacher == "/models/atlas-teacher-grpo"
+    assert (
+        config_of("--preset", "own", "--deploy", str(file), "--tasks", "t", "--student", "s").teacher
+        == "/models/atlas-teacher-grpo"
+    )
     assert with_deployment({"p": Preset("", {"teacher": "x"})}, [])["p"].overrides == {"teacher": "x"}
 
 
@@ -47,10 +60,17 @@ def test_the_evaluation_reads_the_same_file(file):
     assert config.teachers == {"deployed": "/models/atlas-teacher-grpo"} and config.temperature == 0.0
 
 
-@pytest.mark.parametrize(("llm", "spec"), [
-    ("{provider: openai, api_base: 'http://h:1', model: m, max_output_tokens: 9}", Deployed("http://h:1", "m", None, 9)),
-    ("{provider: http, model: 'http://h/run#text'}", Deployed("post+http://h/run#text")),
-    ("{provider: python, model: 'mine:agent'}", Deployed("mine:agent"))])
+@pytest.mark.parametrize(
+    ("llm", "spec"),
+    [
+        (
+            "{provider: openai, api_base: 'http://h:1', model: m, max_output_tokens: 9}",
+            Deployed("http://h:1", "m", None, 9),
+        ),
+        ("{provider: http, model: 'http://h/run#text'}", Deployed("post+http://h/run#text")),
+        ("{provider: python, model: 'mine:agent'}", Deployed("mine:agent")),
+    ],
+)
 def test_every_provider(file, llm, spec):
     file.write_text(f"student:\n  llm: {llm}\n")
     assert read_deployment(file) == {"student": spec}
@@ -66,7 +86,10 @@ def test_every_provider(file, llm, spec):
         ("teacher:\n", "must be a section"),
         ("", "must be a section"),
         ("judge: {llm: {}}", "judge: unknown; there are student, teacher"),
-        ("teacher: {llm: {provider: huggingface, model: m, temprature: 1}}", r"teacher\.llm\.temprature: unknown"),
+        (
+            "teacher: {llm: {provider: huggingface, model: m, temprature: 1}}",
+            r"teacher\.llm\.temprature: unknown",
+        ),
         ("teacher: {llm: {provider: xai, model: m}}", "'xai' is unknown"),
         ("teacher: {llm: {provider: huggingface}}", "model: provider huggingface needs it"),
         ("teacher: {llm: {provider: huggingface, model: m, api_base: u}}", "belongs to provider openai"),

@@ -92,7 +92,9 @@ def test_gold_actions_score_everything_and_trivial_policies_the_floors(is_solo):
     nothing = [reward(task, Script(end), user()) for task in SOME]
     transferred = [reward(task, Script(transfer, end), user()) for task in SOME]
     assert sum(nothing) == 0
-    assert [tau2.intent(task.id, "") == "service_issue" for task, r in zip(SOME, transferred) if r] == [True] * int(sum(transferred))
+    assert [tau2.intent(task.id, "") == "service_issue" for task, r in zip(SOME, transferred) if r] == [
+        True
+    ] * int(sum(transferred))
     if EVERY == len(TASKS):
         assert sum(transferred) == 20
     for tool, rewards in ((None, nothing), ("transfer_to_human_agents", transferred)):
@@ -117,9 +119,16 @@ def recorded_server(reply: str = "Fine.", status: int = 200):
         def do_POST(self):
             bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             message = {"role": "assistant", "content": reply}
-            self.answer({"id": "x", "object": "chat.completion", "created": 1, "model": "m",
-                         "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-                         "usage": {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}})
+            self.answer(
+                {
+                    "id": "x",
+                    "object": "chat.completion",
+                    "created": 1,
+                    "model": "m",
+                    "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+                    "usage": {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9},
+                }
+            )
 
         def answer(self, body):
             payload = json.dumps(body).encode()
@@ -141,14 +150,23 @@ def test_without_guidance_requests_are_those_of_the_official_agent(monkeypatch):
     """Messages and tools are byte-equal on the wire, through calls of tools and their results; litellm sent the others."""
     environment = build_environment("telecom")
     tools, policy = environment.get_tools(), environment.get_policy()
-    messages = [UserMessage(role="user", content="My phone {is} broken <b>"), None, UserMessage(role="user", content="Grüße")]
+    messages = [
+        UserMessage(role="user", content="My phone {is} broken <b>"),
+        None,
+        UserMessage(role="user", content="Grüße"),
+    ]
     asked = AssistantMessage(
-        role="assistant", tool_calls=[llm_utils.ToolCall(id="c", name="get_customer_by_phone", arguments={"phone_number": "1"})]
+        role="assistant",
+        tool_calls=[
+            llm_utils.ToolCall(id="c", name="get_customer_by_phone", arguments={"phone_number": "1"})
+        ],
     )
     messages[1] = environment.get_response(asked.tool_calls[0])
 
     def talk(agent):
-        state = agent.get_init_state([AssistantMessage(role="assistant", content="Hi! How can I help you today?")])
+        state = agent.get_init_state(
+            [AssistantMessage(role="assistant", content="Hi! How can I help you today?")]
+        )
         for message in messages:
             if message.role == "tool":
                 state.messages[-1] = asked
@@ -171,7 +189,9 @@ def with_canaries(task):
     hidden["id"] = f"CANARY {task.id}"
     hidden["description"] = {"purpose": "CANARY", "relevant_policies": "CANARY", "notes": "CANARY"}
     hidden["user_scenario"]["persona"] = "CANARY"
-    hidden["user_scenario"]["instructions"] = {k: f"CANARY {v}" for k, v in hidden["user_scenario"]["instructions"].items()}
+    hidden["user_scenario"]["instructions"] = {
+        k: f"CANARY {v}" for k, v in hidden["user_scenario"]["instructions"].items()
+    }
     for action in hidden["evaluation_criteria"]["actions"]:
         action["info"] = "CANARY"
         action["action_id"] = "CANARY"
@@ -200,7 +220,10 @@ def test_neither_student_nor_teacher_sees_what_a_task_is_scored_by(is_solo):
     for task in SOME[:4]:
         hidden = with_canaries(task)
         student, user = gold_scripts(hidden, is_solo)
-        prober, teacher = Recorder("I would look."), Recorder("<thinking>secret</thinking><teaching>Check the SIM.</teaching>")
+        prober, teacher = (
+            Recorder("I would look."),
+            Recorder("<thinking>secret</thinking><teaching>Check the SIM.</teaching>"),
+        )
         guide = dialogue.teacher_guide(prober, teacher, EpisodeConfig())
         # (the scorer looks up actions and assertions by name, so the canaries change nothing for it)
         assert reward(hidden, student, user, guide) == 1.0
@@ -216,15 +239,25 @@ def test_neither_student_nor_teacher_sees_what_a_task_is_scored_by(is_solo):
         policy = build_environment("telecom", solo_mode=is_solo).get_policy()
         for part in (policy, opening, "I would look.", "get_customer_by_phone"):
             assert part in question["content"]
-        assert all("Teacher's guidance: Check the SIM." in shown for shown in student.shown) and "secret" not in str(student.shown)
+        assert all(
+            "Teacher's guidance: Check the SIM." in shown for shown in student.shown
+        ) and "secret" not in str(student.shown)
 
 
 def test_the_solo_agent_knows_only_the_ticket():
     task = dialogue.only_ticket(TASKS[0])
     agent = LLMSoloAgent(build_environment("telecom", solo_mode=True).get_tools(), "policy", task, llm="x")
     assert task.ticket and task.ticket in agent.system_prompt
-    known = {name: value for name, value in task.model_dump().items() if value and name not in ("ticket", "initial_state")}
-    assert not known and not any(task.initial_state.model_dump().values()) and TASKS[0].evaluation_criteria is not None
+    known = {
+        name: value
+        for name, value in task.model_dump().items()
+        if value and name not in ("ticket", "initial_state")
+    }
+    assert (
+        not known
+        and not any(task.initial_state.model_dump().values())
+        and TASKS[0].evaluation_criteria is not None
+    )
 
 
 def test_without_a_tag_nothing_is_injected():
@@ -254,14 +287,25 @@ def test_broken_messages_are_failed_simulations(name, is_solo):
     turn, reason = BROKEN[name]
     user = None if is_solo else Script(text("help"))
     simulation, _ = simulate(TASKS[0], "telecom", Script(turn), user, None, trial=2, seed=1, max_steps=30)
-    assert (simulation.termination_reason.value, simulation.reward_info.reward, simulation.trial) == (reason, 0.0, 2)
-    assert simulation.model_validate_json(simulation.model_dump_json()) and (simulation.info or reason == "too_many_errors")
+    assert (simulation.termination_reason.value, simulation.reward_info.reward, simulation.trial) == (
+        reason,
+        0.0,
+        2,
+    )
+    assert simulation.model_validate_json(simulation.model_dump_json()) and (
+        simulation.info or reason == "too_many_errors"
+    )
     if reason == "agent_error":
-        assert simulation.info["usage"] == {"prompt_tokens": turn.prompt_tokens, "completion_tokens": turn.tokens}
+        assert simulation.info["usage"] == {
+            "prompt_tokens": turn.prompt_tokens,
+            "completion_tokens": turn.tokens,
+        }
 
 
 def test_a_broken_user_is_a_failed_simulation_and_says_whose_fault():
-    simulation, _ = simulate(TASKS[0], "telecom", Script(text("hi")), Script(text("")), None, trial=0, seed=1, max_steps=9)
+    simulation, _ = simulate(
+        TASKS[0], "telecom", Script(text("hi")), Script(text("")), None, trial=0, seed=1, max_steps=9
+    )
     assert simulation.termination_reason == TerminationReason.USER_ERROR
 
 
@@ -271,8 +315,13 @@ def test_thoughts_reach_neither_user_nor_history():
         Script(text("<think>PRIVATE</think>help"), text("ok"), text("###STOP###")),
     )
     simulation, _ = simulate(TASKS[0], "telecom", student, user, None, trial=0, seed=1, max_steps=30)
-    assert "Restart it." in user.shown[-1] and not any("SECRET" in shown for shown in student.shown + user.shown)
-    assert not any("PRIVATE" in shown for shown in student.shown) and "SECRET" not in simulation.model_dump_json()
+    assert "Restart it." in user.shown[-1] and not any(
+        "SECRET" in shown for shown in student.shown + user.shown
+    )
+    assert (
+        not any("PRIVATE" in shown for shown in student.shown)
+        and "SECRET" not in simulation.model_dump_json()
+    )
 
 
 @pytest.mark.parametrize("status, message, reason", [
@@ -284,8 +333,14 @@ def test_a_seat_that_fails_ends_the_dialogue_with_its_reason(status, message, re
         def say(self, *_):
             raise UserError(f"HTTP {status}: {message}")
 
-    simulation, _ = simulate(TASKS[0], "telecom", Gone(), Script(text("hi")), None, trial=0, seed=1, max_steps=9)
-    assert simulation.termination_reason == reason and message in simulation.info["failure"] and simulation.reward_info.reward == 0
+    simulation, _ = simulate(
+        TASKS[0], "telecom", Gone(), Script(text("hi")), None, trial=0, seed=1, max_steps=9
+    )
+    assert (
+        simulation.termination_reason == reason
+        and message in simulation.info["failure"]
+        and simulation.reward_info.reward == 0
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- the command as a whole
@@ -324,9 +379,14 @@ def test_the_command_from_seats_to_tables_and_tau2s_own_metrics(tmp_path, monkey
     results, _ = read_results(tmp_path / "tasks.jsonl")
     assert 0 < before < len(results) == 3 * 2 * 3
     assert Counter((arm, r.attempt.is_correct) for (arm, *_), r in results.items()) == {
-        (STUDENT, False): 6, ("grpo", True): 6, ("untrained", False): 6}
+        (STUDENT, False): 6,
+        ("grpo", True): 6,
+        ("untrained", False): 6,
+    }
     printed = capsys.readouterr().out
-    assert "### mms_issue: 2 tasks" in printed and "grpo: persona" in printed and "do nothing 0.00 %" in printed
+    assert (
+        "### mms_issue: 2 tasks" in printed and "grpo: persona" in printed and "do nothing 0.00 %" in printed
+    )
     for arm, expected in ((STUDENT, 0.0), ("grpo", 1.0)):
         official = Results.load(tmp_path / f"tau2-{arm}.json")
         metrics = compute_metrics(official)
@@ -334,6 +394,8 @@ def test_the_command_from_seats_to_tables_and_tau2s_own_metrics(tmp_path, monkey
     with pytest.raises(UserError, match="--trials 2 -> 3"):
         monkeypatch.setattr(sys, "argv", [*argv, "--trials", "3"])
         evaluation.main()
-    monkeypatch.setattr(sys, "argv", ["eval.py", "--bench", "tau2", "--out", str(tmp_path), "--view", tasks[1].id])
+    monkeypatch.setattr(
+        sys, "argv", ["eval.py", "--bench", "tau2", "--out", str(tmp_path), "--view", tasks[1].id]
+    )
     evaluation.main()
     assert "[teaching] Do it." in capsys.readouterr().out

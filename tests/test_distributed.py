@@ -35,9 +35,22 @@ def place(place):
     """
     tokenizer = byte_tokenizer()
     for name in ("tied", "untied"):
-        config = ModelConfig("qwen3", tokenizer.vocab_size, 30, 50, 2, 3, 1, 2, tie_word_embeddings=name == "tied", qk_norm=True)
+        config = ModelConfig(
+            "qwen3",
+            tokenizer.vocab_size,
+            30,
+            50,
+            2,
+            3,
+            1,
+            2,
+            tie_word_embeddings=name == "tied",
+            qk_norm=True,
+        )
         save_model(place / name, Transformer(config).initialize(0), tokenizer)
-    sums = [{"prompt": f"{a}+{b}=", "completion": str(a + b) * (1 + a % 3)} for a in range(10) for b in range(10)]
+    sums = [
+        {"prompt": f"{a}+{b}=", "completion": str(a + b) * (1 + a % 3)} for a in range(10) for b in range(10)
+    ]
     (place / "sums.jsonl").write_text("".join(json.dumps(record) + "\n" for record in sums))
     return place
 
@@ -65,7 +78,9 @@ def runs(place, tmp_path_factory) -> Path:
         assert "model:" in said[0] and not any(said[1:])  # only rank 0 talks
         codes = sorted(process.returncode for process in running)
         assert codes == ([0, 0] if count == 2 else [1, 1, 1, 2]), complaints
-        errors = [line for text in complaints for line in text.splitlines() if "rror" in line or "Traceback" in line]
+        errors = [
+            line for text in complaints for line in text.splitlines() if "rror" in line or "Traceback" in line
+        ]
         assert errors == ([] if count == 2 else ["error: every rank finds the same mistake"])
     for name in (*PLAN[1], "relay-3"):
         CASES[name](place, out / "1" / name)

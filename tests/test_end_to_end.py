@@ -59,15 +59,63 @@ def test_every_script_runs_a_checkpoint_made_by_transformers_on_gsm8k(tmp_path):
     demonstrations.write_text("".join(json.dumps({
         "problem_text": p["question"], "student_approach": "Add everything.", "teacher_diagnosis": "It must be checked.",
         "teacher_teaching": "Work out one quantity after the other."}) + "\n" for p in problems))  # fmt: skip
-    run("train_sft.py", "--preset", "24gb", "--dtype", "float32", "--no-compile", "--data", demonstrations, "--model", base,
-        "--out", sft, "--steps", 4, "--lr", 1e-2, "--tokens-per-step", 2048, "--tokens-per-batch", 1024)
+    run(
+        "train_sft.py",
+        "--preset",
+        "24gb",
+        "--dtype",
+        "float32",
+        "--no-compile",
+        "--data",
+        demonstrations,
+        "--model",
+        base,
+        "--out",
+        sft,
+        "--steps",
+        4,
+        "--lr",
+        1e-2,
+        "--tokens-per-step",
+        2048,
+        "--tokens-per-batch",
+        1024,
+    )
     losses = [record["loss"] for record in lines(sft / "metrics.jsonl")]
     assert len(losses) == 4 and losses[-1] < losses[0]
 
     lengths = ("--probe-tokens", 12, "--teaching-tokens", 24, "--answer-tokens", 16)
-    policy = ("--preset", "24gb", "--dtype", "float32", "--student", base, "--problems-per-step", 2, "--group-size", 3,
-              "--baseline-samples", 2, "--steps", 2, "--eval-every", 2, *lengths)
-    run("train_grpo.py", *policy, "--teacher", sft / "model", "--problems", GSM8K, "--held-out", 0.25, "--out", grpo)
+    policy = (
+        "--preset",
+        "24gb",
+        "--dtype",
+        "float32",
+        "--student",
+        base,
+        "--problems-per-step",
+        2,
+        "--group-size",
+        3,
+        "--baseline-samples",
+        2,
+        "--steps",
+        2,
+        "--eval-every",
+        2,
+        *lengths,
+    )
+    run(
+        "train_grpo.py",
+        *policy,
+        "--teacher",
+        sft / "model",
+        "--problems",
+        GSM8K,
+        "--held-out",
+        0.25,
+        "--out",
+        grpo,
+    )
     records = lines(grpo / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2] and "eval/student_accuracy" in records[-1]
     assert max(record["sampling/logp_diff_max"] for record in records) < 1e-4
@@ -83,6 +131,22 @@ def test_every_script_runs_a_checkpoint_made_by_transformers_on_gsm8k(tmp_path):
     run("train_grpo.py", *policy, "--teacher", grpo / "model", "--traces", exported, "--out", second)
     assert len(lines(second / "metrics.jsonl")) == 2
 
-    table = run("eval.py", "--preset", "own", "--bench", "gsm8k", "--data", GSM8K, "--student", base, "--teacher",
-                f"sft={sft / 'model'}", f"grpo={second / 'model'}", "--full", "--out", tmp_path / "eval", *lengths)
+    table = run(
+        "eval.py",
+        "--preset",
+        "own",
+        "--bench",
+        "gsm8k",
+        "--data",
+        GSM8K,
+        "--student",
+        base,
+        "--teacher",
+        f"sft={sft / 'model'}",
+        f"grpo={second / 'model'}",
+        "--full",
+        "--out",
+        tmp_path / "eval",
+        *lengths,
+    )
     assert "gsm8k: 12 tasks" in table and "shuffled grpo" in table and "untrained" in table

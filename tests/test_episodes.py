@@ -7,12 +7,22 @@ from conftest import ScriptedSeat
 
 from nano_atlas import protocol
 from nano_atlas.data import Problem
-from nano_atlas.episodes import Attempt, Episode, EpisodeConfig, Sketch, sketch_problems, teach, teaching_metrics
+from nano_atlas.episodes import (
+    Attempt,
+    Episode,
+    EpisodeConfig,
+    Sketch,
+    sketch_problems,
+    teach,
+    teaching_metrics,
+)
 from nano_atlas.reward import RewardConfig, teaching_reward
 from nano_atlas.seats import Reply
 
 PROBLEMS = [Problem(f"p{i}", f"Question {i}?", f"canary{i}", "math") for i in range(4)]
-CONFIG = EpisodeConfig(probe_tokens=11, teaching_tokens=22, answer_tokens=33, student_temperature=0.5, teacher_temperature=0.9)
+CONFIG = EpisodeConfig(
+    probe_tokens=11, teaching_tokens=22, answer_tokens=33, student_temperature=0.5, teacher_temperature=0.9
+)
 
 
 def student_rule(prompt: str, seed: int, index: int) -> str:
@@ -28,7 +38,9 @@ def teacher_of(*completions: str) -> ScriptedSeat:
     return ScriptedSeat(lambda prompt, seed, index: completions[index])
 
 
-def run(teacher, student=None, problems=PROBLEMS, baselines=2, group_size=3, seed="s", **options) -> list[list[Episode]]:
+def run(
+    teacher, student=None, problems=PROBLEMS, baselines=2, group_size=3, seed="s", **options
+) -> list[list[Episode]]:
     student = student or ScriptedSeat(student_rule)
     sketches = sketch_problems(student, problems, CONFIG, seed, baselines)
     return teach(student, teacher, sketches, CONFIG, RewardConfig(), seed, group_size, **options)
@@ -41,7 +53,10 @@ def tagged(*texts: str) -> tuple[str, ...]:
 def test_a_group_shares_one_probe_and_k_baselines_and_each_teaching_gets_one_guided_answer():
     student, teacher = ScriptedSeat(student_rule), teacher_of(*tagged("good", "bad", "good good"))
     groups = run(teacher, student, baselines=4)
-    assert [[q.n for q in call] for call in student.calls] == [[1] * 4 + [4] * 4, [1] * 12]  # probe and alone, guided
+    assert [[q.n for q in call] for call in student.calls] == [
+        [1] * 4 + [4] * 4,
+        [1] * 12,
+    ]  # probe and alone, guided
     assert [[q.n for q in call] for call in teacher.calls] == [[3] * 4]
     for problem, group in zip(PROBLEMS, groups, strict=True):
         assert len(group) == 3 and all(episode.sketch is group[0].sketch for episode in group)
@@ -54,22 +69,37 @@ def test_a_group_shares_one_probe_and_k_baselines_and_each_teaching_gets_one_gui
 def test_lengths_and_temperatures_are_those_of_the_configuration():
     student, teacher = ScriptedSeat(student_rule), teacher_of(*tagged("good"))
     run(teacher, student, group_size=1)
-    settings = [[(q.generation.max_tokens, q.generation.temperature) for q in call] for call in student.calls + teacher.calls]
+    settings = [
+        [(q.generation.max_tokens, q.generation.temperature) for q in call]
+        for call in student.calls + teacher.calls
+    ]
     assert settings == [[(11, 0.5)] * 4 + [(33, 0.5)] * 4, [(33, 0.5)] * 4, [(22, 0.9)] * 4]
 
 
 def test_the_teacher_is_asked_about_the_students_own_approach_in_the_given_style():
     teacher = teacher_of(*tagged("good"))
     groups = run(teacher, group_size=1, styles=["concise", "detailed", "adaptive", "concise"])
-    for prompt, (episode,), style in zip(teacher.asked, groups, ("concise", "detailed", "adaptive", "concise"), strict=True):
-        (message,) = protocol.teacher_messages(episode.sketch.problem.question, episode.sketch.approach, style)
+    for prompt, (episode,), style in zip(
+        teacher.asked, groups, ("concise", "detailed", "adaptive", "concise"), strict=True
+    ):
+        (message,) = protocol.teacher_messages(
+            episode.sketch.problem.question, episode.sketch.approach, style
+        )
         assert prompt == message["content"] and episode.sketch.approach in prompt and episode.style == style
 
 
 def test_rewards_follow_from_baseline_guided_answer_and_length_of_the_teaching():
     for group in run(teacher_of(*tagged("good", "bad bad", "good good good"))):
-        assert [episode.reward for episode in group] == [teaching_reward(0.5, 1, 1), -1.0, teaching_reward(0.5, 1, 3)]
-        assert [episode.teaching_tokens for episode in group] == [1, 2, 3]  # of the teaching alone, not of the thoughts
+        assert [episode.reward for episode in group] == [
+            teaching_reward(0.5, 1, 1),
+            -1.0,
+            teaching_reward(0.5, 1, 3),
+        ]
+        assert [episode.teaching_tokens for episode in group] == [
+            1,
+            2,
+            3,
+        ]  # of the teaching alone, not of the thoughts
 
 
 def test_a_malformed_completion_reaches_nobody_and_earns_nothing():
@@ -77,9 +107,16 @@ def test_a_malformed_completion_reaches_nobody_and_earns_nothing():
     (group,) = run(teacher_of("good", "<teaching>good", "<thinking>good</thinking>"), student, PROBLEMS[:1])
     (baseline_prompt,) = protocol.baseline_messages(PROBLEMS[0].question)
     assert student.asked[-3:] == [baseline_prompt["content"]] * 3
-    assert [episode.teaching for episode in group] == [None] * 3 and not any(episode.is_leak for episode in group)
-    assert [episode.reward for episode in group] == [-0.5] * 3  # the student's own success is no merit of the teacher
-    assert teaching_metrics(group)["malformed_rate"] == 1.0 and teaching_metrics(group)["token_efficiency"] == 1.0
+    assert [episode.teaching for episode in group] == [None] * 3 and not any(
+        episode.is_leak for episode in group
+    )
+    assert [episode.reward for episode in group] == [
+        -0.5
+    ] * 3  # the student's own success is no merit of the teacher
+    assert (
+        teaching_metrics(group)["malformed_rate"] == 1.0
+        and teaching_metrics(group)["token_efficiency"] == 1.0
+    )
 
 
 def test_a_leak_is_counted_and_penalised_though_the_student_was_right():
@@ -120,7 +157,9 @@ def test_an_episode_does_not_depend_on_the_batch_it_ran_in():
 
     together = texts(PROBLEMS)
     assert texts([PROBLEMS[3], PROBLEMS[1]]) == {name: together[name] for name in ("p3", "p1")}
-    assert len({text for all_texts in together.values() for text in all_texts}) == 4 * (1 + 2 + 3 + 3)  # no draw is repeated
+    assert len({text for all_texts in together.values() for text in all_texts}) == 4 * (
+        1 + 2 + 3 + 3
+    )  # no draw is repeated
     assert not set(together["p0"]) & set(texts(PROBLEMS, seed="another")["p0"])
 
 

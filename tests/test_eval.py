@@ -28,7 +28,10 @@ from nano_atlas.seats import Reply
 from nano_atlas.tokenizer import Tokenizer
 
 TASKS = {
-    domain: [Problem(f"{domain}-{i}", f"Question {domain}-{i}?", f"canary-{domain}-{i}", domain) for i in range(count)]
+    domain: [
+        Problem(f"{domain}-{i}", f"Question {domain}-{i}?", f"canary-{domain}-{i}", domain)
+        for i in range(count)
+    ]
     for domain, count in (("math", 30), ("crm", 12))
 }
 
@@ -53,7 +56,9 @@ class Seat:
                 raise KeyboardInterrupt
             self.asked += [conversation[0]["content"]] * n
             draws = random.Random(seed)
-            replies.append([self.rule(conversation, draws if generation.temperature else None) for _ in range(n)])
+            replies.append(
+                [self.rule(conversation, draws if generation.temperature else None) for _ in range(n)]
+            )
         return replies
 
     def count_tokens(self, text):
@@ -87,14 +92,22 @@ def good_teacher(conversation, draws):
 
 def weak_teacher(conversation, draws):
     domain, i = number_of(conversation)
-    return Reply(f"<teaching>{'confuse' if i % 6 == 0 else f'plan {domain}-{i}.' if i % 2 else 'think'}</teaching>", 10, False)
+    return Reply(
+        f"<teaching>{'confuse' if i % 6 == 0 else f'plan {domain}-{i}.' if i % 2 else 'think'}</teaching>",
+        10,
+        False,
+    )
 
 
 TEACHERS = {"sft": weak_teacher, "grpo": good_teacher}
 
 
 def config_for(path, **changes) -> Config:
-    options = {"bench": "gsm8k", "student": "http://student", "teacher": ("sft=http://sft", "grpo=http://grpo")}
+    options = {
+        "bench": "gsm8k",
+        "student": "http://student",
+        "teacher": ("sft=http://sft", "grpo=http://grpo"),
+    }
     options |= {"control": (SHUFFLED, UNTRAINED), "chunk": 8, "out": path}
     return Config(**options | changes)
 
@@ -103,7 +116,9 @@ def run(config, tasks=TASKS, student=None, teachers=None, is_right=protocol.is_c
     """The middle of `eval.main`, with seats of our own."""
     student = student or Seat(student_rule)
     teachers = teachers if teachers is not None else {name: Seat(rule) for name, rule in TEACHERS.items()}
-    start_or_continue(config, config.contents() | {f"tasks {name}": repr(problems) for name, problems in tasks.items()})
+    start_or_continue(
+        config, config.contents() | {f"tasks {name}": repr(problems) for name, problems in tasks.items()}
+    )
     log = TaskLog(config.out / "tasks.jsonl")
     try:
         evaluate(config, tasks, log, is_right, lambda: student, teachers.__getitem__)
@@ -126,15 +141,22 @@ def test_every_number_of_the_tables_follows_from_the_rules(tmp_path):
     results, _, _ = run(config)
     report, stored = stored_report(tmp_path, Config)
     rows = {(score.domain, score.arm): score for score in report.scores}
-    assert list(rows) == [(domain, arm) for domain in TASKS for arm in (STUDENT, "sft", "grpo", SHUFFLED, UNTRAINED)]
+    assert list(rows) == [
+        (domain, arm) for domain in TASKS for arm in (STUDENT, "sft", "grpo", SHUFFLED, UNTRAINED)
+    ]
     for domain in TASKS:
         right, count = expected(domain), len(TASKS[domain])
         for arm, is_right in right.items():
             score = rows[domain, arm]
-            assert (score.tasks, score.accuracy) == (count, pytest.approx(sum(is_right) / count)), (domain, arm)
+            assert (score.tasks, score.accuracy) == (count, pytest.approx(sum(is_right) / count)), (
+                domain,
+                arm,
+            )
             assert score.interval[0] < score.accuracy < score.interval[1] and score.student_tokens == 20
             if arm == STUDENT:
-                assert score.versus_student is score.leak is score.malformed is None and score.all_tokens == 20
+                assert (
+                    score.versus_student is score.leak is score.malformed is None and score.all_tokens == 20
+                )
                 assert score.completion == pytest.approx(1 - 1 / count)  # task 1 gives up
                 continue
             versus, pairs = score.versus_student, list(zip(is_right, right[STUDENT]))
@@ -146,32 +168,50 @@ def test_every_number_of_the_tables_follows_from_the_rules(tmp_path):
             assert versus.non_degradation_correct == pytest.approx(1 - degraded / sum(right[STUDENT]))
         grpo, difference = rows[domain, "grpo"], next(d for d in report.differences if d.domain == domain)
         assert grpo.leak == grpo.malformed == pytest.approx(1 / count)  # tasks 6 and 4
-        assert grpo.all_tokens == pytest.approx(20 + 7 + (40 * (count - 1) + 30) / count)  # answer + probe + teacher
+        assert grpo.all_tokens == pytest.approx(
+            20 + 7 + (40 * (count - 1) + 30) / count
+        )  # answer + probe + teacher
         assert (difference.arm, difference.other) == ("grpo", "sft")
         assert difference.delta == pytest.approx((sum(right["grpo"]) - sum(right["sft"])) / count)
         assert rows[domain, UNTRAINED].malformed == 1 and rows[domain, UNTRAINED].versus_student.delta == 0
         assert abs(rows[domain, SHUFFLED].versus_student.delta) < 1e-9  # a plan for another task does nothing
     versus = rows["math", "grpo"].versus_student
     n, k = versus.improved + versus.degraded, versus.improved
-    assert versus.p_value == pytest.approx(sum(math.comb(n, i) for i in range(n + 1) if abs(2 * i - n) >= abs(2 * k - n)) / 2**n)
+    assert versus.p_value == pytest.approx(
+        sum(math.comb(n, i) for i in range(n + 1) if abs(2 * i - n) >= abs(2 * k - n)) / 2**n
+    )
 
     text = tables(report, stored.names)
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    table = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")
+    ]
     assert {len(row) for row in table} == {15} and len(table) == 2 * (2 + 5)
-    assert [row[0] for row in table[2:7]] == ["student alone", "sft", "grpo", "control: shuffled grpo", "control: untrained"]
+    assert [row[0] for row in table[2:7]] == [
+        "student alone",
+        "sft",
+        "grpo",
+        "control: shuffled grpo",
+        "control: untrained",
+    ]
     assert table[4][1] == f"{100 * rows['math', 'grpo'].accuracy:.1f}"
     assert table[4][2].startswith(f"{100 * versus.delta:+.1f} [")
     assert text.count("grpo − sft: **") == 2
-    short = [[cell.strip() for cell in line.split("|")[1:-1]] for line in summary(report, ["sft", "grpo"]).splitlines()]
-    assert short[0] == ["tasks", "student", "sft", "grpo", "grpo − sft"] and [row[0] for row in short[2:]] == [
-        f"{domain} ({len(tasks)})" for domain, tasks in TASKS.items()]
+    short = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in summary(report, ["sft", "grpo"]).splitlines()
+    ]
+    assert short[0] == ["tasks", "student", "sft", "grpo", "grpo − sft"] and [
+        row[0] for row in short[2:]
+    ] == [f"{domain} ({len(tasks)})" for domain, tasks in TASKS.items()]
     assert short[2][1:4] == [f"{100 * rows['math', arm].accuracy:.1f}" for arm in (STUDENT, "sft", "grpo")]
     assert len(results) == 5 * 42
 
 
 def test_no_prompt_holds_a_gold_answer(tmp_path):
     """Every gold answer is a canary; a teacher that never says it leaves it out of every prompt, of both seats."""
-    _, student, teachers = run(config_for(tmp_path), teachers={"sft": Seat(weak_teacher), "grpo": Seat(weak_teacher)})
+    _, student, teachers = run(
+        config_for(tmp_path), teachers={"sft": Seat(weak_teacher), "grpo": Seat(weak_teacher)}
+    )
     prompts = [*student.asked, *teachers["sft"].asked, *teachers["grpo"].asked]
     assert len(prompts) == 42 * (2 + 2 + 2 + 1 + 2)
     assert not [prompt for prompt in prompts if "canary" in prompt]
@@ -202,7 +242,9 @@ def test_both_arms_ask_in_the_same_answer_format(tmp_path):
     teaching = [prompt for prompt in student.asked if "Diagnose" in prompt]
     assert len(answering) == 42 * 5 and len(teaching) == 42  # the rest: probes
     assert len(student.asked) == 42 * 7
-    assert not any("<thinking>" in prompt for prompt in answering)  # a teacher's private text never reaches the student
+    assert not any(
+        "<thinking>" in prompt for prompt in answering
+    )  # a teacher's private text never reaches the student
 
 
 def test_shuffled_teachings_go_each_to_one_other_task(tmp_path):
@@ -218,7 +260,9 @@ def test_shuffled_teachings_go_each_to_one_other_task(tmp_path):
 def test_a_derangement_leaves_nothing_in_place(count):
     problems = [Problem(str(i), "?", "1") for i in range(count)]
     donors = derange(problems, seed=5)
-    assert sorted(p.id for p in donors.values()) == sorted(donors) and all(name != p.id for name, p in donors.items())
+    assert sorted(p.id for p in donors.values()) == sorted(donors) and all(
+        name != p.id for name, p in donors.items()
+    )
     assert derange(problems, seed=5) == donors and (count < 50 or derange(problems, seed=6) != donors)
 
 
@@ -242,11 +286,17 @@ def test_a_killed_run_continues_to_the_same_results(tmp_path, options, cut):
     file.write_bytes(content)
     resumed, student, teachers = run(config_for(tmp_path / "cut", **options))
     assert resumed == whole
-    assert file.read_bytes().startswith(content[: content.rfind(b"\n") + 1])  # append-only: what was whole is kept
-    assert sorted(file.read_bytes().splitlines()) == sorted((tmp_path / "whole/tasks.jsonl").read_bytes().splitlines())
+    assert file.read_bytes().startswith(
+        content[: content.rfind(b"\n") + 1]
+    )  # append-only: what was whole is kept
+    assert sorted(file.read_bytes().splitlines()) == sorted(
+        (tmp_path / "whole/tasks.jsonl").read_bytes().splitlines()
+    )
     samples = options.get("samples", 1)
     asked = len(student.asked) + sum(len(seat.asked) for seat in teachers.values())
-    assert asked <= (2 * samples + 2) * (5 * 42 - kept // samples + 8)  # the open tasks, and one chunk at most once more
+    assert asked <= (2 * samples + 2) * (
+        5 * 42 - kept // samples + 8
+    )  # the open tasks, and one chunk at most once more
 
 
 @pytest.mark.parametrize("deaths", [[5], [40, 60, 31, 20], [1] * 5])
@@ -256,7 +306,10 @@ def test_a_run_that_dies_while_asking_loses_one_chunk(tmp_path, deaths):
         with pytest.raises(KeyboardInterrupt):
             run(config_for(tmp_path), student=Seat(student_rule, stop_after))
         after, intact = read_results(tmp_path / "tasks.jsonl")
-        assert len(after) >= before + (stop_after - 16) // 3 and intact == (tmp_path / "tasks.jsonl").stat().st_size
+        assert (
+            len(after) >= before + (stop_after - 16) // 3
+            and intact == (tmp_path / "tasks.jsonl").stat().st_size
+        )
     results, _, _ = run(config_for(tmp_path))
     assert results == run(config_for(tmp_path / "whole"))[0]
 
@@ -332,24 +385,37 @@ def test_several_samples_give_averages_with_errors_and_pass_at_k(tmp_path):
     assert score.accuracy == pytest.approx(average) and score.interval is None
     assert score.error == pytest.approx((sum((m - average) ** 2 for m in means) / 29 / 30) ** 0.5)
     assert list(score.pass_at_k) == [1, 2, 3]
-    assert score.pass_at_k[1] == pytest.approx(average) and score.pass_at_k[3] == pytest.approx(sum(map(any, right)) / 30)
-    alone = [sum(results[STUDENT, "math", p.id, s].attempt.is_correct for s in range(3)) / 3 for p in TASKS["math"]]
+    assert score.pass_at_k[1] == pytest.approx(average) and score.pass_at_k[3] == pytest.approx(
+        sum(map(any, right)) / 30
+    )
+    alone = [
+        sum(results[STUDENT, "math", p.id, s].attempt.is_correct for s in range(3)) / 3 for p in TASKS["math"]
+    ]
     versus = score.versus_student
     assert versus.delta == pytest.approx(average - sum(alone) / 30) and versus.p_value is None
     assert versus.degraded == sum(a < b for a, b in zip(means, alone))
     assert versus.non_degradation_correct == pytest.approx(1 - versus.degraded / sum(b > 0 for b in alone))
-    assert "avg@3" in tables(report, stored.names) and f"± {100 * score.error:.1f}" in tables(report, stored.names)
+    assert "avg@3" in tables(report, stored.names) and f"± {100 * score.error:.1f}" in tables(
+        report, stored.names
+    )
 
 
 def test_votes_are_the_majority_of_fresh_answers_at_their_price(tmp_path):
     """The student of these rules is right by a coin toss alone; the pair's tokens (20 + 7 + 40) buy four answers of 20."""
-    config = config_for(tmp_path, control=(TWO_VOTES, SAME_BUDGET), teacher=("grpo=http://grpo",), samples=1, temperature=0.8)
+    config = config_for(
+        tmp_path, control=(TWO_VOTES, SAME_BUDGET), teacher=("grpo=http://grpo",), samples=1, temperature=0.8
+    )
     results, student, _ = run(config, teachers={"grpo": Seat(good_teacher)})
     report, stored = stored_report(tmp_path, Config)
     rows = {(score.domain, score.arm): score for score in report.scores}
     assert rows["math", TWO_VOTES].student_tokens == rows["math", TWO_VOTES].all_tokens == 40
-    assert rows["math", SAME_BUDGET].all_tokens == 80 and rows["math", SAME_BUDGET].leak is rows["math", SAME_BUDGET].malformed is None
-    assert 0.1 < rows["math", TWO_VOTES].accuracy < 0.9 and rows["math", TWO_VOTES].versus_student.improved > 0
+    assert (
+        rows["math", SAME_BUDGET].all_tokens == 80
+        and rows["math", SAME_BUDGET].leak is rows["math", SAME_BUDGET].malformed is None
+    )
+    assert (
+        0.1 < rows["math", TWO_VOTES].accuracy < 0.9 and rows["math", TWO_VOTES].versus_student.improved > 0
+    )
     questions = [protocol.baseline_messages(problem.question)[0]["content"] for problem in TASKS["math"]]
     assert student.asked.count(questions[0]) == 1 + 2 + 4
     text = tables(report, stored.names)
@@ -357,7 +423,9 @@ def test_votes_are_the_majority_of_fresh_answers_at_their_price(tmp_path):
 
 
 def vote(*answers) -> Attempt:
-    return majority([Attempt(f"text {i}", answer, answer == "7", 10, i == 2) for i, answer in enumerate(answers)])
+    return majority(
+        [Attempt(f"text {i}", answer, answer == "7", 10, i == 2) for i, answer in enumerate(answers)]
+    )
 
 
 def test_a_majority_counts_equal_answers_and_the_first_wins_a_tie():
@@ -369,10 +437,16 @@ def test_a_majority_counts_equal_answers_and_the_first_wins_a_tie():
 
 def test_majority_and_pass_hat_k_of_several_samples(tmp_path):
     results, _, _ = run(config_for(tmp_path, **SAMPLED))
-    score = next(s for s in stored_report(tmp_path, Config)[0].scores if (s.domain, s.arm) == ("math", "grpo"))
-    right = [sum(results["grpo", "math", p.id, s].attempt.is_correct for s in range(3)) for p in TASKS["math"]]
+    score = next(
+        s for s in stored_report(tmp_path, Config)[0].scores if (s.domain, s.arm) == ("math", "grpo")
+    )
+    right = [
+        sum(results["grpo", "math", p.id, s].attempt.is_correct for s in range(3)) for p in TASKS["math"]
+    ]
     assert score.pass_hat_k[3] == pytest.approx(sum(count == 3 for count in right) / 30)
-    assert score.majority == pytest.approx(sum(count >= 2 for count in right) / 30)  # all wrong answers are the same word
+    assert score.majority == pytest.approx(
+        sum(count >= 2 for count in right) / 30
+    )  # all wrong answers are the same word
 
 
 def test_accuracy_with_and_without_leaks_stand_side_by_side(tmp_path):
@@ -402,19 +476,36 @@ def test_math_verify_compares_by_algebra_where_a_data_set_needs_it(tmp_path, mon
     monkeypatch.undo()
     pytest.importorskip("math_verify")
     is_right = evaluation.verifier(config)
-    assert is_right("\\frac{1}{2}", "0.5") and is_right("x+1", "1+x") and not is_right("2", "3") and is_right("016", "16")
+    assert (
+        is_right("\\frac{1}{2}", "0.5")
+        and is_right("x+1", "1+x")
+        and not is_right("2", "3")
+        and is_right("016", "16")
+    )
 
 
 def test_a_verifier_judges_every_arm(tmp_path):
-    results, _, _ = run(config_for(tmp_path, control=(UNTRAINED, TWO_VOTES)), is_right=lambda answer, gold: answer == "wrong")
+    results, _, _ = run(
+        config_for(tmp_path, control=(UNTRAINED, TWO_VOTES)), is_right=lambda answer, gold: answer == "wrong"
+    )
     assert all(r.attempt.is_correct == (r.attempt.answer == "wrong") for r in results.values())
-    assert {arm for (arm, *_), r in results.items() if r.attempt.is_correct} == {STUDENT, "sft", "grpo", UNTRAINED, TWO_VOTES}
+    assert {arm for (arm, *_), r in results.items() if r.attempt.is_correct} == {
+        STUDENT,
+        "sft",
+        "grpo",
+        UNTRAINED,
+        TWO_VOTES,
+    }
 
 
 def test_an_unfinished_run_can_be_shown(tmp_path):
     """Arms are scored on the tasks they have, and compared on those that both have."""
     results, _, _ = run(config_for(tmp_path))
-    part = [result for result in results.values() if result.arm == STUDENT or (result.arm == "sft" and result.id[-1] < "5")]
+    part = [
+        result
+        for result in results.values()
+        if result.arm == STUDENT or (result.arm == "sft" and result.id[-1] < "5")
+    ]
     report = make_report(part, [STUDENT, "sft", "grpo"], ["sft", "grpo"], samples=1)
     score = next(s for s in report.scores if (s.domain, s.arm) == ("math", "sft"))
     assert score.tasks == score.versus_student.tasks == 15 and not report.differences
@@ -432,7 +523,11 @@ def test_aime_answers_are_compared_as_integers_from_the_last_box(tmp_path, monke
     config.check()
     tasks = evaluation.load_tasks(config)
     assert [p.domain for p in tasks["aime25"]] == ["aime25"] * 4
-    results, _, _ = run(config, tasks=tasks, student=Seat(lambda messages, _: Reply(replies[number_of(messages)[1]], 9, False)))
+    results, _, _ = run(
+        config,
+        tasks=tasks,
+        student=Seat(lambda messages, _: Reply(replies[number_of(messages)[1]], 9, False)),
+    )
     assert [result.attempt.is_correct for result in results.values()] == [True, False, False, True]
     assert [result.attempt.answer for result in results.values()] == ["016", "17", None, "70"]
 
@@ -489,7 +584,11 @@ def test_a_missing_checkpoint_names_the_command_that_makes_it(missing, script, m
 
 def test_teachers_are_named_by_option_or_path():
     config = Config(teacher=("base=runs/x=1/sft", "runs/y/grpo/", "http://host:8000/v1?a=b"))
-    assert config.teachers == {"base": "runs/x=1/sft", "grpo": "runs/y/grpo/", "v1?a=b": "http://host:8000/v1?a=b"}
+    assert config.teachers == {
+        "base": "runs/x=1/sft",
+        "grpo": "runs/y/grpo/",
+        "v1?a=b": "http://host:8000/v1?a=b",
+    }
 
 
 def save_random_checkpoint(path, seed):
@@ -497,7 +596,9 @@ def save_random_checkpoint(path, seed):
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    backend.train_from_iterator([], tokenizers.trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False))
+    backend.train_from_iterator(
+        [], tokenizers.trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False)
+    )
     backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     sizes = {"vocab_size": backend.get_vocab_size(), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
              "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 1024}  # fmt: skip
@@ -520,8 +621,17 @@ def test_the_script_from_checkpoints_to_tables(tmp_path, monkeypatch, capsys):
     assert "### gsm8k: 5 tasks" in first and first.strip() == Path("out/tables.md").read_text().strip()
     written = json.loads(Path("out/results.json").read_text())
     assert [score["arm"] for score in written["scores"]] == [
-        "student", "teacher", "shuffled", "untrained", "two-votes", "same-budget"]
-    assert written["run"]["config"]["limit"] == 5 and len(Path("out/tasks.jsonl").read_bytes().splitlines()) == 30
+        "student",
+        "teacher",
+        "shuffled",
+        "untrained",
+        "two-votes",
+        "same-budget",
+    ]
+    assert (
+        written["run"]["config"]["limit"] == 5
+        and len(Path("out/tasks.jsonl").read_bytes().splitlines()) == 30
+    )
     weights = hashlib.sha256(Path("student/model.safetensors").read_bytes()).hexdigest()
 
     monkeypatch.setattr(Config, "open", lambda *_: pytest.fail("a finished run opened a model"))
@@ -529,11 +639,16 @@ def test_the_script_from_checkpoints_to_tables(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["eval.py", "--tables", "--full", "--out", "out"])
     evaluation.main()
     assert capsys.readouterr().out == 2 * first
-    monkeypatch.setattr(sys, "argv", ["eval.py", *(flag for flag in argv if flag != "--full")])  # shows less, and loses nothing
+    monkeypatch.setattr(
+        sys, "argv", ["eval.py", *(flag for flag in argv if flag != "--full")]
+    )  # shows less, and loses nothing
     evaluation.main()
     short = capsys.readouterr().out
     accuracy = [f"{100 * score['accuracy']:.1f}" for score in written["scores"][:3]]
-    assert re.search(r"gsm8k \(5\) +\| +" + r" +\| +".join(accuracy) + r" +\|", short) and "untrained" not in short
+    assert (
+        re.search(r"gsm8k \(5\) +\| +" + r" +\| +".join(accuracy) + r" +\|", short)
+        and "untrained" not in short
+    )
     assert "| control: shuffled teacher | teacher − student alone |" in re.sub(" +", " ", short)
     assert Path("out/tables.md").read_text().strip() == first.strip()
     assert hashlib.sha256(Path("student/model.safetensors").read_bytes()).hexdigest() == weights

@@ -39,7 +39,9 @@ def episodes_of(teacher_says: str, student_says: dict[str, str], **options):
     return episode, student.asked, teacher.asked
 
 
-@pytest.mark.parametrize("text", ['Answer as {"principles": []}.', "{question} {approach} {", "100 % of {0!r:>{1}}"])
+@pytest.mark.parametrize(
+    "text", ['Answer as {"principles": []}.', "{question} {approach} {", "100 % of {0!r:>{1}}"]
+)
 def test_fault_1_braces_in_a_template_or_text_break_the_prompt(text):
     """Every judge prompt held JSON and went through `str.format`: KeyError at the first reward."""
     for messages in (protocol.probe_messages(text), protocol.baseline_messages(text), protocol.guided_messages(text, text),
@@ -49,7 +51,9 @@ def test_fault_1_braces_in_a_template_or_text_break_the_prompt(text):
 
 def test_fault_1_the_baseline_has_no_template_or_asks_for_no_answer_tag():
     """The baseline's template defaulted to None; its fall-back asked for no tag, so the baseline was "no answer"."""
-    alone, guided = (m[0]["content"] for m in (protocol.baseline_messages("q"), protocol.guided_messages("q", "t")))
+    alone, guided = (
+        m[0]["content"] for m in (protocol.baseline_messages("q"), protocol.guided_messages("q", "t"))
+    )
     assert "<solution></solution>" in alone and alone.rpartition("\n\n")[2] == guided.rpartition("\n\n")[2]
 
 
@@ -59,10 +63,14 @@ def test_fault_2_the_gradient_is_taken_on_another_prompt_than_was_sampled_from(p
 
     def on_the_bare_problem(samples, *arguments):
         bare = [dataclasses.replace(s.rollout, prompt_ids=s.rollout.prompt_ids[:40]) for s in samples]
-        return real([dataclasses.replace(s, rollout=rollout) for s, rollout in zip(samples, bare)], *arguments)
+        return real(
+            [dataclasses.replace(s, rollout=rollout) for s, rollout in zip(samples, bare)], *arguments
+        )
 
     monkeypatch.setattr(policy, "policy_batches", on_the_bare_problem)
-    with pytest.raises(UserError, match="trainer and sampler disagree about the sampled tokens .* weights or prompts"):
+    with pytest.raises(
+        UserError, match="trainer and sampler disagree about the sampled tokens .* weights or prompts"
+    ):
         run_grpo(place, tmp_path / "out", max_logp_diff=0.01)
     assert not (tmp_path / "out/metrics.jsonl").read_text()
 
@@ -78,13 +86,19 @@ def test_fault_3_the_sampler_keeps_the_weights_it_started_with(place, tmp_path, 
     monkeypatch.setattr(layout, "EmbeddedSeat", StaleSeat)
     with pytest.raises(UserError, match="trainer and sampler disagree .* the sampler's weights"):
         run_grpo(place, tmp_path / "out", lr=5e-2, steps=8, eval_every=0)
-    assert 1 <= len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) < 8  # the first step still agreed
+    assert (
+        1 <= len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) < 8
+    )  # the first step still agreed
 
 
 def test_fault_4_the_reward_sees_the_teachers_text_instead_of_the_students_guided_answer():
     """The judge was given the teacher's completion as the student's answer, and no baseline."""
     boasting = "<thinking>so <solution>18</solution></thinking><teaching>Multiply. <solution>18.5</solution></teaching>"
-    alone = {protocol.PROBE_REQUEST: "Add.", "Teacher's guidance": "<solution>9</solution>", "": "<solution>9</solution>"}
+    alone = {
+        protocol.PROBE_REQUEST: "Add.",
+        "Teacher's guidance": "<solution>9</solution>",
+        "": "<solution>9</solution>",
+    }
     failed, _, _ = episodes_of(boasting, alone)
     helped, _, _ = episodes_of(boasting, {**alone, "Teacher's guidance": "<solution>18</solution>"})
     known, _, _ = episodes_of(boasting, {protocol.PROBE_REQUEST: "Add.", "": "<solution>18</solution>"})
@@ -95,8 +109,14 @@ def test_fault_4_the_reward_sees_the_teachers_text_instead_of_the_students_guide
 def test_fault_5_harm_costs_nothing_or_its_price_is_an_option_without_effect():
     """The published 2x penalty was removed from the code; its option stayed in the file and did nothing."""
     assert teaching_reward(1, 0, 50) == -2.0 and teaching_reward(0, 1, 50) < 2.0
-    says = {protocol.PROBE_REQUEST: "Multiply.", "Teacher's guidance": "<solution>9</solution>", "": "<solution>18</solution>"}
-    rewards = [episodes_of("<teaching>Add.</teaching>", says, degradation_penalty=p)[0].reward for p in (2.0, 5.0)]
+    says = {
+        protocol.PROBE_REQUEST: "Multiply.",
+        "Teacher's guidance": "<solution>9</solution>",
+        "": "<solution>18</solution>",
+    }
+    rewards = [
+        episodes_of("<teaching>Add.</teaching>", says, degradation_penalty=p)[0].reward for p in (2.0, 5.0)
+    ]
     assert rewards == [-2.0, -5.0]
 
 
@@ -130,7 +150,9 @@ def test_evaluation_is_configured_but_never_happens(place, tmp_path):
     """Its option never reached the trainer. Here it shows in the metrics, and chooses the best checkpoint."""
     metrics = run_grpo(place, tmp_path / "out", steps=4, eval_every=2)
     evaluated = [record["step"] for record in metrics if "eval/reward" in record]
-    assert evaluated == [2, 4] and {"eval/student_accuracy", "eval/accuracy_delta", "eval/leak_rate"} <= set(metrics[1])
+    assert evaluated == [2, 4] and {"eval/student_accuracy", "eval/accuracy_delta", "eval/leak_rate"} <= set(
+        metrics[1]
+    )
     assert (tmp_path / "out/best/model.safetensors").is_file()
     assert json.loads((tmp_path / "out/state/step-00000004/state.json").read_text())["best"] is not None
 
@@ -138,7 +160,9 @@ def test_evaluation_is_configured_but_never_happens(place, tmp_path):
 def test_the_gold_answer_is_in_the_prompt(place, tmp_path, monkeypatch):
     """GSM8K prompts were rendered with the solution in them. No seat of a real run may ever see the gold answer."""
     problems = tmp_path / "problems.jsonl"
-    problems.write_text("".join(json.dumps({"question": f"Pick {i}.", "answer": f"canary{i}"}) + "\n" for i in range(8)))
+    problems.write_text(
+        "".join(json.dumps({"question": f"Pick {i}.", "answer": f"canary{i}"}) + "\n" for i in range(8))
+    )
     prompts = []
     real = EmbeddedSeat.ask
 
@@ -165,7 +189,12 @@ def test_probe_and_baselines_are_drawn_anew_for_every_copy_of_a_problem():
 def test_copies_of_templates_and_extractors_drift_apart():
     """There were three of each. Here they exist once, and whoever needs them imports `protocol`."""
     root = Path(train_grpo.__file__).parent
-    texts = [protocol.ANSWER_FORMAT, protocol.PROBE_REQUEST, *protocol.TEACHING_STYLES.values(), "Teacher's guidance"]
+    texts = [
+        protocol.ANSWER_FORMAT,
+        protocol.PROBE_REQUEST,
+        *protocol.TEACHING_STYLES.values(),
+        "Teacher's guidance",
+    ]
     extractor = re.compile(r"""re\.\w+\([^)\n]*(solution|teaching|thinking|boxed)""")
     for path in [*root.glob("*.py"), *(root / "nano_atlas").glob("*.py")]:
         source = path.read_text(encoding="utf-8")

@@ -19,7 +19,9 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def test_ten_steps_of_grpo_lift_the_shipped_student_far_above_its_sft_teacher(tmp_path, monkeypatch, one_thread):
+def test_ten_steps_of_grpo_lift_the_shipped_student_far_above_its_sft_teacher(
+    tmp_path, monkeypatch, one_thread
+):
     """From the shipped student, with the shipped defaults but for the number of steps. 200 tasks have a standard error of 3 points."""
     monkeypatch.chdir(tmp_path)
     train_sft.main([])
@@ -55,11 +57,28 @@ def test_the_robustness_table_is_made_of_what_its_runs_found(tmp_path):
 
 
 def test_the_robustness_benchmark_runs_the_main_path_and_continues(tmp_path, capsys, monkeypatch):
-    arguments = ["robustness", "--students", "shipped", "--seeds", "7", "--threads", "1", "--steps", "1", "--tasks", "4", "--out", str(tmp_path)]
+    arguments = [
+        "robustness",
+        "--students",
+        "shipped",
+        "--seeds",
+        "7",
+        "--threads",
+        "1",
+        "--steps",
+        "1",
+        "--tasks",
+        "4",
+        "--out",
+        str(tmp_path),
+    ]
     monkeypatch.setattr("sys.argv", arguments)
     robustness.main()
     said = capsys.readouterr().out
-    assert said.count("| shipped | 7 | 1 |") == 3 and (tmp_path / "tables.md").read_text().strip() == said.strip()
+    assert (
+        said.count("| shipped | 7 | 1 |") == 3
+        and (tmp_path / "tables.md").read_text().strip() == said.strip()
+    )
     monkeypatch.setattr(robustness, "call", lambda *_: pytest.fail("a finished run was started again"))
     robustness.main()
     assert capsys.readouterr().out == said

@@ -45,7 +45,9 @@ def finish(script, **seats):
 
 def run(lane, task=TASK, config=LaneConfig(), **seats) -> Session:
     session = Session("s", task, 1, lane=lane)
-    return finish(run_session(session, replace(config, lane=lane), [], lambda text: len(text.split())), **seats)
+    return finish(
+        run_session(session, replace(config, lane=lane), [], lambda text: len(text.split())), **seats
+    )
 
 
 def answer(text) -> str:
@@ -66,7 +68,10 @@ def student(right_if=()):
             return "Here: " + json.dumps({"steps": steps})
         if "one step of a plan" in prompt:
             fields = json.loads(prompt[prompt.index("{") :])
-            return answer(f"{fields['step']} after {sorted(fields['results_so_far'])}" + " better" * len(fields["guidance"]))
+            return answer(
+                f"{fields['step']} after {sorted(fields['results_so_far'])}"
+                + " better" * len(fields["guidance"])
+            )
         return answer("42" if any(word in prompt for word in right_if) else "41")
 
     return Seat(rule)
@@ -78,7 +83,9 @@ def teacher(*texts):
 
 
 def verdict_json(score, uncertainty=0.0, **more):
-    return json.dumps({"principles": [], "rationale": "because {}", "score": score, "uncertainty": uncertainty, **more})
+    return json.dumps(
+        {"principles": [], "rationale": "because {}", "score": score, "uncertainty": uncertainty, **more}
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- lanes
@@ -86,17 +93,27 @@ def verdict_json(score, uncertainty=0.0, **more):
 
 def test_auto_asks_the_student_alone():
     session = run("auto", student=student(), teacher=teacher())
-    assert [trial.kind for trial in session.trials] == ["alone"] and session.reward is None and len(session.events) == 1
+    assert (
+        [trial.kind for trial in session.trials] == ["alone"]
+        and session.reward is None
+        and len(session.events) == 1
+    )
 
 
 def test_paired_teaches_once_and_rewards_the_gain():
     session = run("paired", student=student(["HELP"]), teacher=teacher("<teaching>HELP</teaching>"))
-    assert [(trial.kind, trial.verdict.score) for trial in session.trials] == [("alone", 0.0), ("guided", 1.0)]
+    assert [(trial.kind, trial.verdict.score) for trial in session.trials] == [
+        ("alone", 0.0),
+        ("guided", 1.0),
+    ]
     assert session.chosen == 1 and session.reward == pytest.approx(1 + 100 / 101)
 
 
 def test_retries_carry_all_guidance_and_show_the_teacher_the_failed_answer():
-    guide, pupil = teacher("<teaching>first</teaching>", "no tag", "<teaching>second</teaching>", "never asked"), student(["second"])
+    guide, pupil = (
+        teacher("<teaching>first</teaching>", "no tag", "<teaching>second</teaching>", "never asked"),
+        student(["second"]),
+    )
     session = run("paired", config=LaneConfig(retries=3), student=pupil, teacher=guide)
     assert [trial.verdict.is_valid for trial in session.trials] == [False, False, True]
     assert len(guide.prompts) == 3 and f"Student's approach: {answer(41)}" in guide.prompts[1]
@@ -105,7 +122,12 @@ def test_retries_carry_all_guidance_and_show_the_teacher_the_failed_answer():
 
 
 def test_the_last_attempt_is_validated_like_every_other():
-    session = run("paired", config=LaneConfig(retries=1), student=student(), teacher=teacher(*["<teaching>x</teaching>"] * 2))
+    session = run(
+        "paired",
+        config=LaneConfig(retries=1),
+        student=student(),
+        teacher=teacher(*["<teaching>x</teaching>"] * 2),
+    )
     assert [trial.verdict.is_valid for trial in session.trials] == [False] * 3
 
 
@@ -115,7 +137,10 @@ def test_coach_reviews_the_plan_and_the_student_gets_plan_and_review():
     assert [trial.kind for trial in session.trials] == ["alone", "coached"] and session.chosen == 1
     plan = "1. do a\n2. do b\n3. do c (after 1, 2)"
     assert f"Student's approach: {plan}" in guide.prompts[0]
-    assert pupil.prompts[-1] == f"{TASK.question}\n\nYour plan: {plan}\n\nTeacher's guidance: HELP: skip b\n\n{ANSWER_FORMAT}"
+    assert (
+        pupil.prompts[-1]
+        == f"{TASK.question}\n\nYour plan: {plan}\n\nTeacher's guidance: HELP: skip b\n\n{ANSWER_FORMAT}"
+    )
 
 
 def test_escalate_carries_out_steps_after_those_they_need_and_rewards_each():
@@ -125,12 +150,26 @@ def test_escalate_carries_out_steps_after_those_they_need_and_rewards_each():
         return verdict_json(0.2 if is_poor else 0.9, guidance="try harder" if is_poor else "")
 
     pupil = student(["do c after"])
-    session = run("escalate", config=LaneConfig(retries=2, judge="judge", judge_temperatures=(0.2,)), student=pupil,
-                  teacher=teacher("<teaching>fine</teaching>"), judge=Seat(judge))
+    session = run(
+        "escalate",
+        config=LaneConfig(retries=2, judge="judge", judge_temperatures=(0.2,)),
+        student=pupil,
+        teacher=teacher("<teaching>fine</teaching>"),
+        judge=Seat(judge),
+    )
     assert [(s["output"], s["attempts"], s["verdict"].score) for s in session.steps] == [
-        ("do a after []", 1, 0.9), ("do b after [] better", 2, 0.9), ("do c after ['1', '2']", 1, 0.9)]
-    assert session.trials[-1].kind == "stepwise" and session.trials[-1].verdict.score == 1.0 and session.chosen == 1
-    assert "Your plan: 1. do a" in next(prompt for prompt in pupil.prompts if "Teacher's guidance: fine" in prompt)
+        ("do a after []", 1, 0.9),
+        ("do b after [] better", 2, 0.9),
+        ("do c after ['1', '2']", 1, 0.9),
+    ]
+    assert (
+        session.trials[-1].kind == "stepwise"
+        and session.trials[-1].verdict.score == 1.0
+        and session.chosen == 1
+    )
+    assert "Your plan: 1. do a" in next(
+        prompt for prompt in pupil.prompts if "Teacher's guidance: fine" in prompt
+    )
 
 
 def test_without_a_judge_the_teacher_judges_the_steps():
@@ -145,34 +184,60 @@ def test_a_fault_ends_the_lane_but_what_was_reached_counts():
     session = run("paired", student=student(["6"]), teacher=Seat(lambda prompt, seed: None))
     assert session.fault == "teacher: UserError: HTTP 503" and session.reward is None
     assert session.trials[session.chosen].answer == "42"
-    assert session.events[-1] == {"event": "teaching", "actor": "teacher", "tokens": 0, "fault": session.fault}
+    assert session.events[-1] == {
+        "event": "teaching",
+        "actor": "teacher",
+        "tokens": 0,
+        "fault": session.fault,
+    }
 
 
 def test_a_plan_survives_what_models_write():
     assert [
         s["depends_on"]
-        for s in parse_plan('{"steps": [{"description": "x", "depends_on": [1, 2, 9]}, {"description": "y", "depends_on": [1]}]}')
+        for s in parse_plan(
+            '{"steps": [{"description": "x", "depends_on": [1, 2, 9]}, {"description": "y", "depends_on": [1]}]}'
+        )
     ] == [[], [1]]
     assert parse_plan("Just {do} it.") == [{"id": 1, "description": "Just {do} it.", "depends_on": []}]
     assert len(parse_plan(json.dumps({"steps": [{"description": "s"}] * 99}))) == 16
-    assert [s["id"] for s in parse_plan('```{"steps": [null, {"description": ""}, {"description": "z", "depends_on": null}]}```')] == [1]
+    assert [
+        s["id"]
+        for s in parse_plan(
+            '```{"steps": [null, {"description": ""}, {"description": "z", "depends_on": null}]}```'
+        )
+    ] == [1]
 
 
 def test_the_last_fitting_object_counts_wherever_it_stands():
-    assert last_json('{"score": 1} and {"x": {"score": 2}} then {"score": 3, "why": "{"} }{', "score")["score"] == 3
+    assert (
+        last_json('{"score": 1} and {"x": {"score": 2}} then {"score": 3, "why": "{"} }{', "score")["score"]
+        == 3
+    )
     assert last_json('<think>{"score": 1}</think> none {', "score") is None
 
 
 # ------------------------------------------------------------------------------------------------- choosing the lane
 
 
-@pytest.mark.parametrize(("confidence", "lane"), [(0.85, "auto"), (0.84, "paired"), (0.65, "paired"), (0.35, "coach"), (0.34, "escalate")])
+@pytest.mark.parametrize(
+    ("confidence", "lane"),
+    [(0.85, "auto"), (0.84, "paired"), (0.65, "paired"), (0.35, "coach"), (0.34, "escalate")],
+)
 def test_the_published_thresholds(confidence, lane):
     assert lane_of(confidence) == lane
 
 
-@pytest.mark.parametrize(("record", "lane"), [([], "paired"), ([1.0] * 20, "auto"), ([1.0] * 7 + [0.0] * 3, "paired"),
-                                              ([1.0, 0.0], "coach"), ([0.0] * 5, "escalate")])
+@pytest.mark.parametrize(
+    ("record", "lane"),
+    [
+        ([], "paired"),
+        ([1.0] * 20, "auto"),
+        ([1.0] * 7 + [0.0] * 3, "paired"),
+        ([1.0, 0.0], "coach"),
+        ([0.0] * 5, "escalate"),
+    ],
+)
 def test_without_a_probe_the_record_decides(record, lane):
     assert decide(record)["mode"] == lane
 
@@ -181,9 +246,15 @@ def decide(record, lane="adaptive", probe=None):
     return finish(choose_lane(TASK.question, record, lane, probe is not None, 0), probe=probe)
 
 
-@pytest.mark.parametrize(("reply", "lane"), [
-    ('{"mode": "coach", "confidence": 0.99}', "coach"), ('{"mode": "warp", "confidence": 0.9}', "auto"),
-    ("no idea", "escalate"), (None, "escalate")])
+@pytest.mark.parametrize(
+    ("reply", "lane"),
+    [
+        ('{"mode": "coach", "confidence": 0.99}', "coach"),
+        ('{"mode": "warp", "confidence": 0.9}', "auto"),
+        ("no idea", "escalate"),
+        (None, "escalate"),
+    ],
+)
 def test_a_probe_decides_and_where_it_cannot_the_record_does(reply, lane):
     probe = Seat(lambda prompt, seed: reply)
     choice = decide([0.0] * 9, probe=probe)
@@ -203,7 +274,11 @@ JUDGED = LaneConfig(judge="judge", audit=0.0)
 
 
 def judged(rule, config=JUDGED, task=OPEN, large=None, pupil=None) -> Session:
-    seats = {"student": pupil or student(["HELP"]), "teacher": teacher("<teaching>HELP</teaching>"), "judge": Seat(rule)}
+    seats = {
+        "student": pupil or student(["HELP"]),
+        "teacher": teacher("<teaching>HELP</teaching>"),
+        "judge": Seat(rule),
+    }
     session = run("paired", task, config, **seats, **({"large judge": large} if large else {}))
     session.judge = seats["judge"]
     return session
@@ -216,11 +291,16 @@ def by_answer(right=0.9, wrong=0.2):
 def test_each_judge_is_asked_at_three_temperatures_and_only_where_it_applies():
     session = judged(by_answer())
     asked = [event["event"] for event in session.events if event["actor"] == "judge"]
-    assert {name: asked.count(f"judge: {name}") for name in judges.ANSWER_JUDGES + judges.TEACHING_JUDGES} == {
-        "accuracy": 6, "process": 6, "diagnostic": 6, "helpfulness": 3}
+    assert {
+        name: asked.count(f"judge: {name}") for name in judges.ANSWER_JUDGES + judges.TEACHING_JUDGES
+    } == {"accuracy": 6, "process": 6, "diagnostic": 6, "helpfulness": 3}
     assert sorted(set(session.judge.temperatures)) == [0.2, 0.5, 0.8]
-    assert session.trials[0].verdict.score == pytest.approx(0.2) and session.trials[1].verdict.score == pytest.approx(0.9)
-    assert session.chosen == 1 and session.reward == pytest.approx(0.7 * (1 + 100 / 101) * 0.9)  # x helpfulness
+    assert session.trials[0].verdict.score == pytest.approx(0.2) and session.trials[
+        1
+    ].verdict.score == pytest.approx(0.9)
+    assert session.chosen == 1 and session.reward == pytest.approx(
+        0.7 * (1 + 100 / 101) * 0.9
+    )  # x helpfulness
 
 
 def test_judges_that_are_left_out_are_not_asked_and_do_not_count():
@@ -229,10 +309,18 @@ def test_judges_that_are_left_out_are_not_asked_and_do_not_count():
     assert session.reward == pytest.approx(0.7 * (1 + 100 / 101))
 
 
-@pytest.mark.parametrize(("samples", "options", "is_escalated"), [
-    ((0.5, 0.5, 0.5), {}, False), ((0.3, 0.5, 0.9), {}, True), ((0.3, 0.5, 0.9), {"judge_deviation": 0.5}, False),
-    ((0.5, 0.5, (0.5, 0.4)), {}, True), ((0.5, 0.5, (0.5, 0.4)), {"judge_uncertainty": 0.5}, False), ((None, "junk", 0.5), {}, False),
-    ((None, "junk", "{}"), {}, True)])
+@pytest.mark.parametrize(
+    ("samples", "options", "is_escalated"),
+    [
+        ((0.5, 0.5, 0.5), {}, False),
+        ((0.3, 0.5, 0.9), {}, True),
+        ((0.3, 0.5, 0.9), {"judge_deviation": 0.5}, False),
+        ((0.5, 0.5, (0.5, 0.4)), {}, True),
+        ((0.5, 0.5, (0.5, 0.4)), {"judge_uncertainty": 0.5}, False),
+        ((None, "junk", 0.5), {}, False),
+        ((None, "junk", "{}"), {}, True),
+    ],
+)
 def test_the_large_judge_decides_where_the_small_ones_disagree_or_are_unsure(samples, options, is_escalated):
     replies = iter(samples)
 
@@ -260,14 +348,25 @@ def test_an_outage_of_the_judges_is_unscored_and_never_a_zero():
     session = judged(lambda prompt, seed: None)
     assert session.fault is None and session.reward is None and session.chosen == 0
     assert [trial.verdict.score for trial in session.trials] == [None, None]
-    assert "unscored" in session.trials[0].verdict.rationale and "HTTP 503" in session.trials[0].verdict.rationale
+    assert (
+        "unscored" in session.trials[0].verdict.rationale
+        and "HTTP 503" in session.trials[0].verdict.rationale
+    )
 
 
 def test_guardrails_between_judges():
-    assert hold_consistent({"accuracy": 0.3, "process": 0.9}) == {"accuracy": 0.3, "process": pytest.approx(0.4)}
+    assert hold_consistent({"accuracy": 0.3, "process": 0.9}) == {
+        "accuracy": 0.3,
+        "process": pytest.approx(0.4),
+    }
     assert hold_consistent({"process": 0.4, "helpfulness": 0.9})["helpfulness"] == 0.5
     assert hold_consistent({"helpfulness": 0.9, "diagnostic": 0.2})["helpfulness"] == pytest.approx(0.3)
-    assert hold_consistent({"accuracy": 0.3, "process": 0.9, "helpfulness": 1.0, "diagnostic": 1.0})["helpfulness"] == 0.5
+    assert (
+        hold_consistent({"accuracy": 0.3, "process": 0.9, "helpfulness": 1.0, "diagnostic": 1.0})[
+            "helpfulness"
+        ]
+        == 0.5
+    )
 
 
 @pytest.mark.parametrize(
@@ -299,8 +398,13 @@ def test_an_evaluator_of_the_users_is_called_and_its_faults_are_the_sessions(mon
 
     monkeypatch.setattr(judges, "load_object", lambda spec: grade)
     config = LaneConfig(evaluator="mine:grade")
-    session = run("paired", OPEN, config, student=student(["HELP"]), teacher=teacher("<teaching>HELP</teaching>"))
-    assert [(t.verdict.by, t.verdict.score) for t in session.trials] == [("python", 0.25), ("python", 1.0)] and session.chosen == 1
+    session = run(
+        "paired", OPEN, config, student=student(["HELP"]), teacher=teacher("<teaching>HELP</teaching>")
+    )
+    assert [(t.verdict.by, t.verdict.score) for t in session.trials] == [
+        ("python", 0.25),
+        ("python", 1.0),
+    ] and session.chosen == 1
     monkeypatch.setattr(judges, "load_object", lambda spec: lambda **fields: 7)
     session = run("paired", OPEN, config, student=student(), teacher=teacher())
     assert "between 0 and 1" in session.fault and session.reward is None
@@ -316,7 +420,10 @@ def trial(score, by="exact", deviation=0.0, text="<solution>x</solution>", kind=
 def test_with_a_verifier_the_returned_answer_is_never_below_the_students_own():
     rng = random.Random(0)
     for _ in range(500):
-        trials = [trial(rng.choice([0.0, 0.5, 1.0, None]), rng.choice(["exact", "python"])) for _ in range(rng.randint(1, 4))]
+        trials = [
+            trial(rng.choice([0.0, 0.5, 1.0, None]), rng.choice(["exact", "python"]))
+            for _ in range(rng.randint(1, 4))
+        ]
         chosen = trials[choose_trial(trials)].verdict.score
         assert trials[0].verdict.score is None or chosen >= trials[0].verdict.score
         scored = [t.verdict.score for t in trials if t.verdict.score is not None]
@@ -326,8 +433,14 @@ def test_with_a_verifier_the_returned_answer_is_never_below_the_students_own():
 def test_a_judged_answer_must_be_above_the_students_own_by_its_noise():
     assert choose_trial([trial(0.5, "judges"), trial(0.5, "judges")]) == 0
     assert choose_trial([trial(0.5, "judges", 0.1), trial(0.7, "judges", 0.1)]) == 0  # 0.2 < 1.645 x 0.141
-    assert choose_trial([trial(0.5, "judges", 0.1), trial(0.7, "judges", 0.1)], confidence=0.9) == 1  # 0.2 > 1.282 x 0.141
-    assert choose_trial([trial(0.5, "judges"), trial(None, "judges")]) == choose_trial([trial(None, "judges"), trial(0.9, "judges")]) == 0
+    assert (
+        choose_trial([trial(0.5, "judges", 0.1), trial(0.7, "judges", 0.1)], confidence=0.9) == 1
+    )  # 0.2 > 1.282 x 0.141
+    assert (
+        choose_trial([trial(0.5, "judges"), trial(None, "judges")])
+        == choose_trial([trial(None, "judges"), trial(0.9, "judges")])
+        == 0
+    )
 
 
 def test_harm_by_a_noisy_judge_is_bounded_and_the_bound_is_measured_by_new_judgements():
@@ -337,26 +450,38 @@ def test_harm_by_a_noisy_judge_is_bounded_and_the_bound_is_measured_by_new_judge
         true = 0.4 if '"harmed"' in prompt else 0.5
         return verdict_json(min(1.0, max(0.0, random.Random(derive_seed(seed, prompt)).gauss(true, 0.25))))
 
-    pupil = lambda prompt, seed: "plan" if PROBE_REQUEST in prompt else answer("harmed" if "HARM" in prompt else "own")  # noqa: E731
+    pupil = lambda prompt, seed: (
+        "plan" if PROBE_REQUEST in prompt else answer("harmed" if "HARM" in prompt else "own")
+    )  # noqa: E731
     config = LaneConfig(judge="judge", judges=("accuracy",), audit=1.0)
     returned, audited = 0, []
     for index in range(150):
         session = Session(f"s{index}", OPEN, 0, lane="paired")
-        seats = {"student": Seat(pupil), "teacher": teacher("<teaching>HARM</teaching>"), "judge": Seat(noisy)}
+        seats = {
+            "student": Seat(pupil),
+            "teacher": teacher("<teaching>HARM</teaching>"),
+            "judge": Seat(noisy),
+        }
         finish(run_session(session, replace(config, lane="paired"), [], len), **seats)
         returned += session.chosen != 0
         audited += [session.audited_gain] * (session.audited_gain is not None)
-    naive = sum(random.Random(i).gauss(-0.1, 0.25 * (2 / 3) ** 0.5) > 0 for i in range(150))  # the higher of two means of three
+    naive = sum(
+        random.Random(i).gauss(-0.1, 0.25 * (2 / 3) ** 0.5) > 0 for i in range(150)
+    )  # the higher of two means of three
     assert 0 < returned < naive / 2 and len(audited) == returned
     worse, bound = degradation_bound(audited)
-    assert worse >= returned / 3 and bound > worse / returned  # the second judgement finds the harm the first one missed
+    assert (
+        worse >= returned / 3 and bound > worse / returned
+    )  # the second judgement finds the harm the first one missed
 
 
 def test_the_bound_is_wilsons():
     worse, bound = degradation_bound([-0.1] + [0.0] * 19)
     z, n, p = 1.6448536269514722, 20, 1 / 20
     assert worse == 1
-    assert bound == pytest.approx((p + z * z / (2 * n) + z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5) / (1 + z * z / n))
+    assert bound == pytest.approx(
+        (p + z * z / (2 * n) + z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5) / (1 + z * z / n)
+    )
     with pytest.raises(UserError, match="--confidence"):
         GuardConfig(confidence=0.2).check()
 
@@ -366,10 +491,19 @@ def test_audit_draws_its_share():
     for index in range(60):
         for which, share in enumerate((0.5, 0.0)):
             session = Session(f"s{index}", OPEN, 0, lane="paired")
-            seats = {"student": student(["HELP"]), "teacher": teacher("<teaching>HELP</teaching>"), "judge": Seat(by_answer())}
+            seats = {
+                "student": student(["HELP"]),
+                "teacher": teacher("<teaching>HELP</teaching>"),
+                "judge": Seat(by_answer()),
+            }
             finish(
                 run_session(
-                    session, replace(JUDGED, audit=share, judges=("accuracy",), judge_temperatures=(0.2,), lane="paired"), [], len
+                    session,
+                    replace(
+                        JUDGED, audit=share, judges=("accuracy",), judge_temperatures=(0.2,), lane="paired"
+                    ),
+                    [],
+                    len,
                 ),
                 **seats,
             )
@@ -380,7 +514,11 @@ def test_audit_draws_its_share():
 def test_accept_and_judge_tokens(monkeypatch):
     lengths = []
     original = Seat.ask
-    monkeypatch.setattr(Seat, "ask", lambda self, q, **more: lengths.append(q[0].generation.max_tokens) or original(self, q, **more))
+    monkeypatch.setattr(
+        Seat,
+        "ask",
+        lambda self, q, **more: lengths.append(q[0].generation.max_tokens) or original(self, q, **more),
+    )
     for accept, teachings in ((0.7, 1), (0.95, 2)):
         guide = teacher(*["<teaching>HELP</teaching>"] * 2)
         config = replace(JUDGED, accept=accept, retries=1, judge_tokens=77, judges=("accuracy",))

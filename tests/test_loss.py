@@ -30,7 +30,9 @@ def inputs(dtype=torch.float32, seed=0, tokens=N, vocabulary=V, device="cpu"):
 
     hidden, weight = normal(tokens, D).to(dtype), normal(vocabulary, D).to(dtype)
     targets = torch.randint(vocabulary, (tokens,), generator=generator)
-    logprobs = (hidden.double() @ weight.double().T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1).float()
+    logprobs = (
+        (hidden.double() @ weight.double().T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1).float()
+    )
     data = dict(
         hidden=hidden, weight=weight, targets=targets, token_weights=normal(tokens).abs(), advantages=normal(tokens),
         old_logprobs=logprobs + 0.3 * normal(tokens), ref_logprobs=logprobs + 0.5 * normal(tokens),
@@ -85,7 +87,12 @@ def assert_close(ours, theirs, tolerance=2e-5):
 def test_token_stats_are_the_textbook_formulas(temperature):
     x = inputs()
     stats = token_stats(
-        x.hidden, x.weight, x.targets, temperature=temperature, ref_hidden=x.ref_hidden, ref_weight=x.ref_weight
+        x.hidden,
+        x.weight,
+        x.targets,
+        temperature=temperature,
+        ref_hidden=x.ref_hidden,
+        ref_weight=x.ref_weight,
     )
     logprobs = naive_logprobs(x.hidden, x.weight, temperature)
     ref_logprobs = naive_logprobs(x.ref_hidden, x.ref_weight, temperature)
@@ -98,7 +105,10 @@ def test_token_stats_are_the_textbook_formulas(temperature):
 
 def test_kl_to_itself_is_exactly_zero():
     x = inputs()
-    assert token_stats(x.hidden, x.weight, x.targets, ref_hidden=x.hidden, ref_weight=x.weight).kl.abs().max() == 0
+    assert (
+        token_stats(x.hidden, x.weight, x.targets, ref_hidden=x.hidden, ref_weight=x.weight).kl.abs().max()
+        == 0
+    )
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)])
@@ -122,11 +132,19 @@ def test_sft_loss_value_and_gradients(dtype, tolerance):
 def test_grpo_loss_value_and_gradients(kl, clip, has_old, dtype, tolerance):
     x = inputs(dtype)
     old, importance = (x.old_logprobs, x.importance) if has_old else (None, None)
-    if dtype == torch.bfloat16 and has_old:  # a ratio on the edge of the clip may fall on either side of it in bfloat16
+    if (
+        dtype == torch.bfloat16 and has_old
+    ):  # a ratio on the edge of the clip may fall on either side of it in bfloat16
         stats = token_stats(x.hidden, x.weight, x.targets, temperature=0.7)
         old = stats.logprobs + torch.tensor([0.0, 0.6, -0.6]).repeat(N)[:N]
-    reference = dict(ref_hidden=x.ref_hidden, ref_weight=x.ref_weight) if kl == "exact" else dict(ref_logprobs=x.ref_logprobs)
-    options = dict(clip_low=clip[0], clip_high=clip[1], beta=0.3, temperature=0.7, importance=importance, kl=kl)
+    reference = (
+        dict(ref_hidden=x.ref_hidden, ref_weight=x.ref_weight)
+        if kl == "exact"
+        else dict(ref_logprobs=x.ref_logprobs)
+    )
+    options = dict(
+        clip_low=clip[0], clip_high=clip[1], beta=0.3, temperature=0.7, importance=importance, kl=kl
+    )
     loss, stats = grpo_loss(
         x.hidden, x.weight, x.targets, x.token_weights, x.advantages, old_logprobs=old, **reference, **options
     )
@@ -164,7 +182,9 @@ def test_entropy_and_exact_kl_can_be_trained_on():
     )  # fmt: skip
     logprobs, ref = naive_logprobs(x.hidden, x.weight, 1.3), naive_logprobs(x.ref_hidden, x.ref_weight, 1.3)
     entropy, kl = -(logprobs.exp() * logprobs).sum(-1), (logprobs.exp() * (logprobs - ref)).sum(-1)
-    oracle = (x.token_weights * (picked(logprobs, x.targets) * x.advantages - 0.5 * entropy + kl.square())).sum()
+    oracle = (
+        x.token_weights * (picked(logprobs, x.targets) * x.advantages - 0.5 * entropy + kl.square())
+    ).sum()
     assert_close(loss, oracle)
     for ours, theirs in zip(gradients(loss, x), gradients(oracle, x), strict=True):
         assert_close(ours, theirs)
@@ -237,7 +257,13 @@ def test_a_token_of_weight_zero_counts_for_exactly_nothing():
         values[5:9] = torch.tensor([math.inf, math.nan, -math.inf, 1e30])
     kept = [*range(5), *range(9, N)]
     loss, _ = grpo_loss(
-        x.hidden, x.weight, x.targets, x.token_weights, x.advantages, old_logprobs=x.old_logprobs, ref_logprobs=x.ref_logprobs
+        x.hidden,
+        x.weight,
+        x.targets,
+        x.token_weights,
+        x.advantages,
+        old_logprobs=x.old_logprobs,
+        ref_logprobs=x.ref_logprobs,
     )
     d_hidden, d_weight = gradients(loss, x)
     short, _ = grpo_loss(
@@ -279,7 +305,11 @@ def test_grpo_loss_is_that_of_trl(loss_type, mode):
 
     def logprobs_and_entropies(model, input_ids, attention_mask, logits_to_keep, **_):
         logits = (x.hidden @ x.weight.T / temperature).view(len(lengths), longest, V)
-        return selective_log_softmax(logits, input_ids[:, -logits_to_keep:]), entropy_from_logits(logits), None
+        return (
+            selective_log_softmax(logits, input_ids[:, -logits_to_keep:]),
+            entropy_from_logits(logits),
+            None,
+        )
 
     # the trainer's attributes that its loss reads, with nothing that needs a model, a dataset or a network
     trainer = types.SimpleNamespace(
@@ -323,7 +353,10 @@ def test_step_token_weights_by_hand():
     assert step_token_weights([2, 6], "sequence") == [1 / 4, 1 / 12]
     assert step_token_weights([2, 6], "token") == [1 / 8, 1 / 8]
     assert step_token_weights([2, 6], "constant", max_length=10) == [1 / 20, 1 / 20]
-    assert step_token_weights([0, 4], "sequence") == [0.0, 1 / 8]  # a masked completion still is one of the group
+    assert step_token_weights([0, 4], "sequence") == [
+        0.0,
+        1 / 8,
+    ]  # a masked completion still is one of the group
     assert step_token_weights([], "token") == []
     constant = dict(mode="constant")
     for bad in (dict(mode="mean"), constant, constant | dict(max_length=5), dict(lengths=[-1], mode="token")):
@@ -363,7 +396,9 @@ def test_published_listing_gives_nan_where_this_loss_is_finite():
     policy_logprobs = (x.hidden @ x.weight.T).log_softmax(-1)
     reference_logprobs = (x.ref_hidden @ x.ref_weight.T).log_softmax(-1)
 
-    page_policy_term = -(x.advantages[:, None] * policy_logprobs).mean()  # the page multiplies by rewards, over all words
+    page_policy_term = -(
+        x.advantages[:, None] * policy_logprobs
+    ).mean()  # the page multiplies by rewards, over all words
     page_kl_term = F.kl_div(policy_logprobs, reference_logprobs, reduction="batchmean")
     assert (page_policy_term + 0.04 * page_kl_term).isnan()
 
@@ -371,9 +406,13 @@ def test_published_listing_gives_nan_where_this_loss_is_finite():
     as_torch_wants_it = F.kl_div(policy_logprobs, reference_logprobs, reduction="batchmean", log_target=True)
     assert as_torch_wants_it.isfinite()  # finite, but KL(reference || policy); GRPO's is the other way round
     kl = token_stats(x.hidden, x.weight, x.targets, ref_hidden=x.ref_hidden, ref_weight=x.ref_weight).kl
-    assert_close(kl.mean(), F.kl_div(reference_logprobs, policy_logprobs, reduction="batchmean", log_target=True))
+    assert_close(
+        kl.mean(), F.kl_div(reference_logprobs, policy_logprobs, reduction="batchmean", log_target=True)
+    )
 
-    loss, _ = grpo_loss(x.hidden, x.weight, x.targets, x.token_weights, x.advantages, ref_logprobs=x.ref_logprobs)
+    loss, _ = grpo_loss(
+        x.hidden, x.weight, x.targets, x.token_weights, x.advantages, ref_logprobs=x.ref_logprobs
+    )
     assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients(loss, x))
 
 
@@ -386,9 +425,17 @@ def test_compiled_kernels_agree_and_do_not_recompile_for_every_length(monkeypatc
     monkeypatch.setenv("NANO_ATLAS_COMPILE", "1")
     torch._dynamo.reset()
     counters.clear()
-    for tokens, vocabulary, temperature in [(23, V, 0.7), (12, V, 1.0), (9, V, 1.1), (19, V + 4, 0.9), (33, V + 9, 1.0)]:
+    for tokens, vocabulary, temperature in [
+        (23, V, 0.7),
+        (12, V, 1.0),
+        (9, V, 1.1),
+        (19, V + 4, 0.9),
+        (33, V + 9, 1.0),
+    ]:
         x = inputs(tokens=tokens, vocabulary=vocabulary)
-        options = dict(clip_low=0.2, clip_high=0.2, beta=0.04, temperature=temperature, importance=None, kl="k3")
+        options = dict(
+            clip_low=0.2, clip_high=0.2, beta=0.04, temperature=temperature, importance=None, kl="k3"
+        )
         loss, _ = grpo_loss(
             x.hidden, x.weight, x.targets, x.token_weights, x.advantages, old_logprobs=x.old_logprobs,
             ref_logprobs=x.ref_logprobs, **options,
@@ -439,7 +486,9 @@ def test_inputs_that_do_not_fit_together_are_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             grpo_loss(**{**good, name: value})
-    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):  # not a crash, also with compiled kernels
+    with pytest.raises(
+        (IndexError, RuntimeError), match="out of bounds"
+    ):  # not a crash, also with compiled kernels
         grpo_loss(**{**good, "targets": x.targets.clone().fill_(V)})
 
 
@@ -449,9 +498,13 @@ def test_on_a_gpu(monkeypatch, dtype, tolerance):
         pytest.skip("needs a CUDA device")
     monkeypatch.setenv("NANO_ATLAS_COMPILE", "1")
     x = inputs(dtype, device="cuda")
-    options = dict(clip_low=math.inf, clip_high=math.inf, beta=0.3, temperature=0.7, importance=None, kl="exact")
+    options = dict(
+        clip_low=math.inf, clip_high=math.inf, beta=0.3, temperature=0.7, importance=None, kl="exact"
+    )
     reference = dict(ref_hidden=x.ref_hidden, ref_weight=x.ref_weight)
-    loss, stats = grpo_loss(x.hidden, x.weight, x.targets, x.token_weights, x.advantages, **reference, **options)
+    loss, stats = grpo_loss(
+        x.hidden, x.weight, x.targets, x.token_weights, x.advantages, **reference, **options
+    )
     oracle, chosen, _ = naive_grpo(x, None, **options)
     assert_close(loss, oracle, tolerance)
     assert_close(stats.logprobs, chosen, 1e-4)  # a GPU returns float32 logits for bfloat16 too

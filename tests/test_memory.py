@@ -47,7 +47,11 @@ def test_weights_gradients_and_optimizer_state_to_the_byte(shape, dtype):
 
 
 def test_known_models_have_the_published_numbers_of_parameters():
-    published = {"Qwen/Qwen3-0.6B": 596_049_920, "Qwen/Qwen3-4B": 4_022_468_096, "Qwen/Qwen3-8B": 8_190_735_360}
+    published = {
+        "Qwen/Qwen3-0.6B": 596_049_920,
+        "Qwen/Qwen3-4B": 4_022_468_096,
+        "Qwen/Qwen3-8B": 8_190_735_360,
+    }
     assert {name: memory.parameters(memory.known_config(name)) for name in published} == published
     with pytest.raises(UserError, match="Qwen/Qwen4 is not a checkpoint directory"):
         memory.known_config("Qwen/Qwen4")
@@ -87,7 +91,9 @@ def test_activations_to_five_percent_of_what_autograd_keeps(shape, dtype, is_che
 def test_8b_teacher_and_4b_student_fit_on_two_eight_and_sixteen_cards():
     text = memory.table(memory.Config())
     for gpus in (2, 8, 16):
-        for items in memory.grpo(*map(memory.known_config, ("Qwen/Qwen3-8B", "Qwen/Qwen3-4B")), gpus, 16, 8192, 8192).values():
+        for items in memory.grpo(
+            *map(memory.known_config, ("Qwen/Qwen3-8B", "Qwen/Qwen3-4B")), gpus, 16, 8192, 8192
+        ).values():
             assert memory.peak(items) < memory.CARD - 2e9
             assert f"**{memory.gigabytes(memory.peak(items))}**" in text
     assert "| policy | 16 |  | 4.1 | 2.0 |" in text
@@ -99,8 +105,12 @@ def test_8b_teacher_and_4b_student_fit_on_two_eight_and_sixteen_cards():
 def test_presets_of_grpo_state_what_the_formulas_give(name, gpus):
     config = parse(train_grpo.Config, ["--preset", name, "--problems", "x"], train_grpo.PRESETS, "")
     teacher = {"24gb": "Qwen/Qwen3-0.6B", "80gb": "Qwen/Qwen3-1.7B", "2gpu": "Qwen/Qwen3-8B"}[name]
-    sequence = 512 + config.teaching_tokens + config.answer_tokens  # the guided prompt holds question and teaching
-    said = memory.needs(teacher, str(config.student), gpus, config.cache_rows, sequence, config.tokens_per_batch)
+    sequence = (
+        512 + config.teaching_tokens + config.answer_tokens
+    )  # the guided prompt holds question and teaching
+    said = memory.needs(
+        teacher, str(config.student), gpus, config.cache_rows, sequence, config.tokens_per_batch
+    )
     assert said in train_grpo.PRESETS[name].help
     assert config.gradient_checkpointing and config.dtype == "bfloat16"
 
@@ -108,6 +118,8 @@ def test_presets_of_grpo_state_what_the_formulas_give(name, gpus):
 @pytest.mark.parametrize("name", ["24gb", "2gpu", "80gb"])
 def test_presets_of_sft_state_what_the_formulas_give(name):
     config = parse(train_sft.Config, ["--preset", name, "--data", "x"], train_sft.PRESETS, "")
-    said = memory.needs(str(config.model), tokens=config.tokens_per_batch, host=config.optimizer_device != "auto")
+    said = memory.needs(
+        str(config.model), tokens=config.tokens_per_batch, host=config.optimizer_device != "auto"
+    )
     assert said in train_sft.PRESETS[name].help
     assert config.gradient_checkpointing and config.dtype == "bfloat16"

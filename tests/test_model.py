@@ -49,7 +49,9 @@ def reference_model(family: str, is_tied: bool = False, seed: int = 0, **sizes):
     """A model of transformers whose every parameter is random, biases and norms included, and large enough to matter."""
     torch.manual_seed(seed)
     options = SIZES | FAMILIES[family] | {"tie_word_embeddings": is_tied, "dtype": torch.float32} | sizes
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**options), attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**options), attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn_like(parameter)
@@ -66,7 +68,9 @@ def our_logits(model, documents: list[list[int]]) -> list[torch.Tensor]:
 
 def documents(*lengths: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, SIZES["vocab_size"], (length,), generator=generator).tolist() for length in lengths]
+    return [
+        torch.randint(0, SIZES["vocab_size"], (length,), generator=generator).tolist() for length in lengths
+    ]
 
 
 @pytest.mark.parametrize("is_sharded", [False, True], ids=["one-file", "sharded"])
@@ -165,7 +169,10 @@ REFUSED = [
     ("full_attention", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}),
     ("partial_rotary_factor", {"partial_rotary_factor": 0.5}),
     ("partial_rotary_factor", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
-    ("low_freq_factor", {"rope_parameters": {k: v for k, v in LLAMA3_ROPE.items() if k != "low_freq_factor"}}),
+    (
+        "low_freq_factor",
+        {"rope_parameters": {k: v for k, v in LLAMA3_ROPE.items() if k != "low_freq_factor"}},
+    ),
     ("rope_theta", {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}),
     ("hidden_size", {"hidden_size": None}),
     ("vocab_size", {"vocab_size": "many"}),
@@ -173,7 +180,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("field", "changes"), REFUSED, ids=[f"{n}-{field}" for n, (field, _) in enumerate(REFUSED)])
+@pytest.mark.parametrize(
+    ("field", "changes"), REFUSED, ids=[f"{n}-{field}" for n, (field, _) in enumerate(REFUSED)]
+)
 def test_what_the_model_does_not_compute_is_refused_by_name(field, changes):
     config_from_dict(QWEN3)
     with pytest.raises(UserError, match=rf"config.json: .*{field}"):
@@ -186,18 +195,31 @@ def test_configurations_of_both_styles_are_the_same(family):
     new = SIZES | {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}} | FAMILIES[family]
     old = {name: value for name, value in new.items() if name != "rope_parameters"}
     rope = dict(new["rope_parameters"])
-    old |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope if rope["rope_type"] == "llama3" else None}
+    old |= {
+        "rope_theta": rope.pop("rope_theta"),
+        "rope_scaling": rope if rope["rope_type"] == "llama3" else None,
+    }
     assert config_from_dict(old) == config_from_dict(new)
     assert config_from_dict(old | {"rope_parameters": new["rope_parameters"]}) == config_from_dict(new)
 
 
 def test_unused_features_are_accepted():
     """Qwen states a window that is switched off; Llama 3 states neutral values; without head_dim the width is divided."""
-    off = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "attention_dropout": 0.0}
+    off = {
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "attention_dropout": 0.0,
+    }
     assert config_from_dict(QWEN3 | off | {"layer_types": ["full_attention"] * 3}) == config_from_dict(QWEN3)
     neutral = {"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1, "hidden_act": "silu"}
     llama = SIZES | {"model_type": "llama"} | neutral
     config = config_from_dict(llama)
-    assert (config.head_dim, config.rope_theta, config.rope_scaling, config.qk_norm) == (16, 10_000.0, None, False)
+    assert (config.head_dim, config.rope_theta, config.rope_scaling, config.qk_norm) == (
+        16,
+        10_000.0,
+        None,
+        False,
+    )
     del llama["num_key_value_heads"]
     assert config_from_dict(llama).num_key_value_heads == 4

@@ -9,7 +9,11 @@ from torch import nn
 
 from nano_atlas.errors import UserError
 from nano_atlas.optim import (
-    MasterAdamW, latest_training_state, learning_rate, load_training_state, save_training_state,
+    MasterAdamW,
+    latest_training_state,
+    learning_rate,
+    load_training_state,
+    save_training_state,
 )
 
 
@@ -56,7 +60,10 @@ def test_updates_too_small_for_bfloat16_add_up_in_the_masters():
         model.weight.sum().backward()
         optimizer.step(1e-4)  # 1 - 1e-4 is 1 in bfloat16
     torch.testing.assert_close(optimizer.masters["weight"].detach(), torch.full((4, 4), 0.99))
-    assert model.weight.dtype == torch.bfloat16 and model.weight[0, 0].item() == torch.tensor(0.99).bfloat16().item()
+    assert (
+        model.weight.dtype == torch.bfloat16
+        and model.weight[0, 0].item() == torch.tensor(0.99).bfloat16().item()
+    )
 
 
 def test_gradients_of_a_bfloat16_model_are_summed_in_float32():
@@ -112,9 +119,15 @@ def test_an_interrupted_run_ends_with_the_same_bits_as_an_uninterrupted_one(tmp_
     assert len(list(state.glob("*.safetensors"))) > 1
 
     torch.manual_seed(9)
-    second = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)  # other weights to start from
+    second = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).to(
+        dtype
+    )  # other weights to start from
     optimizer = MasterAdamW(second)
-    assert load_training_state(latest_training_state(tmp_path), optimizer) == {"step": 3, "skipped_steps": 0, "epoch": 0}
+    assert load_training_state(latest_training_state(tmp_path), optimizer) == {
+        "step": 3,
+        "skipped_steps": 0,
+        "epoch": 0,
+    }
     for seed in range(3, 6):
         backward(second, seed)
         optimizer.step(0.01)
@@ -162,7 +175,9 @@ def test_a_state_is_safetensors_and_json(tmp_path):
 
 def test_learning_rates():
     cosine = [learning_rate(step, 100, 2.0, 0.1, "cosine") for step in range(100)]
-    assert cosine[0] == pytest.approx(2 / 11) and cosine[9] == pytest.approx(20 / 11)  # rising, and above 0 at once
+    assert cosine[0] == pytest.approx(2 / 11) and cosine[9] == pytest.approx(
+        20 / 11
+    )  # rising, and above 0 at once
     assert cosine[10] == 2.0 and cosine[55] == pytest.approx(1.0) and 0 < cosine[99] < 0.01
     linear = [learning_rate(step, 100, 2.0, 0.0, "linear") for step in range(100)]
     assert linear[0] == 2.0 and linear[50] == pytest.approx(1.0) and linear[99] == pytest.approx(0.02)

@@ -42,7 +42,10 @@ def test_gates_stop_one_entry_and_not_the_others(bad):
 
 def test_an_entry_knows_where_it_comes_from_and_equal_ones_are_one():
     (entry,) = read(proposal(strategy="concise"))
-    assert entry["provenance"] == {"session_id": "s1"} and entry["scope"] == {"category": "reinforcement", "learning_key": "math"}
+    assert entry["provenance"] == {"session_id": "s1"} and entry["scope"] == {
+        "category": "reinforcement",
+        "learning_key": "math",
+    }
     assert entry["action"] == {"imperative": "Name the first step.", "strategy": "concise"}
     assert read(proposal(strategy="no such"))[0]["action"]["strategy"] is None
     assert len(playbook(proposal(), proposal()).entries) == 1
@@ -57,7 +60,10 @@ def test_cues_are_looked_for_in_the_text():
 
 def test_use_is_limited_in_number_and_length_and_withheld_in_a_fifth_of_the_matches():
     texts = [proposal(imperative=f"Do {'abcdef'[i] * 100}.") for i in range(6)]
-    counts = [len(playbook(*texts, skills_per_task=n, skill_characters=c).retrieve("hard", 1)[0]) for n, c in ((2, 1000), (9, 320), (9, 0))]
+    counts = [
+        len(playbook(*texts, skills_per_task=n, skill_characters=c).retrieve("hard", 1)[0])
+        for n, c in ((2, 1000), (9, 320), (9, 0))
+    ]
     assert counts == [2, 3, 0]
     used = sum(bool(playbook(proposal()).retrieve("hard", seed)[0]) for seed in range(400))
     assert 280 < used < 360
@@ -65,14 +71,23 @@ def test_use_is_limited_in_number_and_length_and_withheld_in_a_fifth_of_the_matc
 
 
 def test_the_best_known_effect_comes_first():
-    book = playbook(proposal(imperative="good"), proposal(imperative="unknown"), proposal(imperative="bad"), skills_per_task=1)
+    book = playbook(
+        proposal(imperative="good"),
+        proposal(imperative="unknown"),
+        proposal(imperative="bad"),
+        skills_per_task=1,
+    )
     good, unknown, bad = book.entries
     for reward, names in ((1.0, [good]), (0.0, [])):
         book.learn(f"s{reward}", [good], names, reward)
     for reward, names in ((0.0, [bad]), (1.0, [])):
         book.learn(f"t{reward}", [bad], names, reward)
     chosen = [book.retrieve("hard", seed)[0][0].id for seed in range(30)]
-    assert chosen.count(good) > 15 and set(chosen) <= {good, unknown, bad} and chosen.count(bad) <= chosen.count(unknown)
+    assert (
+        chosen.count(good) > 15
+        and set(chosen) <= {good, unknown, bad}
+        and chosen.count(bad) <= chosen.count(unknown)
+    )
     assert book.entries[good].effect == 1.0 and book.entries[bad].effect == -1.0
 
 
@@ -96,7 +111,9 @@ def test_what_changes_nothing_goes_if_it_is_mostly_adopted_and_what_only_one_tas
     book = playbook(proposal())
     (entry,) = book.entries.values()
     for index in range(25):
-        book.learn("the same task" if index % 5 == 0 else f"s{index}", [entry.id] if index % 5 == 0 else [], [], None)
+        book.learn(
+            "the same task" if index % 5 == 0 else f"s{index}", [entry.id] if index % 5 == 0 else [], [], None
+        )
     assert not book.entries
 
 
@@ -105,12 +122,16 @@ def test_pruned_entries_do_not_come_back_and_the_size_is_limited():
     observe(book, 10, (0.0, 1.0))
     book.add(read(proposal()))
     assert not book.entries
-    assert len(playbook(*[proposal(imperative=f"Do {word}.") for word in "abcde"], playbook_size=3).entries) == 3
+    assert (
+        len(playbook(*[proposal(imperative=f"Do {word}.") for word in "abcde"], playbook_size=3).entries) == 3
+    )
 
 
 def test_sessions_beside_the_one_that_found_a_skill_do_not_count_against_it():
     """They could not use it; counted as sessions that it does not match, a batch of them would prune it for ever."""
     experience = Experience(ExperienceConfig(skill_writer="writer"))
-    experience.learn(*(Outcome(f"s{index}", learned=read(proposal()) if index == 0 else []) for index in range(40)))
+    experience.learn(
+        *(Outcome(f"s{index}", learned=read(proposal()) if index == 0 else []) for index in range(40))
+    )
     (entry,) = experience.playbook.entries.values()
     assert entry.sessions_observed == 0

@@ -28,7 +28,11 @@ def make_samples() -> list[Sample]:
     for prompt_length, lengths in ((9, (3, 1, 7, 4)), (4, (6,)), (1, (2, 5, 1)), (13, (8, 8))):
         prompt = tuple(draws.choices(range(61), k=prompt_length))
         for length in lengths:
-            samples.append(Sample(Rollout(prompt, draws.choices(range(61), k=length), [], "stop", 0), draws.uniform(-1, 1)))
+            samples.append(
+                Sample(
+                    Rollout(prompt, draws.choices(range(61), k=length), [], "stop", 0), draws.uniform(-1, 1)
+                )
+            )
     draws.shuffle(samples)
     return samples
 
@@ -62,7 +66,9 @@ def test_gradients_are_those_of_each_sequence_alone(heads, tokens_per_batch):
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
     model.zero_grad()
-    advantages = torch.cat([torch.full((len(sample.rollout.completion_ids),), sample.advantage) for sample in samples])
+    advantages = torch.cat(
+        [torch.full((len(sample.rollout.completion_ids),), sample.advantage) for sample in samples]
+    )
     for batch in policy_batches(samples, tokens_per_batch, "cpu"):
         logits = predicting_states(model, batch) @ model.head_weight.T / TEMPERATURE
         chosen = torch.log_softmax(logits, dim=-1).gather(1, batch.targets[:, None]).squeeze(1)
@@ -89,11 +95,15 @@ def test_a_prompt_is_computed_once_for_its_group():
     samples = make_samples()
     (batch,) = policy_batches(samples, 10_000, "cpu")
     prompts = {sample.rollout.prompt_ids for sample in samples}
-    assert len(batch.input_ids) == sum(map(len, prompts)) + sum(len(s.rollout.completion_ids) - 1 for s in samples)
+    assert len(batch.input_ids) == sum(map(len, prompts)) + sum(
+        len(s.rollout.completion_ids) - 1 for s in samples
+    )
 
 
 def test_completions_of_one_token_need_no_token_of_their_own():
     model = make_model()
     samples = [Sample(Rollout((5, 6, 7), [token], [], "stop", 0), 1.0) for token in (1, 2, 3)]
     expected = torch.cat([alone(model, sample).detach() for sample in samples])
-    torch.testing.assert_close(completion_logprobs(model, samples, 100, TEMPERATURE).double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        completion_logprobs(model, samples, 100, TEMPERATURE).double(), expected, rtol=0, atol=1e-5
+    )

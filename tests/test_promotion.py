@@ -4,9 +4,9 @@ import json
 import subprocess
 
 import pytest
+from conftest import SMALL
 
 import runtime_loop
-from conftest import SMALL
 from nano_atlas.data import Problem
 from nano_atlas.episodes import EpisodeConfig
 from nano_atlas.errors import UserError
@@ -23,7 +23,10 @@ PROBLEMS = [Problem(f"p{i}", f"Problem {i}.", "1", "math") for i in range(200)]
 class Student:
     def ask(self, questions, progress=None):
         assert all(question.generation.temperature == 0 for question in questions)
-        return [[Reply(f"<solution>{int('HELP' in question.messages[0]['content'])}</solution>", 3, False)] for question in questions]
+        return [
+            [Reply(f"<solution>{int('HELP' in question.messages[0]['content'])}</solution>", 3, False)]
+            for question in questions
+        ]
 
 
 class Teacher:
@@ -34,39 +37,80 @@ class Teacher:
 
     def ask(self, questions, progress=None):
         numbers = [int(question.messages[0]["content"].split()[1].rstrip(".")) for question in questions]
-        return [[Reply(f"<teaching>{'HELP' if number < self.skill else 'Well.'}</teaching>", 3, False)] for number in numbers]
+        return [
+            [Reply(f"<teaching>{'HELP' if number < self.skill else 'Well.'}</teaching>", 3, False)]
+            for number in numbers
+        ]
 
     def count_tokens(self, text):
         return 1
 
 
-@pytest.mark.parametrize(("old", "new", "margin", "is_promoted"), [
-    (100, 120, 0.0, True), (100, 100, 0.0, True), (100, 98, 0.02, False), (100, 98, 0.05, True), (100, 60, 0.05, False)])
+@pytest.mark.parametrize(
+    ("old", "new", "margin", "is_promoted"),
+    [
+        (100, 120, 0.0, True),
+        (100, 100, 0.0, True),
+        (100, 98, 0.02, False),
+        (100, 98, 0.05, True),
+        (100, 60, 0.05, False),
+    ],
+)
 def test_a_new_teacher_is_promoted_only_if_it_is_not_worse(old, new, margin, is_promoted):
-    decision = compare(Student(), Teacher(old), Teacher(new), PROBLEMS, EpisodeConfig(), margin, ("old", "new"))
+    decision = compare(
+        Student(), Teacher(old), Teacher(new), PROBLEMS, EpisodeConfig(), margin, ("old", "new")
+    )
     assert decision.is_promoted is is_promoted and decision.teacher == ("new" if is_promoted else "old")
     assert (decision.old, decision.new, decision.alone) == (old / 200, new / 200, 0.0)
     differences = [float(i < new) - float(i < old) for i in range(200)]
     assert decision.interval == paired_bootstrap(differences, confidence=0.9)
-    assert is_promoted is (decision.interval[0] >= -margin) and f"{(new - old) / 2:+.1f} points" in decision.reason
+    assert (
+        is_promoted is (decision.interval[0] >= -margin)
+        and f"{(new - old) / 2:+.1f} points" in decision.reason
+    )
 
 
 @pytest.fixture
 def rounds(place, tmp_path, monkeypatch):
     """`python runtime_loop.py --rounds 2` over the small checkpoints of the GRPO tests."""
     monkeypatch.chdir(tmp_path)
-    train = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in (SMALL | {"steps": 1, "eval_every": 0, "held_out": 0.0}).items())
+    train = " ".join(
+        f"--{name.replace('_', '-')} {value}"
+        for name, value in (SMALL | {"steps": 1, "eval_every": 0, "held_out": 0.0}).items()
+    )
     lengths = ["--probe-tokens", "3", "--teaching-tokens", "6", "--answer-tokens", "6"]
-    monkeypatch.setattr("sys.argv", [
-        "runtime_loop.py", "--preset", "own", "--tasks", str(place / "problems.jsonl"), "--student", str(place / "student"), "--teacher",
-        str(place / "teacher"), "--rounds", "2", "--held-out", str(place / "problems.jsonl"), "--train-options", train, "--out", "live", *lengths])
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "runtime_loop.py",
+            "--preset",
+            "own",
+            "--tasks",
+            str(place / "problems.jsonl"),
+            "--student",
+            str(place / "student"),
+            "--teacher",
+            str(place / "teacher"),
+            "--rounds",
+            "2",
+            "--held-out",
+            str(place / "problems.jsonl"),
+            "--train-options",
+            train,
+            "--out",
+            "live",
+            *lengths,
+        ],
+    )
     return tmp_path / "live"
 
 
 def test_two_rounds_for_real_and_again_nothing(rounds, place, monkeypatch, capsys):
     runtime_loop.main()
     first, second = (json.loads((rounds / f"round-{n}/promotion.json").read_text()) for n in (1, 2))
-    assert (rounds / "round-1/grpo/model/config.json").exists() and (rounds / "round-2/grpo/model/config.json").exists()
+    assert (rounds / "round-1/grpo/model/config.json").exists() and (
+        rounds / "round-2/grpo/model/config.json"
+    ).exists()
     assert first["teacher"] in (str(place / "teacher"), "live/round-1/grpo/model")
     for number, teacher in ((1, str(place / "teacher")), (2, first["teacher"])):
         traces = list(read_traces(rounds / f"round-{number}/runtime/traces.jsonl"))

@@ -22,7 +22,10 @@ def test_without_a_teaching_the_student_gets_exactly_its_baseline_prompt():
 
 def test_both_arms_ask_for_the_answer_in_the_same_format():
     """Otherwise the arms would differ in more than the teaching."""
-    alone, guided = prompt(protocol.baseline_messages(QUESTION)), prompt(protocol.guided_messages(QUESTION, "Multiply."))
+    alone, guided = (
+        prompt(protocol.baseline_messages(QUESTION)),
+        prompt(protocol.guided_messages(QUESTION, "Multiply.")),
+    )
     assert alone.endswith(protocol.ANSWER_FORMAT) and guided.endswith(protocol.ANSWER_FORMAT)
     assert alone.startswith(QUESTION) and guided.startswith(QUESTION)
     assert "Multiply." in guided
@@ -33,12 +36,17 @@ def test_the_probe_does_not_ask_for_an_answer():
 
 
 def test_each_style_asks_the_teacher_in_its_own_words_and_a_sentence_of_ones_own_is_taken_as_it_is():
-    prompts = {style: prompt(protocol.teacher_messages(QUESTION, "I add.", style)) for style in protocol.TEACHING_STYLES}
+    prompts = {
+        style: prompt(protocol.teacher_messages(QUESTION, "I add.", style))
+        for style in protocol.TEACHING_STYLES
+    }
     assert len(set(prompts.values())) == len(prompts)
     assert prompts["adaptive"] == prompt(protocol.teacher_messages(QUESTION, "I add."))
     for style, sentence in protocol.TEACHING_STYLES.items():
         assert sentence in prompts[style]
-    assert "Ask {one} question." in prompt(protocol.teacher_messages(QUESTION, "I add.", "Ask {one} question."))
+    assert "Ask {one} question." in prompt(
+        protocol.teacher_messages(QUESTION, "I add.", "Ask {one} question.")
+    )
 
 
 @pytest.mark.parametrize("text", [

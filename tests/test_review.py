@@ -17,12 +17,16 @@ def after(rewards, reward):
 
 
 def test_scores_are_those_of_the_last_fifty_without_the_session_itself():
-    rewards = [random.Random(1).gauss(0.5, 0.2) for _ in range(80)] + [random.Random(i).gauss(0.5, 0.2) for i in range(50)]
+    rewards = [random.Random(1).gauss(0.5, 0.2) for _ in range(80)] + [
+        random.Random(i).gauss(0.5, 0.2) for i in range(50)
+    ]
     found = after(rewards, 2.0)
     last = rewards[-50:]
     middle = statistics.median(last)
     assert found["z"] == pytest.approx((2.0 - statistics.fmean(last)) / statistics.pstdev(last))
-    assert found["mad_z"] == pytest.approx((2.0 - middle) / (1.4826 * statistics.median(abs(r - middle) for r in last)))
+    assert found["mad_z"] == pytest.approx(
+        (2.0 - middle) / (1.4826 * statistics.median(abs(r - middle) for r in last))
+    )
     assert found["drift_alert"] and found["samples"] == 50 and not after(rewards, 0.5)["drift_alert"]
 
 
@@ -33,12 +37,21 @@ def test_too_few_sessions_no_reward_and_other_kinds_give_no_alarm():
         drift.add("crm", 0.5)
         drift.add("crm", None)
     assert drift.assess("math", 0.5) is None
-    assert drift.assess("crm", 9.0) == {"z": None, "mad_z": None, "samples": 9, "drift_alert": False}  # no spread, no scale
+    assert drift.assess("crm", 9.0) == {
+        "z": None,
+        "mad_z": None,
+        "samples": 9,
+        "drift_alert": False,
+    }  # no spread, no scale
 
 
 def test_where_most_rewards_are_equal_the_others_are_no_alarm():
     usual = [0.92, 0.92, 0.93, 1.85, 0.92, 0.0] * 8
-    assert after(usual, 1.85)["mad_z"] is None and not after(usual, 1.85)["drift_alert"] and after(usual, -2.0)["drift_alert"]
+    assert (
+        after(usual, 1.85)["mad_z"] is None
+        and not after(usual, 1.85)["drift_alert"]
+        and after(usual, -2.0)["drift_alert"]
+    )
 
 
 def test_the_latest_decision_counts_and_an_unclear_name_decides_nothing(tmp_path):

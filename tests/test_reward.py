@@ -76,7 +76,10 @@ def test_the_trap_of_the_deviation():
     the second pushes as hard as the first, towards brevity; otherwise it weighs what its rewards weigh."""
     long, short = (teaching_reward(0.0, 1.0, tokens) for tokens in (12, 8))
     decisive, trivial = [long, 0.0] * 4, [long, short] * 4
-    pushes = {scale: [max(group) for group in step_advantages([decisive, trivial], scale)] for scale in ("std", "batch", "none")}
+    pushes = {
+        scale: [max(group) for group in step_advantages([decisive, trivial], scale)]
+        for scale in ("std", "batch", "none")
+    }
     assert pushes["std"] == pytest.approx([0.935, 0.930], abs=1e-3)
     assert pushes["none"] == pytest.approx([0.946, 0.0165], abs=1e-3)
     assert pushes["batch"][0] / pushes["batch"][1] == pytest.approx(pushes["none"][0] / pushes["none"][1])

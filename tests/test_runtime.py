@@ -24,7 +24,10 @@ from nano_atlas.runtime.traces import problems_from_traces, read_traces
 from nano_atlas.seats import Reply
 from runtime_loop import Config, session_ids
 
-TASKS = [Problem(f"t{i}", f"Task {i} is {'easy' if i % 3 == 0 else 'hard'}.", f"gold{i}", "math") for i in range(23)]
+TASKS = [
+    Problem(f"t{i}", f"Task {i} is {'easy' if i % 3 == 0 else 'hard'}.", f"gold{i}", "math")
+    for i in range(23)
+]
 
 
 class Fake:
@@ -70,14 +73,20 @@ class StyledTeacher(Teacher):
     """Helps when it is asked to be brief, harms when it is asked for details, else says nothing of use."""
 
     def reply(self, prompt, seed):
-        kind = {TEACHING_STYLES["concise"]: "HELP", TEACHING_STYLES["detailed"]: "HARM", TEACHING_STYLES["adaptive"]: "Well."}
+        kind = {
+            TEACHING_STYLES["concise"]: "HELP",
+            TEACHING_STYLES["detailed"]: "HARM",
+            TEACHING_STYLES["adaptive"]: "Well.",
+        }
         word = next(word for sentence, word in kind.items() if f"</teaching>. {sentence} Never" in prompt)
         return f"<teaching>{word}</teaching>"
 
 
 @pytest.fixture
 def config(tmp_path) -> Config:
-    return Config(out=tmp_path / "out", batch=5, student="fake-student", teacher="fake-teacher", lane="paired")
+    return Config(
+        out=tmp_path / "out", batch=5, student="fake-student", teacher="fake-teacher", lane="paired"
+    )
 
 
 def run(config, tasks, student, teacher, **others):
@@ -107,7 +116,9 @@ def test_every_task_leaves_one_trace_and_the_traces_train_the_next_teacher(confi
     assert [trace["task"] for trace in traces_of(config)] == [task.question for task in TASKS]
     assert all(trace["final_answer"] == trace["ground_truth"] for trace in traces_of(config))
     problems, left_out = problems_from_traces(config.out / "traces.jsonl")
-    assert [(p.question, p.answer, p.domain) for p in problems] == [(t.question, t.answer, t.domain) for t in TASKS]
+    assert [(p.question, p.answer, p.domain) for p in problems] == [
+        (t.question, t.answer, t.domain) for t in TASKS
+    ]
     assert not left_out
 
 
@@ -117,7 +128,10 @@ def test_metrics_and_summary_say_what_happened(config):
     assert "student alone        34.8%" in report and "guided              100.0%   (+65.2 points)" in report
     rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [5, 10, 15, 20, 23]
-    assert rows[0]["baseline_accuracy"] == 0.4 and rows[0]["student_accuracy"] == rows[0]["returned_accuracy"] == 1.0
+    assert (
+        rows[0]["baseline_accuracy"] == 0.4
+        and rows[0]["student_accuracy"] == rows[0]["returned_accuracy"] == 1.0
+    )
 
 
 def test_the_strategy_that_works_is_used_more_and_more(config):
@@ -159,7 +173,10 @@ def test_a_run_killed_again_and_again_equals_one_that_was_never_interrupted(conf
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().ask(*arguments, **options)
 
-    codes = [in_a_process_that_dies(lambda: run(config, TASKS, Mortal(life), StyledTeacher())) for life in (1, 2, 3, 2, 99)]
+    codes = [
+        in_a_process_that_dies(lambda: run(config, TASKS, Mortal(life), StyledTeacher()))
+        for life in (1, 2, 3, 2, 99)
+    ]
     assert codes == [-9, -9, -9, -9, 0]
     whole = replace(config, out=config.out / "whole")
     run(whole, TASKS, Student(), StyledTeacher())
@@ -186,9 +203,13 @@ def test_a_kill_in_the_middle_of_a_write_loses_no_trace_and_doubles_none(config,
 
     assert in_a_process_that_dies(killed) == -9
     resumed = run(config, TASKS, Student(), StyledTeacher())
-    assert sorted(t["session_metadata"]["session_id"] for t in traces_of(config)) == sorted(session_ids(TASKS))
+    assert sorted(t["session_metadata"]["session_id"] for t in traces_of(config)) == sorted(
+        session_ids(TASKS)
+    )
     # The half-done batch is finished with what was known when it began, so nothing differs from an uninterrupted run.
-    assert timeless(resumed) == timeless(run(replace(config, out=config.out / "whole"), TASKS, Student(), StyledTeacher()))
+    assert timeless(resumed) == timeless(
+        run(replace(config, out=config.out / "whole"), TASKS, Student(), StyledTeacher())
+    )
 
 
 def test_new_weights_under_an_old_name_are_noticed(config, tmp_path):
@@ -222,7 +243,11 @@ def test_tasks_are_known_by_their_content(config):
 def test_equal_tasks_are_each_done_once(config):
     run(config, [TASKS[0]] * 7, Student(), Teacher())
     run(config, [TASKS[0]] * 7, Student(), Teacher())
-    assert len({trace["session_metadata"]["session_id"] for trace in traces_of(config)}) == len(traces_of(config)) == 7
+    assert (
+        len({trace["session_metadata"]["session_id"] for trace in traces_of(config)})
+        == len(traces_of(config))
+        == 7
+    )
 
 
 def test_one_directory_holds_one_experiment_unless_restarted(config):
@@ -259,7 +284,9 @@ def test_non_degradation_holds_for_answers_at_random(config):
 def test_without_ground_truth_a_guided_answer_is_returned_unless_only_the_baseline_answers(config):
     tasks = [replace(task, answer=None) for task in TASKS[:4]]
     outcomes = run(config, tasks, Student(), Teacher())
-    assert all(o.returned_attempt == "guided" and o.reward is o.baseline is o.guided is None for o in outcomes)
+    assert all(
+        o.returned_attempt == "guided" and o.reward is o.baseline is o.guided is None for o in outcomes
+    )
     assert "student alone" not in runtime_loop.summary(outcomes)
 
     class Speechless(Student):
@@ -312,7 +339,9 @@ def test_a_failed_teacher_costs_the_help_and_not_the_answer(config):
             raise ConnectionError("refused")
 
     outcomes = run(config, TASKS[:4], Student(), Away())
-    assert [(o.status, o.returned_attempt, o.returned) for o in outcomes] == [("failed", "alone", float(i % 3 == 0)) for i in range(4)]
+    assert [(o.status, o.returned_attempt, o.returned) for o in outcomes] == [
+        ("failed", "alone", float(i % 3 == 0)) for i in range(4)
+    ]
     assert traces_of(config)[0]["final_answer"] == "gold0"
 
 
@@ -324,7 +353,9 @@ def test_lanes_follow_the_students_record_and_the_trace_says_why(config):
     outcomes = run(replace(config, lane="adaptive"), tasks, Student(tasks), Teacher())
     assert [outcome.lane for outcome in outcomes] == ["paired"] * 5 + ["auto"] * 7
     summary = traces_of(config)[-1]["adaptive_summary"]
-    assert summary["probe"]["by"] == "record" and summary["confidence"] == pytest.approx((10 + 1 / 3) / (10 + 2 / 3))
+    assert summary["probe"]["by"] == "record" and summary["confidence"] == pytest.approx(
+        (10 + 1 / 3) / (10 + 2 / 3)
+    )
 
 
 def test_a_reward_out_of_line_makes_its_session_pending_until_it_is_approved(config, monkeypatch, capsys):
@@ -351,13 +382,18 @@ def test_a_reward_out_of_line_makes_its_session_pending_until_it_is_approved(con
 
     assert name in command("--show", "pending") and "reward -2.000" in command("--show", "pending")
     command("--approve", name[:10], "--note", "the teacher was to blame")
-    assert name not in command("--show", "pending") and "the teacher was to blame" in command("--show", "approved")
+    assert name not in command("--show", "pending") and "the teacher was to blame" in command(
+        "--show", "approved"
+    )
     command("--quarantine", outcomes[0].session_id)
     with pytest.raises(UserError, match="session nobody: no such session"):
         command("--approve", outcomes[1].session_id, "nobody")
     assert export_traces(source, target, config) == (21, 22)
     exported = {t["session_metadata"]["session_id"]: t for t in read_traces(target)}
-    assert outcomes[0].session_id not in exported and exported[name]["review_notes"] == "the teacher was to blame"
+    assert (
+        outcomes[0].session_id not in exported
+        and exported[name]["review_notes"] == "the teacher was to blame"
+    )
     assert problems_from_traces(target)[1] == {}  # the decision is in the exported record too
 
 
@@ -365,7 +401,9 @@ def test_with_require_approval_nothing_is_exported_before_it(config):
     run(replace(config, require_approval=True), TASKS[:3], Student(), Teacher())
     with pytest.raises(UserError, match="none of its 3 traces is selected"):
         export_traces(config.out / "traces.jsonl", config.out / "export.jsonl", config)
-    assert export_traces(config.out / "traces.jsonl", config.out / "e.jsonl", replace(config, review_status=("pending",))) == (3, 3)
+    assert export_traces(
+        config.out / "traces.jsonl", config.out / "e.jsonl", replace(config, review_status=("pending",))
+    ) == (3, 3)
 
 
 # ------------------------------------------------------------------------------------------------------------- skills
@@ -373,7 +411,13 @@ def test_with_require_approval_nothing_is_exported_before_it(config):
 
 class SkillWriter(Fake):
     def reply(self, prompt, seed):
-        return json.dumps({"entries": [{"cue": {"type": "keyword", "pattern": "hard"}, "action": {"imperative": "Say HELP."}}]})
+        return json.dumps(
+            {
+                "entries": [
+                    {"cue": {"type": "keyword", "pattern": "hard"}, "action": {"imperative": "Say HELP."}}
+                ]
+            }
+        )
 
 
 class Obedient(Teacher):
@@ -389,12 +433,16 @@ def test_skills_are_learned_from_sessions_that_went_well_used_and_rebuilt_from_t
     outcomes = run(config, tasks, Student(tasks), Obedient(), **{"skill writer": SkillWriter()})
     used = [o.guided for o in outcomes if o.skills]
     assert used and set(used) == {1.0}
-    plain = run(replace(config, skill_writer=None, out=config.out / "plain"), tasks, Student(tasks), Obedient())
+    plain = run(
+        replace(config, skill_writer=None, out=config.out / "plain"), tasks, Student(tasks), Obedient()
+    )
     assert sum(o.guided for o in outcomes) > sum(o.guided for o in plain) + 15
     with_skill = next(t for t in traces_of(config) if t["outcome"]["skills"])
     assert with_skill["teacher_learning"] == "Say HELP."
     (entry,) = json.loads((config.out / "playbook.json").read_text())["entries"]
-    assert entry["effect"] > 0.5 and entry["hits"] > entry["adoptions"] > 0  # withheld now and then, to know its effect
+    assert (
+        entry["effect"] > 0.5 and entry["hits"] > entry["adoptions"] > 0
+    )  # withheld now and then, to know its effect
 
     class Mortal(Student):
         life = 7
@@ -406,8 +454,15 @@ def test_skills_are_learned_from_sessions_that_went_well_used_and_rebuilt_from_t
             return super().ask(*arguments, **options)
 
     again = replace(config, out=config.out / "again")
-    assert in_a_process_that_dies(lambda: run(again, tasks, Mortal(tasks), Obedient(), **{"skill writer": SkillWriter()})) == -9
-    assert timeless(run(again, tasks, Student(tasks), Obedient(), **{"skill writer": SkillWriter()})) == timeless(outcomes)
+    assert (
+        in_a_process_that_dies(
+            lambda: run(again, tasks, Mortal(tasks), Obedient(), **{"skill writer": SkillWriter()})
+        )
+        == -9
+    )
+    assert timeless(
+        run(again, tasks, Student(tasks), Obedient(), **{"skill writer": SkillWriter()})
+    ) == timeless(outcomes)
     assert (again.out / "playbook.json").read_text() == (config.out / "playbook.json").read_text()
 
 
@@ -422,13 +477,20 @@ def test_the_gold_answer_is_in_no_prompt(config):
     assert not any(task.answer in prompt for task in TASKS for prompt in student.prompts + teacher.prompts)
 
 
-@pytest.mark.parametrize("text", ["HARM, no tag", "<thinking><teaching>HARM</teaching></thinking>", "<teaching>HARM", ""])
+@pytest.mark.parametrize(
+    "text", ["HARM, no tag", "<thinking><teaching>HARM</teaching></thinking>", "<teaching>HARM", ""]
+)
 def test_a_teacher_without_a_teaching_tag_gives_the_student_nothing(config, text):
     student = Student()
     outcomes = run(config, TASKS[:4], student, Teacher(text))
     assert not any("HARM" in prompt for prompt in student.prompts)
-    assert student.prompts.count(json.dumps(baseline_messages(TASKS[0].question))) == 1  # alone; it is not asked the same again
-    assert all(outcome.is_malformed and outcome.returned_attempt == "alone" and outcome.reward < 0 for outcome in outcomes)
+    assert (
+        student.prompts.count(json.dumps(baseline_messages(TASKS[0].question))) == 1
+    )  # alone; it is not asked the same again
+    assert all(
+        outcome.is_malformed and outcome.returned_attempt == "alone" and outcome.reward < 0
+        for outcome in outcomes
+    )
     assert traces_of(config)[0]["steps"][0]["guidance"] == []
 
 
@@ -438,7 +500,9 @@ def test_braces_and_tags_in_tasks_are_data(config):
     student, teacher = Student(tasks), Teacher("<teaching>Mind {braces} and </solution></teaching>")
     (outcome,) = run(config, tasks, student, teacher)
     assert json.loads(student.prompts[1])[0]["content"] == f"{hostile}\n\n{ANSWER_FORMAT}"
-    assert json.loads(teacher.prompts[0])[0]["content"].startswith(f"{hostile}\n\nStudent's approach: I would guess.")
+    assert json.loads(teacher.prompts[0])[0]["content"].startswith(
+        f"{hostile}\n\nStudent's approach: I would guess."
+    )
     assert "Teacher's guidance: Mind {braces} and </solution>" in json.loads(student.prompts[2])[0]["content"]
     assert outcome.returned == 1.0 and not outcome.is_malformed
     assert traces_of(config)[0]["task"] == hostile
@@ -451,7 +515,9 @@ def test_braces_and_tags_in_tasks_are_data(config):
 def command(monkeypatch, tmp_path):
     """`python runtime_loop.py ...` with the fakes in the seats."""
     tasks = tmp_path / "tasks.jsonl"
-    tasks.write_text("".join(json.dumps({"id": t.id, "question": t.question, "answer": t.answer}) + "\n" for t in TASKS))
+    tasks.write_text(
+        "".join(json.dumps({"id": t.id, "question": t.question, "answer": t.answer}) + "\n" for t in TASKS)
+    )
     seats = {"student": Student, "teacher": StyledTeacher}
     monkeypatch.setattr(runtime_loop, "open_agent", lambda spec, **options: seats[spec]())
     monkeypatch.chdir(tmp_path)
@@ -472,7 +538,9 @@ def test_run_continue_and_export_from_the_command_line(command, capsys):
     assert "of 23 traces; next: python train_grpo.py --traces hard.jsonl" in capsys.readouterr().out
     selected = list(read_traces("hard.jsonl"))
     assert selected and all(trace["reward_summary"]["gain"] == 1 for trace in selected)
-    assert selected == [trace for trace in read_traces("out/traces.jsonl") if trace["reward_summary"]["gain"] == 1]
+    assert selected == [
+        trace for trace in read_traces("out/traces.jsonl") if trace["reward_summary"]["gain"] == 1
+    ]
 
 
 def test_an_export_that_selects_nothing_or_overwrites_its_source_is_refused(command):
@@ -488,7 +556,11 @@ def test_an_export_that_selects_nothing_or_overwrites_its_source_is_refused(comm
 
 @pytest.mark.parametrize(
     ("line", "complaint"),
-    [("{broken", "tasks.jsonl:24: not JSON"), ('{"answer": "1"}', "tasks.jsonl:24: no question"), ("[]", "tasks.jsonl:24: ")],
+    [
+        ("{broken", "tasks.jsonl:24: not JSON"),
+        ('{"answer": "1"}', "tasks.jsonl:24: no question"),
+        ("[]", "tasks.jsonl:24: "),
+    ],
 )
 def test_a_broken_line_of_the_tasks_file_is_named_before_any_task_is_run(command, line, complaint):
     with Path("tasks.jsonl").open("a") as file:
@@ -503,7 +575,9 @@ def test_skip_bad_leaves_out_malformed_lines_and_shows_them(command, capsys):
         file.write('{broken\n{"answer": "1"}\n{"id": "t3", "question": "again"}\n{"question": "fine"}\n')
     command("--skip-bad")
     said = capsys.readouterr().out
-    assert "left out 3 malformed lines" in said and "tasks.jsonl:26: the id 't3' is that of line 4 too" in said
+    assert (
+        "left out 3 malformed lines" in said and "tasks.jsonl:26: the id 't3' is that of line 4 too" in said
+    )
     assert len(list(read_traces("out/traces.jsonl"))) == 24
 
 
@@ -551,7 +625,9 @@ def test_the_nano_tasks_are_not_the_ones_that_evaluation_holds_out(tmp_path, mon
     monkeypatch.setattr(runtime_loop, "open_agent", lambda spec, **options: None)
     monkeypatch.setattr(runtime_loop, "run", lambda config, tasks, seats: given.extend(tasks))
     monkeypatch.setattr(runtime_loop, "summary", lambda outcomes: "")
-    monkeypatch.setattr("sys.argv", ["runtime_loop.py", "--count", "50", "--teacher", "t", "--out", str(tmp_path)])
+    monkeypatch.setattr(
+        "sys.argv", ["runtime_loop.py", "--count", "50", "--teacher", "t", "--out", str(tmp_path)]
+    )
     runtime_loop.main()
     kept_out = {problem.question for seed in range(3) for problem in world.held_out("math", 500, seed)}
     assert len(given) == 50 and not kept_out & {task.question for task in given}
@@ -568,13 +644,23 @@ def test_selection_is_a_copy_of_whole_records(config):
 
 
 def test_strategies_restricts_the_choice(config):
-    assert {o.strategy for o in run(replace(config, strategies=("concise",)), TASKS, Student(), StyledTeacher())} == {"concise"}
+    assert {
+        o.strategy for o in run(replace(config, strategies=("concise",)), TASKS, Student(), StyledTeacher())
+    } == {"concise"}
 
 
 def test_skill_reward_says_which_sessions_teach(config):
     writer = SkillWriter()
-    run(replace(config, skill_writer="writer", skill_reward=1.5), TASKS, Student(), Teacher(), **{"skill writer": writer})
-    assert len(writer.prompts) == sum(i % 3 != 0 for i in range(23))  # those that gained; the kept ones earn about 1
+    run(
+        replace(config, skill_writer="writer", skill_reward=1.5),
+        TASKS,
+        Student(),
+        Teacher(),
+        **{"skill writer": writer},
+    )
+    assert len(writer.prompts) == sum(
+        i % 3 != 0 for i in range(23)
+    )  # those that gained; the kept ones earn about 1
     assert not any(task.answer in prompt for task in TASKS for prompt in writer.prompts)
 
 
@@ -587,10 +673,40 @@ def test_prices_become_costs_in_report_and_outcome(config):
 def test_every_seat_is_opened_with_its_model_and_one_model_once(config, monkeypatch):
     opened = []
     monkeypatch.setattr(
-        runtime_loop, "open_agent", lambda spec, **options: opened.append((spec, options["model"], options["tools"])) or object()
+        runtime_loop,
+        "open_agent",
+        lambda spec, **options: opened.append((spec, options["model"], options["tools"])) or object(),
     )
-    seats = runtime_loop.open_seats(replace(
-        config, student="s", student_model="sm", student_tools="m:t", teacher="t", teacher_model="tm", judge="t", judge_model="tm",
-        large_judge="l", large_judge_model="lm", probe="p", probe_model="pm", skill_writer="w", skill_writer_model="wm"))
-    assert opened == [("t", "tm", None), ("l", "lm", None), ("p", "pm", None), ("w", "wm", None), ("s", "sm", "m:t")]
-    assert seats["judge"] is seats["teacher"] and set(seats) == {"student", "teacher", "judge", "large judge", "probe", "skill writer"}
+    seats = runtime_loop.open_seats(
+        replace(
+            config,
+            student="s",
+            student_model="sm",
+            student_tools="m:t",
+            teacher="t",
+            teacher_model="tm",
+            judge="t",
+            judge_model="tm",
+            large_judge="l",
+            large_judge_model="lm",
+            probe="p",
+            probe_model="pm",
+            skill_writer="w",
+            skill_writer_model="wm",
+        )
+    )
+    assert opened == [
+        ("t", "tm", None),
+        ("l", "lm", None),
+        ("p", "pm", None),
+        ("w", "wm", None),
+        ("s", "sm", "m:t"),
+    ]
+    assert seats["judge"] is seats["teacher"] and set(seats) == {
+        "student",
+        "teacher",
+        "judge",
+        "large judge",
+        "probe",
+        "skill writer",
+    }

@@ -64,11 +64,17 @@ def test_greedy_is_transformers_generate(tied):
     oracle.load_state_dict(model.state_dict(), strict=not tied)
     oracle.generation_config.eos_token_id = None
     generator = torch.Generator().manual_seed(3)
-    prompts = [torch.randint(0, 61, (length,), generator=generator).tolist() for length in (1, 2, 7, 30, 30, 64)]
-    rollouts = Sampler(model).generate([Request(tuple(p), SamplingParams(24, temperature=0.0)) for p in prompts])
+    prompts = [
+        torch.randint(0, 61, (length,), generator=generator).tolist() for length in (1, 2, 7, 30, 30, 64)
+    ]
+    rollouts = Sampler(model).generate(
+        [Request(tuple(p), SamplingParams(24, temperature=0.0)) for p in prompts]
+    )
     for prompt, (rollout,) in zip(prompts, rollouts):
         ids = torch.tensor([prompt])
-        expected = oracle.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, pad_token_id=0)
+        expected = oracle.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, pad_token_id=0
+        )
         assert rollout.completion_ids == expected[0, len(prompt) :].tolist()
         assert rollout.finish_reason == "length"
 
@@ -123,7 +129,8 @@ def test_stop_tokens_end_a_sample_and_are_included(steps_per_sync):
     """With stop tokens a sample is the prefix, up to and with the first of them, of the same sample without."""
     sampler, stops = Sampler(tiny_model(), steps_per_sync=steps_per_sync), (5, 17, 40)
     free, stopped = (
-        sampler.generate([Request((1, 2), SamplingParams(40, stop_token_ids=ids), n=20, seed=1)])[0] for ids in ((), stops)
+        sampler.generate([Request((1, 2), SamplingParams(40, stop_token_ids=ids), n=20, seed=1)])[0]
+        for ids in ((), stops)
     )
     assert {r.finish_reason for r in stopped} == {"stop", "length"}
     for long, short in zip(free, stopped):
@@ -136,7 +143,10 @@ def test_stop_tokens_end_a_sample_and_are_included(steps_per_sync):
 
 def test_parameters_are_per_row():
     """Every sample of one batch obeys its own max_tokens and temperature."""
-    requests = [Request((3, 1), SamplingParams(n, temperature=t), n=2) for n, t in ((1, 1.0), (4, 0.0), (9, 0.05), (30, 3.0))]
+    requests = [
+        Request((3, 1), SamplingParams(n, temperature=t), n=2)
+        for n, t in ((1, 1.0), (4, 0.0), (9, 0.05), (30, 3.0))
+    ]
     results = Sampler(tiny_model()).generate(requests)
     for request, rollouts in zip(requests, results):
         assert [len(r.completion_ids) for r in rollouts] == [request.params.max_tokens] * 2
@@ -151,7 +161,9 @@ def test_samples_follow_the_softmax():
     with torch.no_grad():
         logits = model(torch.tensor(prompt), attention.positions, attention)[-1] @ model.head_weight.T
     for temperature in (0.7, 1.0, 1.5):
-        rollouts = Sampler(model, max_rows=1000).generate([Request(prompt, SamplingParams(1, temperature), n=n, seed=5)])[0]
+        rollouts = Sampler(model, max_rows=1000).generate(
+            [Request(prompt, SamplingParams(1, temperature), n=n, seed=5)]
+        )[0]
         counts = np.bincount([r.completion_ids[0] for r in rollouts], minlength=20)
         expected = (logits.double() / temperature).softmax(-1).numpy() * n
         rare = expected < 5  # chi-square wants at least 5 per cell: rare tokens share one
@@ -166,7 +178,9 @@ def test_top_p_stays_in_the_nucleus_and_renormalises(top_p):
     n, generator = 20_000, torch.Generator().manual_seed(0)
     logits = 1.5 * torch.randn(30, generator=generator)
     uniforms = torch.from_numpy(np.random.default_rng(1).random((n, 1)))
-    tokens, logprobs = draw_tokens(logits.repeat(n, 1), uniforms, torch.ones(n, 1), top_p=torch.full((n, 1), top_p))
+    tokens, logprobs = draw_tokens(
+        logits.repeat(n, 1), uniforms, torch.ones(n, 1), top_p=torch.full((n, 1), top_p)
+    )
 
     probs = logits.double().softmax(-1).numpy()
     order = np.argsort(-probs)
@@ -208,10 +222,16 @@ def test_live_weights_no_stale_cache():
 def test_a_prompt_is_prefilled_once(max_rows):
     """8 samples and an identical prompt of another request: its tokens but the last run once, however few rows there are."""
     model, calls = tiny_model(), []
-    model.register_forward_pre_hook(lambda module, args: calls.append((args[0].numel(), type(args[2]).__name__)))
+    model.register_forward_pre_hook(
+        lambda module, args: calls.append((args[0].numel(), type(args[2]).__name__))
+    )
     prompt, other = tuple(range(1, 41)), tuple(range(2, 23))
     params = SamplingParams(6)
-    requests = [Request(prompt, params, n=8), Request(other, params), Request(prompt, SamplingParams(3), n=2, seed=1)]
+    requests = [
+        Request(prompt, params, n=8),
+        Request(other, params),
+        Request(prompt, SamplingParams(3), n=2, seed=1),
+    ]
     Sampler(model, max_rows=max_rows).generate(requests)
     prefilled = sum(tokens for tokens, kind in calls if kind == "RecordingAttention")
     decoded = sum(tokens for tokens, kind in calls if kind == "CachedAttention")
@@ -222,8 +242,12 @@ def test_a_prompt_is_prefilled_once(max_rows):
 def test_finished_rows_leave_and_waiting_rows_enter():
     """16 samples of 2 tokens and one of 30 through 4 rows: the batch refills while the long one runs and shrinks at the end."""
     model, calls = tiny_model(), []
-    model.register_forward_pre_hook(lambda module, args: calls.append((args[0].numel(), type(args[2]).__name__)))
-    Sampler(model, max_rows=4).generate([Request((1,), SamplingParams(2), n=16), Request((2,), SamplingParams(30))])
+    model.register_forward_pre_hook(
+        lambda module, args: calls.append((args[0].numel(), type(args[2]).__name__))
+    )
+    Sampler(model, max_rows=4).generate(
+        [Request((1,), SamplingParams(2), n=16), Request((2,), SamplingParams(30))]
+    )
     rows = [tokens for tokens, kind in calls if kind == "CachedAttention"]
     assert [(size, len(list(steps))) for size, steps in groupby(rows)] == [(4, 10), (2, 2), (1, 18)]
 
@@ -243,7 +267,9 @@ def test_nothing_asked_nothing_done():
     sampler = Sampler(tiny_model())
     assert sampler.generate([]) == []
     assert sampler.generate([Request((1,), SamplingParams(4), n=0)]) == [[]]
-    both = sampler.generate([Request((1,), SamplingParams(4), n=0), Request((1,), SamplingParams(4))], progress="sampling")
+    both = sampler.generate(
+        [Request((1,), SamplingParams(4), n=0), Request((1,), SamplingParams(4))], progress="sampling"
+    )
     assert [len(rollouts) for rollouts in both] == [0, 1]
 
 
@@ -259,7 +285,10 @@ def test_gradients_still_work_after_sampling():
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
-        (Request((1,) * 100, SamplingParams(29)), "request 1 has 100 prompt tokens.*29.*embeddings = 128.*at most 28"),
+        (
+            Request((1,) * 100, SamplingParams(29)),
+            "request 1 has 100 prompt tokens.*29.*embeddings = 128.*at most 28",
+        ),
         (Request((), SamplingParams(1)), "request 1 has a prompt that is empty"),
         (Request((1, 61), SamplingParams(1)), "request 1 has .* ids outside 0 ... 60"),
         (Request((1,), SamplingParams(0)), "max_tokens = 0"),
@@ -305,4 +334,6 @@ def test_on_a_gpu(dtype):
         for rollout in rollouts:
             temperature = request.params.temperature or 1.0
             expected = training_logprobs(model, request.prompt_ids, rollout.completion_ids, temperature)
-            np.testing.assert_allclose(rollout.logprobs, expected, atol=1e-3 if dtype == torch.float32 else 0.3)
+            np.testing.assert_allclose(
+                rollout.logprobs, expected, atol=1e-3 if dtype == torch.float32 else 0.3
+            )

@@ -32,7 +32,10 @@ def server(monkeypatch):
             elif reply is None:
                 content = body["messages"][-1]["content"]
                 place = body["seed"] % 10
-                choice = {"message": {"content": f"{content} {place}"}, "finish_reason": "length" if place == 1 else "stop"}
+                choice = {
+                    "message": {"content": f"{content} {place}"},
+                    "finish_reason": "length" if place == 1 else "stop",
+                }
                 reply = {"choices": [choice], "usage": {"completion_tokens": 7 + place}}
             payload = (reply if isinstance(reply, str) else json.dumps(reply)).encode()
             self.send_response(status)
@@ -58,7 +61,12 @@ def server(monkeypatch):
 
 def say(seat, conversations=HELLO, n=1, seeds=None):
     seeds = seeds or [5] * len(conversations)
-    return seat.ask([Question(messages, Generation(20, 0.6, 0.9), seed, n) for messages, seed in zip(conversations, seeds, strict=True)])
+    return seat.ask(
+        [
+            Question(messages, Generation(20, 0.6, 0.9), seed, n)
+            for messages, seed in zip(conversations, seeds, strict=True)
+        ]
+    )
 
 
 @pytest.mark.parametrize("ending", ["", "/", "/v1", "/v1/", "/v1/chat/completions"])
@@ -71,13 +79,27 @@ def test_any_usual_form_of_the_url_is_taken_and_the_first_listed_model_is_used(s
 
 def test_a_request_says_all_that_matters_and_replies_come_in_order(server):
     conversations = [[{"role": "user", "content": f"Hello {i}"}] for i in range(9)]
-    replies = say(EndpointSeat(server.url, "named"), conversations, n=2, seeds=[2**31 + 10 * i for i in range(9)])
-    assert [[reply.text for reply in group] for group in replies] == [[f"Hello {i} 0", f"Hello {i} 1"] for i in range(9)]
-    assert [(reply.tokens, reply.is_truncated, reply.rollout) for reply in replies[0]] == [(7, False, None), (8, True, None)]
+    replies = say(
+        EndpointSeat(server.url, "named"), conversations, n=2, seeds=[2**31 + 10 * i for i in range(9)]
+    )
+    assert [[reply.text for reply in group] for group in replies] == [
+        [f"Hello {i} 0", f"Hello {i} 1"] for i in range(9)
+    ]
+    assert [(reply.tokens, reply.is_truncated, reply.rollout) for reply in replies[0]] == [
+        (7, False, None),
+        (8, True, None),
+    ]
     asked = [(key, body) for _, key, body in server.requests if body["messages"] == conversations[3]]
     assert [key for key, _ in asked] == [f"Bearer {KEY}"] * 2
     assert sorted((body for _, body in asked), key=lambda body: body["seed"]) == [
-        {"model": "named", "messages": conversations[3], "max_tokens": 20, "temperature": 0.6, "top_p": 0.9, "seed": 30 + place}
+        {
+            "model": "named",
+            "messages": conversations[3],
+            "max_tokens": 20,
+            "temperature": 0.6,
+            "top_p": 0.9,
+            "seed": 30 + place,
+        }
         for place in range(2)
     ]
 
@@ -94,7 +116,10 @@ def test_passing_trouble_is_waited_out_longer_each_time(server, trouble):
 def test_lasting_trouble_ends_with_the_servers_own_words(server):
     seat = EndpointSeat(server.url, "m")
     server.script = [(500, "the GPU is on fire")] * 4
-    with pytest.raises(UserError, match=r"/v1/chat/completions failed \(HTTP 500: the GPU is on fire\); check that the server"):
+    with pytest.raises(
+        UserError,
+        match=r"/v1/chat/completions failed \(HTTP 500: the GPU is on fire\); check that the server",
+    ):
         say(seat)
 
 
@@ -125,7 +150,10 @@ def test_a_server_without_models_and_replies_without_content_or_usage(server):
     server.script = [(200, {"data": []})]
     with pytest.raises(UserError, match="lists no model; name one with"):
         EndpointSeat(server.url)
-    server.script = [(200, {"choices": [{"message": {"content": None}}], "usage": None}), (200, {"choices": [{}]})]
+    server.script = [
+        (200, {"choices": [{"message": {"content": None}}], "usage": None}),
+        (200, {"choices": [{}]}),
+    ]
     reply = say(EndpointSeat(server.url, "m"))[0][0]
     assert (reply.text, reply.tokens, reply.is_truncated) == ("", 0, False)
 
@@ -163,7 +191,9 @@ def test_an_embedded_seat_follows_the_weights_of_its_model():
 
 def test_the_thinking_switch_reaches_the_template():
     tokenizer = byte_tokenizer()
-    switched = type(tokenizer)(tokenizer.backend, "{{ 'on' if enable_thinking else 'off' }}", eos_token="<|im_end|>")
+    switched = type(tokenizer)(
+        tokenizer.backend, "{{ 'on' if enable_thinking else 'off' }}", eos_token="<|im_end|>"
+    )
     model = lively_model(0, STUDENT_WORDS, tokenizer)
     prompts = [EmbeddedSeat(model, switched, thinking=is_on).prompt_ids(HELLO[0]) for is_on in (True, False)]
     assert [switched.decode(ids) for ids in prompts] == ["on", "off"]

@@ -13,10 +13,18 @@ import httpx
 import openai
 import pytest
 
-from nano_atlas.runtime.serve import KEY_VARIABLE, Answer, RequestError, ServeConfig, events, read_request, serve
+from nano_atlas.runtime.serve import (
+    KEY_VARIABLE,
+    Answer,
+    RequestError,
+    ServeConfig,
+    events,
+    read_request,
+    serve,
+)
 from nano_atlas.runtime.traces import read_traces
 
-AGENTS = '''
+AGENTS = """
 import time
 
 def student(prompt, metadata):
@@ -30,7 +38,7 @@ def student(prompt, metadata):
 
 def teacher(prompt, metadata):
     return "<thinking>private</thinking><teaching>HELP</teaching>"
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +47,34 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("serve")
     (folder / "agents.py").write_text(AGENTS)
     script = Path(__file__).parents[1] / "runtime_loop.py"
-    command = [sys.executable, "-u", str(script), "--preset", "own", "--student", "agents:student", "--teacher", "agents:teacher", "--serve", "0",
-               "--lane", "paired", "--most-requests", "3", "--most-bytes", "20000", "--out", "out"]
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True, env=os.environ | {KEY_VARIABLE: "s3cret", "PYTHONPATH": str(script.parent)})
+    command = [
+        sys.executable,
+        "-u",
+        str(script),
+        "--preset",
+        "own",
+        "--student",
+        "agents:student",
+        "--teacher",
+        "agents:teacher",
+        "--serve",
+        "0",
+        "--lane",
+        "paired",
+        "--most-requests",
+        "3",
+        "--most-bytes",
+        "20000",
+        "--out",
+        "out",
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {KEY_VARIABLE: "s3cret", "PYTHONPATH": str(script.parent)},
+    )
     process.url = process.stdout.readline().split()[1]
     process.folder = folder
     yield process
@@ -55,13 +88,21 @@ def client(server):
 
 
 def ask(client, text="6 times 7?", **options):
-    return client.chat.completions.create(model="nano-atlas", messages=[{"role": "user", "content": text}], **options)
+    return client.chat.completions.create(
+        model="nano-atlas", messages=[{"role": "user", "content": text}], **options
+    )
 
 
 def test_the_guided_answer_comes_back_and_a_trace_is_left(client, server):
     reply = ask(client, temperature=0.25, max_tokens=77)
-    assert reply.choices[0].message.content == "<solution>42 {} </solution> t=0.25 n=77" and reply.choices[0].finish_reason == "stop"
-    assert reply.usage.completion_tokens > 0 and reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
+    assert (
+        reply.choices[0].message.content == "<solution>42 {} </solution> t=0.25 n=77"
+        and reply.choices[0].finish_reason == "stop"
+    )
+    assert (
+        reply.usage.completion_tokens > 0
+        and reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
+    )
     last = list(read_traces(server.folder / "out/traces.jsonl"))[-1]
     assert last["task"] == "6 times 7?" and last["outcome"]["returned_attempt"] == "guided"
     assert client.models.list().data[0].id == "nano-atlas"
@@ -69,20 +110,37 @@ def test_the_guided_answer_comes_back_and_a_trace_is_left(client, server):
 
 def test_a_stream_is_the_same_text_in_pieces(client):
     chunks = list(ask(client, stream=True))
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ask(client).choices[0].message.content
-    assert len(chunks) > 2 and chunks[-1].choices[0].finish_reason == "stop" and chunks[-1].usage.completion_tokens > 0
+    assert (
+        "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        == ask(client).choices[0].message.content
+    )
+    assert (
+        len(chunks) > 2
+        and chunks[-1].choices[0].finish_reason == "stop"
+        and chunks[-1].usage.completion_tokens > 0
+    )
 
 
 def test_errors_are_those_of_the_protocol_and_the_server_goes_on(client, server):
-    for status, text, options in ((502, "CRASH", {}), (413, "x" * 30_000, {}), (400, "x", {"n": 2}), (400, "x", {"max_tokens": -1}),
-                                  (400, "x", {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]})):
+    for status, text, options in (
+        (502, "CRASH", {}),
+        (413, "x" * 30_000, {}),
+        (400, "x", {"n": 2}),
+        (400, "x", {"max_tokens": -1}),
+        (400, "x", {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}),
+    ):
         with pytest.raises(openai.APIStatusError) as caught:
             ask(client, text, **options)
         assert caught.value.status_code == status
     with pytest.raises(openai.APIError, match="lost"):
         list(ask(client, "CRASH", stream=True))
     assert ask(client).choices
-    assert httpx.post(f"{server.url}/chat/completions", content=b"{bad", headers={"Authorization": "Bearer s3cret"}).json()["error"]["code"] == 400
+    assert (
+        httpx.post(
+            f"{server.url}/chat/completions", content=b"{bad", headers={"Authorization": "Bearer s3cret"}
+        ).json()["error"]["code"]
+        == 400
+    )
     assert httpx.get(f"{server.url}/nothing", headers={"Authorization": "Bearer s3cret"}).status_code == 404
 
 
@@ -124,7 +182,13 @@ def test_it_stops_gracefully_and_answers_what_is_under_way(client, server):
 
 
 def test_conversations_become_one_question():
-    body = {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": [{"type": "text", "text": "Hi {}"}]}], "stream": True}
+    body = {
+        "messages": [
+            {"role": "system", "content": "Be kind."},
+            {"role": "user", "content": [{"type": "text", "text": "Hi {}"}]},
+        ],
+        "stream": True,
+    }
     assert read_request(json.dumps(body).encode()) == ("system: Be kind.\n\nuser: Hi {}", {}, True)
     for messages in ([], [{"role": "user", "content": [{"type": "image_url"}]}], [{"role": "user"}], "x"):
         with pytest.raises(RequestError):
@@ -147,6 +211,10 @@ def test_on_this_machine_no_key_is_needed(monkeypatch):
         place.append(text.split()[1])
         ready.set()
 
-    threading.Thread(target=serve, args=(ServeConfig(serve=0), lambda question, options: Answer("hi", False, 1, 1), note), daemon=True).start()
+    threading.Thread(
+        target=serve,
+        args=(ServeConfig(serve=0), lambda question, options: Answer("hi", False, 1, 1), note),
+        daemon=True,
+    ).start()
     assert ready.wait(10)
     assert ask(openai.OpenAI(base_url=place[0], api_key="any")).choices[0].message.content == "hi"

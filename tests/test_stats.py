@@ -46,8 +46,15 @@ def test_bootstrap_agrees_with_resampling_task_by_task():
     """The multinomial shortcut is the textbook bootstrap: same interval as scipy's, up to Monte Carlo error."""
     stats = pytest.importorskip("scipy.stats")
     differences = np.array([1] * 90 + [-1] * 12 + [0] * 398, dtype=float)
-    expected = stats.bootstrap((differences,), np.mean, n_resamples=10_000, method="percentile", vectorized=True,
-                               batch=500, rng=np.random.default_rng(7)).confidence_interval
+    expected = stats.bootstrap(
+        (differences,),
+        np.mean,
+        n_resamples=10_000,
+        method="percentile",
+        vectorized=True,
+        batch=500,
+        rng=np.random.default_rng(7),
+    ).confidence_interval
     assert paired_bootstrap(differences) == pytest.approx(tuple(expected), abs=0.004)
 
 
@@ -68,7 +75,11 @@ def test_bootstrap_covers_the_truth_as_often_as_it_says():
 def test_bootstrap_depends_on_its_seed_and_not_on_the_order_of_tasks():
     differences = [1, 0, 0, -1, 1, 0.5] * 20
     shuffled = random.Random(0).sample(differences, len(differences))
-    assert paired_bootstrap(differences, seed=1) == paired_bootstrap(shuffled, seed=1) != paired_bootstrap(differences, seed=2)
+    assert (
+        paired_bootstrap(differences, seed=1)
+        == paired_bootstrap(shuffled, seed=1)
+        != paired_bootstrap(differences, seed=2)
+    )
     assert paired_bootstrap([0.0] * 50) == (0.0, 0.0)
 
 
@@ -96,8 +107,15 @@ def test_mean_and_error_are_those_of_scipy():
     assert mean == 0.25 and math.isnan(error)
 
 
-@pytest.mark.parametrize("call", [lambda: wilson_interval(1, 0), lambda: wilson_interval(4, 3), lambda: pass_at_k(4, 2, 5),
-                                  lambda: paired_bootstrap([])])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: wilson_interval(1, 0),
+        lambda: wilson_interval(4, 3),
+        lambda: pass_at_k(4, 2, 5),
+        lambda: paired_bootstrap([]),
+    ],
+)
 def test_impossible_counts_are_refused(call):
     with pytest.raises(ValueError):
         call()

@@ -63,7 +63,9 @@ def test_what_is_learned_about_one_kind_of_task_does_not_touch_another():
     for _ in range(50):
         strategies.learn("telecom", "a", 1.0)
         strategies.learn("telecom", "b", -1.0)
-    assert [strategies.choose("math", seed) for seed in range(50)] == [fresh.choose("math", seed) for seed in range(50)]
+    assert [strategies.choose("math", seed) for seed in range(50)] == [
+        fresh.choose("math", seed) for seed in range(50)
+    ]
     assert {strategies.choose("telecom", seed) for seed in range(50)} == {"a"}
 
 

@@ -30,7 +30,14 @@ SDK_KEYS = {"execution_mode", "learning_key", "review_status", "reward_stats", "
 
 
 def session(
-    question="What is 6 times 7?", gold="42", alone="41", guided="42", teaching="Multiply.", reward=1.9, name="s1", chosen=1
+    question="What is 6 times 7?",
+    gold="42",
+    alone="41",
+    guided="42",
+    teaching="Multiply.",
+    reward=1.9,
+    name="s1",
+    chosen=1,
 ) -> Session:
     def trial(kind: str, answer: str) -> Trial:
         verdict = Verdict(float(answer == gold), "exact", answer == gold) if gold else Verdict(None, "nobody")
@@ -39,7 +46,13 @@ def session(
     events = [
         {"event": "probe", "actor": "student", "tokens": 5, "prompt_tokens": 10},
         {"event": "alone", "actor": "student", "tokens": 9, "prompt_tokens": 10},
-        {"event": "teaching", "actor": "teacher", "tokens": 20, "prompt_tokens": 30, "text": f"<teaching>{teaching}</teaching>"},
+        {
+            "event": "teaching",
+            "actor": "teacher",
+            "tokens": 20,
+            "prompt_tokens": 30,
+            "text": f"<teaching>{teaching}</teaching>",
+        },
         {"event": "guided", "actor": "student", "tokens": 9, "prompt_tokens": 15, "is_truncated": False},
     ]
     return Session(
@@ -84,11 +97,18 @@ def test_all_attempts_and_everything_said_is_kept():
     record = trace()
     alone, guided = record["steps"][0]["metadata"]["attempt_history"]
     assert (alone["kind"], alone["answer"], alone["score"], alone["is_valid"]) == ("alone", "41", 0.0, False)
-    assert (guided["kind"], guided["answer"], guided["score"], guided["is_valid"]) == ("guided", "42", 1.0, True)
+    assert (guided["kind"], guided["answer"], guided["score"], guided["is_valid"]) == (
+        "guided",
+        "42",
+        1.0,
+        True,
+    )
     assert record["steps"][0]["attempts"] == 2
     assert record["plan"]["steps"][0]["description"] == "I would add."
     assert record["steps"][0]["guidance"] == ["Multiply."]
-    assert [e["text"] for e in record["trajectory_events"] if "text" in e] == ["<teaching>Multiply.</teaching>"]
+    assert [e["text"] for e in record["trajectory_events"] if "text" in e] == [
+        "<teaching>Multiply.</teaching>"
+    ]
 
 
 def test_tokens_and_costs_are_counted_by_actor():
@@ -98,10 +118,17 @@ def test_tokens_and_costs_are_counted_by_actor():
     cost = (35 * 1 + 23 * 2 + 30 * 10 + 20 * 20) / 1e6
     assert record["outcome"]["cost"] == pytest.approx(cost)
     assert record["session_metadata"]["token_usage"] == {
-        "prompt_tokens": 65, "completion_tokens": 43, "total_tokens": 108, "calls": 4, "cost": pytest.approx(cost)}
+        "prompt_tokens": 65,
+        "completion_tokens": 43,
+        "total_tokens": 108,
+        "calls": 4,
+        "cost": pytest.approx(cost),
+    }
 
 
-@pytest.mark.parametrize(("chosen", "kind", "answer", "is_valid"), [(1, "guided", "42", True), (0, "alone", "41", False)])
+@pytest.mark.parametrize(
+    ("chosen", "kind", "answer", "is_valid"), [(1, "guided", "42", True), (0, "alone", "41", False)]
+)
 def test_the_final_answer_is_the_one_that_was_returned(chosen, kind, answer, is_valid):
     record = trace(chosen=chosen)
     assert (record["final_answer"], record["steps"][0]["output"]) == (answer, answer)
@@ -121,7 +148,13 @@ def test_without_a_score_there_is_no_reward_rather_than_a_reward_of_zero():
 def test_outcome_and_problem_are_read_from_the_head_of_the_line():
     result, task, gold = read_head(line(), "here")
     assert (task, gold) == ("What is 6 times 7?", "42")
-    assert (result.session_id, result.strategy, result.reward, result.gain, result.returned) == ("s1", "concise", 1.9, 1.0, 1.0)
+    assert (result.session_id, result.strategy, result.reward, result.gain, result.returned) == (
+        "s1",
+        "concise",
+        1.9,
+        1.0,
+        1.0,
+    )
     beginning = line()[: line().index(b'"steps"')]
     assert read_head(beginning, "here").outcome == result  # no more of the line is looked at
 
@@ -144,12 +177,21 @@ def test_what_is_appended_is_read_back_in_order(tmp_path):
 def test_a_torn_last_line_is_mended_wherever_it_was_cut(tmp_path):
     path, lines = tmp_path / "traces.jsonl", [line(name=name) for name in ("s1", "s2")]
     whole = b"".join(lines)
-    for cut in (*range(0, len(whole), 97), len(lines[0]) - 1, len(lines[0]), len(lines[0]) + 1, len(whole) - 2, len(whole) - 1):
+    for cut in (
+        *range(0, len(whole), 97),
+        len(lines[0]) - 1,
+        len(lines[0]),
+        len(lines[0]) + 1,
+        len(whole) - 2,
+        len(whole) - 1,
+    ):
         path.write_bytes(whole[:cut])
         with TraceWriter(path) as writer:
             kept = [result.session_id for result in writer.outcomes()]
             # A record is complete with its closing brace; only the line break may be missing.
-            assert kept == [name for name, end in (("s1", len(lines[0]) - 1), ("s2", len(whole) - 1)) if cut >= end]
+            assert kept == [
+                name for name, end in (("s1", len(lines[0]) - 1), ("s2", len(whole) - 1)) if cut >= end
+            ]
             writer.append([trace(name="s3")])
         assert [t["session_metadata"]["session_id"] for t in read_traces(path)] == [*kept, "s3"]
 
@@ -166,7 +208,10 @@ def test_damage_that_no_crash_leaves_is_reported_with_its_line(tmp_path):
     with pytest.raises(UserError, match=r"traces\.jsonl:2: not a session trace"):
         list(read_traces(path))
     write(path, {"task": "of another program"})
-    with TraceWriter(path) as writer, pytest.raises(UserError, match=r"traces\.jsonl:1: not a trace of this runtime"):
+    with (
+        TraceWriter(path) as writer,
+        pytest.raises(UserError, match=r"traces\.jsonl:1: not a trace of this runtime"),
+    ):
         list(writer.outcomes())
 
 
@@ -193,9 +238,15 @@ def test_a_reader_beside_a_writer_leaves_out_the_record_that_is_being_written(tm
 
 
 OUTCOMES = {
-    "helped": Outcome("a", "math", "paired", baseline=0.0, guided=1.0, reward=1.9, created_at="2026-01-01T10:00:00+00:00"),
-    "harmed": Outcome("b", "math", "coach", baseline=1.0, guided=0.0, reward=-2.0, created_at="2026-01-02T10:00:00+00:00"),
-    "kept": Outcome("c", "crm", "paired", baseline=1.0, guided=1.0, reward=0.9, created_at="2026-01-03T10:00:00+00:00"),
+    "helped": Outcome(
+        "a", "math", "paired", baseline=0.0, guided=1.0, reward=1.9, created_at="2026-01-01T10:00:00+00:00"
+    ),
+    "harmed": Outcome(
+        "b", "math", "coach", baseline=1.0, guided=0.0, reward=-2.0, created_at="2026-01-02T10:00:00+00:00"
+    ),
+    "kept": Outcome(
+        "c", "crm", "paired", baseline=1.0, guided=1.0, reward=0.9, created_at="2026-01-03T10:00:00+00:00"
+    ),
     "unknown": Outcome("d", "crm", "paired"),
     "disputed": Outcome("e", "crm", "paired", baseline=0.5, guided=0.5, reward=0.5, disagreement=0.3),
     "pending": Outcome("f", "math", "paired", review="pending"),
@@ -247,15 +298,38 @@ def test_traces_become_problems_and_what_does_not_is_counted(tmp_path):
 
 def test_files_of_atlas_sdk_are_read_and_selected(tmp_path):
     """Records with the keys that atlas-sdk's jsonl_writer gives them; it keeps a ground truth in the metadata only."""
-    metadata = {"session_id": 7, "status": "succeeded", "created_at": "2026-01-02T00:00:00Z", "ground_truth": 42, "learning_key": "k"}
-    session = {"task": "6 times 7?", "final_answer": "42", "plan": {"steps": []}, "steps": [], "session_metadata": metadata,
-               "session_reward": {"score": 0.9}, "reward_stats": {"score": 0.9, "score_stddev": 0.2}, "review_status": "approved",
-               "adaptive_summary": {"adaptive_mode": "coach"}}
+    metadata = {
+        "session_id": 7,
+        "status": "succeeded",
+        "created_at": "2026-01-02T00:00:00Z",
+        "ground_truth": 42,
+        "learning_key": "k",
+    }
+    session = {
+        "task": "6 times 7?",
+        "final_answer": "42",
+        "plan": {"steps": []},
+        "steps": [],
+        "session_metadata": metadata,
+        "session_reward": {"score": 0.9},
+        "reward_stats": {"score": 0.9, "score_stddev": 0.2},
+        "review_status": "approved",
+        "adaptive_summary": {"adaptive_mode": "coach"},
+    }
     poor = session | {"task": "2 times 2?", "session_reward": {"score": 0.2}}
-    write(tmp_path / "sdk.jsonl", session, poor, session | {"task": "?", "session_metadata": metadata | {"status": "failed"}})
-    problems, left_out = problems_from_traces(tmp_path / "sdk.jsonl", Selection(min_reward=0.5, min_signal=0.1, only_lane=("coach",)))
+    write(
+        tmp_path / "sdk.jsonl",
+        session,
+        poor,
+        session | {"task": "?", "session_metadata": metadata | {"status": "failed"}},
+    )
+    problems, left_out = problems_from_traces(
+        tmp_path / "sdk.jsonl", Selection(min_reward=0.5, min_signal=0.1, only_lane=("coach",))
+    )
     assert problems == [Problem("7", "6 times 7?", "42", "k")] and left_out == {"not selected": 2}
-    write(tmp_path / "sample.jsonl", {"session_id": 1, "task": "One", "steps": [{"reward": {"process": 1.0}}]})  # as in their sample file
+    write(
+        tmp_path / "sample.jsonl", {"session_id": 1, "task": "One", "steps": [{"reward": {"process": 1.0}}]}
+    )  # as in their sample file
     with pytest.raises(UserError, match="no ground truth"):
         problems_from_traces(tmp_path / "sample.jsonl")
 

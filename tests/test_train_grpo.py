@@ -23,6 +23,7 @@ from nano_atlas.sampler import Rollout
 from nano_atlas.tokenizer import Tokenizer
 from train_grpo import Config, problems_of_step, update, usable
 
+
 def weights(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "model.safetensors")
 
@@ -41,7 +42,9 @@ def updates(monkeypatch) -> list[dict]:
     seen = []
 
     def spy(config, policy, reference, optimizer, samples, rate, staleness):
-        seen.append({"policy": copy_of(policy), "samples": samples, "reference": reference and copy_of(reference)})
+        seen.append(
+            {"policy": copy_of(policy), "samples": samples, "reference": reference and copy_of(reference)}
+        )
         return update(config, policy, reference, optimizer, samples, rate)
 
     monkeypatch.setattr(train_grpo, "update", spy)
@@ -69,7 +72,9 @@ def test_a_run_trains_the_teacher_alone_on_the_very_tokens_it_sampled(place, tmp
     metrics = run(place, tmp_path / "out")
     assert [record["step"] for record in metrics] == [1, 2, 3, 4]
     for record in metrics:
-        assert record["sampling/logp_diff_max"] <= 1e-4  # trainer and sampler: same weights, same prompts, same tokens
+        assert (
+            record["sampling/logp_diff_max"] <= 1e-4
+        )  # trainer and sampler: same weights, same prompts, same tokens
         assert math.isfinite(record["loss"]) and record["grad_norm"] > 0 and record["clip_ratio"] == 0
     assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6) and metrics[-1]["kl"] > 1e-4
 
@@ -80,9 +85,16 @@ def test_a_run_trains_the_teacher_alone_on_the_very_tokens_it_sampled(place, tmp
                 question, approach = episode.sketch.problem.question, episode.sketch.approach
                 asked = tokenizer.chat_ids(protocol.teacher_messages(question, approach))
                 assert list(sample.rollout.prompt_ids) == asked and sample.advantage == episode.advantage
-    assert [sample.rollout.weight_version for seen in updates for sample in seen["samples"][:1]] == [0, 1, 2, 3]
+    assert [sample.rollout.weight_version for seen in updates for sample in seen["samples"][:1]] == [
+        0,
+        1,
+        2,
+        3,
+    ]
 
-    assert is_same(weights(place / "teacher"), frozen["teacher"]) and is_same(weights(place / "student"), frozen["student"])
+    assert is_same(weights(place / "teacher"), frozen["teacher"]) and is_same(
+        weights(place / "student"), frozen["student"]
+    )
     assert all(is_same(seen["reference"], updates[0]["reference"]) for seen in updates)
     assert not is_same(weights(tmp_path / "out/model"), frozen["teacher"])
     final = copy_of(load_model(tmp_path / "out/model"))
@@ -100,7 +112,16 @@ def test_the_records_hold_the_metrics_people_know_and_whole_episodes(place, tmp_
     episodes = records(tmp_path / "out/episodes.jsonl")
     assert [record["step"] for record in episodes] == [1, 2]
     for record in episodes:
-        assert {"question", "approach", "baselines", "completion", "guided", "reward", "advantage", "is_leak"} <= set(record)
+        assert {
+            "question",
+            "approach",
+            "baselines",
+            "completion",
+            "guided",
+            "reward",
+            "advantage",
+            "is_leak",
+        } <= set(record)
         assert record["teaching"] == (protocol.parse_teaching(record["completion"]) or "")
         assert len(record["baselines"]) == 2
 
@@ -166,9 +187,13 @@ def sampled(place) -> list[Sample]:
     from nano_atlas.seats import EmbeddedSeat, Generation, Question
 
     seat = EmbeddedSeat(load_model(place / "teacher"), Tokenizer.from_directory(place / "teacher"))
-    conversations = [protocol.teacher_messages(f"Pick {word}.", "None.") for word in ("one", "any of the two")]
+    conversations = [
+        protocol.teacher_messages(f"Pick {word}.", "None.") for word in ("one", "any of the two")
+    ]
     generation = Generation(6, SMALL["teacher_temperature"])
-    groups = seat.ask([Question(messages, generation, seed, n=4) for seed, messages in enumerate(conversations, start=1)])
+    groups = seat.ask(
+        [Question(messages, generation, seed, n=4) for seed, messages in enumerate(conversations, start=1)]
+    )
     replies = [reply for group in groups for reply in group]
     return [Sample(reply.rollout, (index + 1) * (-1) ** index) for index, reply in enumerate(replies)]
 
@@ -183,7 +208,9 @@ def after_update(place, samples, **options) -> tuple[dict[str, torch.Tensor], di
 def test_unequal_micro_batches_take_the_same_step_as_one_batch(place, sampled, normalization):
     whole, whole_metrics = after_update(place, sampled, normalization=normalization, tokens_per_batch=10_000)
     for tokens_per_batch in (1, 203, 300):
-        split, metrics = after_update(place, sampled, normalization=normalization, tokens_per_batch=tokens_per_batch)
+        split, metrics = after_update(
+            place, sampled, normalization=normalization, tokens_per_batch=tokens_per_batch
+        )
         for name, tensor in whole.items():
             torch.testing.assert_close(split[name], tensor, rtol=0, atol=1e-6, msg=name)
         assert metrics == pytest.approx(whole_metrics, rel=1e-4, abs=1e-6)
@@ -212,7 +239,9 @@ def test_each_option_of_the_loss_changes_the_step(place, sampled):
         after_update(place, sampled, updates_per_batch=2, **clips)
         for clips in ({}, {"clip_low": 10.0, "clip_high": 10.0}, {"clip_low": 0.0, "clip_high": 0.0})
     )
-    assert loose[1]["clip_ratio"] == 0 < tight[1]["clip_ratio"] <= 0.5  # half of the updates start on the old policy itself
+    assert (
+        loose[1]["clip_ratio"] == 0 < tight[1]["clip_ratio"] <= 0.5
+    )  # half of the updates start on the old policy itself
     assert not is_same(loose[0], tight[0]) and 0 <= twice[1]["clip_ratio"] <= tight[1]["clip_ratio"]
 
 
@@ -225,7 +254,9 @@ def test_the_norm_of_the_gradient_is_the_mean_over_the_updates(place, sampled):
             return next(self.norms)
 
     policy, reference = load_model(place / "teacher"), load_model(place / "student")
-    metrics = update(config_of(place, updates_per_batch=2), policy, reference, Measured(policy), sampled, 1e-2)
+    metrics = update(
+        config_of(place, updates_per_batch=2), policy, reference, Measured(policy), sampled, 1e-2
+    )
     assert metrics["grad_norm"] == 2.5
 
 
@@ -234,9 +265,13 @@ def test_the_kl_is_that_to_the_reference(place, sampled):
     from nano_atlas.policy import completion_logprobs
 
     models = (load_model(place / name) for name in ("teacher", "student"))
-    ours, theirs = (completion_logprobs(model, sampled, 10_000, SMALL["teacher_temperature"]).double() for model in models)
+    ours, theirs = (
+        completion_logprobs(model, sampled, 10_000, SMALL["teacher_temperature"]).double() for model in models
+    )
     _, metrics = after_update(place, sampled)
-    assert metrics["kl"] == pytest.approx(((theirs - ours).exp() - (theirs - ours) - 1).mean().item(), rel=1e-4)
+    assert metrics["kl"] == pytest.approx(
+        ((theirs - ours).exp() - (theirs - ours) - 1).mean().item(), rel=1e-4
+    )
 
 
 def test_importance_weights_scale_the_policy_gradient_up_to_the_cap(place, sampled):
@@ -249,15 +284,27 @@ def test_importance_weights_scale_the_policy_gradient_up_to_the_cap(place, sampl
 
     def drawn_with(ratio: float, cap: float) -> tuple[dict[str, torch.Tensor], dict]:
         samples = [
-            dataclasses.replace(s, rollout=dataclasses.replace(s.rollout, logprobs=(logprobs - math.log(ratio)).tolist()))
+            dataclasses.replace(
+                s, rollout=dataclasses.replace(s.rollout, logprobs=(logprobs - math.log(ratio)).tolist())
+            )
             for s, logprobs in zip(sampled, own)
         ]
-        options = {"beta": 0.0, "tokens_per_batch": 10_000, "importance_cap": cap, "max_logp_diff": 2.0, "updates_per_batch": 1}
+        options = {
+            "beta": 0.0,
+            "tokens_per_batch": 10_000,
+            "importance_cap": cap,
+            "max_logp_diff": 2.0,
+            "updates_per_batch": 1,
+        }
         end, metrics = after_update(place, samples, **options)
         return {name: end[name] - value for name, value in start.named_parameters()}, metrics
 
     (plain, _), (equal, metrics) = drawn_with(1.0, 0.0), drawn_with(1.0, 2.0)
-    assert is_same(plain, equal) and metrics["sampling/importance_mean"] == 1.0 and metrics["sampling/importance_capped"] == 0.0
+    assert (
+        is_same(plain, equal)
+        and metrics["sampling/importance_mean"] == 1.0
+        and metrics["sampling/importance_capped"] == 0.0
+    )
     for ratio, factor in ((0.5, 0.5), (1.5, 1.5), (3.0, 2.0)):
         step, metrics = drawn_with(ratio, 2.0)
         for name, value in step.items():
@@ -271,7 +318,9 @@ def test_stale_samples_may_differ_and_fresh_ones_may_not(place, sampled):
     rollouts = [dataclasses.replace(s.rollout, logprobs=[p - 1 for p in s.rollout.logprobs]) for s in sampled]
     shifted = [dataclasses.replace(s, rollout=rollout) for s, rollout in zip(sampled, rollouts)]
     policy = load_model(place / "teacher")
-    with pytest.raises(UserError, match="trainer and sampler disagree about the sampled tokens by 1.000 nats"):
+    with pytest.raises(
+        UserError, match="trainer and sampler disagree about the sampled tokens by 1.000 nats"
+    ):
         update(config_of(place, beta=0.0), policy, None, Descent(policy), shifted, 1e-2)
     metrics = update(config_of(place, beta=0.0), policy, None, Descent(policy), shifted, 1e-2, staleness=1)
     assert metrics["sampling/staleness"] == 1 and metrics["sampling/importance_capped"] == 1.0
@@ -312,7 +361,9 @@ def test_the_reference_is_mixed_with_the_policy_only_if_asked(place, tmp_path, u
     start, second = updates[0]["reference"], updates[2]
     assert is_same(updates[1]["reference"], start) and is_same(updates[3]["reference"], second["reference"])
     for name, tensor in second["reference"].items():
-        torch.testing.assert_close(tensor, 0.25 * start[name] + 0.75 * second["policy"][name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            tensor, 0.25 * start[name] + 0.75 * second["policy"][name], rtol=1e-5, atol=1e-6
+        )
 
 
 # -------------------------------------------------------------------------------------------------------------- resuming
@@ -336,7 +387,9 @@ def straight(place, tmp_path_factory) -> Path:
     ("save_training_state", 2),  # when the reference of step 4 is there and its state is not
     ("save_model", 1),  # when all is done but the last model
 ])  # fmt: skip
-def test_an_interrupted_run_ends_exactly_as_an_uninterrupted_one(place, tmp_path, straight, monkeypatch, function, call):
+def test_an_interrupted_run_ends_exactly_as_an_uninterrupted_one(
+    place, tmp_path, straight, monkeypatch, function, call
+):
     out, calls, real = tmp_path / "out", [], getattr(train_grpo, function)
 
     def interrupted(*arguments, **options):
@@ -373,7 +426,9 @@ def test_held_out_problems_stay_held_out(place, tmp_path):
     with pytest.raises(UserError, match="--eval-problems 200 -> 1"):
         run(place, tmp_path / "out", steps=3, eval_problems=1)
     training, held_out = train_grpo.load_data(config_of(place))
-    assert len(training) == 6 and len(held_out) == 2 and not {p.id for p in training} & {p.id for p in held_out}
+    assert (
+        len(training) == 6 and len(held_out) == 2 and not {p.id for p in training} & {p.id for p in held_out}
+    )
     assert (training, held_out) == train_grpo.load_data(config_of(place, steps=99))
 
 
@@ -386,7 +441,9 @@ def test_every_problem_comes_once_per_epoch_in_an_order_of_its_own():
     epochs = [asked[start : start + 10] for start in range(0, 40, 10)]
     assert all(sorted(epoch) == sorted(problem.question for problem in problems) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert len({problem.id for step in steps for problem in step}) == 40  # seeds come from ids: no draw is repeated
+    assert (
+        len({problem.id for step in steps for problem in step}) == 40
+    )  # seeds come from ids: no draw is repeated
     assert steps == [problems_of_step(problems, step, 4, seed=0) for step in range(10)]
     assert steps != [problems_of_step(problems, step, 4, seed=1) for step in range(10)]
 
@@ -451,7 +508,9 @@ def test_the_layout_follows_from_what_is_there(place, monkeypatch, capsys, gpus,
     config = config_of(place, device="auto", **options)
     chosen = layout.choose_layout(config, config.student, config.reward == "teaching", config.kl, gpus)
     assert dataclasses.astuple(chosen) == expected
-    assert "policy trained on" in capsys.readouterr().out and chosen.shares_gpu == (gpus == 1 and chosen.rollout == "vllm")
+    assert "policy trained on" in capsys.readouterr().out and chosen.shares_gpu == (
+        gpus == 1 and chosen.rollout == "vllm"
+    )
     if gpus == 2 and chosen.rollout == "vllm":  # the student's server, or nobody, shares the policy's
         assert chosen.server_memory == {"vllm": 0.45, "none": 0.9, "endpoint": 0.9}[chosen.student_rollout]
 

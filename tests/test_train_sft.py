@@ -19,18 +19,33 @@ from nano_atlas.model import ModelConfig, PackedAttention, Transformer
 from nano_atlas.tokenizer import Tokenizer
 
 SHAPE = ModelConfig("qwen3", 260, 32, 64, 2, 4, 2, 8, tie_word_embeddings=True, qk_norm=True)
-SMALL = ("--tokens-per-step", "512", "--tokens-per-batch", "256", "--lr", "1e-2", "--held-out", "0.1", "--device", "cpu")
+SMALL = (
+    "--tokens-per-step",
+    "512",
+    "--tokens-per-batch",
+    "256",
+    "--lr",
+    "1e-2",
+    "--held-out",
+    "0.1",
+    "--device",
+    "cpu",
+)
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A random model over bytes, in Hugging Face layout."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE({character: i for i, character in enumerate(alphabet)}, [])
+    )
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    save_model(tmp_path / "init", Transformer(SHAPE).initialize(0), Tokenizer(backend, eos_token="<|im_end|>"))
+    save_model(
+        tmp_path / "init", Transformer(SHAPE).initialize(0), Tokenizer(backend, eos_token="<|im_end|>")
+    )
     return tmp_path / "init"
 
 
@@ -62,7 +77,9 @@ def random_examples(count: int) -> list[Example]:
     return examples
 
 
-def packed_gradients(examples: list[Example], groups: list[list[int]]) -> tuple[float, dict[str, torch.Tensor]]:
+def packed_gradients(
+    examples: list[Example], groups: list[list[int]]
+) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of one optimizer step whose documents are split into micro-batches as `groups` says."""
     model = Transformer(SHAPE).initialize(0)
     target_tokens = sum(sum(example.is_target[1:]) for example in examples)
@@ -102,24 +119,43 @@ def test_unequal_micro_batches_give_the_same_gradient_as_one_batch():
             torch.testing.assert_close(split_gradients[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
 
 
-def test_training_lowers_loss_and_held_out_loss_and_writes_a_loadable_model(checkpoint, sums, tmp_path, capsys):
+def test_training_lowers_loss_and_held_out_loss_and_writes_a_loadable_model(
+    checkpoint, sums, tmp_path, capsys
+):
     records = run(checkpoint, sums, tmp_path / "out", "--epochs", "25")
     assert [record["step"] for record in records] == list(range(1, len(records) + 1))
-    assert records[-1]["loss"] < 0.5 * records[0]["loss"] and records[-1]["eval_loss"] < 0.5 * records[0]["loss"]
+    assert (
+        records[-1]["loss"] < 0.5 * records[0]["loss"] and records[-1]["eval_loss"] < 0.5 * records[0]["loss"]
+    )
     assert records[-1]["epoch"] == 25 and records[-1]["lr"] < records[5]["lr"] and records[0]["grad_norm"] > 0
-    assert set(records[0]) == {"step", "loss", "lr", "grad_norm", "epoch", "tokens", "target_tokens", "tokens_per_second",
-                               "padding_share", "skipped_steps"}
+    assert set(records[0]) == {
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "epoch",
+        "tokens",
+        "target_tokens",
+        "tokens_per_second",
+        "padding_share",
+        "skipped_steps",
+    }
     assert str(tmp_path / "out" / "model") in capsys.readouterr().out
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
     assert tokenizer.eos_token == "<|im_end|>"
-    assert torch.equal(theirs.state_dict()["model.embed_tokens.weight"], weights(tmp_path / "out")["model.embed_tokens.weight"])
+    assert torch.equal(
+        theirs.state_dict()["model.embed_tokens.weight"],
+        weights(tmp_path / "out")["model.embed_tokens.weight"],
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_interrupted_run_ends_with_the_same_weights_and_metrics(checkpoint, sums, tmp_path, monkeypatch, dtype):
+def test_an_interrupted_run_ends_with_the_same_weights_and_metrics(
+    checkpoint, sums, tmp_path, monkeypatch, dtype
+):
     options = ("--steps", "7", "--save-every", "2", "--dtype", dtype, "--gradient-checkpointing")
     straight = run(checkpoint, sums, tmp_path / "straight", *options)
 
@@ -144,7 +180,9 @@ def test_an_interrupted_run_ends_with_the_same_weights_and_metrics(checkpoint, s
     assert all(torch.equal(expected[name], tensor) for name, tensor in weights(tmp_path / "resumed").items())
 
 
-def test_a_finished_run_is_not_repeated_and_other_options_or_data_are_refused(checkpoint, sums, tmp_path, capsys):
+def test_a_finished_run_is_not_repeated_and_other_options_or_data_are_refused(
+    checkpoint, sums, tmp_path, capsys
+):
     out = tmp_path / "out"
     run(checkpoint, sums, out, "--steps", "2")
     run(checkpoint, sums, out, "--steps", "2")
@@ -164,16 +202,19 @@ def test_over_long_examples_are_reported(checkpoint, sums, tmp_path, capsys):
     assert f"left out: 1 examples of {sums}: longer than 50 tokens" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options, said", [
-    (["--model", "Qwen/Qwen3-none"], "hf download Qwen/Qwen3-none --local-dir Qwen/Qwen3-none"),
-    (["--data", "none.jsonl"], "none.jsonl: no such file"),
-    (["--preset", "24gb", "--data"], "--data names no file"),
-    (["--device", "cuda:7"], "there is no device cuda:7 here"),
-    (["--held-out", "1"], "--held-out must be from 0 to below 1"),
-    (["--lr", "0"], "--lr must be above 0"),
-    (["--tokens-per-step", "10"], "--tokens-per-batch 256 is more than --tokens-per-step 10"),
-    (["--wandb-run-name", "x"], "--wandb-run-name needs --wandb-project"),
-])
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--model", "Qwen/Qwen3-none"], "hf download Qwen/Qwen3-none --local-dir Qwen/Qwen3-none"),
+        (["--data", "none.jsonl"], "none.jsonl: no such file"),
+        (["--preset", "24gb", "--data"], "--data names no file"),
+        (["--device", "cuda:7"], "there is no device cuda:7 here"),
+        (["--held-out", "1"], "--held-out must be from 0 to below 1"),
+        (["--lr", "0"], "--lr must be above 0"),
+        (["--tokens-per-step", "10"], "--tokens-per-batch 256 is more than --tokens-per-step 10"),
+        (["--wandb-run-name", "x"], "--wandb-run-name needs --wandb-project"),
+    ],
+)
 def test_contradictions_and_missing_things_are_explained(checkpoint, sums, tmp_path, options, said):
     with pytest.raises(UserError, match=said):
         run(checkpoint, sums, tmp_path / "out", *options)
@@ -200,21 +241,32 @@ def test_every_preset_sets_options_that_exist_and_agree(name):
 def test_evaluation_data_of_their_own(checkpoint, sums, tmp_path):
     """Nothing of them is learned, and eval_loss is theirs: hard to guess, while the sums are learned."""
     others = tmp_path / "others.jsonl"
-    others.write_text("".join(json.dumps({"prompt": f"{a}+1=", "completion": "zzzz"}) + "\n" for a in range(10)))
-    records = run(checkpoint, sums, tmp_path / "out", "--held-out", "0", "--eval-data", str(others), "--epochs", "5")
+    others.write_text(
+        "".join(json.dumps({"prompt": f"{a}+1=", "completion": "zzzz"}) + "\n" for a in range(10))
+    )
+    records = run(
+        checkpoint, sums, tmp_path / "out", "--held-out", "0", "--eval-data", str(others), "--epochs", "5"
+    )
     assert records[-1]["eval_loss"] > 2 * records[-1]["loss"]
     others.write_text(others.read_text().replace("z", "y"))
     with pytest.raises(UserError, match="was trained on other contents of"):
-        run(checkpoint, sums, tmp_path / "out", "--held-out", "0", "--eval-data", str(others), "--epochs", "6")
+        run(
+            checkpoint, sums, tmp_path / "out", "--held-out", "0", "--eval-data", str(others), "--epochs", "6"
+        )
 
 
-def test_without_options_the_shipped_student_states_approaches_and_becomes_the_teacher(tmp_path, monkeypatch, capsys):
+def test_without_options_the_shipped_student_states_approaches_and_becomes_the_teacher(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_sft, "DEMONSTRATIONS", 20)
     before = checkpoint_digest(world.STUDENT)
     train_sft.main(["--steps", "2"])
     out = tmp_path / "runs/nano/teacher-sft"
-    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2 and checkpoint_digest(out / "model") != before
+    assert (
+        len((out / "metrics.jsonl").read_text().splitlines()) == 2
+        and checkpoint_digest(out / "model") != before
+    )
     demonstrations = (out / "demonstrations.jsonl").read_text()
     assert len(demonstrations.splitlines()) == 20 and checkpoint_digest(world.STUDENT) == before
     capsys.readouterr()

@@ -80,7 +80,9 @@ def test_nothing_is_left_behind_when_the_parent_is_killed(tmp_path):
     server = (f"import os, subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {stubborn!r}]); "
               f"open({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}\\n'); child.wait()")  # fmt: skip
     command = [sys.executable, "-I", str(SUPERVISOR), str(folder), sys.executable, "-c", server]
-    parent = subprocess.Popen([sys.executable, "-c", f"import subprocess; subprocess.Popen({command!r}, stdin=-1).wait()"])
+    parent = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess; subprocess.Popen({command!r}, stdin=-1).wait()"]
+    )
     assert wait_for(lambda: pids.exists() and pids.read_text().endswith("\n"))
     time.sleep(0.2)
     parent.kill()
@@ -95,7 +97,11 @@ def test_a_server_that_does_not_start_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(server_room, "find_spec", lambda name: "found")
     server = VllmServer(tmp_path, tmp_path / "log", remove=tmp_path / "shared")
     (tmp_path / "shared").mkdir()
-    server._command = [sys.executable, "-c", "print('loading'); raise MemoryError('no room for the KV cache')"]
+    server._command = [
+        sys.executable,
+        "-c",
+        "print('loading'); raise MemoryError('no room for the KV cache')",
+    ]
     with pytest.raises(UserError, match=r"the vLLM server ended.*\n  MemoryError: no room for the KV cache"):
         server.start()
     assert "loading" in (tmp_path / "log").read_text() and not (tmp_path / "shared").exists()
@@ -111,14 +117,22 @@ def test_a_full_disk_at_sync_leaves_the_checkpoint_before(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        with pytest.raises(UserError, match="cannot write the weights for the server to .*served .*--sync-dir"):
+        with pytest.raises(
+            UserError, match="cannot write the weights for the server to .*served .*--sync-dir"
+        ):
             transfer.stage(random_model(2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["served"]
-    served = {name: weight for file in (tmp_path / "served").glob("*.safetensors") for name, weight in load_file(file).items()}
+    served = {
+        name: weight
+        for file in (tmp_path / "served").glob("*.safetensors")
+        for name, weight in load_file(file).items()
+    }
     expected = dict(with_tied_head(old.named_parameters(), old.config))
-    assert served.keys() == expected.keys() and all(torch.equal(served[name], weight) for name, weight in expected.items())
+    assert served.keys() == expected.keys() and all(
+        torch.equal(served[name], weight) for name, weight in expected.items()
+    )
 
 
 def test_parity_tells_which_side_is_stale():
@@ -133,7 +147,9 @@ def test_parity_tells_which_side_is_stale():
         for _ in range(5):  # the trainer moves by less than the noise each time, the server not at all
             old = old + 2e-5
             parity.check("a", old, server)
-    assert parity.check("a", old, old + 0.003) == pytest.approx(0.003)  # it moves with the trainer: fine again
+    assert parity.check("a", old, old + 0.003) == pytest.approx(
+        0.003
+    )  # it moves with the trainer: fine again
     with pytest.raises(UserError, match="neither the present nor the previous weights"):
         parity.check("a", new, new + 2 * (new - old))
     with pytest.raises(UserError, match="another model"):
@@ -153,7 +169,9 @@ def server(tmp_path_factory):
     save_model(path / "served/model", random_model(1), byte_tokenizer())
     options = ["--enforce-eager", "--weight-transfer-config", '{"backend": "nccl"}']
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).with_name("store_nccl")))  # of the server: broadcasts without NCCL
+        patch.setenv(
+            "PYTHONPATH", str(Path(__file__).with_name("store_nccl"))
+        )  # of the server: broadcasts without NCCL
         running = VllmServer(path / "served/model", path / "log", dtype="float32", options=options)
     with running:
         yield running
@@ -208,13 +226,19 @@ def test_rollouts_hold_the_ids_and_their_log_probs_at_the_sampling_temperature(s
         assert len(group) == 3 and all(rollout.prompt_ids == request.prompt_ids for rollout in group)
         for rollout in group:
             assert is_exact(model, rollout, temperature)
-            is_stop = rollout.completion_ids[-1] in request.params.stop_token_ids  # the stop token is part of the completion
-            assert rollout.finish_reason == ("stop" if is_stop else "length") and (is_stop or len(rollout.completion_ids) == 12)
+            is_stop = (
+                rollout.completion_ids[-1] in request.params.stop_token_ids
+            )  # the stop token is part of the completion
+            assert rollout.finish_reason == ("stop" if is_stop else "length") and (
+                is_stop or len(rollout.completion_ids) == 12
+            )
             assert not set(rollout.completion_ids[:-1]) & set(request.params.stop_token_ids)
             reasons.add(rollout.finish_reason)
     if temperature:
         assert reasons == {"stop", "length"} and groups == sampler.generate(requests)  # a seed repeats
-        assert len({tuple(rollout.completion_ids) for group in groups for rollout in group}) > 9  # and its samples differ
+        assert (
+            len({tuple(rollout.completion_ids) for group in groups for rollout in group}) > 9
+        )  # and its samples differ
 
 
 def test_more_prompts_with_seeds_than_fit_into_one_prefill(server):
@@ -229,25 +253,35 @@ def test_new_weights_arrive_also_under_a_tied_head_and_rollouts_carry_their_vers
     before = sampler.generate([request])[0][0]
     sampler.sync(random_model(3), 1)
     after = sampler.generate([request])[0][0]
-    assert (before.weight_version, after.weight_version) == (0, 1) and before.completion_ids != after.completion_ids
+    assert (before.weight_version, after.weight_version) == (
+        0,
+        1,
+    ) and before.completion_ids != after.completion_ids
     assert is_exact(random_model(2), before, 0) and is_exact(random_model(3), after, 0)
 
 
 def test_new_weights_go_by_broadcast_as_well(server, monkeypatch):
     """All of `NcclTransfer` but NCCL: endpoints, names and shapes as declared, buffers, the server's loading of a tied head."""
     broadcast_by_store(monkeypatch)
-    sampler = VllmSampler([server.url], transfer=NcclTransfer(), parity=Parity(random_model(1).config.vocab_size, 0.1))
+    sampler = VllmSampler(
+        [server.url], transfer=NcclTransfer(), parity=Parity(random_model(1).config.vocab_size, 0.1)
+    )
     for version in (1, 2, 3):
         assert sampler.sync(random_model(1 + version), version) < 1e-4
         (group,) = sampler.generate(requests_of(1.0, count=1))
-        assert all(rollout.weight_version == version and is_exact(random_model(1 + version), rollout, 1.0) for rollout in group)
+        assert all(
+            rollout.weight_version == version and is_exact(random_model(1 + version), rollout, 1.0)
+            for rollout in group
+        )
 
 
 def broadcast_by_store(monkeypatch) -> None:
     """Does in this process what PYTHONPATH does in the server's."""
     from vllm.distributed.device_communicators import pynccl
 
-    spec = importlib.util.spec_from_file_location("store_nccl", Path(__file__).with_name("store_nccl") / "sitecustomize.py")
+    spec = importlib.util.spec_from_file_location(
+        "store_nccl", Path(__file__).with_name("store_nccl") / "sitecustomize.py"
+    )
     store_nccl = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(store_nccl)
     for replacement in store_nccl.replacements(pynccl):
@@ -268,7 +302,9 @@ def test_a_sync_that_was_skipped_is_noticed_at_once(server, monkeypatch):
     monkeypatch.setattr(FileTransfer, "load", lambda self, client: None)
     with torch.no_grad():
         model.model.norm.weight *= 1 + 1e-6  # less than what the kernels differ by
-    with pytest.raises(UserError, match="the server still has the weights from before the last update: it is stale"):
+    with pytest.raises(
+        UserError, match="the server still has the weights from before the last update: it is stale"
+    ):
         sampler.sync(model, 1)
 
 
@@ -284,7 +320,9 @@ def test_weights_that_another_run_has_put_there_are_noticed_and_replaced(server,
 def test_requests_that_cannot_be_served_are_refused(server):
     sampler = sampler_at(server, random_model(2))
     params = SamplingParams(500)
-    with pytest.raises(UserError, match="20 prompt tokens and max_tokens = 500, more than the server's context of 512"):
+    with pytest.raises(
+        UserError, match="20 prompt tokens and max_tokens = 500, more than the server's context of 512"
+    ):
         sampler.generate([Request((1,) * 20, params)])
     with pytest.raises(UserError, match="--top-p 1"):
         sampler.generate([Request((1,), SamplingParams(5, top_p=0.9))])
@@ -294,10 +332,19 @@ def test_requests_that_cannot_be_served_are_refused(server):
         VllmSampler(["http://127.0.0.1:9"])
 
 
-def test_grpo_through_vllm_with_overlap_resumes_with_the_batch_it_had_sampled(server, place, tmp_path, monkeypatch):
+def test_grpo_through_vllm_with_overlap_resumes_with_the_batch_it_had_sampled(
+    server, place, tmp_path, monkeypatch
+):
     """Each batch but the first is one update old; the state holds the next one, and the continued run trains on it."""
     save_model(tmp_path / "teacher", random_model(4), byte_tokenizer())
-    options = dict(teacher=tmp_path / "teacher", rollout="vllm", vllm_url=server.url, overlap=True, save_every=1, eval_every=0)
+    options = dict(
+        teacher=tmp_path / "teacher",
+        rollout="vllm",
+        vllm_url=server.url,
+        overlap=True,
+        save_every=1,
+        eval_every=0,
+    )
     seen, real = [], train_grpo.update
 
     def spy(*arguments):
@@ -316,21 +363,43 @@ def test_grpo_through_vllm_with_overlap_resumes_with_the_batch_it_had_sampled(se
     assert [record["sampling/staleness"] for record in metrics] == [0, 1, 1, 1]
     assert [samples[0].rollout.weight_version for samples in seen] == [0, 0, 1, 1, 2]
     assert all(record["sampling/parity"] < 1e-4 for record in metrics)
-    assert metrics[0]["sampling/importance_mean"] == pytest.approx(1, abs=1e-4) != metrics[1]["sampling/importance_mean"]
+    assert (
+        metrics[0]["sampling/importance_mean"]
+        == pytest.approx(1, abs=1e-4)
+        != metrics[1]["sampling/importance_mean"]
+    )
 
 
 def test_two_processes_of_torchrun_train_through_one_server_as_one_does(server, place, tmp_path):
     """Rank 0 asks the server and brings it the weights, gathered from both; the other gets its share of the rollouts."""
     save_model(tmp_path / "teacher", random_model(4), byte_tokenizer())
-    options = dict(teacher=tmp_path / "teacher", rollout="vllm", vllm_url=server.url, eval_every=0, sync_dir=tmp_path / "weights", steps=2)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(Path(train_grpo.__file__)))
+    options = dict(
+        teacher=tmp_path / "teacher",
+        rollout="vllm",
+        vllm_url=server.url,
+        eval_every=0,
+        sync_dir=tmp_path / "weights",
+        steps=2,
+    )
+    launcher = (
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(Path(train_grpo.__file__)),
+    )
     ended = subprocess.run([sys.executable, *launcher, *grpo_flags(place, tmp_path / "two", **options)], capture_output=True, text=True,
                            env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-2000:]
     one, two = run_grpo(place, tmp_path / "one", **options), records(tmp_path / "two/metrics.jsonl")
-    assert [record["step"] for record in two] == [1, 2] and all(record["sampling/parity"] < 1e-4 for record in two)
+    assert [record["step"] for record in two] == [1, 2] and all(
+        record["sampling/parity"] < 1e-4 for record in two
+    )
     assert [record["reward"] for record in two] == [record["reward"] for record in one]
-    assert [record["grad_norm"] for record in two] == pytest.approx([record["grad_norm"] for record in one], rel=1e-3)
+    assert [record["grad_norm"] for record in two] == pytest.approx(
+        [record["grad_norm"] for record in one], rel=1e-3
+    )
 
 
 def test_grpo_starts_a_server_of_its_own_and_leaves_nothing_of_it(place, tmp_path, monkeypatch):
@@ -350,7 +419,14 @@ def test_grpo_starts_a_server_of_its_own_and_leaves_nothing_of_it(place, tmp_pat
 
     monkeypatch.setattr(VllmSampler, "sync", sync)
     with pytest.raises(UserError, match="out of luck"):
-        run_grpo(place, tmp_path / "out", teacher=tmp_path / "teacher", rollout="vllm", vllm_args="--enforce-eager", eval_every=0)
+        run_grpo(
+            place,
+            tmp_path / "out",
+            teacher=tmp_path / "teacher",
+            rollout="vllm",
+            vllm_args="--enforce-eager",
+            eval_every=0,
+        )
     assert len(processes) > 2 and all(map(gone, processes)) and not folders[0].parent.exists()
     assert "Application startup complete" in (tmp_path / "out/vllm.log").read_text()
 
@@ -363,7 +439,9 @@ def test_a_server_that_hangs_in_a_rollout_is_restarted_and_only_the_rest_is_aske
     sampler = sampler_at(server, model, own=True, connections=2, timeout=6.0)
     sampler.clients[0].tries = 2
     real, answered, lock = VllmSampler._ask, [], threading.Lock()
-    victim = processes_of(server)[1]  # found beforehand: while one thread looks, the other one could get all answers
+    victim = processes_of(server)[
+        1
+    ]  # found beforehand: while one thread looks, the other one could get all answers
 
     def ask(self, request):
         group = real(self, request)
@@ -379,7 +457,9 @@ def test_a_server_that_hangs_in_a_rollout_is_restarted_and_only_the_rest_is_aske
     assert sorted(answered, key=lambda request: request.seed) == requests  # each was answered once
     for request, group in zip(requests, groups, strict=True):
         assert len(group) == 3
-        assert all(rollout.prompt_ids == request.prompt_ids and is_exact(model, rollout, 1.0) for rollout in group)
+        assert all(
+            rollout.prompt_ids == request.prompt_ids and is_exact(model, rollout, 1.0) for rollout in group
+        )
 
 
 def test_a_server_killed_during_a_sync_comes_back_with_the_new_weights(server, monkeypatch):
@@ -395,16 +475,29 @@ def test_a_server_killed_during_a_sync_comes_back_with_the_new_weights(server, m
     monkeypatch.setattr(FileTransfer, "load", load)
     assert sampler.sync(random_model(3), 1) < 1e-4
     (group,) = sampler.generate(requests_of(1.0, count=1))
-    assert killed and all(rollout.weight_version == 1 and is_exact(random_model(3), rollout, 1.0) for rollout in group)
+    assert killed and all(
+        rollout.weight_version == 1 and is_exact(random_model(3), rollout, 1.0) for rollout in group
+    )
 
 
 def test_weights_of_another_shape_are_refused_by_name(server, tmp_path, monkeypatch):
     """Last of all: such a server has lost its weights."""
-    config = ModelConfig("qwen3", byte_tokenizer().vocab_size, 64, 64, 2, 4, 2, 32, max_position_embeddings=512, qk_norm=True)
-    sampler = VllmSampler([server.url], transfer=FileTransfer(tmp_path / "model", byte_tokenizer()), parity=Parity(config.vocab_size, 0.1))
-    with pytest.raises(UserError, match="could not load the weights: it must serve a model of the same shape"):
+    config = ModelConfig(
+        "qwen3", byte_tokenizer().vocab_size, 64, 64, 2, 4, 2, 32, max_position_embeddings=512, qk_norm=True
+    )
+    sampler = VllmSampler(
+        [server.url],
+        transfer=FileTransfer(tmp_path / "model", byte_tokenizer()),
+        parity=Parity(config.vocab_size, 0.1),
+    )
+    with pytest.raises(
+        UserError, match="could not load the weights: it must serve a model of the same shape"
+    ):
         sampler.sync(Transformer(config).initialize(0), 0)
     broadcast_by_store(monkeypatch)
     sampler.transfer = NcclTransfer()
-    with pytest.raises(UserError, match="did not take the weights: .*Weights that went by NCCL are not kept; the run continues"):
+    with pytest.raises(
+        UserError,
+        match="did not take the weights: .*Weights that went by NCCL are not kept; the run continues",
+    ):
         sampler.sync(Transformer(config).initialize(0), 1)

@@ -73,10 +73,16 @@ def test_the_stated_answer_is_what_the_question_means(domain):
 
 def test_problems_are_those_of_their_seed():
     assert world.training_problems(20, 1) == world.training_problems(20, 1)
-    assert world.training_problems(20, 1) == world.training_problems(40, 1)[:20]  # a longer run begins as the shorter one
+    assert (
+        world.training_problems(20, 1) == world.training_problems(40, 1)[:20]
+    )  # a longer run begins as the shorter one
     assert world.training_problems(20, 1) != world.training_problems(20, 2)
     assert world.held_out("crm", 20, "test") == world.held_out("crm", 20, "test")
-    assert list(pretrain.base_corpus(20, 1)) == list(pretrain.base_corpus(20, 1)) != list(pretrain.base_corpus(20, 2))
+    assert (
+        list(pretrain.base_corpus(20, 1))
+        == list(pretrain.base_corpus(20, 1))
+        != list(pretrain.base_corpus(20, 2))
+    )
 
 
 def teaching_demonstrations(count: int) -> list[dict]:
@@ -95,7 +101,8 @@ def test_no_question_is_in_two_of_the_sets():
         "telecom": [problem.question for problem in world.held_out("telecom", 200, "test")],
         "crm": [problem.question for problem in world.held_out("crm", 200, "test")],
         "corpus": [
-            chat["messages"][0]["content"].split("\n\n")[0] for chat in (*pretrain.base_corpus(1000, 0), *pretrain.reading_corpus(1000, 0))
+            chat["messages"][0]["content"].split("\n\n")[0]
+            for chat in (*pretrain.base_corpus(1000, 0), *pretrain.reading_corpus(1000, 0))
         ],
     }
     for name, questions in sets.items():
@@ -107,7 +114,9 @@ def test_no_question_is_in_two_of_the_sets():
 def test_the_teacher_is_trained_on_mathematics_only():
     assert {problem.domain for problem in world.training_problems(50, 0)} == {"math"}
     things = set(world.DOMAINS["math"].things)
-    assert all(things & set(re.findall(r"\w+", record["problem_text"])) for record in teaching_demonstrations(50))
+    assert all(
+        things & set(re.findall(r"\w+", record["problem_text"])) for record in teaching_demonstrations(50)
+    )
 
 
 def test_demonstrations_teach_the_order_and_never_a_value():
@@ -120,7 +129,9 @@ def test_demonstrations_teach_the_order_and_never_a_value():
         assert teaching.startswith(f"To find {path[-1]},")
         named = told_by(teaching)
         assert named == path[: len(named)]  # the beginning of the path, or all of it
-        lengths.setdefault((record["strategy"], record["student_approach"] == "No idea."), []).append(len(teaching))
+        lengths.setdefault((record["strategy"], record["student_approach"] == "No idea."), []).append(
+            len(teaching)
+        )
     mean = {key: sum(values) / len(values) for key, values in lengths.items()}
     assert mean["adaptive", False] < mean["adaptive", True]  # brief if right, detailed if wrong
     assert mean["concise", True] < mean["detailed", True]
@@ -148,7 +159,9 @@ def test_the_shipped_student_is_the_one_that_all_numbers_are_about():
 def test_the_shipped_student_leaves_a_teacher_something_to_do():
     """Alone a third to a half, not much more by the first half of a plan, nearly all by the whole one; another's does little harm.
     150 tasks have a standard error of 4 points."""
-    for domain, row in pretrain.measure(EmbeddedSeat(load_model(world.STUDENT), Tokenizer.from_directory(world.STUDENT)), 150).items():
+    for domain, row in pretrain.measure(
+        EmbeddedSeat(load_model(world.STUDENT), Tokenizer.from_directory(world.STUDENT)), 150
+    ).items():
         assert 0.28 < row["alone"] < 0.57, domain
         assert row["alone"] - 0.05 < row["half a plan"] < row["whole plan"] - 0.2, domain
         assert row["whole plan"] > 0.87 and row["another's plan"] > row["alone"] - 0.12, domain
@@ -163,7 +176,9 @@ def test_the_tokenizer_of_the_student_keeps_every_text_and_makes_each_tag_one_to
         assert len(tokenizer.encode(tag)) == 1
     longest = max(len(tokenizer.chat_ids(protocol.teacher_messages(task.question, world.plan(task.chain))))
                   for domain in world.DOMAINS for task in world.tasks(domain, 50, "test"))  # fmt: skip
-    assert longest + 100 < load_model(world.STUDENT).config.max_position_embeddings  # room for thoughts and a teaching
+    assert (
+        longest + 100 < load_model(world.STUDENT).config.max_position_embeddings
+    )  # room for thoughts and a teaching
 
 
 # ------------------------------------------------------------------------------------------------------- how it was pre-trained
@@ -204,7 +219,10 @@ def test_hints_are_texts_guided_by_the_beginning_of_their_plan():
         for chat in pretrain.base_corpus(1500, "test", hints):
             prompt = chat["messages"][0]["content"]
             if "Teacher's guidance: " in prompt:
-                path, told = solve(prompt.split("\n\n")[0])[1], told_by(re.search("Teacher's guidance: (.+)", prompt)[1])
+                path, told = (
+                    solve(prompt.split("\n\n")[0])[1],
+                    told_by(re.search("Teacher's guidance: (.+)", prompt)[1]),
+                )
                 found += told == path[: len(told)] and len(told) < len(path)
         return found
 
@@ -255,7 +273,18 @@ def test_orthogonalize_flattens_the_singular_values_and_keeps_the_directions():
 
 def test_pre_training_from_nothing_to_a_measured_student(tmp_path, capsys):
     """In small: each lesson lowers the loss on what it teaches, a second call makes only what is missing, and gives the same bits."""
-    few = ["--reader-texts", "200", "--follower-texts", "150", "--student-texts", "100", "--tasks", "5", "--seed", "1"]
+    few = [
+        "--reader-texts",
+        "200",
+        "--follower-texts",
+        "150",
+        "--student-texts",
+        "100",
+        "--tasks",
+        "5",
+        "--seed",
+        "1",
+    ]
     pretrain.main(["--out", str(tmp_path / "a"), *few])
     said = capsys.readouterr().out
     losses = [float(loss) for loss in re.findall(r"held-out loss ([\d.]+)", said)]

@@ -26,8 +26,12 @@ CONTROLS = SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET = "shuffled", "untrained"
 class ArmsConfig:
     """The seats of an evaluation, how they are sampled, and where its results go."""
 
-    student: str | None = option(None, "checkpoint directory, or URL of an OpenAI-compatible server", group="who is evaluated")
-    teacher: tuple[str, ...] = option((), "one or more NAME=DIRECTORY or NAME=URL; the last is compared with each earlier one")
+    student: str | None = option(
+        None, "checkpoint directory, or URL of an OpenAI-compatible server", group="who is evaluated"
+    )
+    teacher: tuple[str, ...] = option(
+        (), "one or more NAME=DIRECTORY or NAME=URL; the last is compared with each earlier one"
+    )
     student_model: str | None = option(None, "model name at the student's URL (none: the first it serves)")
     teacher_model: str | None = option(None, "model name at the teachers' URLs (none: the first each serves)")
     limit: int | None = option(None, "tasks per domain; of a file the first ones (none: all of them)")
@@ -41,7 +45,9 @@ class ArmsConfig:
     device: str = option("cpu", "where checkpoints run, such as cpu or cuda", group="run")
     dtype: str = option("float32", "of checkpoints", ("float32", "bfloat16"))
     tables: bool = option(False, "only print the tables of --out, also of an unfinished run", resumable=True)
-    resume: bool = option(True, "continue what --out holds of an earlier run; --no-resume refuses to", resumable=True)
+    resume: bool = option(
+        True, "continue what --out holds of an earlier run; --no-resume refuses to", resumable=True
+    )
     restart: bool = option(False, "start over; discards what --out holds", resumable=True)
 
     def check_arms(self) -> None:
@@ -59,8 +65,10 @@ class ArmsConfig:
                 raise UserError(f"--control {control} needs a --teacher, which it is the control of")
         taken = {STUDENT, *CONTROLS} & set(self.teachers)
         if taken or len(self.teachers) < len(self.teacher):
-            raise UserError(f"--teacher {' '.join(self.teacher)}: each needs a name of its own, NAME=PATH, "
-                            f"other than {STUDENT} and those of the controls")
+            raise UserError(
+                f"--teacher {' '.join(self.teacher)}: each needs a name of its own, NAME=PATH, "
+                f"other than {STUDENT} and those of the controls"
+            )
 
     @property
     def teachers(self) -> dict[str, str]:
@@ -80,14 +88,20 @@ class ArmsConfig:
     def names(self) -> dict[str, str]:
         """What an arm is called in the tables."""
         last = "".join(list(self.teachers)[-1:])
-        names = {SHUFFLED: f"{SHUFFLED} {last}", UNTRAINED: UNTRAINED, TWO_VOTES: "vote of 2",
-                 SAME_BUDGET: f"vote, tokens of {last}"}
+        names = {
+            SHUFFLED: f"{SHUFFLED} {last}",
+            UNTRAINED: UNTRAINED,
+            TWO_VOTES: "vote of 2",
+            SAME_BUDGET: f"vote, tokens of {last}",
+        }
         return {STUDENT: "student alone"} | {arm: f"control: {name}" for arm, name in names.items()}
 
     @property
     def episode(self) -> EpisodeConfig:
         temperature = self.temperature
-        return EpisodeConfig(self.probe_tokens, self.teaching_tokens, self.answer_tokens, temperature, temperature, self.top_p)
+        return EpisodeConfig(
+            self.probe_tokens, self.teaching_tokens, self.answer_tokens, temperature, temperature, self.top_p
+        )
 
     def open(self, spec: str, model: str | None) -> Seat:
         return open_seat(spec, model=model, device=self.device, dtype=getattr(torch, self.dtype))
@@ -95,21 +109,33 @@ class ArmsConfig:
     def contents(self) -> dict[str, str]:
         """Digests of the checkpoints of all seats, by what they are called in messages."""
         seats = {STUDENT: self.student, **self.teachers}
-        return {f"checkpoint {name}": checkpoint_digest(Path(spec)) for name, spec in seats.items() if not is_url(spec)}
+        return {
+            f"checkpoint {name}": checkpoint_digest(Path(spec))
+            for name, spec in seats.items()
+            if not is_url(spec)
+        }
 
 
 def derange(problems: Sequence[Problem], seed: int) -> dict[str, Problem]:
     """For each problem (by id) another one as donor: its neighbour in a shuffled circle, so that each gives exactly once."""
     if len(problems) < 2:
-        raise UserError("--control shuffled needs at least 2 tasks in each domain; raise --limit, or leave the control out")
+        raise UserError(
+            "--control shuffled needs at least 2 tasks in each domain; raise --limit, or leave the control out"
+        )
     circle = random.Random(derive_seed(seed, "shuffled")).sample(list(problems), len(problems))
     return {problem.id: circle[index - 1] for index, problem in enumerate(circle)}
 
 
 def require_checkpoint(spec: str, script: str | None = None) -> None:
     if not is_url(spec) and not is_checkpoint(spec):
-        raise UserError(f"{spec}: there is no checkpoint; " + (f"`python {script}` makes it" if script else
-                        "it should be a directory with config.json, tokenizer.json and model.safetensors, or a URL"))
+        raise UserError(
+            f"{spec}: there is no checkpoint; "
+            + (
+                f"`python {script}` makes it"
+                if script
+                else "it should be a directory with config.json, tokenizer.json and model.safetensors, or a URL"
+            )
+        )
 
 
 def stored_report(out: Path, kind: type[ArmsConfig]) -> tuple[Report, ArmsConfig]:
@@ -120,7 +146,9 @@ def stored_report(out: Path, kind: type[ArmsConfig]) -> tuple[Report, ArmsConfig
         raise UserError(f"{out} holds no results yet; run the evaluation without --tables first")
     config = kind(**saved["config"])
     arms = dict.fromkeys([*config.arms, *CONTROLS])
-    return make_report(results.values(), list(arms), list(config.teachers), config.samples, config.seed), config
+    return make_report(
+        results.values(), list(arms), list(config.teachers), config.samples, config.seed
+    ), config
 
 
 def write_report(out: Path, report: Report, text: str) -> None:

@@ -32,20 +32,34 @@ class Claim:
 
 
 def _accuracy(score: Row) -> str:
-    error = f" [{100 * score['interval'][0]:.1f}, {100 * score['interval'][1]:.1f}]" if score["interval"] else (
-        f" ± {100 * score['error']:.1f}" if score["error"] is not None else "")
+    error = (
+        f" [{100 * score['interval'][0]:.1f}, {100 * score['interval'][1]:.1f}]"
+        if score["interval"]
+        else (f" ± {100 * score['error']:.1f}" if score["error"] is not None else "")
+    )
     return f"{100 * score['accuracy']:.1f}{error} %"
 
 
 MEASURES: dict[str, Callable[[Row, Row], str]] = {  # of the student alone and the arm in question
-    "gain": lambda alone, arm: f"{in_points(arm['versus_student']['delta'], arm['versus_student']['interval'])} points",
+    "gain": lambda alone, arm: (
+        f"{in_points(arm['versus_student']['delta'], arm['versus_student']['interval'])} points"
+    ),
     "accuracy": lambda alone, arm: f"{_accuracy(arm)}, alone {_accuracy(alone)}",
-    "completion": lambda alone, arm: f"{100 * arm['completion']:.1f} %, alone {100 * alone['completion']:.1f} %",
-    "non-degradation": lambda alone, arm: f"{100 * arm['versus_student']['non_degradation']:.1f} % of all tasks"
-    + ("" if arm["versus_student"]["non_degradation_correct"] is None else
-       f", {100 * arm['versus_student']['non_degradation_correct']:.1f} % of those right alone"),
-    "tokens": lambda alone, arm: f"student {100 * (arm['student_tokens'] / max(alone['student_tokens'], 1) - 1):+.1f} %, "
-    f"with probe and teacher {100 * (arm['all_tokens'] / max(alone['student_tokens'], 1) - 1):+.1f} %",
+    "completion": lambda alone, arm: (
+        f"{100 * arm['completion']:.1f} %, alone {100 * alone['completion']:.1f} %"
+    ),
+    "non-degradation": lambda alone, arm: (
+        f"{100 * arm['versus_student']['non_degradation']:.1f} % of all tasks"
+        + (
+            ""
+            if arm["versus_student"]["non_degradation_correct"] is None
+            else f", {100 * arm['versus_student']['non_degradation_correct']:.1f} % of those right alone"
+        )
+    ),
+    "tokens": lambda alone, arm: (
+        f"student {100 * (arm['student_tokens'] / max(alone['student_tokens'], 1) - 1):+.1f} %, "
+        f"with probe and teacher {100 * (arm['all_tokens'] / max(alone['student_tokens'], 1) - 1):+.1f} %"
+    ),
 }
 
 MATHS = ("nano", "gsm8k", "aime25")
@@ -74,11 +88,17 @@ def claims_table(files: list[Path]) -> str:
         if not {"run", "scores"} <= results.keys():
             raise UserError(f"{path}: not a results.json of eval.py")
         found.append((path, results))
-    lines = ["| claim | published | where it comes from | measured here | n | controls, the same measure | file |",
-             "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| claim | published | where it comes from | measured here | n | controls, the same measure | file |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for claim in CLAIMS:
-        rows = [row for path, results in found if results["run"]["config"]["bench"] in claim.benches
-                for row in _measured(claim, path, results)]
+        rows = [
+            row
+            for path, results in found
+            if results["run"]["config"]["bench"] in claim.benches
+            for row in _measured(claim, path, results)
+        ]
         for row in rows or [("not measured", "", "", "")]:
             lines.append(f"| {' | '.join((claim.text, claim.published, claim.source, *row))} |")
     return "\n".join(lines)
@@ -94,7 +114,14 @@ def _measured(claim: Claim, path: Path, results: Row) -> list[tuple[str, str, st
         alone, controls = scores[STUDENT], [arm for arm in config["control"] if arm in scores]
         for arm in taught[-1:]:  # the last teacher, the one that the controls are made of
             against = "; ".join(f"{name}: {measure(alone, scores[name])}" for name in controls)
-            rows.append((f"{domain}, {arm}: {measure(alone, scores[arm])}", str(scores[arm]["tasks"]), against or "none", str(path)))
+            rows.append(
+                (
+                    f"{domain}, {arm}: {measure(alone, scores[arm])}",
+                    str(scores[arm]["tasks"]),
+                    against or "none",
+                    str(path),
+                )
+            )
     return rows
 
 

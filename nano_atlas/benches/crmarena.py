@@ -49,16 +49,22 @@ def load_tasks(path: Path, limit: int | None) -> dict[str, list[Problem]]:
     for number, record in read_jsonl(path):
         missing = [name for name in ("idx", "task", "query", "answer", "reward_metric") if name not in record]
         if missing or not isinstance(record["answer"], list) or not record["answer"]:
-            raise UserError(f"{path}:{number}: not a CRMArena-Pro record; it needs {', '.join(missing) or 'a list as answer'}")
+            raise UserError(
+                f"{path}:{number}: not a CRMArena-Pro record; it needs {', '.join(missing) or 'a list as answer'}"
+            )
         if record["reward_metric"] != "exact_match":
             left_out += 1
             continue
         context = (record.get("metadata") or {}).get("required") or ""
         question = "\n\n".join(part for part in (str(context), str(record["query"]), INSTRUCTION) if part)
         gold = ", ".join("None" if item is None else str(item) for item in record["answer"])
-        kinds.setdefault(record["task"], []).append(Problem(f"{record['task']}:{record['idx']}", question, gold, record["task"]))
+        kinds.setdefault(record["task"], []).append(
+            Problem(f"{record['task']}:{record['idx']}", question, gold, record["task"])
+        )
     if not kinds:
-        raise UserError(f"{path}: none of its {left_out} tasks is scored by exact_match; others are not supported")
+        raise UserError(
+            f"{path}: none of its {left_out} tasks is scored by exact_match; others are not supported"
+        )
     if left_out:
         print(f"{path}: {left_out} tasks left out, which are scored by fuzzy matching or by a language model")
     return {kind: problems[:limit] for kind, problems in kinds.items()}
@@ -88,17 +94,25 @@ class QueryingSeat:
         states = [q._replace(seed=q.seed + sample, n=1) for q in questions for sample in range(q.n)]
         replies = [reply for group in self.seat.ask(questions, progress) for reply in group]
         for turn in range(1, TURNS):
-            queries = {index: found for index, reply in enumerate(replies)
-                       if (found := re.search(r"<execute>(.*?)</execute>", visible(reply.text), re.DOTALL))}
+            queries = {
+                index: found
+                for index, reply in enumerate(replies)
+                if (found := re.search(r"<execute>(.*?)</execute>", visible(reply.text), re.DOTALL))
+            }
             if not queries:
                 break
             for index, found in queries.items():
                 rows, is_valid = self.query(found[1].strip())
                 shown = rows[:SHOWN_CHARACTERS] + (" ... (more rows)" if len(rows) > SHOWN_CHARACTERS else "")
-                said = {"role": "assistant", "content": found.string[: found.end()]}  # not the rows it made up
+                said = {
+                    "role": "assistant",
+                    "content": found.string[: found.end()],
+                }  # not the rows it made up
                 told = {"role": "user", "content": f"{'Rows' if is_valid else 'Error'}: {shown}"}
                 states[index] = states[index]._replace(messages=[*states[index].messages, said, told])
-            again = self.seat.ask([states[i]._replace(seed=states[i].seed + turn * 1_000_003) for i in queries])
+            again = self.seat.ask(
+                [states[i]._replace(seed=states[i].seed + turn * 1_000_003) for i in queries]
+            )
             for index, (reply,) in zip(queries, again):
                 replies[index] = Reply(reply.text, replies[index].tokens + reply.tokens, reply.is_truncated)
         remaining = iter(replies)
@@ -109,7 +123,9 @@ def salesforce() -> Query:
     """Queries in the user's own organisation. Raises UserError naming what is missing."""
     missing = [name for name in ACCOUNT if not os.environ.get(name)]
     if missing:
-        raise UserError(f"--bench crmarena queries a Salesforce organisation: set {', '.join(missing)} to those of CRMArena-Pro's")
+        raise UserError(
+            f"--bench crmarena queries a Salesforce organisation: set {', '.join(missing)} to those of CRMArena-Pro's"
+        )
     try:
         import simple_salesforce
     except ImportError:
@@ -120,10 +136,16 @@ def salesforce() -> Query:
     def query(text: str) -> tuple[str, bool]:
         try:
             is_search = text.upper().startswith("FIND")  # SOSL
-            found = organisation.search(text)["searchRecords"] if is_search else organisation.query_all(text)["records"]
+            found = (
+                organisation.search(text)["searchRecords"]
+                if is_search
+                else organisation.query_all(text)["records"]
+            )
         except simple_salesforce.exceptions.SalesforceError as error:
             return str(error.content), False
-        return json.dumps([{key: value for key, value in row.items() if key != "attributes"} for row in found]), True
+        return json.dumps(
+            [{key: value for key, value in row.items() if key != "attributes"} for row in found]
+        ), True
 
     return query
 
@@ -141,13 +163,30 @@ def tables(results: Iterable[TaskResult], arms: Sequence[str], names: dict[str, 
     for arm in (arm for arm in arms if arm in by_arm):
         answers = by_arm[arm]
         violating = [result for result in answers if _items(result.gold) != none]
-        claimed = [result for result in answers if result.attempt.answer and _items(result.attempt.answer) != none]
+        claimed = [
+            result for result in answers if result.attempt.answer and _items(result.attempt.answer) != none
+        ]
         found = sum(_items(result.gold) != none for result in claimed)
-        rows.append([names.get(arm, arm), str(len(answers)), _share(sum(r.attempt.is_correct for r in answers), len(answers)),
-                     _share(found, len(violating)), _share(found, len(claimed))])
+        rows.append(
+            [
+                names.get(arm, arm),
+                str(len(answers)),
+                _share(sum(r.attempt.is_correct for r in answers), len(answers)),
+                _share(found, len(violating)),
+                _share(found, len(claimed)),
+            ]
+        )
     answers = next(iter(by_arm.values()))
     floor = sum(_items(result.gold) == none for result in answers)
-    rows.append(["floor: always None", str(len(answers)), _share(floor, len(answers)), _share(0, len(answers) - floor), "–"])
+    rows.append(
+        [
+            "floor: always None",
+            str(len(answers)),
+            _share(floor, len(answers)),
+            _share(0, len(answers) - floor),
+            "–",
+        ]
+    )
     note = "Recall and precision of saying that there is a violation, whichever; accuracy wants the right article."
     return "\n".join(["", *scores.table(rows), "", note, ""])
 

@@ -60,13 +60,27 @@ class Model:
 
     def say(self, messages: list[dict], tools: list[dict] | None, tool_choice: str | None, seed: int) -> Turn:
         """messages, tools and tool_choice as in OpenAI's chat completions. Raises UserError."""
-        body = {"model": self.seat.model, "messages": messages, "max_tokens": self.generation.max_tokens, "seed": seed % 2**31,
-                "temperature": self.generation.temperature, "top_p": self.generation.top_p}
+        body = {
+            "model": self.seat.model,
+            "messages": messages,
+            "max_tokens": self.generation.max_tokens,
+            "seed": seed % 2**31,
+            "temperature": self.generation.temperature,
+            "top_p": self.generation.top_p,
+        }
         body |= {"tools": tools, "tool_choice": tool_choice} if tools else {}
         answer = self.seat.client.request("POST", "/v1/chat/completions", body)
         message, usage = answer["choices"][0]["message"], answer.get("usage") or {}
-        calls = [(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls") or []]
-        return Turn(message.get("content") or "", calls, usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0))
+        calls = [
+            (call["function"]["name"], call["function"]["arguments"])
+            for call in message.get("tool_calls") or []
+        ]
+        return Turn(
+            message.get("content") or "",
+            calls,
+            usage.get("prompt_tokens", 0),
+            usage.get("completion_tokens", 0),
+        )
 
 
 class DialogueEnd(Exception):
@@ -78,33 +92,50 @@ class DialogueEnd(Exception):
         self.reason, self.usage = reason, usage
 
 
-def generate(model: Model, messages, tools=None, tool_choice=None, call_name=None, seed=0, **_) -> AssistantMessage:
+def generate(
+    model: Model, messages, tools=None, tool_choice=None, call_name=None, seed=0, **_
+) -> AssistantMessage:
     """Stands in for tau2.utils.llm_utils.generate. Text of a reasoning block is dropped: it reaches neither user nor history.
 
     Raises DialogueEnd for a turn with neither text nor call, for a call whose arguments are no JSON object, for a dialogue that
     has outgrown the model's context, and for a seat that does not answer.
     """
     validate_message_history(messages)
-    fault = TerminationReason.USER_ERROR if call_name == "user_simulator_response" else TerminationReason.AGENT_ERROR
-    wire = [{key: value for key, value in message.items() if value is not None} for message in to_litellm_messages(messages)]
+    fault = (
+        TerminationReason.USER_ERROR
+        if call_name == "user_simulator_response"
+        else TerminationReason.AGENT_ERROR
+    )
+    wire = [
+        {key: value for key, value in message.items() if value is not None}
+        for message in to_litellm_messages(messages)
+    ]
     schemas = [tool.openai_schema for tool in tools] if tools else None
     choice = (tool_choice or "auto") if schemas else None
     try:
         turn = model.say(wire, schemas, choice, derive_seed(seed, len(messages)))
     except UserError as error:
         is_too_long = re.search("context length|max_position_embeddings", str(error)) is not None
-        reason = TerminationReason.CONTEXT_WINDOW_EXCEEDED if is_too_long else TerminationReason.INFRASTRUCTURE_ERROR
+        reason = (
+            TerminationReason.CONTEXT_WINDOW_EXCEEDED
+            if is_too_long
+            else TerminationReason.INFRASTRUCTURE_ERROR
+        )
         raise DialogueEnd(reason, str(error)) from error
     text, calls = protocol.visible(turn.text).strip(), []
     usage = {"prompt_tokens": turn.prompt_tokens, "completion_tokens": turn.tokens}
     for index, (name, arguments) in enumerate(turn.calls):
         try:
-            calls.append(ToolCall(id=f"call_{len(messages)}_{index}", name=name, arguments=json.loads(arguments)))
+            calls.append(
+                ToolCall(id=f"call_{len(messages)}_{index}", name=name, arguments=json.loads(arguments))
+            )
         except ValueError as error:
             raise DialogueEnd(fault, f"malformed call of {name}: {arguments[:200]}", usage) from error
     if not text and not calls or tool_choice == "required" and not calls:
         raise DialogueEnd(fault, f"no text and no call of a tool in {turn.text[:200]!r}", usage)
-    return AssistantMessage(role="assistant", content=text or None, tool_calls=calls or None, cost=0.0, usage=usage)
+    return AssistantMessage(
+        role="assistant", content=text or None, tool_calls=calls or None, cost=0.0, usage=usage
+    )
 
 
 tau2.agent.llm_agent.generate = tau2.user.user_simulator.generate = generate
@@ -122,10 +153,14 @@ class Guidance:
     teacher_text: str = ""
     teacher_tokens: int = 0
     is_teacher_truncated: bool = False
-    teaching: str | None = None  # None: no well-formed teaching, and the student's prompt stays the official one
+    teaching: str | None = (
+        None  # None: no well-formed teaching, and the student's prompt stays the official one
+    )
 
 
-Guide = Callable[[str, str, list[str], str, int], Guidance]  # system prompt, policy, names of tools, opening, seed
+Guide = Callable[
+    [str, str, list[str], str, int], Guidance
+]  # system prompt, policy, names of tools, opening, seed
 
 
 def teacher_guide(student: Seat, teacher: Seat, config: EpisodeConfig) -> Guide:
@@ -138,12 +173,18 @@ def teacher_guide(student: Seat, teacher: Seat, config: EpisodeConfig) -> Guide:
 
     def guide(system_prompt: str, policy: str, tools: list[str], opening: str, seed: int) -> Guidance:
         probe = [{"role": "system", "content": system_prompt}, *protocol.probe_messages(opening)]
-        approach = ask(student, probe, config.probe_tokens, config.student_temperature, derive_seed(seed, "probe"))
+        approach = ask(
+            student, probe, config.probe_tokens, config.student_temperature, derive_seed(seed, "probe")
+        )
         question = f"{policy}\n\nTools: {', '.join(tools)}\n\nUser: {opening}"
         prompt = protocol.teacher_messages(question, protocol.visible(approach.text).strip())
-        reply = ask(teacher, prompt, config.teaching_tokens, config.teacher_temperature, derive_seed(seed, "teach"))
+        reply = ask(
+            teacher, prompt, config.teaching_tokens, config.teacher_temperature, derive_seed(seed, "teach")
+        )
         teaching = protocol.parse_teaching(reply.text)
-        return Guidance(approach.text, approach.tokens, reply.text, reply.tokens, reply.is_truncated, teaching)
+        return Guidance(
+            approach.text, approach.tokens, reply.text, reply.tokens, reply.is_truncated, teaching
+        )
 
     return guide
 
@@ -156,11 +197,23 @@ class Guided:
     seed = 0
 
     def generate_next_message(self, message, state):
-        opening = self.task.ticket if message is None else message.content if isinstance(message, UserMessage) else None
+        opening = (
+            self.task.ticket
+            if message is None
+            else message.content
+            if isinstance(message, UserMessage)
+            else None
+        )
         if self.guide and opening:
             ask, self.guide = self.guide, None
             try:
-                self.guidance = ask(self.system_prompt, self.domain_policy, [tool.name for tool in self.tools], opening, self.seed)
+                self.guidance = ask(
+                    self.system_prompt,
+                    self.domain_policy,
+                    [tool.name for tool in self.tools],
+                    opening,
+                    self.seed,
+                )
             except UserError as error:
                 raise DialogueEnd(TerminationReason.INFRASTRUCTURE_ERROR, str(error)) from error
             prompt = protocol.guided_system_prompt(self.system_prompt, self.guidance.teaching)
@@ -178,7 +231,9 @@ class GuidedSoloAgent(Guided, LLMSoloAgent):
 
 def only_ticket(task: Task) -> Task:
     """The task as a solo agent may know it. Even its id and initial state name the faults that are to be found."""
-    nothing = dict(id="", description=None, user_scenario=None, evaluation_criteria=None, initial_state=InitialState())
+    nothing = dict(
+        id="", description=None, user_scenario=None, evaluation_criteria=None, initial_state=InitialState()
+    )
     return task.model_copy(update=nothing)
 
 
@@ -201,11 +256,25 @@ class Dialogue(Orchestrator):
         try:
             work()
         except DialogueEnd as end:
-            self.done, self.termination_reason, self.failure, self.broken_turn = True, end.reason, str(end), end.usage
+            self.done, self.termination_reason, self.failure, self.broken_turn = (
+                True,
+                end.reason,
+                str(end),
+                end.usage,
+            )
 
 
-def simulate(task: Task, domain: str, student: Model, user: Model | None, guide: Guide | None, *, trial: int, seed: int,
-             max_steps: int) -> tuple[SimulationRun, Guidance]:
+def simulate(
+    task: Task,
+    domain: str,
+    student: Model,
+    user: Model | None,
+    guide: Guide | None,
+    *,
+    trial: int,
+    seed: int,
+    max_steps: int,
+) -> tuple[SimulationRun, Guidance]:
     """One scored dialogue; in solo mode, without a user (None), the student works from the ticket with the user's tools too."""
     environment = build_environment(domain, solo_mode=user is None)
     if user is None:
@@ -216,17 +285,31 @@ def simulate(task: Task, domain: str, student: Model, user: Model | None, guide:
     agent.guide, agent.seed = guide, derive_seed(seed, task.id)
     # v1.0.1's build_user hands its dummy user arguments that it does not take
     partner = DummyUser() if user is None else build_user("user_simulator", environment, task, llm=user)
-    dialogue = Dialogue(domain, agent, partner, environment, task, max_steps=max_steps, seed=seed, solo_mode=user is None)
+    dialogue = Dialogue(
+        domain, agent, partner, environment, task, max_steps=max_steps, seed=seed, solo_mode=user is None
+    )
     start = get_now()
     try:
         simulation = run_simulation(dialogue)
-    except Exception as error:  # of tau2's own, on what a seat said: this one dialogue failed, and the tables count it
+    except (
+        Exception
+    ) as error:  # of tau2's own, on what a seat said: this one dialogue failed, and the tables count it
         dialogue.failure = "".join(traceback.format_exception(error))
         simulation = SimulationRun(
-            id=dialogue.simulation_id, task_id=task.id, start_time=start, end_time=get_now(), duration=0.0, seed=seed,
-            messages=dialogue.trajectory, termination_reason=TerminationReason.UNEXPECTED_ERROR, reward_info=RewardInfo(reward=0.0))
+            id=dialogue.simulation_id,
+            task_id=task.id,
+            start_time=start,
+            end_time=get_now(),
+            duration=0.0,
+            seed=seed,
+            messages=dialogue.trajectory,
+            termination_reason=TerminationReason.UNEXPECTED_ERROR,
+            reward_info=RewardInfo(reward=0.0),
+        )
     simulation.trial, simulation.policy = trial, None  # the policy is in the results' header once
-    simulation.info = {"failure": dialogue.failure, "usage": dialogue.broken_turn} if dialogue.failure else None
+    simulation.info = (
+        {"failure": dialogue.failure, "usage": dialogue.broken_turn} if dialogue.failure else None
+    )
     return simulation, agent.guidance
 
 
@@ -234,11 +317,26 @@ def floor_reward(task: Task, domain: str, tool: str | None, is_solo: bool) -> fl
     """What the task gives to an agent that calls one tool without looking and leaves; None: that leaves at once."""
     environment = build_environment(domain, solo_mode=is_solo)
     state = task.initial_state or InitialState()
-    environment.set_state(state.initialization_data, state.initialization_actions, state.message_history or [])
-    messages: list[AssistantMessage | ToolMessage] = [AssistantMessage(role="assistant", content="Goodbye.", cost=0.0)]
+    environment.set_state(
+        state.initialization_data, state.initialization_actions, state.message_history or []
+    )
+    messages: list[AssistantMessage | ToolMessage] = [
+        AssistantMessage(role="assistant", content="Goodbye.", cost=0.0)
+    ]
     if tool is not None:
         call = ToolCall(id="floor", name=tool, arguments={"summary": ""})
-        messages = [AssistantMessage(role="assistant", tool_calls=[call], cost=0.0), environment.get_response(call), *messages]
-    simulation = SimulationRun(id="floor", task_id=task.id, start_time=get_now(), end_time=get_now(), duration=0.0,
-                               termination_reason=TerminationReason.USER_STOP, messages=messages)
+        messages = [
+            AssistantMessage(role="assistant", tool_calls=[call], cost=0.0),
+            environment.get_response(call),
+            *messages,
+        ]
+    simulation = SimulationRun(
+        id="floor",
+        task_id=task.id,
+        start_time=get_now(),
+        end_time=get_now(),
+        duration=0.0,
+        termination_reason=TerminationReason.USER_STOP,
+        messages=messages,
+    )
     return evaluate_simulation(simulation, task, EvaluationType.ALL, is_solo, domain).reward

@@ -14,7 +14,14 @@ from nano_atlas.errors import UserError
 from nano_atlas.files import read_json, replace_text
 
 STUDENT = "student"  # the arm that all others are compared with
-RESULT_FILES = ("tasks.jsonl", "run.json", "results.json", "tables.md", "floors.json", "tau2-*.json")  # the last two are τ²-bench's
+RESULT_FILES = (
+    "tasks.jsonl",
+    "run.json",
+    "results.json",
+    "tables.md",
+    "floors.json",
+    "tau2-*.json",
+)  # the last two are τ²-bench's
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,9 @@ class TaskResult:
     @property
     def all_tokens(self) -> int:
         """Of everyone involved; the student alone needs no probe."""
-        return self.attempt.tokens + (0 if self.arm == STUDENT else self.approach_tokens + self.teacher_tokens)
+        return self.attempt.tokens + (
+            0 if self.arm == STUDENT else self.approach_tokens + self.teacher_tokens
+        )
 
 
 def read_results(path: Path) -> tuple[dict[tuple[str, str, str, int], TaskResult], int]:
@@ -59,10 +68,13 @@ def read_results(path: Path) -> tuple[dict[tuple[str, str, str, int], TaskResult
             record = json.loads(line)
             result = TaskResult(**{**record, "attempt": Attempt(**record["attempt"])})
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}:{number}: not a task result ({error}); "
-                            "delete the line, or start over with --restart") from None
+            raise UserError(
+                f"{path}:{number}: not a task result ({error}); delete the line, or start over with --restart"
+            ) from None
         if result.key in results:
-            raise UserError(f"{path}:{number}: {' '.join(map(str, result.key))} is there twice; delete one of the two lines")
+            raise UserError(
+                f"{path}:{number}: {' '.join(map(str, result.key))} is there twice; delete one of the two lines"
+            )
         results[result.key] = result
     return results, intact
 
@@ -75,7 +87,9 @@ class TaskLog:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{path}: another process is writing it; wait for its end, or choose another --out") from None
+            raise UserError(
+                f"{path}: another process is writing it; wait for its end, or choose another --out"
+            ) from None
         self.results, intact = read_results(path)
         self._file.truncate(intact)
 
@@ -83,12 +97,17 @@ class TaskLog:
         """Write those that are not there yet, a flushed line each."""
         for result in results:
             if result.key not in self.results:
-                self._file.write(json.dumps({**vars(result), "attempt": vars(result.attempt)}, ensure_ascii=False).encode() + b"\n")
+                self._file.write(
+                    json.dumps({**vars(result), "attempt": vars(result.attempt)}, ensure_ascii=False).encode()
+                    + b"\n"
+                )
                 self._file.flush()
                 self.results[result.key] = result
 
     def has(self, arm: str, problems: Sequence[Problem], samples: int) -> bool:
-        keys = ((arm, problem.domain, problem.id, sample) for problem in problems for sample in range(samples))
+        keys = (
+            (arm, problem.domain, problem.id, sample) for problem in problems for sample in range(samples)
+        )
         return all(key in self.results for key in keys)
 
     def get(self, arm: str, problem: Problem, samples: int) -> list[TaskResult]:
@@ -109,13 +128,21 @@ def start_or_continue(config: Any, contents: Mapping[str, str]) -> None:
             file.unlink()
     saved = read_json(out / "run.json")
     if not saved and (out / "tasks.jsonl").exists():
-        raise UserError(f"{out}/tasks.jsonl lies there without its run.json; choose another --out, or use --restart")
+        raise UserError(
+            f"{out}/tasks.jsonl lies there without its run.json; choose another --out, or use --restart"
+        )
     if saved and not config.resume:
-        raise UserError(f"{out} holds an earlier run, which --no-resume does not continue; choose another --out, or use --restart")
+        raise UserError(
+            f"{out} holds an earlier run, which --no-resume does not continue; choose another --out, or use --restart"
+        )
     if saved:
         refuse_changes(config, saved["config"], str(out))
         changed = [name for name, value in contents.items() if saved["contents"].get(name) != value]
         if changed:
-            raise UserError(f"{out} holds results of other contents than now: {', '.join(changed)}. "
-                            "Choose another --out, or start over with --restart")
-    replace_text(out / "run.json", json.dumps({"config": to_json(config), "contents": contents}, indent=2) + "\n")
+            raise UserError(
+                f"{out} holds results of other contents than now: {', '.join(changed)}. "
+                "Choose another --out, or start over with --restart"
+            )
+    replace_text(
+        out / "run.json", json.dumps({"config": to_json(config), "contents": contents}, indent=2) + "\n"
+    )

@@ -26,7 +26,9 @@ class Comparison:
     improved: int  # tasks
     degraded: int
     non_degradation: float  # share of tasks that are not worse
-    non_degradation_correct: float | None  # the same of the tasks that `other` ever got right: no other task *can* get worse
+    non_degradation_correct: (
+        float | None
+    )  # the same of the tasks that `other` ever got right: no other task *can* get worse
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,25 @@ def make_report(
     """
     found: dict[str, dict[str, Tasks]] = {}  # by domain and arm
     for result in sorted(results, key=lambda result: result.sample):
-        found.setdefault(result.domain, {}).setdefault(result.arm, {}).setdefault(result.id, []).append(result)
+        found.setdefault(result.domain, {}).setdefault(result.arm, {}).setdefault(result.id, []).append(
+            result
+        )
     scores, differences = [], []
-    for domain, by_arm in found.items():
+    for by_arm in found.values():
         complete = {
-            arm: {name: task for name, task in by_arm.get(arm, {}).items() if len(task) == samples} for arm in arms
+            arm: {name: task for name, task in by_arm.get(arm, {}).items() if len(task) == samples}
+            for arm in arms
         }
         complete = {arm: tasks for arm, tasks in complete.items() if tasks}
         for arm, tasks in complete.items():
-            scores.append(_score(tasks, None if arm == STUDENT or STUDENT not in complete else compare(tasks, complete[STUDENT], seed)))
+            scores.append(
+                _score(
+                    tasks,
+                    None
+                    if arm == STUDENT or STUDENT not in complete
+                    else compare(tasks, complete[STUDENT], seed),
+                )
+            )
         *earlier, last = [name for name in teachers if name in complete] or [None]
         differences += [compare(complete[last], complete[name], seed) for name in earlier]
     return Report(scores, differences)
@@ -97,7 +109,11 @@ def compare(tasks: Tasks, others: Tasks, seed: int = 0) -> Comparison:
     improved, degraded = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
     first, other = tasks[shared[0]], others[shared[0]]
     return Comparison(
-        first[0].domain, first[0].arm, other[0].arm, len(shared), sum(changes) / len(shared),
+        first[0].domain,
+        first[0].arm,
+        other[0].arm,
+        len(shared),
+        sum(changes) / len(shared),
         interval=stats.paired_bootstrap(changes, seed=seed),
         p_value=stats.mcnemar(improved, degraded) if len(first) == len(other) == 1 else None,
         improved=improved,
@@ -121,17 +137,26 @@ def _score(tasks: Tasks, versus_student: Comparison | None) -> Score:
         return sum(map(value, answers)) / len(answers)
 
     return Score(
-        answers[0].domain, answers[0].arm, len(tasks), accuracy, None if math.isnan(error) else error,
+        answers[0].domain,
+        answers[0].arm,
+        len(tasks),
+        accuracy,
+        None if math.isnan(error) else error,
         interval=stats.wilson_interval(sum(right), len(tasks)) if samples == 1 else None,
         pass_at_k={k: sum(stats.pass_at_k(samples, count, k) for count in right) / len(right) for k in some},
-        pass_hat_k={k: sum(stats.pass_hat_k(samples, n, k) for n in right) / len(right) for k in range(1, samples + 1)},
-        majority=sum(majority([result.attempt for result in task]).is_correct for task in tasks.values()) / len(tasks),
+        pass_hat_k={
+            k: sum(stats.pass_hat_k(samples, n, k) for n in right) / len(right) for k in range(1, samples + 1)
+        },
+        majority=sum(majority([result.attempt for result in task]).is_correct for task in tasks.values())
+        / len(tasks),
         completion=mean(lambda result: result.attempt.answer is not None),
         truncated=mean(lambda result: result.attempt.is_truncated),
         student_tokens=mean(lambda result: result.attempt.tokens),
         all_tokens=mean(lambda result: result.all_tokens),
         leak=mean(lambda result: result.is_leak) if is_taught and answers[0].gold else None,
-        leak_free_accuracy=sum(leak_free) / len(leak_free) if is_taught and answers[0].gold and leak_free else None,
+        leak_free_accuracy=sum(leak_free) / len(leak_free)
+        if is_taught and answers[0].gold and leak_free
+        else None,
         malformed=mean(lambda result: result.teaching is None) if is_taught else None,
         versus_student=versus_student,
     )
@@ -155,27 +180,57 @@ def tables(report: Report, names: dict[str, str] | None = None) -> str:
     for domain in dict.fromkeys(score.domain for score in report.scores):
         scores = [score for score in report.scores if score.domain == domain]
         most = max(scores[0].pass_at_k)
-        accuracy = ["accuracy"] if most == 1 else [f"avg@{most}", f"pass@{most}", f"pass^{most}", f"maj@{most}"]
-        rows = [["", *accuracy, "Δ to alone", "McNemar p", "improved", "degraded", "not worse", "…of right", "answered",
-                 "cut off", "student tokens", "all tokens", "leaks", "without", "malformed"]]
+        accuracy = (
+            ["accuracy"] if most == 1 else [f"avg@{most}", f"pass@{most}", f"pass^{most}", f"maj@{most}"]
+        )
+        rows = [
+            [
+                "",
+                *accuracy,
+                "Δ to alone",
+                "McNemar p",
+                "improved",
+                "degraded",
+                "not worse",
+                "…of right",
+                "answered",
+                "cut off",
+                "student tokens",
+                "all tokens",
+                "leaks",
+                "without",
+                "malformed",
+            ]
+        ]
         rows += [_row(score, names.get(score.arm, score.arm), scores[0].tasks) for score in scores]
         lines += [f"### {domain}: {scores[0].tasks} tasks", "", *table(rows), ""]
         for difference in report.differences:
             if difference.domain == domain:
                 arm, other = (names.get(name, name) for name in (difference.arm, difference.other))
-                lines += [f"{arm} − {other}: **{_points(difference)}**, McNemar p {_p_value(difference.p_value)}, "
-                          f"{difference.improved} improved, {difference.degraded} degraded", ""]
+                lines += [
+                    f"{arm} − {other}: **{_points(difference)}**, McNemar p {_p_value(difference.p_value)}, "
+                    f"{difference.improved} improved, {difference.degraded} degraded",
+                    "",
+                ]
     return "\n".join([*lines, NOTE, ""])
 
 
-def summary(report: Report, teachers: Sequence[str], controls: Sequence[str] = (), names: dict[str, str] | None = None) -> str:
+def summary(
+    report: Report, teachers: Sequence[str], controls: Sequence[str] = (), names: dict[str, str] | None = None
+) -> str:
     """Markdown: one row per domain with the accuracy of the student alone, each teacher and each control, and what the last teacher is
     better than the one before it (or, if it is the only one, than the student alone)."""
     names, arms = names or {}, [STUDENT, *teachers, *controls]
     found = {(score.domain, score.arm): score for score in report.scores}
-    gains = {difference.domain: difference for difference in report.differences}  # to the teacher before the last, which is its last
+    gains = {
+        difference.domain: difference for difference in report.differences
+    }  # to the teacher before the last, which is its last
     if len(teachers) == 1:
-        gains = {domain: score.versus_student for (domain, arm), score in found.items() if arm == teachers[0] and score.versus_student}
+        gains = {
+            domain: score.versus_student
+            for (domain, arm), score in found.items()
+            if arm == teachers[0] and score.versus_student
+        }
     head = ["tasks", *(names.get(arm, arm) for arm in arms)]
     if gains:
         gain = next(iter(gains.values()))
@@ -183,7 +238,12 @@ def summary(report: Report, teachers: Sequence[str], controls: Sequence[str] = (
     rows = [head]
     for domain in dict.fromkeys(score.domain for score in report.scores):
         scores = [found.get((domain, arm)) for arm in arms]
-        rows.append([f"{domain} ({max(score.tasks for score in scores if score)})", *(_percent(score and score.accuracy) for score in scores)])
+        rows.append(
+            [
+                f"{domain} ({max(score.tasks for score in scores if score)})",
+                *(_percent(score and score.accuracy) for score in scores),
+            ]
+        )
         if gains:
             rows[-1].append(f"**{_points(gains[domain])}**" if domain in gains else "")
     return "\n".join([*table(rows), ""])
@@ -193,7 +253,10 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table; the first row is its head, the first column is text and the others are numbers."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    aligned = [[row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))] for row in rows]
+    aligned = [
+        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
+        for row in rows
+    ]
     return ["| " + " | ".join(row) + " |" for row in (aligned[0], rule, *aligned[1:])]
 
 
@@ -203,14 +266,33 @@ def _row(score: Score, name: str, expected_tasks: int) -> list[str]:
     most = max(score.pass_at_k)
     if most > 1:
         error = "" if score.error is None else f" ± {100 * score.error:.1f}"
-        row = [name, row[1] + error, *map(_percent, (score.pass_at_k[most], score.pass_hat_k[most], score.majority))]
+        row = [
+            name,
+            row[1] + error,
+            *map(_percent, (score.pass_at_k[most], score.pass_hat_k[most], score.majority)),
+        ]
     versus = score.versus_student
-    row += ["", "", "", "", "", ""] if versus is None else [
-        _points(versus), _p_value(versus.p_value), str(versus.improved), str(versus.degraded),
-        _percent(versus.non_degradation), _percent(versus.non_degradation_correct),
+    row += (
+        ["", "", "", "", "", ""]
+        if versus is None
+        else [
+            _points(versus),
+            _p_value(versus.p_value),
+            str(versus.improved),
+            str(versus.degraded),
+            _percent(versus.non_degradation),
+            _percent(versus.non_degradation_correct),
+        ]
+    )
+    return row + [
+        _percent(score.completion),
+        _percent(score.truncated),
+        f"{score.student_tokens:.0f}",
+        f"{score.all_tokens:.0f}",
+        _percent(score.leak),
+        _percent(score.leak_free_accuracy),
+        _percent(score.malformed),
     ]
-    return row + [_percent(score.completion), _percent(score.truncated), f"{score.student_tokens:.0f}", f"{score.all_tokens:.0f}",
-                  _percent(score.leak), _percent(score.leak_free_accuracy), _percent(score.malformed)]
 
 
 def _percent(rate: float | None) -> str:

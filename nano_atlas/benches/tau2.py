@@ -39,9 +39,24 @@ from urllib.request import url2pathname
 from tqdm import tqdm
 
 from nano_atlas.benches import scores
-from nano_atlas.benches.arms import SHUFFLED, UNTRAINED, ArmsConfig, derange, require_checkpoint, stored_report, write_report
+from nano_atlas.benches.arms import (
+    SHUFFLED,
+    UNTRAINED,
+    ArmsConfig,
+    derange,
+    require_checkpoint,
+    stored_report,
+    write_report,
+)
 from nano_atlas.benches.results import STUDENT, TaskLog, TaskResult, read_results, start_or_continue
-from nano_atlas.benches.tau2_report import UNREACHED, dialogue_tables, intent, print_dialogues, task_result, termination
+from nano_atlas.benches.tau2_report import (
+    UNREACHED,
+    dialogue_tables,
+    intent,
+    print_dialogues,
+    task_result,
+    termination,
+)
 from nano_atlas.config import option, parse
 from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
@@ -63,8 +78,12 @@ class Config(ArmsConfig):
     domain: str = option("telecom", "domain of the tasks")
     split: str = option("base", "split of the domain's tasks")
     tasks: str | None = option(None, "only tasks whose id contains this, such as mms_issue")
-    mode: str = option("user", "with a simulated user, or alone with a ticket and all tools", ("user", "solo"))
-    guidance: str = option("both", "the student alone, with teachers, or both in pairs", ("none", "teacher", "both"))
+    mode: str = option(
+        "user", "with a simulated user, or alone with a ticket and all tools", ("user", "solo")
+    )
+    guidance: str = option(
+        "both", "the student alone, with teachers, or both in pairs", ("none", "teacher", "both")
+    )
     control: tuple[str, ...] = option((SHUFFLED, UNTRAINED), "control arms", (SHUFFLED, UNTRAINED, "none"))
     user: str | None = option(None, "URL of the simulated user")
     user_model: str | None = option(None, "model name at the user's URL (none: the first it serves)")
@@ -73,24 +92,38 @@ class Config(ArmsConfig):
     trials: int = option(4, "dialogues per task and arm")
     max_steps: int = option(200, "messages and calls after which a dialogue is ended as a failure")
     workers: int = option(16, "dialogues at a time", resumable=True)
-    seed: int = option(300, "of the trials (300: the seeds of the published runs), sampling, shuffling and bootstrap")
+    seed: int = option(
+        300, "of the trials (300: the seeds of the published runs), sampling, shuffling and bootstrap"
+    )
     out: Path = option(Path("runs/tau2"), "directory of the results", resumable=True)
-    dry_run: bool = option(False, "only say what would run, and what the trivial policies score", resumable=True)
-    view: str | None = option(None, "only print the dialogues in --out of tasks whose id contains this", resumable=True)
+    dry_run: bool = option(
+        False, "only say what would run, and what the trivial policies score", resumable=True
+    )
+    view: str | None = option(
+        None, "only print the dialogues in --out of tasks whose id contains this", resumable=True
+    )
 
     def check(self) -> None:
         self.check_arms()
         if min(self.trials, self.max_steps, self.workers) < 1 or self.user_temperature < 0:
-            raise UserError("--trials, --max-steps and --workers must be at least 1, --user-temperature at least 0")
+            raise UserError(
+                "--trials, --max-steps and --workers must be at least 1, --user-temperature at least 0"
+            )
         if self.tables or self.view or self.dry_run:
             return
         if self.student is None or self.mode == "user" and self.user is None:
-            raise UserError("--bench tau2 needs --student and, unless --mode solo, --user: the URL of a server each")
+            raise UserError(
+                "--bench tau2 needs --student and, unless --mode solo, --user: the URL of a server each"
+            )
         if not all(is_url(spec) for spec in (self.student, self.user or self.student)):
-            raise UserError("--bench tau2: --student and --user must be URLs; serve a checkpoint with "
-                            "`vllm serve DIRECTORY --enable-auto-tool-choice --tool-call-parser hermes`")
+            raise UserError(
+                "--bench tau2: --student and --user must be URLs; serve a checkpoint with "
+                "`vllm serve DIRECTORY --enable-auto-tool-choice --tool-call-parser hermes`"
+            )
         if self.guidance != "none" and not self.teacher:
-            raise UserError(f"--guidance {self.guidance} needs a --teacher; --guidance none evaluates the student alone")
+            raise UserError(
+                f"--guidance {self.guidance} needs a --teacher; --guidance none evaluates the student alone"
+            )
 
     @property
     def arms(self) -> list[str]:
@@ -119,8 +152,10 @@ def main(argv: Sequence[str]) -> None:
     problems = [Problem(task.id, "", None, intent(task.id, config.domain)) for task in tasks]
     if config.dry_run:
         kinds = Counter(problem.domain for problem in problems)
-        print(f"{len(tasks)} tasks ({', '.join(f'{count} {name}' for name, count in kinds.items())}) x {config.trials} trials x "
-              f"{len(config.arms)} arms ({', '.join(config.arms)})\n" + floor_line(floors(config, tasks)))
+        print(
+            f"{len(tasks)} tasks ({', '.join(f'{count} {name}' for name, count in kinds.items())}) x {config.trials} trials x "
+            f"{len(config.arms)} arms ({', '.join(config.arms)})\n" + floor_line(floors(config, tasks))
+        )
         return
     for spec in config.teachers.values():
         require_checkpoint(spec)
@@ -159,7 +194,11 @@ def require_tau2(config: Config) -> dict[str, str]:
     files = sorted(file for folder in folders for file in folder.rglob("*") if file.is_file())
     if not all(folder.is_dir() for folder in folders):
         raise UserError(f"{DATA_DIR} does not hold the data of the domain {config.domain}.\n{INSTALL}")
-    return {"tau2 version": importlib.metadata.version("tau2"), "tau2 commit": installed_commit("tau2"), "tau2 data": files_digest(files)}
+    return {
+        "tau2 version": importlib.metadata.version("tau2"),
+        "tau2 commit": installed_commit("tau2"),
+        "tau2 data": files_digest(files),
+    }
 
 
 def installed_commit(package: str) -> str:
@@ -168,7 +207,9 @@ def installed_commit(package: str) -> str:
     if "vcs_info" in origin:
         return origin["vcs_info"]["commit_id"]
     clone = url2pathname(urlsplit(origin.get("url", "")).path)
-    answer = subprocess.run(["git", f"--git-dir={clone}/.git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    answer = subprocess.run(
+        ["git", f"--git-dir={clone}/.git", "rev-parse", "HEAD"], capture_output=True, text=True
+    )
     return answer.stdout.strip() if answer.returncode == 0 else "unknown"
 
 
@@ -181,14 +222,24 @@ def load_tasks(config: Config) -> list:
         raise UserError(f"--domain {config.domain}: tau2 has {', '.join(registry.get_domains())}")
     splits = load_task_splits(config.domain)
     if config.split not in (splits or {}):
-        raise UserError(f"--split {config.split}: the domain {config.domain} has {', '.join(splits or {}) or 'none'}")
-    tasks = [task for task in get_tasks(config.domain, config.split) if config.tasks is None or config.tasks in task.id]
+        raise UserError(
+            f"--split {config.split}: the domain {config.domain} has {', '.join(splits or {}) or 'none'}"
+        )
+    tasks = [
+        task
+        for task in get_tasks(config.domain, config.split)
+        if config.tasks is None or config.tasks in task.id
+    ]
     tasks = tasks[: config.limit]
     if not tasks:
-        raise UserError(f"--tasks {config.tasks}: no id in the split {config.split} of {config.domain} contains it")
+        raise UserError(
+            f"--tasks {config.tasks}: no id in the split {config.split} of {config.domain} contains it"
+        )
     if any(RewardType.NL_ASSERTION in (task.evaluation_criteria.reward_basis or ()) for task in tasks):
-        raise UserError(f"the domain {config.domain} has tasks scored by a language model, which tau2 fixes to be gpt-4.1; "
-                        "this evaluation takes domains scored by the state of the world alone, such as telecom")
+        raise UserError(
+            f"the domain {config.domain} has tasks scored by a language model, which tau2 fixes to be gpt-4.1; "
+            "this evaluation takes domains scored by the state of the world alone, such as telecom"
+        )
     if config.is_solo and any(task.ticket is None for task in tasks):
         raise UserError(f"--mode solo needs tasks with a ticket, which the domain {config.domain} has not")
     return tasks
@@ -199,7 +250,10 @@ def floors(config: Config, tasks: Sequence) -> dict[str, float]:
     from nano_atlas.benches.dialogue import floor_reward
 
     tools = {"do nothing": None, "always transfer": "transfer_to_human_agents"}
-    return {name: mean(floor_reward(task, config.domain, tool, config.is_solo) for task in tasks) for name, tool in tools.items()}
+    return {
+        name: mean(floor_reward(task, config.domain, tool, config.is_solo) for task in tasks)
+        for name, tool in tools.items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------- the dialogues
@@ -210,8 +264,15 @@ def evaluate(config: Config, tasks: Sequence, problems: Sequence[Problem], log: 
     from nano_atlas.benches.dialogue import Guidance, Model, simulate, teacher_guide
 
     pairs = list(zip(tasks, problems))
-    missing = {arm: [(task, problem, trial) for trial in range(config.trials) for task, problem in pairs
-                     if (arm, problem.domain, problem.id, trial) not in log.results] for arm in config.arms}
+    missing = {
+        arm: [
+            (task, problem, trial)
+            for trial in range(config.trials)
+            for task, problem in pairs
+            if (arm, problem.domain, problem.id, trial) not in log.results
+        ]
+        for arm in config.arms
+    }
     if not any(missing.values()):
         return
     draws = random.Random(config.seed)
@@ -225,24 +286,46 @@ def evaluate(config: Config, tasks: Sequence, problems: Sequence[Problem], log: 
     donors = derange(problems, config.seed) if SHUFFLED in config.arms else {}
 
     def shuffled(problem: Problem, trial: int) -> Guidance:
-        given = log.results[list(config.teachers)[-1], donors[problem.id].domain, donors[problem.id].id, trial]
-        return Guidance(given.approach, given.approach_tokens, given.teacher_text, given.teacher_tokens,
-                        given.is_teacher_truncated, given.teaching)
+        given = log.results[
+            list(config.teachers)[-1], donors[problem.id].domain, donors[problem.id].id, trial
+        ]
+        return Guidance(
+            given.approach,
+            given.approach_tokens,
+            given.teacher_text,
+            given.teacher_tokens,
+            given.is_teacher_truncated,
+            given.teaching,
+        )
 
-    with tqdm(total=len(pairs) * config.trials * len(config.arms), initial=len(log.results), unit="dialogue") as bar:
+    with tqdm(
+        total=len(pairs) * config.trials * len(config.arms), initial=len(log.results), unit="dialogue"
+    ) as bar:
         for arm in (arm for arm, jobs in missing.items() if jobs):
             bar.set_description(arm)
             teach = None
             if arm == UNTRAINED or arm in config.teachers:
-                teacher = student if arm == UNTRAINED else config.open(config.teachers[arm], config.teacher_model)
+                teacher = (
+                    student if arm == UNTRAINED else config.open(config.teachers[arm], config.teacher_model)
+                )
                 teach = teacher_guide(student, teacher, config.episode)
 
             def run(task, problem: Problem, trial: int) -> TaskResult:
                 guide = (lambda *_: shuffled(problem, trial)) if arm == SHUFFLED else teach
-                simulation, told = simulate(task, config.domain, asked, user, guide, trial=trial, seed=trial_seeds[trial],
-                                            max_steps=config.max_steps)
+                simulation, told = simulate(
+                    task,
+                    config.domain,
+                    asked,
+                    user,
+                    guide,
+                    trial=trial,
+                    seed=trial_seeds[trial],
+                    max_steps=config.max_steps,
+                )
                 tokens = student.count_tokens(told.teaching) if told.teaching else 0
-                return task_result(arm, problem, simulation.model_dump(mode="json", exclude_none=True), asdict(told), tokens)
+                return task_result(
+                    arm, problem, simulation.model_dump(mode="json", exclude_none=True), asdict(told), tokens
+                )
 
             for result in in_parallel(run, missing[arm], config.workers):
                 log.append([result])
@@ -254,7 +337,10 @@ def in_parallel(run: Callable[..., TaskResult], jobs: Sequence[tuple], workers: 
     GIVE_UP in a row did not reach it, these are not yielded, and run again when the run is continued.
     """
     unreached: list[TaskResult] = []
-    pool, finished = ThreadPoolExecutor(workers), SimpleQueue()  # as_completed gives what is finished already in any order
+    pool, finished = (
+        ThreadPoolExecutor(workers),
+        SimpleQueue(),
+    )  # as_completed gives what is finished already in any order
     try:
         for job in jobs:
             pool.submit(run, *job).add_done_callback(finished.put)
@@ -264,8 +350,10 @@ def in_parallel(run: Callable[..., TaskResult], jobs: Sequence[tuple], workers: 
                 yield from unreached
                 unreached.clear()
             elif len(unreached) == GIVE_UP:
-                raise UserError(f"{len(unreached)} dialogues in a row failed for reasons of infrastructure, the last with: "
-                                f"{unreached[-1].record['simulation']['info']['failure']}")
+                raise UserError(
+                    f"{len(unreached)} dialogues in a row failed for reasons of infrastructure, the last with: "
+                    f"{unreached[-1].record['simulation']['info']['failure']}"
+                )
         yield from unreached
     finally:
         pool.shutdown(cancel_futures=True)
@@ -283,25 +371,43 @@ def write_official(config: Config, tasks: Sequence, contents: dict[str, str]) ->
     results, _ = read_results(config.out / "tasks.jsonl")
     for arm in config.arms:
         run = TextRunConfig(
-            domain=config.domain, agent=agent, user=user, llm_agent=f"{config.student} ({arm})", llm_user=str(config.user),
-            llm_args_agent={"temperature": config.temperature}, llm_args_user={"temperature": config.user_temperature},
-            num_trials=config.trials, max_steps=config.max_steps, seed=config.seed)
+            domain=config.domain,
+            agent=agent,
+            user=user,
+            llm_agent=f"{config.student} ({arm})",
+            llm_user=str(config.user),
+            llm_args_agent={"temperature": config.temperature},
+            llm_args_user={"temperature": config.user_temperature},
+            num_trials=config.trials,
+            max_steps=config.max_steps,
+            seed=config.seed,
+        )
         info = get_info(run)
         info.git_commit = contents["tau2 commit"]
-        runs = [SimulationRun.model_validate(result.record["simulation"]) for result in results.values() if result.arm == arm]
+        runs = [
+            SimulationRun.model_validate(result.record["simulation"])
+            for result in results.values()
+            if result.arm == arm
+        ]
         official = Results(info=info, tasks=list(tasks), simulations=runs)
         replace_text(config.out / f"tau2-{arm}.json", official.model_dump_json(indent=1))
 
 
 def own_tables(config: Config, out: Path) -> str:
     """Markdown: what became of the dialogues, the floors, and of what package, data and user this is true."""
-    lines = dialogue_tables(list(read_results(out / "tasks.jsonl")[0].values()), config.arms, config.names, config.trials)
+    lines = dialogue_tables(
+        list(read_results(out / "tasks.jsonl")[0].values()), config.arms, config.names, config.trials
+    )
     if floors_of_run := read_json(out / "floors.json"):
         lines += [floor_line(floors_of_run), ""]
     contents = read_json(out / "run.json").get("contents", {})
-    lines.append("; ".join([*(f"{name} {value[:16]}" for name, value in contents.items()), f"user {config.user}"]))
+    lines.append(
+        "; ".join([*(f"{name} {value[:16]}" for name, value in contents.items()), f"user {config.user}"])
+    )
     return "\n".join([*lines, ""])
 
 
 def floor_line(rewards: dict[str, float]) -> str:
-    return "Floors, by the official scorer: " + ", ".join(f"{name} {100 * reward:.2f} %" for name, reward in rewards.items())
+    return "Floors, by the official scorer: " + ", ".join(
+        f"{name} {100 * reward:.2f} %" for name, reward in rewards.items()
+    )

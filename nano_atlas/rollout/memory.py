@@ -27,7 +27,10 @@ QWEN3 = {
 }  # fmt: skip
 CARD = 81_559 * 2**20  # bytes of an H100 of "80 GB"
 VLLM_SHARE = 0.9  # of a card that only serves
-DURING_GENERATION, DURING_UPDATE = ("KV cache",), ("gradients", "activations", "fused loss", "gathered by FSDP2")
+DURING_GENERATION, DURING_UPDATE = (
+    ("KV cache",),
+    ("gradients", "activations", "fused loss", "gathered by FSDP2"),
+)
 
 
 def known_config(name: str) -> ModelConfig:
@@ -35,12 +38,16 @@ def known_config(name: str) -> ModelConfig:
     if name not in QWEN3:
         return read_config(name)
     width, intermediate, layers, heads, is_tied = QWEN3[name]
-    return ModelConfig("qwen3", 151936, width, intermediate, layers, heads, 8, 128, tie_word_embeddings=is_tied, qk_norm=True)
+    return ModelConfig(
+        "qwen3", 151936, width, intermediate, layers, heads, 8, 128, tie_word_embeddings=is_tied, qk_norm=True
+    )
 
 
 def layer_parameters(c: ModelConfig) -> int:
     q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    matrices = 2 * c.hidden_size * (q + k) + 3 * c.hidden_size * c.intermediate_size  # q, o; k, v; gate, up, down
+    matrices = (
+        2 * c.hidden_size * (q + k) + 3 * c.hidden_size * c.intermediate_size
+    )  # q, o; k, v; gate, up, down
     return matrices + 2 * c.hidden_size + c.attention_bias * (q + 2 * k) + c.qk_norm * 2 * c.head_dim
 
 
@@ -56,9 +63,15 @@ def parameters(c: ModelConfig) -> int:
 def layer_activations(c: ModelConfig, b: int = 2) -> int:
     """Per token, what autograd keeps of a layer of `model.py` (documents of one length; others add padding)."""
     q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    floats = 8 if b == 2 else 4  # a norm's input in float32; of bfloat16 two copies, one for the square and one for the product
-    norms = 2 * c.hidden_size * (floats + b + b) + c.qk_norm * (q + k) * (floats + b)  # and the normalised product; and the output
-    return norms + b * (q + k + k + q) + 4 * b * c.intermediate_size  # q, k, v, attended; gate, silu(gate), up, their product
+    floats = (
+        8 if b == 2 else 4
+    )  # a norm's input in float32; of bfloat16 two copies, one for the square and one for the product
+    norms = 2 * c.hidden_size * (floats + b + b) + c.qk_norm * (q + k) * (
+        floats + b
+    )  # and the normalised product; and the output
+    return (
+        norms + b * (q + k + k + q) + 4 * b * c.intermediate_size
+    )  # q, k, v, attended; gate, silu(gate), up, their product
 
 
 def activations(c: ModelConfig, tokens: int, is_checkpointed: bool, b: int = 2) -> int:
@@ -74,10 +87,21 @@ def kv_cache(c: ModelConfig, rows: int, slots: int, b: int = 2) -> int:
 
 
 def training(
-    c: ModelConfig, tokens: int, *, b: int = 2, ranks: int = 1, is_checkpointed: bool = True, is_offloaded: bool = False
+    c: ModelConfig,
+    tokens: int,
+    *,
+    b: int = 2,
+    ranks: int = 1,
+    is_checkpointed: bool = True,
+    is_offloaded: bool = False,
 ) -> dict[str, int]:
     """{item: bytes} on each rank; tokens: of a micro-batch."""
-    total, layer, root, head = parameters(c), layer_parameters(c), root_parameters(c), c.vocab_size * c.hidden_size
+    total, layer, root, head = (
+        parameters(c),
+        layer_parameters(c),
+        root_parameters(c),
+        c.vocab_size * c.hidden_size,
+    )
     chunk, wider = min(tokens, MAX_CHUNK_TOKENS, CHUNK_ELEMENTS["cuda"] // c.vocab_size), b if b < 4 else 0
     items = {
         "policy": (b if ranks == 1 else 4) * total // ranks,  # sharded they are the float32 masters
@@ -85,9 +109,13 @@ def training(
         "gradients": 4 * total // ranks,  # summed in float32 over the micro-batches
         "activations": activations(c, tokens, is_checkpointed, b),
         # a chunk of float32 logits and its gradient in b bytes; d hidden; d weight, which of bfloat16 is summed in float32
-        "fused loss": chunk * c.vocab_size * (4 + wider) + tokens * c.hidden_size * b + head * (b + (4 if wider else 0)),
+        "fused loss": chunk * c.vocab_size * (4 + wider)
+        + tokens * c.hidden_size * b
+        + head * (b + (4 if wider else 0)),
     }
-    if ranks > 1:  # weights of the root and of two layers (one is fetched ahead), gradients, input of the largest reduce-scatter
+    if (
+        ranks > 1
+    ):  # weights of the root and of two layers (one is fetched ahead), gradients, input of the largest reduce-scatter
         items["gathered by FSDP2"] = b * (root + 2 * layer) + b * (root + layer) + 4 * max(root, layer)
     return items
 
@@ -103,11 +131,19 @@ def grpo(
         rest = int(VLLM_SHARE * CARD) - sum((copy | learner).values())
         return {"2 GPUs: trainer": train | reference, "2 GPUs: vLLM": copy | learner | {"KV cache": rest}}
     cache = {"KV cache": max(kv_cache(c, rows, slots) for c in (policy, student))}
-    return {f"{gpus} GPUs" if gpus > 1 else "1 GPU": train | (copy if gpus > 1 else {}) | reference | learner | cache}
+    return {
+        f"{gpus} GPUs" if gpus > 1 else "1 GPU": train
+        | (copy if gpus > 1 else {})
+        | reference
+        | learner
+        | cache
+    }
 
 
 def peak(items: dict[str, int]) -> int:
-    generation, update = (sum(items.get(name, 0) for name in names) for names in (DURING_GENERATION, DURING_UPDATE))
+    generation, update = (
+        sum(items.get(name, 0) for name in names) for names in (DURING_GENERATION, DURING_UPDATE)
+    )
     return sum(items.values()) - min(generation, update)
 
 
@@ -116,11 +152,21 @@ def gigabytes(size: float) -> str:
 
 
 def needs(
-    policy: str, student: str = "", gpus: int = 1, rows: int = 0, slots: int = 0, tokens: int = 8192, host: bool = False
+    policy: str,
+    student: str = "",
+    gpus: int = 1,
+    rows: int = 0,
+    slots: int = 0,
+    tokens: int = 8192,
+    host: bool = False,
 ) -> str:
     """For the help text of a preset; host: the optimizer's state is elsewhere."""
     c = known_config(policy)
-    taught = grpo(c, known_config(student), gpus, rows, slots, tokens) if student else {"": training(c, tokens, is_offloaded=host)}
+    taught = (
+        grpo(c, known_config(student), gpus, rows, slots, tokens)
+        if student
+        else {"": training(c, tokens, is_offloaded=host)}
+    )
     rest = f", {gigabytes(12 * parameters(c))} GB of optimizer state" if host or gpus == 2 else ""
     return " and ".join(f"{gigabytes(peak(items))} GB" for items in taught.values()) + rest
 
@@ -143,10 +189,17 @@ def table(config: Config) -> str:
     """Markdown: GB (10^9 bytes) per GPU."""
     policy, student = known_config(config.policy), known_config(config.student)
     rows, slots, tokens = config.cache_rows, config.sequence_tokens, config.tokens_per_batch
-    columns = {name: items for gpus in config.gpus for name, items in grpo(policy, student, gpus, rows, slots, tokens).items()}
+    columns = {
+        name: items
+        for gpus in config.gpus
+        for name, items in grpo(policy, student, gpus, rows, slots, tokens).items()
+    }
     names = dict.fromkeys(name for items in columns.values() for name in items)
     lines = [["GB per GPU", *columns], ["---", *["---:"] * len(columns)]]
-    lines += [[name, *(gigabytes(items[name]) if items.get(name) else "" for items in columns.values())] for name in names]
+    lines += [
+        [name, *(gigabytes(items[name]) if items.get(name) else "" for items in columns.values())]
+        for name in names
+    ]
     lines += [["**peak**", *(f"**{gigabytes(peak(items))}**" for items in columns.values())]]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + (
         f"\n\nAn 80 GB card has {gigabytes(CARD)} GB. Activations of {tokens:,} tokens with gradient checkpointing; without, "

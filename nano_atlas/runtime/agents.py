@@ -61,7 +61,11 @@ def resolve(value: Any) -> Any:
             value = pool.submit(asyncio.run, finish()).result()
     elif inspect.isgenerator(value):
         value = list(value)
-    return "".join(value) if isinstance(value, list) and all(isinstance(piece, str) for piece in value) else value
+    return (
+        "".join(value)
+        if isinstance(value, list) and all(isinstance(piece, str) for piece in value)
+        else value
+    )
 
 
 class Agent:
@@ -70,7 +74,9 @@ class Agent:
     is_batched = False
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:
-        return [[self.reply(q.messages, q.generation, q.seed + index) for index in range(q.n)] for q in questions]
+        return [
+            [self.reply(q.messages, q.generation, q.seed + index) for index in range(q.n)] for q in questions
+        ]
 
     def count_tokens(self, text: str) -> int:
         return (len(text) + 3) // 4
@@ -85,7 +91,13 @@ class Agent:
         usage = usage or {}
         read, written = usage.get("prompt_tokens"), usage.get("completion_tokens")
         count = self.count_tokens
-        return Reply(content, count(content) if written is None else written, False, None, count(prompt) if read is None else read)
+        return Reply(
+            content,
+            count(content) if written is None else written,
+            False,
+            None,
+            count(prompt) if read is None else read,
+        )
 
 
 class PythonAgent(Agent):
@@ -127,17 +139,31 @@ class ToolAgent(Agent):
     def reply(self, messages, generation, seed) -> Reply:
         messages, read, written = list(messages), 0, 0
         for _ in range(TOOL_ROUNDS):
-            body = {"model": self.endpoint.model, "messages": messages, "tools": self.tools, "seed": seed % 2**31,
-                    "max_tokens": generation.max_tokens, "temperature": generation.temperature, "top_p": generation.top_p}
-            answer = self.endpoint.client.request("POST", "/v1/chat/completions", body, check=check_choices(1))
+            body = {
+                "model": self.endpoint.model,
+                "messages": messages,
+                "tools": self.tools,
+                "seed": seed % 2**31,
+                "max_tokens": generation.max_tokens,
+                "temperature": generation.temperature,
+                "top_p": generation.top_p,
+            }
+            answer = self.endpoint.client.request(
+                "POST", "/v1/chat/completions", body, check=check_choices(1)
+            )
             usage, choice = answer.get("usage") or {}, answer["choices"][0]
             read, written = read + usage.get("prompt_tokens", 0), written + usage.get("completion_tokens", 0)
             calls = choice["message"].get("tool_calls")
             if not calls:
                 text = choice["message"].get("content") or ""
                 return Reply(text, written, choice.get("finish_reason") == "length", None, read)
-            messages.append({"role": "assistant", "content": choice["message"].get("content") or "", "tool_calls": calls})
-            messages += [{"role": "tool", "tool_call_id": call["id"], "content": self._call(call["function"])} for call in calls]
+            messages.append(
+                {"role": "assistant", "content": choice["message"].get("content") or "", "tool_calls": calls}
+            )
+            messages += [
+                {"role": "tool", "tool_call_id": call["id"], "content": self._call(call["function"])}
+                for call in calls
+            ]
         raise UserError(f"still calls tools after {TOOL_ROUNDS} rounds")
 
     def _call(self, wanted: dict[str, str]) -> str:
@@ -153,16 +179,30 @@ def tool_schema(function: Callable[..., Any]) -> dict:
     """A Python function as OpenAI's tool: name, docstring, and a JSON type for each annotated parameter."""
     hints = typing.get_type_hints(function)
     parameters = inspect.signature(function).parameters
-    properties = {name: {"type": JSON_TYPES.get(typing.get_origin(hints.get(name, str)) or hints.get(name, str), "string")}
-                  for name in parameters}
+    properties = {
+        name: {
+            "type": JSON_TYPES.get(typing.get_origin(hints.get(name, str)) or hints.get(name, str), "string")
+        }
+        for name in parameters
+    }
     required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
     schema = {"type": "object", "properties": properties, "required": required}
-    return {"type": "function", "function": {
-        "name": function.__name__, "description": inspect.getdoc(function) or "", "parameters": schema}}
+    return {
+        "type": "function",
+        "function": {
+            "name": function.__name__,
+            "description": inspect.getdoc(function) or "",
+            "parameters": schema,
+        },
+    }
 
 
 def open_agent(
-    spec: str, *, model: str | None = None, tools: str | None = None, device: torch.device | str = "cpu",
+    spec: str,
+    *,
+    model: str | None = None,
+    tools: str | None = None,
+    device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Seat:
     """A seat from any of the four kinds of `spec`. Raises UserError for one that cannot be opened."""

@@ -27,9 +27,20 @@ def choose_lane(
     confidence = (sum(record) + 1 / 3) / (len(record) + 2 / 3)
     choice = {"mode": lane_of(confidence), "confidence": confidence, "by": "record"}
     if has_probe:
-        history = {"sessions": len(record), "latest_scores_of_the_student_alone": [round(score, 3) for score in record[-10:]],
-                   "average_score": confidence}
-        (reply,) = yield [Call("probe", "capability", protocol.capability_messages(question, history), Generation(200, 0.2), seed)]
+        history = {
+            "sessions": len(record),
+            "latest_scores_of_the_student_alone": [round(score, 3) for score in record[-10:]],
+            "average_score": confidence,
+        }
+        (reply,) = yield [
+            Call(
+                "probe",
+                "capability",
+                protocol.capability_messages(question, history),
+                Generation(200, 0.2),
+                seed,
+            )
+        ]
         if not isinstance(reply, Fault):  # it is among the session's events, and the record decides
             choice |= read_choice(reply.text)
     return choice
@@ -48,4 +59,6 @@ def read_choice(text: str) -> dict[str, Any]:
         confidence = None
     if found.get("mode") in LANES:
         return {"mode": found["mode"], "confidence": confidence, "by": "probe"}
-    return {} if confidence is None else {"mode": lane_of(confidence), "confidence": confidence, "by": "probe"}
+    return (
+        {} if confidence is None else {"mode": lane_of(confidence), "confidence": confidence, "by": "probe"}
+    )

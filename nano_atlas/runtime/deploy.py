@@ -75,27 +75,44 @@ def _deployed(llm: Any, where: str) -> Deployed:
             raise UserError(f"{where}{key}: {value!r} is not a number of at least 0")
     if provider == "openai":
         return Deployed(base, model, temperature, tokens)
-    return Deployed(f"post+{model.removeprefix('post+')}" if provider == "http" else model, None, temperature, tokens)
+    return Deployed(
+        f"post+{model.removeprefix('post+')}" if provider == "http" else model, None, temperature, tokens
+    )
 
 
 def runtime_options(name: str, seat: Deployed) -> dict[str, Any]:
     """A seat as options of runtime_loop.py."""
     tokens = {"student": "answer_tokens", "teacher": "teaching_tokens"}[name]
-    return {name: seat.spec, f"{name}_model": seat.model, f"{name}_temperature": seat.temperature, tokens: seat.max_output_tokens}
+    return {
+        name: seat.spec,
+        f"{name}_model": seat.model,
+        f"{name}_temperature": seat.temperature,
+        tokens: seat.max_output_tokens,
+    }
 
 
 def evaluation_options(name: str, seat: Deployed) -> dict[str, Any]:
     """A seat as options of eval.py, which samples both seats at its own --temperature."""
-    options = runtime_options(name, seat) | ({"teacher": (f"deployed={seat.spec}",)} if name == "teacher" else {})
+    options = runtime_options(name, seat) | (
+        {"teacher": (f"deployed={seat.spec}",)} if name == "teacher" else {}
+    )
     return {key: value for key, value in options.items() if key != f"{name}_temperature"}
 
 
 def with_deployment(
-    presets: Mapping[str, Preset], argv: Sequence[str], options: Callable[[str, Deployed], dict[str, Any]] = runtime_options
+    presets: Mapping[str, Preset],
+    argv: Sequence[str],
+    options: Callable[[str, Deployed], dict[str, Any]] = runtime_options,
 ) -> dict[str, Preset]:
     """Every preset with the values of `--deploy FILE`, where argv has it: the file overrides presets, and explicit flags the file."""
-    path = next((value.removeprefix("--deploy=") for flag, value in zip(["", *argv], [*argv, ""])
-                 if flag == "--deploy" or value.startswith("--deploy=")), None)
+    path = next(
+        (
+            value.removeprefix("--deploy=")
+            for flag, value in zip(["", *argv], [*argv, ""])
+            if flag == "--deploy" or value.startswith("--deploy=")
+        ),
+        None,
+    )
     overrides: dict[str, Any] = {}
     for name, seat in read_deployment(path).items() if path else ():
         overrides |= {key: value for key, value in options(name, seat).items() if value is not None}
@@ -105,5 +122,7 @@ def with_deployment(
 def write_deployment(path: Path, teacher: str, temperature: float | None = None) -> None:
     """Put another teacher checkpoint into service; what the file says of the student stays. The file is replaced as a whole."""
     content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
-    llm = {"provider": "huggingface", "model": teacher} | ({} if temperature is None else {"temperature": temperature})
+    llm = {"provider": "huggingface", "model": teacher} | (
+        {} if temperature is None else {"temperature": temperature}
+    )
     replace_text(path, yaml.safe_dump({**content, "teacher": {"llm": llm}}, sort_keys=False))

@@ -18,12 +18,20 @@ STYLES = tuple(TEACHING_STYLES)
 
 @dataclass(frozen=True)
 class ExperienceConfig(LaneConfig):
-    student: str | None = option(None, "the student: directory, URL, post+URL#path or module:function", group="run")
-    teacher: str | None = option(None, "the same of the teacher; without one the nano world's, after GRPO if that was done")
+    student: str | None = option(
+        None, "the student: directory, URL, post+URL#path or module:function", group="run"
+    )
+    teacher: str | None = option(
+        None, "the same of the teacher; without one the nano world's, after GRPO if that was done"
+    )
     seed: int = option(0, "of every random choice")
     strategies: tuple[str, ...] = option(STYLES, "teaching strategies to choose among", STYLES)
-    require_approval: bool = option(False, "record sessions as pending, so that none is exported before --approve")
-    student_price: tuple[float, float] | None = option(None, "price of a million tokens read, and of a million generated", resumable=True)
+    require_approval: bool = option(
+        False, "record sessions as pending, so that none is exported before --approve"
+    )
+    student_price: tuple[float, float] | None = option(
+        None, "price of a million tokens read, and of a million generated", resumable=True
+    )
     teacher_price: tuple[float, float] | None = option(None, "the same of the teacher", resumable=True)
 
     @property
@@ -39,7 +47,9 @@ class Experience:
         self.strategies = Strategies(config.strategies)
         self.playbook = Playbook(config)
         self.drift = Drift()
-        self.records: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))  # scores of the student alone
+        self.records: dict[str, deque[float]] = defaultdict(
+            lambda: deque(maxlen=WINDOW)
+        )  # scores of the student alone
 
     def learn(self, *outcomes: Outcome) -> None:
         """Of sessions that ran side by side."""
@@ -68,8 +78,15 @@ def record(session: Session, experience: Experience, config: ExperienceConfig) -
     drift = experience.drift.assess(session.learning_key, session.reward)
     is_pending = config.require_approval or (drift is not None and drift["drift_alert"])
     outcome = session_outcome(session, "pending" if is_pending else "approved", config.prices)
-    metadata = {"completed_at": now(), "student": config.student, "teacher": config.teacher, "seed": config.seed}
-    return outcome, trace_of(session, outcome, metadata, experience.strategies.history(session.learning_key), drift)
+    metadata = {
+        "completed_at": now(),
+        "student": config.student,
+        "teacher": config.teacher,
+        "seed": config.seed,
+    }
+    return outcome, trace_of(
+        session, outcome, metadata, experience.strategies.history(session.learning_key), drift
+    )
 
 
 def now() -> str:

@@ -18,20 +18,26 @@ def export_traces(source: Path, target: Path, selection: Selection) -> tuple[int
     reviews = read_reviews(source.with_name("reviews.jsonl"))
     total = selected = 0
     with replacing(target) as file:
-        for total, (number, line) in enumerate(read_lines(source), start=1):
+        for number, line in read_lines(source):
+            total += 1
             outcome = read_head(line, f"{source}:{number}").outcome
             review = reviews.get(outcome.session_id)
             if selection.takes(outcome, review and review.status):
                 selected += 1
                 file.write(line if review is None else reviewed(line, review))
         if selected == 0:
-            raise UserError(f"{source}: none of its {total} traces is selected; {target} was not written; loosen the selection")
+            raise UserError(
+                f"{source}: none of its {total} traces is selected; {target} was not written; loosen the selection"
+            )
     return selected, total
 
 
 def reviewed(line: bytes, review: Review) -> bytes:
     """The record with a later decision in it; without checksum, since it is not the one that was written."""
-    trace = parse_trace(line, review.session_id) | {"review_status": review.status, "review_notes": review.note}
+    trace = parse_trace(line, review.session_id) | {
+        "review_status": review.status,
+        "review_notes": review.note,
+    }
     trace["outcome"]["review"] = review.status
     trace.pop("crc32")
     return json.dumps(trace).encode() + b"\n"
@@ -49,4 +55,8 @@ def show_sessions(directory: Path, status: str) -> Iterator[str]:
 
 
 def known_sessions(path: Path) -> list[str]:
-    return list(dict.fromkeys(read_head(line, f"{path}:{number}").outcome.session_id for number, line in read_lines(path)))
+    return list(
+        dict.fromkeys(
+            read_head(line, f"{path}:{number}").outcome.session_id for number, line in read_lines(path)
+        )
+    )

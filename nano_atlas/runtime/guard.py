@@ -30,9 +30,14 @@ from nano_atlas.stats import wilson_interval
 
 @dataclass(frozen=True)
 class GuardConfig:
-    confidence: float = option(0.95, "confidence (0.5 to 1) that a judged answer with help is better, before it is returned",
-                               group="non-degradation")
-    audit: float = option(0.2, "share (0 to 1) of judged answers with help that are judged again, to measure harm")
+    confidence: float = option(
+        0.95,
+        "confidence (0.5 to 1) that a judged answer with help is better, before it is returned",
+        group="non-degradation",
+    )
+    audit: float = option(
+        0.2, "share (0 to 1) of judged answers with help that are judged again, to measure harm"
+    )
 
     def check(self) -> None:
         if not 0.5 <= self.confidence < 1 or not 0 <= self.audit <= 1:
@@ -66,7 +71,9 @@ def choose_trial(trials: Sequence[Trial], confidence: float = 0.95) -> int:
     gain = trials[best].verdict.score - alone.verdict.score
     if alone.verdict.by != "judges":
         return best if gain >= 0 else 0
-    margin = NormalDist().inv_cdf(confidence) * math.hypot(trials[best].verdict.deviation, alone.verdict.deviation)
+    margin = NormalDist().inv_cdf(confidence) * math.hypot(
+        trials[best].verdict.deviation, alone.verdict.deviation
+    )
     return best if gain > margin else 0
 
 

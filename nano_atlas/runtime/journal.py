@@ -42,7 +42,9 @@ def read_lines(path: Path | str) -> Iterator[tuple[int, bytes]]:
             if is_whole(line):
                 yield number, line
             elif b', "crc32": "' in line[-TAIL - 1 :]:
-                raise UserError(f"{path}:{number}: damaged, the record does not match its checksum; delete this line")
+                raise UserError(
+                    f"{path}:{number}: damaged, the record does not match its checksum; delete this line"
+                )
             elif not line.isspace() and (line.endswith(b"\n") or line.rstrip().endswith(b"}")):
                 yield number, line
     if not number:
@@ -60,10 +62,14 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+b")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it when the process ends, in any way
+            fcntl.flock(
+                self._file, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # the system releases it when the process ends, in any way
         except OSError:
             self._file.close()
-            raise UserError(f"{self.path}: another process is writing this file; wait for it or choose another --out") from None
+            raise UserError(
+                f"{self.path}: another process is writing this file; wait for it or choose another --out"
+            ) from None
         self._mend()
 
     def _mend(self) -> None:

@@ -33,17 +33,27 @@ ANSWER_JUDGES, TEACHING_JUDGES = ("accuracy", "process"), ("helpfulness", "diagn
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    evaluator: str | None = option(None, "Python function MODULE:NAME that scores answers from 0 to 1", group="judges")
+    evaluator: str | None = option(
+        None, "Python function MODULE:NAME that scores answers from 0 to 1", group="judges"
+    )
     judge: str | None = option(None, "checkpoint, URL or agent that judges answers without ground truth")
     judge_model: str | None = option(None, "model name at the judge's URL (none: the first it serves)")
     large_judge: str | None = option(None, "the same of a larger model that decides where judges disagree")
     large_judge_model: str | None = option(None, "model name at its URL (none: the first it serves)")
-    judges: tuple[str, ...] = option(ANSWER_JUDGES + TEACHING_JUDGES, "which judges are asked", ANSWER_JUDGES + TEACHING_JUDGES)
-    judge_temperatures: tuple[float, ...] = option((0.2, 0.5, 0.8), "one sample of each judge at each of these")
-    judge_deviation: float = option(0.15, "standard deviation of a judge's samples from which the large judge decides")
+    judges: tuple[str, ...] = option(
+        ANSWER_JUDGES + TEACHING_JUDGES, "which judges are asked", ANSWER_JUDGES + TEACHING_JUDGES
+    )
+    judge_temperatures: tuple[float, ...] = option(
+        (0.2, 0.5, 0.8), "one sample of each judge at each of these"
+    )
+    judge_deviation: float = option(
+        0.15, "standard deviation of a judge's samples from which the large judge decides"
+    )
     judge_uncertainty: float = option(0.3, "uncertainty of a sample from which the large judge decides")
     judge_tokens: int = option(1024, "longest verdict (tokens)")
-    accept: float = option(0.8, "score from which an answer counts as valid, where it is not verified exactly")
+    accept: float = option(
+        0.8, "score from which an answer counts as valid, where it is not verified exactly"
+    )
 
     def check(self) -> None:
         if self.judge and not set(self.judges) & set(ANSWER_JUDGES):
@@ -92,16 +102,36 @@ def judge(exhibit: Exhibit, config: JudgeConfig, seed: object) -> Calls:
         return Verdict(float(is_right), "exact", is_right, rationale="compared with the ground truth")
     if config.judge is None:
         return Verdict(None, "nobody", rationale="no ground truth, no evaluator, no judge")
-    asked = [name for name in config.judges if name in ANSWER_JUDGES or (exhibit.guidance if name == "helpfulness" else exhibit.approach)]
-    return (yield from ensemble(asked, config, seed, task=task.question, approach=exhibit.approach, guidance=exhibit.guidance,
-                                reply=exhibit.text, answer=exhibit.answer))
+    asked = [
+        name
+        for name in config.judges
+        if name in ANSWER_JUDGES or (exhibit.guidance if name == "helpfulness" else exhibit.approach)
+    ]
+    return (
+        yield from ensemble(
+            asked,
+            config,
+            seed,
+            task=task.question,
+            approach=exhibit.approach,
+            guidance=exhibit.guidance,
+            reply=exhibit.text,
+            answer=exhibit.answer,
+        )
+    )
 
 
 def _evaluate(exhibit: Exhibit, function: Any) -> Verdict:
     value = None
     try:
-        value = resolve(function(task=exhibit.task.question, answer=exhibit.answer, text=exhibit.text,
-                                 ground_truth=exhibit.task.answer))
+        value = resolve(
+            function(
+                task=exhibit.task.question,
+                answer=exhibit.answer,
+                text=exhibit.text,
+                ground_truth=exhibit.task.answer,
+            )
+        )
         if value is None:
             return Verdict(None, "python", rationale="the evaluator gives no score")
         score = float(value)
@@ -112,12 +142,19 @@ def _evaluate(exhibit: Exhibit, function: Any) -> Verdict:
     return Verdict(score, "python", score >= 1.0, rationale="by the evaluator")
 
 
-def ensemble(asked: Sequence[str], config: JudgeConfig, seed: object, seat: str = "judge", **fields: Any) -> Calls:
+def ensemble(
+    asked: Sequence[str], config: JudgeConfig, seed: object, seat: str = "judge", **fields: Any
+) -> Calls:
     """The Verdict of several judges, each sampled at every temperature; `fields` is what they see."""
     places = [(name, temperature) for name in asked for temperature in config.judge_temperatures]
     replies = yield [
-        Call(seat, f"judge: {name}", protocol.judge_messages(name, **fields), Generation(config.judge_tokens, temperature),
-             derive_seed(seed, "judge", name, temperature))
+        Call(
+            seat,
+            f"judge: {name}",
+            protocol.judge_messages(name, **fields),
+            Generation(config.judge_tokens, temperature),
+            derive_seed(seed, "judge", name, temperature),
+        )
         for name, temperature in places
     ]
     samples: dict[str, list[dict]] = {name: [] for name in asked}
@@ -128,20 +165,45 @@ def ensemble(asked: Sequence[str], config: JudgeConfig, seed: object, seat: str 
     breakdowns = []
     for name in asked:
         breakdowns.append((yield from _decide(name, samples[name], config, seed, fields)))
-    scores = hold_consistent({entry["identifier"]: entry["score"] for entry in breakdowns if entry["score"] is not None})
+    scores = hold_consistent(
+        {entry["identifier"]: entry["score"] for entry in breakdowns if entry["score"] is not None}
+    )
     for entry in breakdowns:
         entry["raw_score"], entry["score"] = entry["score"], scores.get(entry["identifier"])
-    deciding = [entry for entry in breakdowns if entry["identifier"] not in TEACHING_JUDGES and entry["score"] is not None]
+    deciding = [
+        entry
+        for entry in breakdowns
+        if entry["identifier"] not in TEACHING_JUDGES and entry["score"] is not None
+    ]
     if not deciding:
-        return Verdict(None, "judges", rationale="; ".join(["unscored: no judge gave a verdict", *problems])[:1000], judges=breakdowns)
+        return Verdict(
+            None,
+            "judges",
+            rationale="; ".join(["unscored: no judge gave a verdict", *problems])[:1000],
+            judges=breakdowns,
+        )
     score = fmean(entry["score"] for entry in deciding)
-    errors = [pstdev(values) / math.sqrt(len(values)) for entry in deciding if (values := [s["score"] for s in entry["samples"]])]
+    errors = [
+        pstdev(values) / math.sqrt(len(values))
+        for entry in deciding
+        if (values := [s["score"] for s in entry["samples"]])
+    ]
     advice = next((s["guidance"] for entry in deciding for s in entry["samples"] if s["guidance"]), "")
-    return Verdict(score, "judges", score >= config.accept, math.hypot(*errors) / len(deciding), scores.get("helpfulness"), advice,
-                   "; ".join(f"{e['identifier']} {e['score']:.2f}: {e['rationale']}" for e in deciding)[:1000], breakdowns)
+    return Verdict(
+        score,
+        "judges",
+        score >= config.accept,
+        math.hypot(*errors) / len(deciding),
+        scores.get("helpfulness"),
+        advice,
+        "; ".join(f"{e['identifier']} {e['score']:.2f}: {e['rationale']}" for e in deciding)[:1000],
+        breakdowns,
+    )
 
 
-def _decide(name: str, samples: list[dict], config: JudgeConfig, seed: object, fields: dict[str, Any]) -> Calls:
+def _decide(
+    name: str, samples: list[dict], config: JudgeConfig, seed: object, fields: dict[str, Any]
+) -> Calls:
     """One judge's breakdown from its samples: their mean, or the large judge's verdict where they cannot be trusted."""
     scores = [sample["score"] for sample in samples]
     reason = None
@@ -151,20 +213,35 @@ def _decide(name: str, samples: list[dict], config: JudgeConfig, seed: object, f
         reason = f"standard deviation {pstdev(scores):.2f}"
     elif (unsure := max(sample["uncertainty"] for sample in samples)) > config.judge_uncertainty:
         reason = f"uncertainty {unsure:.2f}"
-    score, rationale, principles = (fmean(scores), samples[0]["rationale"], samples[0]["principles"]) if samples else (None, "", [])
+    score, rationale, principles = (
+        (fmean(scores), samples[0]["rationale"], samples[0]["principles"]) if samples else (None, "", [])
+    )
     is_escalated = reason is not None and config.large_judge is not None
     if is_escalated:
         messages = protocol.judge_messages(name, samples=samples, **fields)
         (reply,) = yield [
-            Call("large judge", f"arbiter: {name}", messages, Generation(config.judge_tokens, 0.3), derive_seed(seed, "arbiter", name))
+            Call(
+                "large judge",
+                f"arbiter: {name}",
+                messages,
+                Generation(config.judge_tokens, 0.3),
+                derive_seed(seed, "arbiter", name),
+            )
         ]
         final = str(reply) if isinstance(reply, Fault) else read_sample(reply.text, 0.3)
         if isinstance(final, dict):
             score, rationale, principles = final["score"], final["rationale"], final["principles"]
         else:
             reason += f"; the large judge gave no verdict: {final}"
-    return {"identifier": name, "score": score, "rationale": rationale, "principles": principles, "samples": samples,
-            "escalated": is_escalated, "escalation_reason": reason}
+    return {
+        "identifier": name,
+        "score": score,
+        "rationale": rationale,
+        "principles": principles,
+        "samples": samples,
+        "escalated": is_escalated,
+        "escalation_reason": reason,
+    }
 
 
 def read_sample(text: str, temperature: float) -> dict[str, Any] | str:
@@ -179,8 +256,14 @@ def read_sample(text: str, temperature: float) -> dict[str, Any] | str:
     if not (0 <= score <= 1 and 0 <= uncertainty <= 1):
         return f"score {score} or uncertainty {uncertainty} is not between 0 and 1"
     principles = found.get("principles") if isinstance(found.get("principles"), list) else []
-    return {"score": score, "rationale": str(found.get("rationale") or ""), "principles": principles, "uncertainty": uncertainty,
-            "temperature": temperature, "guidance": str(found.get("guidance") or "")}
+    return {
+        "score": score,
+        "rationale": str(found.get("rationale") or ""),
+        "principles": principles,
+        "uncertainty": uncertainty,
+        "temperature": temperature,
+        "guidance": str(found.get("guidance") or ""),
+    }
 
 
 def hold_consistent(scores: dict[str, float]) -> dict[str, float]:

@@ -31,9 +31,18 @@ UNJUDGED = Verdict(None, "nobody")
 
 @dataclass(frozen=True)
 class LaneConfig(RewardConfig, EpisodeConfig, JudgeConfig, GuardConfig, SkillConfig):
-    lane: str = option("adaptive", "how much help a task gets; adaptive: by the student's record", ("adaptive", *LANES), group="lanes")
-    retries: int = option(0, "further teachings and answers while none is valid (per step in the lane escalate)")
-    probe: str | None = option(None, "checkpoint, URL or agent that chooses the lane; none: by the thresholds on the record")
+    lane: str = option(
+        "adaptive",
+        "how much help a task gets; adaptive: by the student's record",
+        ("adaptive", *LANES),
+        group="lanes",
+    )
+    retries: int = option(
+        0, "further teachings and answers while none is valid (per step in the lane escalate)"
+    )
+    probe: str | None = option(
+        None, "checkpoint, URL or agent that chooses the lane; none: by the thresholds on the record"
+    )
     probe_model: str | None = option(None, "model name at its URL (none: the first it serves)")
 
     def check(self) -> None:
@@ -60,7 +69,9 @@ class Session:
     choice: dict[str, Any] = field(default_factory=dict)  # {mode, confidence, by} of the lane
     approach: str = ""
     plan: list[dict] = field(default_factory=list)
-    steps: list[dict] = field(default_factory=list)  # executed ones: plan step, output, verdict, attempts, guidance
+    steps: list[dict] = field(
+        default_factory=list
+    )  # executed ones: plan step, output, verdict, attempts, guidance
     teachings: list[str] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)  # who spoke, in which order, tokens each
@@ -80,7 +91,9 @@ class Session:
 # ------------------------------------------------------------------------------------------------------- one task, whole
 
 
-def run_session(session: Session, config: LaneConfig, record: Sequence[float], count_tokens: Callable[[str], int]) -> Calls:
+def run_session(
+    session: Session, config: LaneConfig, record: Sequence[float], count_tokens: Callable[[str], int]
+) -> Calls:
     """Brings the session to its end; every call of it leaves an event. record: see `capability`; count_tokens: of teachings.
 
     A fault ends its lane; what was reached until then counts all the same.
@@ -97,17 +110,27 @@ def run_session(session: Session, config: LaneConfig, record: Sequence[float], c
             if isinstance(reply, Fault):
                 event["fault"] = str(reply)
             else:
-                event |= {"tokens": reply.tokens, "prompt_tokens": reply.prompt_tokens, "is_truncated": reply.is_truncated}
+                event |= {
+                    "tokens": reply.tokens,
+                    "prompt_tokens": reply.prompt_tokens,
+                    "is_truncated": reply.is_truncated,
+                }
                 event |= {"text": reply.text} if call.seat == "teacher" else {}
             session.events.append(event)
 
 
-def whole_session(session: Session, config: LaneConfig, record: Sequence[float], count_tokens: Callable[[str], int]) -> Calls:
+def whole_session(
+    session: Session, config: LaneConfig, record: Sequence[float], count_tokens: Callable[[str], int]
+) -> Calls:
     try:
         seed = derive_seed(session.seed, session.id, "capability")
-        session.choice = yield from choose_lane(session.task.question, record, config.lane, config.probe is not None, seed)
+        session.choice = yield from choose_lane(
+            session.task.question, record, config.lane, config.probe is not None, seed
+        )
         session.lane = session.choice["mode"]
-        yield from {"auto": auto, "paired": paired, "coach": coach, "escalate": escalate}[session.lane](session, config)
+        yield from {"auto": auto, "paired": paired, "coach": coach, "escalate": escalate}[session.lane](
+            session, config
+        )
     except Fault as fault:
         session.fault = str(fault)
     if session.trials:
@@ -126,16 +149,26 @@ def ask(*calls: Call) -> Calls:
     return replies
 
 
-def student(session: Session, config: LaneConfig, kind: str, messages: protocol.Messages, tokens: int | None = None) -> Call:
+def student(
+    session: Session, config: LaneConfig, kind: str, messages: protocol.Messages, tokens: int | None = None
+) -> Call:
     generation = Generation(tokens or config.answer_tokens, config.student_temperature, config.top_p)
-    return Call("student", kind, messages, generation, derive_seed(session.seed, session.id, kind, len(session.events)))
+    return Call(
+        "student",
+        kind,
+        messages,
+        generation,
+        derive_seed(session.seed, session.id, kind, len(session.events)),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- the lanes
 
 
 def auto(session: Session, config: LaneConfig) -> Calls:
-    (alone,) = yield from ask(student(session, config, "alone", protocol.baseline_messages(session.task.question)))
+    (alone,) = yield from ask(
+        student(session, config, "alone", protocol.baseline_messages(session.task.question))
+    )
     yield from validate(session, config, "alone", alone)
 
 
@@ -147,13 +180,18 @@ def paired(session: Session, config: LaneConfig) -> Calls:
     )
     session.approach = probe.text
     yield from validate(session, config, "alone", alone)
-    yield from with_help(session, config, "guided", lambda guidance: protocol.guided_messages(question, guidance))
+    yield from with_help(
+        session, config, "guided", lambda guidance: protocol.guided_messages(question, guidance)
+    )
 
 
 def coach(session: Session, config: LaneConfig) -> Calls:
     yield from plan_and_answer(session, config)
     yield from with_help(
-        session, config, "coached", lambda guidance: protocol.coached_messages(session.task.question, session.plan, guidance)
+        session,
+        config,
+        "coached",
+        lambda guidance: protocol.coached_messages(session.task.question, session.plan, guidance),
     )
 
 
@@ -166,7 +204,9 @@ def escalate(session: Session, config: LaneConfig) -> Calls:
         (revised,) = yield from ask(student(session, config, "revision", revision))
         session.plan = protocol.parse_plan(revised.text)
     results: dict[int, str] = {}
-    while len(results) < len(session.plan):  # dependencies point backwards, so at least one step is ready each time
+    while len(results) < len(
+        session.plan
+    ):  # dependencies point backwards, so at least one step is ready each time
         ready = [s for s in session.plan if s["id"] not in results and set(s["depends_on"]) <= set(results)]
         done = yield from carry_out(session, config, ready, results)
         session.steps += done
@@ -192,8 +232,12 @@ def plan_and_answer(session: Session, config: LaneConfig) -> Calls:
 
 def validate(session: Session, config: LaneConfig, kind: str, reply: Any) -> Calls:
     """Adds the trial to the session, with its verdict."""
-    trial = Trial(kind, reply.text, protocol.extract_answer(reply.text), reply.tokens, reply.is_truncated, UNJUDGED)
-    trial.verdict = yield from judge(exhibit_of(session, trial), config, (session.seed, session.id, len(session.trials)))
+    trial = Trial(
+        kind, reply.text, protocol.extract_answer(reply.text), reply.tokens, reply.is_truncated, UNJUDGED
+    )
+    trial.verdict = yield from judge(
+        exhibit_of(session, trial), config, (session.seed, session.id, len(session.trials))
+    )
     session.trials.append(trial)
 
 
@@ -205,10 +249,14 @@ def exhibit_of(session: Session, trial: Trial) -> Exhibit:
 def teach(session: Session, config: LaneConfig, shown: str) -> Calls:
     """The teacher's guidance on what the student has `shown`, or None where its completion holds none."""
     if session.playbook is not None and not session.teachings:
-        used, session.matched = session.playbook.retrieve(f"{session.task.question}\n{shown}", derive_seed(session.seed, session.id))
+        used, session.matched = session.playbook.retrieve(
+            f"{session.task.question}\n{shown}", derive_seed(session.seed, session.id)
+        )
         session.skills = [entry.id for entry in used]
         session.advice = [entry.action["imperative"] for entry in used if entry.action["imperative"]]
-        session.style = next((entry.action["strategy"] for entry in used if entry.action["strategy"]), session.style)
+        session.style = next(
+            (entry.action["strategy"] for entry in used if entry.action["strategy"]), session.style
+        )
     style = " ".join((protocol.TEACHING_STYLES[session.style], *session.advice))
     messages = protocol.teacher_messages(session.task.question, shown, style)
     generation = Generation(config.teaching_tokens, config.teacher_temperature, config.top_p)
@@ -222,7 +270,9 @@ def teach(session: Session, config: LaneConfig, shown: str) -> Calls:
     return teaching
 
 
-def with_help(session: Session, config: LaneConfig, kind: str, messages_for: Callable[[str], protocol.Messages]) -> Calls:
+def with_help(
+    session: Session, config: LaneConfig, kind: str, messages_for: Callable[[str], protocol.Messages]
+) -> Calls:
     """Teaching and answer; again while no answer with help is valid, now on the failed answer and with all guidance so far.
 
     The first teaching is given also to a student that was right alone: what it does then is part of its worth.
@@ -251,7 +301,12 @@ def carry_out(session: Session, config: LaneConfig, steps: Sequence[dict], resul
             break
         prior = {s["id"]: {i: results[i] for i in s["depends_on"]} for s in open_steps}
         calls = [
-            student(session, config, f"step {s['id']}", protocol.step_messages(question, s, prior[s["id"]], s["guidance"]))
+            student(
+                session,
+                config,
+                f"step {s['id']}",
+                protocol.step_messages(question, s, prior[s["id"]], s["guidance"]),
+            )
             for s in open_steps
         ]
         replies = yield from ask(*calls)
@@ -259,8 +314,15 @@ def carry_out(session: Session, config: LaneConfig, steps: Sequence[dict], resul
             step["attempts"] += 1
             output = protocol.extract_answer(reply.text) or protocol.visible(reply.text).strip()
             verdict = yield from ensemble(
-                ["step"], config, (session.seed, session.id, step["id"], step["attempts"]), seat, task=question,
-                step=step["description"], results_so_far={str(i): text for i, text in prior[step["id"]].items()}, result=output)
+                ["step"],
+                config,
+                (session.seed, session.id, step["id"], step["attempts"]),
+                seat,
+                task=question,
+                step=step["description"],
+                results_so_far={str(i): text for i, text in prior[step["id"]].items()},
+                result=output,
+            )
             if step["id"] not in best or (verdict.score or 0.0) > (best[step["id"]][1].score or 0.0):
                 best[step["id"]] = (output, verdict)
             if verdict.guidance:
@@ -273,10 +335,14 @@ def carry_out(session: Session, config: LaneConfig, steps: Sequence[dict], resul
 def reward_of(session: Session, config: LaneConfig, count_tokens: Callable[[str], int]) -> float | None:
     """The published reward of the session's teaching (`reward`), or None where a score is missing or nothing was taught."""
     alone, helped, gold = session.trials[0].verdict, session.helped, session.task.answer
-    session.is_leak = gold is not None and any(protocol.reveals_answer(told, gold) for told in session.teachings)
+    session.is_leak = gold is not None and any(
+        protocol.reveals_answer(told, gold) for told in session.teachings
+    )
     if session.fault is not None or alone.score is None or session.lane == "auto":
         return None
-    if helped is None or not session.teachings:  # no <teaching>: the student's own success is not the teacher's merit
+    if (
+        helped is None or not session.teachings
+    ):  # no <teaching>: the student's own success is not the teacher's merit
         return -config.malformed_penalty
     if helped.verdict.score is None:
         return None
@@ -294,7 +360,13 @@ def audit(session: Session, config: LaneConfig) -> Calls:
         return
     scores = []
     for trial in (alone, returned):
-        scores.append((yield from judge(exhibit_of(session, trial), config, (session.seed, session.id, "audit", trial.kind))).score)
+        scores.append(
+            (
+                yield from judge(
+                    exhibit_of(session, trial), config, (session.seed, session.id, "audit", trial.kind)
+                )
+            ).score
+        )
     if None not in scores:
         session.audited_gain = scores[1] - scores[0]
 

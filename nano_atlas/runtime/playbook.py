@@ -24,12 +24,16 @@ from nano_atlas.runtime.strategies import Record
 
 WITHHELD = 0.2  # share of matching sessions in which an entry is withheld
 LONGEST_SENTENCE = 200  # characters
-PARTICULARS = re.compile(r"\d{4}-\d\d-\d\d|\b\d{4,}\b|https?:|[\w.]*/[\w./]+|\w+@\w+|[A-Z]{2,}-\d+")  # dates, ids, addresses, paths
+PARTICULARS = re.compile(
+    r"\d{4}-\d\d-\d\d|\b\d{4,}\b|https?:|[\w.]*/[\w./]+|\w+@\w+|[A-Z]{2,}-\d+"
+)  # dates, ids, addresses, paths
 
 
 @dataclass(frozen=True)
 class SkillConfig:
-    skill_writer: str | None = option(None, "checkpoint, URL or agent that writes skills (none: no skills)", group="skills")
+    skill_writer: str | None = option(
+        None, "checkpoint, URL or agent that writes skills (none: no skills)", group="skills"
+    )
     skill_writer_model: str | None = option(None, "model name at its URL (none: the first it serves)")
     skill_reward: float = option(0.8, "least session reward from which skills are learned")
     skills_per_task: int = option(3, "most skills used in one task")
@@ -92,7 +96,11 @@ class Playbook:
         for entry in matching:
             is_withheld = derive_seed(seed, "withheld", entry.id) < WITHHELD * 2**63
             cost = len(entry.action["imperative"] or "")
-            if not is_withheld and len(used) < self.config.skills_per_task and length + cost <= self.config.skill_characters:
+            if (
+                not is_withheld
+                and len(used) < self.config.skills_per_task
+                and length + cost <= self.config.skill_characters
+            ):
                 used.append(entry)
                 length += cost
         return used, [entry.id for entry in matching]
@@ -117,15 +125,27 @@ class Playbook:
             if entry.id not in self.entries and entry.id not in self.pruned:
                 self.entries[entry.id] = entry
         while len(self.entries) > self.config.playbook_size:
-            self._drop(min(self.entries.values(), key=lambda entry: (entry.effect or 0.0, -entry.sessions_observed)))
+            self._drop(
+                min(self.entries.values(), key=lambda entry: (entry.effect or 0.0, -entry.sessions_observed))
+            )
 
     def _drop(self, entry: Entry) -> None:
         del self.entries[entry.id]
         self.pruned.add(entry.id)
 
     def summary(self) -> list[dict[str, Any]]:
-        return [{"id": e.id, "cue": e.cue, "action": e.action, "scope": e.scope, "hits": e.hits, "adoptions": e.adoptions,
-                 "effect": e.effect} for e in self.entries.values()]
+        return [
+            {
+                "id": e.id,
+                "cue": e.cue,
+                "action": e.action,
+                "scope": e.scope,
+                "hits": e.hits,
+                "adoptions": e.adoptions,
+                "effect": e.effect,
+            }
+            for e in self.entries.values()
+        ]
 
 
 def read_entries(text: str, learning_key: str, session_id: str, secret: str | None) -> list[dict]:
@@ -151,14 +171,29 @@ def read_entries(text: str, learning_key: str, session_id: str, secret: str | No
             continue
         if kind == "regex" and not _compiles(pattern):
             continue
-        if PARTICULARS.search(imperative + " " + pattern) or (secret and protocol.reveals_answer(imperative, secret)):
+        if PARTICULARS.search(imperative + " " + pattern) or (
+            secret and protocol.reveals_answer(imperative, secret)
+        ):
             continue
         scope = raw.get("scope") if isinstance(raw.get("scope"), dict) else {}
-        category = scope.get("category") if scope.get("category") in ("reinforcement", "differentiation") else "reinforcement"
-        content = {"cue": {"type": kind, "pattern": pattern}, "action": {"imperative": imperative or None, "strategy": strategy}}
+        category = (
+            scope.get("category")
+            if scope.get("category") in ("reinforcement", "differentiation")
+            else "reinforcement"
+        )
+        content = {
+            "cue": {"type": kind, "pattern": pattern},
+            "action": {"imperative": imperative or None, "strategy": strategy},
+        }
         name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-        entries.append({"id": name, **content, "scope": {"category": category, "learning_key": learning_key},
-                        "provenance": {"session_id": session_id}})
+        entries.append(
+            {
+                "id": name,
+                **content,
+                "scope": {"category": category, "learning_key": learning_key},
+                "provenance": {"session_id": session_id},
+            }
+        )
     return entries[:2]
 
 

@@ -27,16 +27,26 @@ from nano_atlas.stats import paired_bootstrap
 
 @dataclass(frozen=True)
 class PromotionConfig:
-    rounds: int = option(0, "run, export, train, test and promote this many times, each on the next part of the tasks",
-                         group="rounds", resumable=True)
-    held_out: Path | None = option(None, "JSONL of problems that decide about promotion (none: of the nano world)", resumable=True)
+    rounds: int = option(
+        0,
+        "run, export, train, test and promote this many times, each on the next part of the tasks",
+        group="rounds",
+        resumable=True,
+    )
+    held_out: Path | None = option(
+        None, "JSONL of problems that decide about promotion (none: of the nano world)", resumable=True
+    )
     held_out_count: int = option(500, "number of nano-world problems, without --held-out", resumable=True)
-    margin: float = option(0.02, "largest loss of accuracy (0 to 1) that still counts as not worse", resumable=True)
+    margin: float = option(
+        0.02, "largest loss of accuracy (0 to 1) that still counts as not worse", resumable=True
+    )
     train_options: str = option("", "further options of train_grpo.py, as one text", resumable=True)
 
     def check(self) -> None:
         if self.rounds < 0 or self.held_out_count < 1 or not 0 <= self.margin <= 1:
-            raise UserError("--rounds must be at least 0, --held-out-count at least 1, --margin between 0 and 1")
+            raise UserError(
+                "--rounds must be at least 0, --held-out-count at least 1, --margin between 0 and 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,13 @@ class Decision:
 
 
 def compare(
-    student: Seat, old: Seat, new: Seat, problems: Sequence[Problem], episodes: EpisodeConfig, margin: float, places: tuple[str, str]
+    student: Seat,
+    old: Seat,
+    new: Seat,
+    problems: Sequence[Problem],
+    episodes: EpisodeConfig,
+    margin: float,
+    places: tuple[str, str],
 ) -> Decision:
     """The paired test. places: where the old and the new teacher are."""
     greedy = EpisodeConfig(episodes.probe_tokens, episodes.teaching_tokens, episodes.answer_tokens).greedy()
@@ -59,7 +75,9 @@ def compare(
     arms = [
         [
             float(episode.guided.is_correct)
-            for (episode,) in teach(student, seat, sketches, greedy, RewardConfig(), "promotion", progress="held out")
+            for (episode,) in teach(
+                student, seat, sketches, greedy, RewardConfig(), "promotion", progress="held out"
+            )
         ]
         for seat in (old, new)
     ]
@@ -67,9 +85,18 @@ def compare(
     low, high = paired_bootstrap(differences, confidence=0.9)
     is_promoted = low >= -margin
     found = f"new - old = {100 * fmean(differences):+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}] on {len(problems)} held-out tasks"
-    reason = f"{found}: {'not worse than' if is_promoted else 'may be worse than the'} -{100 * margin:g} points"
-    return Decision(places[is_promoted], is_promoted, reason, fmean(arms[0]), fmean(arms[1]), fmean(s.baseline_accuracy for s in sketches),
-                    (low, high))
+    reason = (
+        f"{found}: {'not worse than' if is_promoted else 'may be worse than the'} -{100 * margin:g} points"
+    )
+    return Decision(
+        places[is_promoted],
+        is_promoted,
+        reason,
+        fmean(arms[0]),
+        fmean(arms[1]),
+        fmean(s.baseline_accuracy for s in sketches),
+        (low, high),
+    )
 
 
 def train_and_promote(
@@ -91,13 +118,33 @@ def train_and_promote(
         saved = read_json(path)
         return Decision(**{**saved, "interval": tuple(saved["interval"])})
     preset = [] if config.preset == "own" else ["--preset", config.preset]
-    command = [sys.executable, str(trainer), *preset, "--traces", str(traces), "--teacher", teacher, "--student", student,
-               "--out", str(folder / "grpo"), *shlex.split(config.train_options)]
+    command = [
+        sys.executable,
+        str(trainer),
+        *preset,
+        "--traces",
+        str(traces),
+        "--teacher",
+        teacher,
+        "--student",
+        student,
+        "--out",
+        str(folder / "grpo"),
+        *shlex.split(config.train_options),
+    ]
     code = subprocess.run(command).returncode
     if code != 0:
         raise UserError(f"{shlex.join(command)} failed with exit code {code}; its message is above")
     new = str(folder / "grpo" / "model")
-    decision = compare(open_seat(student), open_seat(teacher), open_seat(new), problems, config, config.margin, (teacher, new))
+    decision = compare(
+        open_seat(student),
+        open_seat(teacher),
+        open_seat(new),
+        problems,
+        config,
+        config.margin,
+        (teacher, new),
+    )
     write_deployment(folder.parent / "deploy.yaml", decision.teacher)
     write_json(path, asdict(decision))
     return decision

@@ -44,10 +44,15 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     scored = [outcome for outcome in outcomes if outcome.baseline is not None]
     rewarded = [outcome for outcome in outcomes if outcome.reward is not None]
     failed = sum(outcome.status == "failed" for outcome in outcomes)
-    lines = [f"{len(outcomes)} tasks, {len(scored)} scored" + f", {failed} FAILED (the same command tries them again)" * (failed > 0)]
+    lines = [
+        f"{len(outcomes)} tasks, {len(scored)} scored"
+        + f", {failed} FAILED (the same command tries them again)" * (failed > 0)
+    ]
     if scored:
-        lines += [f"  student alone      {metrics['baseline_accuracy']:7.1%}",
-                  f"  returned           {metrics['returned_accuracy']:7.1%}   (the best of all attempts, see nano_atlas/runtime/guard.py)"]
+        lines += [
+            f"  student alone      {metrics['baseline_accuracy']:7.1%}",
+            f"  returned           {metrics['returned_accuracy']:7.1%}   (the best of all attempts, see nano_atlas/runtime/guard.py)",
+        ]
     if rewarded:
         lines += [
             f"  guided             {metrics['student_accuracy']:7.1%}   ({100 * metrics['accuracy_delta']:+.1f} points)",
@@ -57,20 +62,33 @@ def summary(outcomes: Sequence[Outcome]) -> str:
         for style in TEACHING_STYLES:
             mine = [outcome for outcome in rewarded if outcome.strategy == style]
             if mine:
-                gain, reward = mean(outcome.gain for outcome in mine), mean(outcome.reward for outcome in mine)
+                gain, reward = (
+                    mean(outcome.gain for outcome in mine),
+                    mean(outcome.reward for outcome in mine),
+                )
                 lines.append(f"    {style:<16} {len(mine):6d}   {100 * gain:+6.1f}   {reward:+.3f}")
     audited = [outcome.audited_gain for outcome in outcomes if outcome.audited_gain is not None]
     if audited:
         worse, bound = degradation_bound(audited)
-        lines.append(f"  judged again       {worse} of {len(audited)} returned answers with help are below the student's own: "
-                     f"at most {bound:.1%} at 95 % confidence, by this judge")
+        lines.append(
+            f"  judged again       {worse} of {len(audited)} returned answers with help are below the student's own: "
+            f"at most {bound:.1%} at 95 % confidence, by this judge"
+        )
     lanes = {lane: metrics[f"lane/{lane}"] for lane in LANES}
-    lines.append(f"  lanes              {', '.join(f'{lane} {share:.0%}' for lane, share in lanes.items() if share)}")
-    lines.append(f"  without <teaching> {metrics['malformed_rate']:7.1%}   cut off by a length limit {metrics['truncated_rate']:.1%}")
+    lines.append(
+        f"  lanes              {', '.join(f'{lane} {share:.0%}' for lane, share in lanes.items() if share)}"
+    )
+    lines.append(
+        f"  without <teaching> {metrics['malformed_rate']:7.1%}   cut off by a length limit {metrics['truncated_rate']:.1%}"
+    )
     pending = sum(outcome.review == "pending" for outcome in outcomes)
     if pending:
         lines.append(f"  held for review    {pending:7d}   (--show pending, then --approve or --quarantine)")
-    actors = {name.removeprefix("tokens/"): count for name, count in metrics.items() if name.startswith("tokens/")}
+    actors = {
+        name.removeprefix("tokens/"): count for name, count in metrics.items() if name.startswith("tokens/")
+    }
     spent = "" if metrics["cost"] is None else f"; cost {metrics['cost']:.4f}"
-    lines.append(f"  tokens generated   {', '.join(f'{actor} {count:,}' for actor, count in actors.items())}{spent}")
+    lines.append(
+        f"  tokens generated   {', '.join(f'{actor} {count:,}' for actor, count in actors.items())}{spent}"
+    )
     return "\n".join(lines)

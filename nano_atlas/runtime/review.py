@@ -72,13 +72,17 @@ def read_reviews(path: Path) -> dict[str, Review]:
     return reviews
 
 
-def record_reviews(path: Path, names: tuple[str, ...], known: list[str], status: str, note: str, at: str) -> list[str]:
+def record_reviews(
+    path: Path, names: tuple[str, ...], known: list[str], status: str, note: str, at: str
+) -> list[str]:
     """Decide on the sessions that `names` are the ids, or unique beginnings of ids, of. Raises UserError, and then decides on none."""
     full = []
     for name in names:
         meant = [session_id for session_id in known if session_id.startswith(name)]
         if len(meant) != 1:
-            raise UserError(f"session {name}: {'no such session' if not meant else f'{len(meant)} sessions begin like this'}")
+            raise UserError(
+                f"session {name}: {'no such session' if not meant else f'{len(meant)} sessions begin like this'}"
+            )
         full += meant
     with Journal(path) as journal:
         journal.append(asdict(Review(name, status, note, at)) for name in full)

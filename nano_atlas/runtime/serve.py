@@ -33,17 +33,36 @@ PIECE = 40  # characters per event of a stream
 
 @dataclass(frozen=True)
 class ServeConfig:
-    serve: int | None = option(None, "serve the pair as an OpenAI-compatible endpoint on this port (0: any free one)",
-                               group="serving", resumable=True)
-    host: str = option("127.0.0.1", f"address to listen on; one beyond this machine needs a key in {KEY_VARIABLE}", resumable=True)
+    serve: int | None = option(
+        None,
+        "serve the pair as an OpenAI-compatible endpoint on this port (0: any free one)",
+        group="serving",
+        resumable=True,
+    )
+    host: str = option(
+        "127.0.0.1",
+        f"address to listen on; one beyond this machine needs a key in {KEY_VARIABLE}",
+        resumable=True,
+    )
     most_requests: int = option(16, "requests answered at a time; more get HTTP 429", resumable=True)
-    most_bytes: int = option(1_000_000, "longest request body (bytes); longer ones get HTTP 413", resumable=True)
+    most_bytes: int = option(
+        1_000_000, "longest request body (bytes); longer ones get HTTP 413", resumable=True
+    )
 
     def check(self) -> None:
-        if self.serve is not None and not 0 <= self.serve < 2**16 or self.most_requests < 1 or self.most_bytes < 1:
-            raise UserError("--serve must be a port from 0 to 65535, --most-requests and --most-bytes at least 1")
+        if (
+            self.serve is not None
+            and not 0 <= self.serve < 2**16
+            or self.most_requests < 1
+            or self.most_bytes < 1
+        ):
+            raise UserError(
+                "--serve must be a port from 0 to 65535, --most-requests and --most-bytes at least 1"
+            )
         if self.serve is not None and self.host not in LOCAL and not os.environ.get(KEY_VARIABLE):
-            raise UserError(f"--host {self.host} can be reached by others: set a key in {KEY_VARIABLE} that clients must send")
+            raise UserError(
+                f"--host {self.host} can be reached by others: set a key in {KEY_VARIABLE} that clients must send"
+            )
 
 
 @dataclass
@@ -59,12 +78,21 @@ class Answer:
 
     @property
     def usage(self) -> dict[str, int]:
-        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens,
-                "total_tokens": self.prompt_tokens + self.completion_tokens}
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+        }
 
 
 def failure(status: int, message: str) -> dict:
-    return {"error": {"message": message, "type": "invalid_request_error" if status < 500 else "server_error", "code": status}}
+    return {
+        "error": {
+            "message": message,
+            "type": "invalid_request_error" if status < 500 else "server_error",
+            "code": status,
+        }
+    }
 
 
 class RequestError(Exception):
@@ -86,16 +114,27 @@ def read_request(body: bytes) -> tuple[str, dict[str, Any], bool]:
         raise RequestError(400, "messages is empty")
     for name in ("tools", "functions"):
         if request.get(name):
-            raise RequestError(400, f"{name} are not supported here; give them to the student (--student-tools)")
+            raise RequestError(
+                400, f"{name} are not supported here; give them to the student (--student-tools)"
+            )
     if request.get("n") not in (None, 1):
         raise RequestError(400, "n must be 1")
-    options = {"max_tokens": request.get("max_completion_tokens") or request.get("max_tokens"),
-               "temperature": request.get("temperature"), "seed": request.get("seed")}
+    options = {
+        "max_tokens": request.get("max_completion_tokens") or request.get("max_tokens"),
+        "temperature": request.get("temperature"),
+        "seed": request.get("seed"),
+    }
     options = {name: value for name, value in options.items() if value is not None}
     for name, value in options.items():
-        if not isinstance(value, (int, float) if name == "temperature" else int) or isinstance(value, bool) or value < 0:
+        if (
+            not isinstance(value, (int, float) if name == "temperature" else int)
+            or isinstance(value, bool)
+            or value < 0
+        ):
             raise RequestError(400, f"{name} must be a number of at least 0")
-    question = messages[0][1] if len(messages) == 1 else "\n\n".join(f"{role}: {text}" for role, text in messages)
+    question = (
+        messages[0][1] if len(messages) == 1 else "\n\n".join(f"{role}: {text}" for role, text in messages)
+    )
     return question, options, bool(request.get("stream"))
 
 
@@ -107,7 +146,9 @@ def _text(content: Any) -> str:
     return content
 
 
-def serve(config: ServeConfig, answer: Callable[[str, dict[str, Any]], Answer], ready: Callable[[str], None] = print) -> None:
+def serve(
+    config: ServeConfig, answer: Callable[[str, dict[str, Any]], Answer], ready: Callable[[str], None] = print
+) -> None:
     """Serves until SIGINT or SIGTERM. answer(question, options) is called in a thread per request, and may raise anything."""
     key, slots = os.environ.get(KEY_VARIABLE), threading.Semaphore(config.most_requests)
 
@@ -143,14 +184,19 @@ def serve(config: ServeConfig, answer: Callable[[str, dict[str, Any]], Answer], 
         def complete(self) -> None:
             length = self.headers.get("Content-Length", "")
             if not length.isdigit() or int(length) > config.most_bytes:
-                raise RequestError(413 if length.isdigit() else 411, f"the body must have a length of at most {config.most_bytes} bytes")
+                raise RequestError(
+                    413 if length.isdigit() else 411,
+                    f"the body must have a length of at most {config.most_bytes} bytes",
+                )
             body = self.rfile.read(int(length))
             self.check_key()
             if self.path != "/v1/chat/completions":
                 raise RequestError(404, "no such path")
             question, options, is_streamed = read_request(body)
             if not slots.acquire(blocking=False):
-                raise RequestError(429, f"{config.most_requests} requests are being answered; try again later")
+                raise RequestError(
+                    429, f"{config.most_requests} requests are being answered; try again later"
+                )
             try:
                 head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": MODEL}
                 if is_streamed:
@@ -158,7 +204,11 @@ def serve(config: ServeConfig, answer: Callable[[str, dict[str, Any]], Answer], 
                 found = answer(question, options)
             finally:
                 slots.release()
-            choice = {"index": 0, "message": {"role": "assistant", "content": found.text}, "finish_reason": found.finish_reason}
+            choice = {
+                "index": 0,
+                "message": {"role": "assistant", "content": found.text},
+                "finish_reason": found.finish_reason,
+            }
             self.reply(200, {**head, "object": "chat.completion", "choices": [choice], "usage": found.usage})
 
         def stream(self, pieces: Iterator[str]) -> None:
@@ -180,7 +230,9 @@ def serve(config: ServeConfig, answer: Callable[[str, dict[str, Any]], Answer], 
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
-            self.send_header("Connection", "close")  # one request each: an idle connection would hold up the end of the server
+            self.send_header(
+                "Connection", "close"
+            )  # one request each: an idle connection would hold up the end of the server
             self.end_headers()
             self.wfile.write(body)
 

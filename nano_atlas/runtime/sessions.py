@@ -21,7 +21,9 @@ from nano_atlas.errors import UserError
 from nano_atlas.protocol import Messages
 from nano_atlas.seats import EmbeddedSeat, Generation, Question, Reply, Seat
 
-LONGEST_REPLY = 1_000_000  # characters; more is a fault of the agent, and would be copied into prompts and traces
+LONGEST_REPLY = (
+    1_000_000  # characters; more is a fault of the agent, and would be copied into prompts and traces
+)
 Key = TypeVar("Key")
 
 
@@ -42,7 +44,9 @@ class Fault(Exception):
     """What went wrong with one call. It stands in the list of replies, and is raised by a session that cannot go on without."""
 
 
-Script = Generator[list[Call], list[Reply | Fault], Any]  # yields calls, is sent their replies, returns the finished session
+Script = Generator[
+    list[Call], list[Reply | Fault], Any
+]  # yields calls, is sent their replies, returns the finished session
 
 
 def drive(
@@ -82,7 +86,12 @@ def drive(
             yield done
         while queued and len(flying) < workers:
             key, index, call = queued.popleft()
-            flying[_in_thread(ask_one, seats[call.seat], call)] = (key, index, call, time.monotonic() + timeout)
+            flying[_in_thread(ask_one, seats[call.seat], call)] = (
+                key,
+                index,
+                call,
+                time.monotonic() + timeout,
+            )
         if flying:
             next_deadline = min(deadline for *_, deadline in flying.values())
             wait(flying, max(0.0, next_deadline - time.monotonic()), FIRST_COMPLETED)

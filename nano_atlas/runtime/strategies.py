@@ -20,7 +20,9 @@ from dataclasses import dataclass
 
 from nano_atlas.errors import UserError
 
-SPREAD = 1.0  # standard deviation assumed of a single reward; the published reward lies between about -2 and 2
+SPREAD = (
+    1.0  # standard deviation assumed of a single reward; the published reward lies between about -2 and 2
+)
 
 
 @dataclass
@@ -70,7 +72,9 @@ class Strategies:
         records = self._records.get(learning_key, {})
         count = sum(record.count for record in records.values())
         total = sum(record.total for record in records.values())
-        by_strategy = {name: {"count": rec.count, "average_score": rec.mean} for name, rec in sorted(records.items())}
+        by_strategy = {
+            name: {"count": rec.count, "average_score": rec.mean} for name, rec in sorted(records.items())
+        }
         return {"count": count, "average_score": total / count if count else None, "strategies": by_strategy}
 
     def _record(self, learning_key: str, strategy: str) -> Record:

@@ -93,36 +93,73 @@ def session_outcome(session: Session, review: str, prices: dict[str, tuple[float
     for event in session.events:
         written[event["actor"]] += event["tokens"]
         read[event["actor"]] += event.get("prompt_tokens", 0)
-    cost = sum(prices[a][0] * read[a] + prices[a][1] * written[a] for a in written if a in prices) / 1e6 if prices else None
+    cost = (
+        sum(prices[a][0] * read[a] + prices[a][1] * written[a] for a in written if a in prices) / 1e6
+        if prices
+        else None
+    )
     return Outcome(
-        session_id=session.id, learning_key=session.learning_key, lane=session.lane, strategy=session.style,
-        status="failed" if session.fault else "succeeded", review=review, created_at=session.created_at,
-        returned_attempt=session.trials[session.chosen].kind if session.trials else "", reward=session.reward, baseline=score,
-        guided=guided, returned=session.trials[session.chosen].verdict.score if session.trials else None,
-        disagreement=max((trial.verdict.deviation for trial in session.trials), default=0.0), audited_gain=session.audited_gain,
-        scored_by=alone.verdict.by if alone else "", is_leak=session.is_leak, is_malformed=session.is_malformed,
-        is_truncated=any(event.get("is_truncated", False) for event in session.events), tokens=dict(written),
-        prompt_tokens=dict(read), cost=cost, matched=session.matched, skills=session.skills, learned=session.learned,
+        session_id=session.id,
+        learning_key=session.learning_key,
+        lane=session.lane,
+        strategy=session.style,
+        status="failed" if session.fault else "succeeded",
+        review=review,
+        created_at=session.created_at,
+        returned_attempt=session.trials[session.chosen].kind if session.trials else "",
+        reward=session.reward,
+        baseline=score,
+        guided=guided,
+        returned=session.trials[session.chosen].verdict.score if session.trials else None,
+        disagreement=max((trial.verdict.deviation for trial in session.trials), default=0.0),
+        audited_gain=session.audited_gain,
+        scored_by=alone.verdict.by if alone else "",
+        is_leak=session.is_leak,
+        is_malformed=session.is_malformed,
+        is_truncated=any(event.get("is_truncated", False) for event in session.events),
+        tokens=dict(written),
+        prompt_tokens=dict(read),
+        cost=cost,
+        matched=session.matched,
+        skills=session.skills,
+        learned=session.learned,
     )
 
 
-def trace_of(session: Session, outcome: Outcome, metadata: Trace, learning_history: Trace, drift: Trace | None = None) -> Trace:
+def trace_of(
+    session: Session, outcome: Outcome, metadata: Trace, learning_history: Trace, drift: Trace | None = None
+) -> Trace:
     """The record of a session. metadata: what else session_metadata should hold; learning_history: as of the choice of strategy."""
     task, trials = session.task, session.trials
     chosen = trials[session.chosen] if trials else None
     final_answer = "" if chosen is None else chosen.text if chosen.answer is None else chosen.answer
     reward = _reward(session, chosen)
     plan = session.plan or [{"id": 1, "description": session.approach, "depends_on": []}]
-    steps = [_executed(step) for step in session.steps] or [{
-        "step_id": 1, "description": session.approach, "trace": chosen.text if chosen else "", "output": final_answer, "reward": reward,
-        "validation": {"valid": chosen.verdict.is_valid if chosen else None,
-                       "guidance": session.teachings[-1] if session.teachings else None},
-        "attempts": len(trials), "guidance": session.teachings, "depends_on": [], "metadata": {},
-    }]
+    steps = [_executed(step) for step in session.steps] or [
+        {
+            "step_id": 1,
+            "description": session.approach,
+            "trace": chosen.text if chosen else "",
+            "output": final_answer,
+            "reward": reward,
+            "validation": {
+                "valid": chosen.verdict.is_valid if chosen else None,
+                "guidance": session.teachings[-1] if session.teachings else None,
+            },
+            "attempts": len(trials),
+            "guidance": session.teachings,
+            "depends_on": [],
+            "metadata": {},
+        }
+    ]
     steps[0]["metadata"]["attempt_history"] = [_attempt(trial) for trial in trials]
     mode = "stepwise" if session.steps else "single_shot"
-    usage = {"prompt_tokens": sum(outcome.prompt_tokens.values()), "completion_tokens": sum(outcome.tokens.values()),
-             "calls": len(session.events), "cost": outcome.cost}
+    usage = {
+        "prompt_tokens": sum(outcome.prompt_tokens.values()),
+        "completion_tokens": sum(outcome.tokens.values()),
+        "calls": len(session.events),
+        "cost": outcome.cost,
+    }
     usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
     choice = {"mode": session.lane, "confidence": session.choice.get("confidence")}
     return {
@@ -130,33 +167,65 @@ def trace_of(session: Session, outcome: Outcome, metadata: Trace, learning_histo
         "task": task.question,
         "ground_truth": task.answer,
         "final_answer": final_answer,
-        "plan": {"steps": [{"tool": None, "tool_params": None, **step} for step in plan], "execution_mode": mode},
+        "plan": {
+            "steps": [{"tool": None, "tool_params": None, **step} for step in plan],
+            "execution_mode": mode,
+        },
         "steps": steps,
         "session_metadata": {
-            "session_id": session.id, "task_id": task.id, "domain": task.domain, "learning_key": session.learning_key,
-            "status": outcome.status, "created_at": session.created_at, **metadata, "token_usage": usage,
-            "ground_truth": task.answer, "drift": drift, "error": session.fault,
+            "session_id": session.id,
+            "task_id": task.id,
+            "domain": task.domain,
+            "learning_key": session.learning_key,
+            "status": outcome.status,
+            "created_at": session.created_at,
+            **metadata,
+            "token_usage": usage,
+            "ground_truth": task.answer,
+            "drift": drift,
+            "error": session.fault,
         },
         "session_reward": reward if session.reward is not None else None,
-        "trajectory_events": [*session.events, {"event": "return", "actor": "runtime", "attempt": outcome.returned_attempt}],
+        "trajectory_events": [
+            *session.events,
+            {"event": "return", "actor": "runtime", "attempt": outcome.returned_attempt},
+        ],
         "student_learning": None,
         "teacher_learning": "\n".join(session.advice) or None,
         "learning_history": learning_history,
-        "adaptive_summary": {"adaptive_mode": session.lane, "mode_history": [choice], "confidence": choice["confidence"],
-                             "probe": session.choice, "strategy": session.style, "returned": outcome.returned_attempt},
+        "adaptive_summary": {
+            "adaptive_mode": session.lane,
+            "mode_history": [choice],
+            "confidence": choice["confidence"],
+            "probe": session.choice,
+            "strategy": session.style,
+            "returned": outcome.returned_attempt,
+        },
         "execution_mode": mode,
         "learning_key": session.learning_key,
         "review_status": outcome.review,
         "reward_stats": {"score": session.reward, "score_stddev": outcome.disagreement},
-        "reward_summary": {"score": session.reward, "baseline": outcome.baseline, "guided": outcome.guided,
-                           "returned": outcome.returned, "gain": outcome.gain},
+        "reward_summary": {
+            "score": session.reward,
+            "baseline": outcome.baseline,
+            "guided": outcome.guided,
+            "returned": outcome.returned,
+            "gain": outcome.gain,
+        },
     }
 
 
 def _attempt(trial: Trial) -> Trace:
-    return {"kind": trial.kind, "text": trial.text, "answer": trial.answer, "score": trial.verdict.score,
-            "is_valid": trial.verdict.is_valid, "rationale": trial.verdict.rationale, "tokens": trial.tokens,
-            "is_truncated": trial.is_truncated}
+    return {
+        "kind": trial.kind,
+        "text": trial.text,
+        "answer": trial.answer,
+        "score": trial.verdict.score,
+        "is_valid": trial.verdict.is_valid,
+        "rationale": trial.verdict.rationale,
+        "tokens": trial.tokens,
+        "is_truncated": trial.is_truncated,
+    }
 
 
 def _breakdown(verdict: Verdict) -> list[Trace]:
@@ -169,22 +238,42 @@ def _breakdown(verdict: Verdict) -> list[Trace]:
 def _reward(session: Session, chosen: Trial | None) -> Trace:
     shown = session.helped or chosen
     if session.reward is None:
-        reason = session.fault or ("the lane has no teacher" if session.lane == "auto" else shown.verdict.rationale)
-        return {"score": None, "judges": _breakdown(shown.verdict) if shown else [], "rationale": f"no reward: {reason}", "raw": {}}
+        reason = session.fault or (
+            "the lane has no teacher" if session.lane == "auto" else shown.verdict.rationale
+        )
+        return {
+            "score": None,
+            "judges": _breakdown(shown.verdict) if shown else [],
+            "rationale": f"no reward: {reason}",
+            "raw": {},
+        }
     alone = session.trials[0].verdict.score
     told = "" if session.teachings else "; no <teaching> tag, so the student got nothing"
     leak = "; the teaching contains the answer" if session.is_leak else ""
     helped = session.helped.verdict.score if session.helped else alone
-    return {"score": session.reward, "judges": _breakdown(shown.verdict), "raw": {"alone": alone, "with_help": helped},
-            "rationale": f"score {alone:.3g} alone, {helped:.3g} with help{told}{leak}"}
+    return {
+        "score": session.reward,
+        "judges": _breakdown(shown.verdict),
+        "raw": {"alone": alone, "with_help": helped},
+        "rationale": f"score {alone:.3g} alone, {helped:.3g} with help{told}{leak}",
+    }
 
 
 def _executed(step: Trace) -> Trace:
     verdict: Verdict = step["verdict"]
     reward = {"score": verdict.score, "judges": verdict.judges, "rationale": verdict.rationale, "raw": {}}
-    return {"step_id": step["id"], "description": step["description"], "trace": step["output"], "output": step["output"],
-            "reward": reward, "validation": {"valid": verdict.is_valid, "guidance": verdict.guidance or None},
-            "attempts": step["attempts"], "guidance": step["guidance"], "depends_on": step["depends_on"], "metadata": {}}
+    return {
+        "step_id": step["id"],
+        "description": step["description"],
+        "trace": step["output"],
+        "output": step["output"],
+        "reward": reward,
+        "validation": {"valid": verdict.is_valid, "guidance": verdict.guidance or None},
+        "attempts": step["attempts"],
+        "guidance": step["guidance"],
+        "depends_on": step["depends_on"],
+        "metadata": {},
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -196,7 +285,9 @@ def read_head(line: bytes, where: str) -> Head:
     if end < 0:
         return _foreign_head(parse_trace(line, where), where)
     try:
-        head, _ = DECODER.raw_decode(line[:end].decode() + "}")  # json.loads would look for the encoding first
+        head, _ = DECODER.raw_decode(
+            line[:end].decode() + "}"
+        )  # json.loads would look for the encoding first
         return Head(Outcome(**head["outcome"]), head["task"], head["ground_truth"])
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{where}: not a trace of this runtime ({error})") from None
@@ -204,12 +295,20 @@ def read_head(line: bytes, where: str) -> Head:
 
 def _foreign_head(trace: Trace, where: str) -> Head:
     """In files of atlas-sdk the ground truth, where somebody put one, is in the metadata."""
-    metadata, stats, reward = trace.get("session_metadata") or {}, trace.get("reward_stats") or {}, trace.get("session_reward")
+    metadata, stats, reward = (
+        trace.get("session_metadata") or {},
+        trace.get("reward_stats") or {},
+        trace.get("session_reward"),
+    )
     outcome = Outcome(
-        session_id=str(metadata.get("session_id") or where), learning_key=str(metadata.get("learning_key") or ""),
-        lane=str((trace.get("adaptive_summary") or {}).get("adaptive_mode") or ""), created_at=str(metadata.get("created_at") or ""),
-        status=str(metadata.get("status") or "succeeded"), review=str(trace.get("review_status") or "approved"),
-        reward=reward.get("score") if isinstance(reward, dict) else reward, disagreement=float(stats.get("score_stddev") or 0.0),
+        session_id=str(metadata.get("session_id") or where),
+        learning_key=str(metadata.get("learning_key") or ""),
+        lane=str((trace.get("adaptive_summary") or {}).get("adaptive_mode") or ""),
+        created_at=str(metadata.get("created_at") or ""),
+        status=str(metadata.get("status") or "succeeded"),
+        review=str(trace.get("review_status") or "approved"),
+        reward=reward.get("score") if isinstance(reward, dict) else reward,
+        disagreement=float(stats.get("score_stddev") or 0.0),
     )
     places = (trace.get("ground_truth"), metadata.get("ground_truth"))
     return Head(outcome, trace["task"], next((value for value in places if value is not None), None))
@@ -222,7 +321,9 @@ def parse_trace(line: bytes, where: str) -> Trace:
     except ValueError as error:  # includes UnicodeDecodeError
         raise UserError(f"{where}: not JSON ({error})") from None
     if not isinstance(trace, dict) or not isinstance(trace.get("task"), str):
-        raise UserError(f"{where}: not a session trace; it must be an object whose field 'task' holds the question")
+        raise UserError(
+            f"{where}: not a session trace; it must be an object whose field 'task' holds the question"
+        )
     return trace
 
 
@@ -240,7 +341,9 @@ class TraceWriter(Journal):
         if self.path.stat().st_size:
             for number, line in read_lines(self.path):
                 if BODY not in line:
-                    raise UserError(f"{self.path}:{number}: not a trace of this runtime; choose another --out, or use --restart")
+                    raise UserError(
+                        f"{self.path}:{number}: not a trace of this runtime; choose another --out, or use --restart"
+                    )
                 yield read_head(line, f"{self.path}:{number}").outcome
 
 
@@ -248,9 +351,15 @@ class TraceWriter(Journal):
 class Selection:
     """Which traces are worth training on. One without the number in question is left out: nobody knows whether it qualifies."""
 
-    min_reward: float | None = option(None, "least session reward of a selected trace", group="selection of traces, for --export")
-    min_gain: float | None = option(None, "least gain, score with help minus alone (-1 to 1), of a selected trace")
-    min_signal: float | None = option(None, "least |gain|, or disagreement of judges: something changed, or nobody is sure")
+    min_reward: float | None = option(
+        None, "least session reward of a selected trace", group="selection of traces, for --export"
+    )
+    min_gain: float | None = option(
+        None, "least gain, score with help minus alone (-1 to 1), of a selected trace"
+    )
+    min_signal: float | None = option(
+        None, "least |gain|, or disagreement of judges: something changed, or nobody is sure"
+    )
     only_lane: tuple[str, ...] = option((), "only traces of these lanes")
     only_key: tuple[str, ...] = option((), "only traces with these learning keys (domains)")
     since: str | None = option(None, "only sessions begun at or after this ISO 8601 date or time, UTC")
@@ -262,12 +371,16 @@ class Selection:
             try:
                 datetime.fromisoformat(getattr(self, name) or "2000-01-01")
             except ValueError:
-                raise UserError(f"--{name} {getattr(self, name)}: not a date or time such as 2026-01-31 or 2026-01-31T12:00") from None
+                raise UserError(
+                    f"--{name} {getattr(self, name)}: not a date or time such as 2026-01-31 or 2026-01-31T12:00"
+                ) from None
 
     def takes(self, outcome: Outcome, review_status: str | None = None) -> bool:
         """review_status: where it has changed since the session was recorded."""
         gain = outcome.gain
-        signal = None if gain is None and not outcome.disagreement else max(abs(gain or 0.0), outcome.disagreement)
+        signal = (
+            None if gain is None and not outcome.disagreement else max(abs(gain or 0.0), outcome.disagreement)
+        )
         bounds = ((outcome.reward, self.min_reward), (gain, self.min_gain), (signal, self.min_signal))
         return (
             outcome.status == "succeeded"
@@ -284,7 +397,9 @@ class Selection:
         return all(getattr(config, f.name) == f.default for f in fields(cls))
 
 
-def problems_from_traces(path: Path | str, selection: Selection = Selection()) -> tuple[list[Problem], Counter[str]]:
+def problems_from_traces(
+    path: Path | str, selection: Selection = Selection()
+) -> tuple[list[Problem], Counter[str]]:
     """Training problems from traces (task -> question, ground truth -> answer); also counts, by reason, the traces left out.
 
     A question that comes back with the same ground truth (exports of several runs) becomes one problem. Raises UserError if no
@@ -303,5 +418,7 @@ def problems_from_traces(path: Path | str, selection: Selection = Selection()) -
         else:
             problems[task, str(gold)] = Problem(outcome.session_id, task, str(gold), outcome.learning_key)
     if not problems:
-        raise UserError(f"{path}: no trace here makes a training problem ({dict(left_out)}); one must have a ground truth")
+        raise UserError(
+            f"{path}: no trace here makes a training problem ({dict(left_out)}); one must have a ground truth"
+        )
     return list(problems.values()), left_out

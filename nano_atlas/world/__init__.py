@@ -26,7 +26,9 @@ from nano_atlas.data import Problem, derive_seed
 from nano_atlas.seats import Generation, Question, Seat
 
 STUDENT = Path(__file__).parent / "student"  # its checkpoint
-STUDENT_DIGEST = "5540937fe265d7febad244670d293afc651e31069c94e9c740f30b1b54257ddf"  # files.checkpoint_digest of it
+STUDENT_DIGEST = (
+    "5540937fe265d7febad244670d293afc651e31069c94e9c740f30b1b54257ddf"  # files.checkpoint_digest of it
+)
 
 FACTS = 8  # lines per problem; those off the path from the given value to the question are distractors
 GIVEN = 3  # lines with a value, of which one is where the path starts
@@ -47,32 +49,38 @@ DOMAINS = {
     for domain in (
         Domain(
             name="math",
-            things=tuple((
-                "Abe Ada Amy Ann Ben Bob Cal Dan Dee Eli Eva Eve Fay Gus Guy Hal Ian Ida Ira Ivy Jan Jim Joe Kay Ken "
-                "Kim Leo Liz Lou Mac Mia Ned Pam Pat Ray Roy Sal Sue Tom Zoe"
-            ).split()),
+            things=tuple(
+                (
+                    "Abe Ada Amy Ann Ben Bob Cal Dan Dee Eli Eva Eve Fay Gus Guy Hal Ian Ida Ira Ivy Jan Jim Joe Kay Ken "
+                    "Kim Leo Liz Lou Mac Mia Ned Pam Pat Ray Roy Sal Sue Tom Zoe"
+                ).split()
+            ),
             scale=tuple(str(value) for value in range(1, 31)),
             longest_shift=4,
             question="What number is {thing}?",
         ),
         Domain(
             name="telecom",
-            things=tuple((
-                "Adapter Antenna Beacon Bridge Cable Camera Charger Console Data Dial Dns Dongle Fiber Filter Fuse "
-                "Gateway Handset Hotspot Hub Intercom Mast Mms Modem Pager Phone Port Printer Proxy Relay Repeater "
-                "Roaming Router Sensor Server Sim Splitter Switch Tower Voice Wifi"
-            ).split()),
+            things=tuple(
+                (
+                    "Adapter Antenna Beacon Bridge Cable Camera Charger Console Data Dial Dns Dongle Fiber Filter Fuse "
+                    "Gateway Handset Hotspot Hub Intercom Mast Mms Modem Pager Phone Port Printer Proxy Relay Repeater "
+                    "Roaming Router Sensor Server Sim Splitter Switch Tower Voice Wifi"
+                ).split()
+            ),
             scale=tuple("off dead faint weak fair good strong great perfect".split()),
             longest_shift=2,
             question="In what state is {thing}?",
         ),
         Domain(
             name="crm",
-            things=tuple((
-                "Addon Appeal Audit Bid Bonus Bundle Claim Contract Credit Deal Demo Discount Exchange Export Fee "
-                "Grant Import Invoice Lease License Loan Merge Offer Order Patch Permit Pilot Pledge Quote Rebate "
-                "Refund Renewal Return Reward Sample Tender Transfer Trial Upgrade Waiver"
-            ).split()),
+            things=tuple(
+                (
+                    "Addon Appeal Audit Bid Bonus Bundle Claim Contract Credit Deal Demo Discount Exchange Export Fee "
+                    "Grant Import Invoice Lease License Loan Merge Offer Order Patch Permit Pilot Pledge Quote Rebate "
+                    "Refund Renewal Return Reward Sample Tender Transfer Trial Upgrade Waiver"
+                ).split()
+            ),
             scale=tuple("trainee clerk agent senior lead manager director officer board".split()),
             longest_shift=2,
             question="Who signs {thing}?",
@@ -98,7 +106,9 @@ def make_task(domain: Domain, rng: random.Random, chain_length: int, facts_count
     chain, others = things[:chain_length], things[chain_length:]
     sources: dict[str, str | None] = {chain[0]: None, **dict(zip(chain[1:], chain))}
     for index, thing in enumerate(others):
-        sources[thing] = rng.choice(list(sources)) if index >= GIVEN - 1 else None  # the first ones are other places to start
+        sources[thing] = (
+            rng.choice(list(sources)) if index >= GIVEN - 1 else None
+        )  # the first ones are other places to start
     top = len(domain.scale) - 1
     shift = rng.randint(1, max(1, min(domain.longest_shift, top // max(1, chain_length - 1))))
     shift *= rng.choice((-1, 1))
@@ -113,7 +123,9 @@ def make_task(domain: Domain, rng: random.Random, chain_length: int, facts_count
         worked.append(f"{facts[thing]} {domain.scale[level]} {shift:+d} = {domain.scale[level + shift]}")
         level += shift
     order = rng.sample(things, len(things))
-    listed = [thing for thing in order if thing != chain[-1]] + [chain[-1]]  # what is asked for last, where it is easy to read
+    listed = [thing for thing in order if thing != chain[-1]] + [
+        chain[-1]
+    ]  # what is asked for last, where it is easy to read
     rule = f"Each is the one it names {shift:+d}. {domain.question.format(thing=chain[-1])}"
     return Task(
         domain=domain.name,

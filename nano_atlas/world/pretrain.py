@@ -28,7 +28,16 @@ from tqdm import tqdm
 
 from nano_atlas import protocol
 from nano_atlas.checkpoint import is_checkpoint, load_model, save_model
-from nano_atlas.data import Batch, Example, collate, count_targets, make_examples, pack, shuffle_epoch, steps_per_epoch
+from nano_atlas.data import (
+    Batch,
+    Example,
+    collate,
+    count_targets,
+    make_examples,
+    pack,
+    shuffle_epoch,
+    steps_per_epoch,
+)
 from nano_atlas.errors import UserError
 from nano_atlas.files import read_json, write_json
 from nano_atlas.loss import batch_loss
@@ -90,7 +99,10 @@ def base_corpus(count: int, seed: object, hints: float = HINTS) -> Iterator[dict
             walk = "\n".join(task.facts[thing] for thing in reversed(task.chain))
             messages, reply = protocol.user_turn(f"{walk}\n\nIn which order?"), plan(task.chain)
             if kind < 0.13:
-                messages, reply = protocol.user_turn(f"{walk}\n\nThink, then teach."), protocol.teacher_target(walk, reply)
+                messages, reply = (
+                    protocol.user_turn(f"{walk}\n\nThink, then teach."),
+                    protocol.teacher_target(walk, reply),
+                )
         elif kind < 0.38:
             messages, reply = protocol.baseline_messages(task.question), task.solution
         elif kind < 0.43:
@@ -128,15 +140,25 @@ def make_tokenizer(vocab_size: int = 1200) -> Tokenizer:
     texts = [message["content"] for chat in base_corpus(6000, "tokenizer") for message in chat["messages"]]
     sample = tasks("math", 300, "tokenizer")
     demonstrations = [
-        demonstration(task, plan(task.chain), style, is_thorough=True) for task in sample for style in protocol.TEACHING_STYLES
+        demonstration(task, plan(task.chain), style, is_thorough=True)
+        for task in sample
+        for style in protocol.TEACHING_STYLES
     ]
     for d in demonstrations:
-        texts += [m["content"] for m in protocol.teacher_messages(d["problem_text"], d["student_approach"], d["strategy"])]
+        texts += [
+            m["content"]
+            for m in protocol.teacher_messages(d["problem_text"], d["student_approach"], d["strategy"])
+        ]
         texts.append(d["teacher_diagnosis"] + "\n" + d["teacher_teaching"])
     backend = tokenizers.Tokenizer(models.BPE())
-    words = tokenizers.Regex(r"\w+:| [+-]\d+| ?\w+| ?[^\s\w]+|\s")  # a line's label and a rule's step are words of their own
+    words = tokenizers.Regex(
+        r"\w+:| [+-]\d+| ?\w+| ?[^\s\w]+|\s"
+    )  # a line's label and a rule's step are words of their own
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(words, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -163,7 +185,10 @@ def newborn_student(vocab_size: int, seed: int) -> Transformer:
     model = Transformer(student_config(vocab_size)).initialize(seed)
     attention, embedding = model.model.layers[0].self_attn, model.model.embed_tokens.weight
     embedding[:, 0] = embedding.std() * model.config.hidden_size**0.5
-    pairs, half = 2, model.config.head_dim // 2  # the fastest pairs, whose products fall off within a few positions
+    pairs, half = (
+        2,
+        model.config.head_dim // 2,
+    )  # the fastest pairs, whose products fall off within a few positions
     turn = rope_inverse_frequencies(model.config)[:pairs]
     for weight, angle in ((attention.q_proj.weight, torch.zeros(pairs)), (attention.k_proj.weight, turn)):
         weight[: model.config.head_dim] *= 0.1
@@ -210,7 +235,9 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized (Jordan et al. 2024, kellerjordan.github.io/posts/muon): from random weights it needs a third of the
     tokens that AdamW does. Like torch.optim.Muon, but in float32 and all matrices of one shape at once, which is 3 times as fast."""
 
-    def __init__(self, params: list[Tensor], lr: float = 0.0, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(
+        self, params: list[Tensor], lr: float = 0.0, momentum: float = 0.95, weight_decay: float = 0.0
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -235,8 +262,18 @@ def micro_batches(examples: Sequence[Example]) -> list[Batch]:
     return [collate([examples[i] for i in group]) for group in pack(lengths, TOKENS_PER_STEP)]
 
 
-def learn(model: Transformer, learned: list[Example], held_out: list[Example], *, name: str, epochs: int, seed: int, schedule: str,
-          eval_every: int, success: float | None) -> float:
+def learn(
+    model: Transformer,
+    learned: list[Example],
+    held_out: list[Example],
+    *,
+    name: str,
+    epochs: int,
+    seed: int,
+    schedule: str,
+    eval_every: int,
+    success: float | None,
+) -> float:
     """Train in place for `epochs`, or until the loss on `held_out` is at most `success`; returns that loss (nats per token)."""
     matrices = [p for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim == 1]
@@ -266,7 +303,9 @@ def learn(model: Transformer, learned: list[Example], held_out: list[Example], *
             if (step + 1) % eval_every == 0 or step + 1 == epochs * epoch_steps:
                 total = count_targets(held_out)
                 with torch.no_grad():
-                    loss_held_out = sum(batch_loss(model, batch, total).item() for batch in micro_batches(held_out))
+                    loss_held_out = sum(
+                        batch_loss(model, batch, total).item() for batch in micro_batches(held_out)
+                    )
                 progress.set_postfix_str(f"held-out loss {loss_held_out:.3f}")
                 if success is not None and loss_held_out <= success:
                     break
@@ -280,7 +319,9 @@ def pretrain(out: Path, seed: int, texts: dict[str, int], hints: float = HINTS) 
     """
     options = {"seed": seed, "texts": texts, "hints": hints}
     if read_json(out / "options.json") not in ({}, options):
-        raise UserError(f"{out} holds lessons of other options ({out / 'options.json'}); choose another --out, or delete it")
+        raise UserError(
+            f"{out} holds lessons of other options ({out / 'options.json'}); choose another --out, or delete it"
+        )
     write_json(out / "options.json", options)
     if is_checkpoint(out / "reader"):
         tokenizer = Tokenizer.from_directory(out / "reader")
@@ -298,8 +339,17 @@ def pretrain(out: Path, seed: int, texts: dict[str, int], hints: float = HINTS) 
         if name == "reader":
             learned, held_out = learned[len(learned) // 100 :], learned[: len(learned) // 100]
         lesson = LESSONS[name]
-        loss = learn(model, learned, held_out, name=name, seed=seed, epochs=lesson.epochs, schedule=lesson.schedule,
-                     eval_every=lesson.eval_every, success=lesson.success)
+        loss = learn(
+            model,
+            learned,
+            held_out,
+            name=name,
+            seed=seed,
+            epochs=lesson.epochs,
+            schedule=lesson.schedule,
+            eval_every=lesson.eval_every,
+            success=lesson.success,
+        )
         save_model(out / name, model, tokenizer)
         print(f"{out / name}: held-out loss {loss:.3f}", flush=True)
     save_model(out / "shipped", model, tokenizer, dtype=torch.float16)
@@ -325,33 +375,72 @@ def measure(student: Seat, count: int, seed: object = "measure") -> dict[str, di
             "whole plan": lambda i: plan(generated[i].chain),
             "another's plan": lambda i: plan(generated[i - 1].chain),
         }
-        right = is_right(student, [(task, told(i)) for told in kinds.values() for i, task in enumerate(generated)])
-        table[domain] = {kind: sum(right[k * count : (k + 1) * count]) / count for k, kind in enumerate(kinds)}
+        right = is_right(
+            student, [(task, told(i)) for told in kinds.values() for i, task in enumerate(generated)]
+        )
+        table[domain] = {
+            kind: sum(right[k * count : (k + 1) * count]) / count for k, kind in enumerate(kinds)
+        }
     return table
 
 
 def is_right(student: Seat, taught: Sequence[tuple[Task, str | None]]) -> list[bool]:
     """Whether it solves each task with what it is told (None: nothing). Greedy."""
-    replies = student.ask([Question(protocol.guided_messages(task.question, told), Generation(120, 0.0), 0) for task, told in taught])
-    return [protocol.is_correct(protocol.extract_answer(reply.text), task.answer) for (reply,), (task, _) in zip(replies, taught)]
+    replies = student.ask(
+        [
+            Question(protocol.guided_messages(task.question, told), Generation(120, 0.0), 0)
+            for task, told in taught
+        ]
+    )
+    return [
+        protocol.is_correct(protocol.extract_answer(reply.text), task.answer)
+        for (reply,), (task, _) in zip(replies, taught)
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="where the lessons' checkpoints go (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=4, help="of the first weights and of all texts (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/pretrain"),
+        help="where the lessons' checkpoints go (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=4, help="of the first weights and of all texts (default: %(default)s)"
+    )
     for name, lesson in LESSONS.items():
-        parser.add_argument(f"--{name}-texts", type=int, default=lesson.texts, metavar="N", help="texts of this lesson (default: %(default)s)")
-    parser.add_argument("--hints", type=float, default=HINTS, help="share of the texts with the beginning of a plan (default: %(default)s)")
-    parser.add_argument("--measure", type=Path, nargs="+", metavar="DIR", help="train nothing, measure these checkpoints")
-    parser.add_argument("--tasks", type=int, default=500, help="problems per domain and measure (default: %(default)s)")
+        parser.add_argument(
+            f"--{name}-texts",
+            type=int,
+            default=lesson.texts,
+            metavar="N",
+            help="texts of this lesson (default: %(default)s)",
+        )
+    parser.add_argument(
+        "--hints",
+        type=float,
+        default=HINTS,
+        help="share of the texts with the beginning of a plan (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--measure", type=Path, nargs="+", metavar="DIR", help="train nothing, measure these checkpoints"
+    )
+    parser.add_argument(
+        "--tasks", type=int, default=500, help="problems per domain and measure (default: %(default)s)"
+    )
     options = parser.parse_args(argv)
     texts = {name: getattr(options, f"{name}_texts") for name in LESSONS}
     students = options.measure or [pretrain(options.out, options.seed, texts, options.hints)]
     for path in students:
         print(path)
         for domain, row in measure(open_seat(str(path)), options.tasks).items():
-            print(f"  {domain:8}" + "".join(f"   {kind} {100 * share:5.1f}" for kind, share in row.items()), flush=True)
+            print(
+                f"  {domain:8}" + "".join(f"   {kind} {100 * share:5.1f}" for kind, share in row.items()),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
