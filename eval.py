@@ -7,7 +7,7 @@
     python eval.py --preset own --bench crmarena --data b2b.jsonl ... # needs Salesforce credentials, see nano_atlas/benches/crmarena.py
     python eval.py --bench tau2 --student URL --teacher URL ...       # dialogues, see `eval.py --bench tau2 --help`
     python eval.py --tables --out runs/gsm8k                          # the tables again, without any model
-    python -m nano_atlas.benches.claims runs/*/results.json                   # what was published, beside what was measured here
+    python -m benchmarks.claims runs/*/results.json                   # what was published, beside what was measured here
 
 Every arm answers the same tasks in the same answer format, so arms are compared in pairs:
 
@@ -59,7 +59,7 @@ from nano_atlas.benches.results import STUDENT, TaskLog, TaskResult, read_result
 from nano_atlas.benches.scores import Report, summary, tables
 from nano_atlas.config import Preset, option, parse, run_script
 from nano_atlas.data import Problem, derive_seed, load_problems
-from nano_atlas.episodes import (
+from nano_atlas.episode import (
     Draft,
     Episode,
     Sketch,
@@ -73,8 +73,8 @@ from nano_atlas.episodes import (
     teaching_questions,
 )
 from nano_atlas.errors import UserError
-from nano_atlas.files import digest
 from nano_atlas.reward import RewardConfig
+from nano_atlas.runs import digest
 from nano_atlas.runtime.deploy import evaluation_options, with_deployment
 from nano_atlas.seats import Generation, Question, Reply, Seat
 

@@ -42,8 +42,7 @@ from nano_atlas.checkpoint import is_checkpoint
 from nano_atlas.config import Preset, option, parse, refuse_changes, run_script, to_json
 from nano_atlas.data import Problem, derive_seed, load_problems
 from nano_atlas.errors import UserError
-from nano_atlas.files import checkpoint_digest, read_json, write_json
-from nano_atlas.metrics import RunLog
+from nano_atlas.runs import RunLog, checkpoint_digest, read_json, write_json
 from nano_atlas.runtime.agents import open_agent
 from nano_atlas.runtime.deploy import with_deployment
 from nano_atlas.runtime.experience import Experience, ExperienceConfig, new_session, now, record

@@ -21,7 +21,7 @@ by the deviation of its group, which would make the smallest term of the reward 
 KL anchor is the SFT checkpoint unless --reference-mixing says otherwise. In one process models may sit on different GPUs; under
 torchrun each rank shards the policy and has the frozen models, and a copy to sample from, to itself.
 
-Who samples is chosen in nano_atlas/rollout/layout.py, or with --rollout: this process, or vLLM servers that get the weights after each
+Who samples is chosen in nano_atlas/layout.py, or with --rollout: this process, or vLLM servers that get the weights after each
 update. With --overlap they sample step t + 1 while step t trains, from weights that are one update old; importance weights correct
 for that. The state holds those samples, so a continued run trains on the very same ones.
 """
@@ -40,14 +40,15 @@ from statistics import stdev
 
 from tqdm import tqdm
 
+from benchmarks.memory import needs
 from nano_atlas import distributed, protocol, world
+from nano_atlas.batching import Batch, Sample, UpdateConfig, mix_reference, update, usable
 from nano_atlas.checkpoint import save_model
 from nano_atlas.config import Preset, option, parse, refuse_changes, run_script, to_json
 from nano_atlas.data import Problem, derive_seed, load_problems
-from nano_atlas.episodes import Episode, attempt, episode_record, sketch_problems, teach, teaching_metrics
+from nano_atlas.episode import Episode, attempt, episode_record, sketch_problems, teach, teaching_metrics
 from nano_atlas.errors import UserError
-from nano_atlas.files import read_json, write_json
-from nano_atlas.metrics import RunLog
+from nano_atlas.layout import LayoutConfig, choose_layout, load, open_policy, open_student
 from nano_atlas.optim import (
     SCHEDULES,
     MasterAdamW,
@@ -56,10 +57,8 @@ from nano_atlas.optim import (
     load_training_state,
     save_training_state,
 )
-from nano_atlas.policy import Batch, Sample, UpdateConfig, mix_reference, update, usable
 from nano_atlas.reward import RewardConfig, step_advantages
-from nano_atlas.rollout.layout import LayoutConfig, choose_layout, load, open_policy, open_student
-from nano_atlas.rollout.memory import needs
+from nano_atlas.runs import RunLog, read_json, write_json
 from nano_atlas.runtime.traces import problems_from_traces
 from nano_atlas.seats import Generation, Question, Seat, TokenSeat
 from nano_atlas.tokenizer import Tokenizer

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from benchmarks.memory import needs
 from nano_atlas import distributed, world
 from nano_atlas.checkpoint import is_checkpoint, load_model, save_model
 from nano_atlas.config import Preset, option, parse, refuse_changes, run_script, to_json
@@ -42,9 +43,7 @@ from nano_atlas.data import (
     write_jsonl,
 )
 from nano_atlas.errors import UserError
-from nano_atlas.files import checkpoint_digest, files_digest, read_json, write_json
 from nano_atlas.loss import batch_loss
-from nano_atlas.metrics import RunLog
 from nano_atlas.model import PackedAttention, Transformer
 from nano_atlas.optim import (
     SCHEDULES,
@@ -54,7 +53,7 @@ from nano_atlas.optim import (
     load_training_state,
     save_training_state,
 )
-from nano_atlas.rollout.memory import needs
+from nano_atlas.runs import RunLog, checkpoint_digest, files_digest, read_json, write_json
 from nano_atlas.seats import open_seat
 from nano_atlas.tokenizer import Tokenizer
 

@@ -31,13 +31,12 @@ from tqdm import tqdm
 
 import train_grpo
 import train_sft
-from nano_atlas import protocol, stats, world
+from nano_atlas import layout, protocol, stats, world
+from nano_atlas.batching import Sample
 from nano_atlas.data import Problem, derive_seed, read_jsonl
-from nano_atlas.episodes import Attempt, EpisodeConfig, Sketch, sketch_problems, teach, teaching_metrics
-from nano_atlas.files import read_json, write_json
-from nano_atlas.policy import Sample
+from nano_atlas.episode import Attempt, EpisodeConfig, Sketch, sketch_problems, teach, teaching_metrics
 from nano_atlas.reward import RewardConfig
-from nano_atlas.rollout import layout
+from nano_atlas.runs import read_json, write_json
 from nano_atlas.seats import EmbeddedSeat, open_seat
 
 NANO = Path("runs/nano")

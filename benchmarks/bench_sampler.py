@@ -28,10 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import nano_atlas.tokenizer  # noqa: E402
 from nano_atlas.model import ModelConfig, Transformer  # noqa: E402
-from nano_atlas.rollout.server import CPU_ENVIRONMENT, ENVIRONMENT, VllmServer  # noqa: E402
-from nano_atlas.rollout.sync import FileTransfer  # noqa: E402
-from nano_atlas.rollout.vllm_sampler import VllmSampler  # noqa: E402
 from nano_atlas.sampler import Request, Sampler, SamplingParams  # noqa: E402
+from nano_atlas.vllm.sampler import VllmSampler  # noqa: E402
+from nano_atlas.vllm.server import CPU_ENVIRONMENT, ENVIRONMENT, VllmServer  # noqa: E402
+from nano_atlas.vllm.sync import FileTransfer  # noqa: E402
 
 
 class PlainLoop:

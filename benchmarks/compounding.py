@@ -25,10 +25,10 @@ from nano_atlas import protocol, world
 from nano_atlas.checkpoint import is_checkpoint
 from nano_atlas.config import option, parse, run_script, to_json
 from nano_atlas.data import Problem, derive_seed, write_jsonl
-from nano_atlas.episodes import EpisodeConfig, sketch_problems, teach
+from nano_atlas.episode import EpisodeConfig, sketch_problems, teach
 from nano_atlas.errors import UserError
-from nano_atlas.files import read_json, write_json
 from nano_atlas.reward import RewardConfig
+from nano_atlas.runs import read_json, write_json
 from nano_atlas.runtime.agents import open_agent
 from nano_atlas.runtime.deploy import read_deployment
 from nano_atlas.runtime.strategies import Strategies

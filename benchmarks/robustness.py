@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from nano_atlas import world
 from nano_atlas.checkpoint import is_checkpoint
-from nano_atlas.files import read_json, replace_text, write_json
+from nano_atlas.runs import read_json, replace_text, write_json
 from nano_atlas.seats import open_seat
 from nano_atlas.stats import in_points
 from nano_atlas.world.pretrain import is_right

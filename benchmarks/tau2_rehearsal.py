@@ -28,8 +28,8 @@ from nano_atlas.config import option, parse, run_script
 from nano_atlas.data import write_jsonl
 from nano_atlas.errors import UserError
 from nano_atlas.model import ModelConfig, Transformer
-from nano_atlas.rollout.server import VllmServer
 from nano_atlas.tokenizer import Tokenizer
+from nano_atlas.vllm.server import VllmServer
 
 CHAT = """<|im_start|>system
 {{ messages[0].content if messages[0].role == 'system' else '' }}

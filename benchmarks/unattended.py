@@ -28,10 +28,10 @@ from nano_atlas import world
 from nano_atlas.config import option, parse, run_script
 from nano_atlas.data import Problem, write_jsonl
 from nano_atlas.errors import UserError
-from nano_atlas.rollout.server import VllmServer
 from nano_atlas.runtime.export import export_traces
 from nano_atlas.runtime.traces import Selection, TraceWriter, problems_from_traces
 from nano_atlas.seats import is_url
+from nano_atlas.vllm.server import VllmServer
 
 
 @dataclass(frozen=True)

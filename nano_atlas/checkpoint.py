@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from nano_atlas.distributed import full_parameters, rank
 from nano_atlas.errors import UserError
-from nano_atlas.files import atomic_directory, read_json, write_json
 from nano_atlas.model import Llama3RopeScaling, ModelConfig, Transformer
+from nano_atlas.runs import atomic_directory, read_json, write_json
 from nano_atlas.tokenizer import Tokenizer
 
 ARCHITECTURES = {

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from nano_atlas import protocol
 from nano_atlas.errors import UserError
-from nano_atlas.files import replacing
+from nano_atlas.runs import replacing
 from nano_atlas.tokenizer import Tokenizer
 
 QUESTION_FIELDS = ("problem_text", "question", "problem", "prompt", "input")

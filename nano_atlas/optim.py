@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nano_atlas.distributed import gather_rows, own_part, own_rows, rank, size, sum_over_ranks
 from nano_atlas.errors import UserError
-from nano_atlas.files import atomic_directory, read_json, write_json
+from nano_atlas.runs import atomic_directory, read_json, write_json
 
 CHUNK_ELEMENTS = (
     2**28

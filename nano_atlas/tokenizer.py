@@ -19,7 +19,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nano_atlas.errors import UserError
-from nano_atlas.files import read_json, write_json
+from nano_atlas.runs import read_json, write_json
 
 # The format of OpenAI's ChatML as Qwen writes it, for checkpoints that come without a template.
 CHATML = """{%- for message in messages %}

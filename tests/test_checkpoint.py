@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from nano_atlas.checkpoint import config_from_dict, load_model, read_config, save_model
 from nano_atlas.errors import UserError
-from nano_atlas.files import atomic_directory
 from nano_atlas.model import Transformer
+from nano_atlas.runs import atomic_directory
 from nano_atlas.tokenizer import CHATML, Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -255,7 +255,7 @@ def value_at(path: Path) -> int:
 
 KILLED = """
 import os, signal, sys
-from nano_atlas.files import atomic_directory
+from nano_atlas.runs import atomic_directory
 with atomic_directory(sys.argv[1]) as folder:
     (folder / "value.json").write_text("2")
     os.kill(os.getpid(), signal.SIGKILL)

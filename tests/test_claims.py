@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from nano_atlas.benches import claims
+from benchmarks import claims
 from nano_atlas.errors import UserError
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from nano_atlas.config import Preset, option, parse, refuse_changes, run_script, to_json
 from nano_atlas.errors import UserError
-from nano_atlas.metrics import RunLog
+from nano_atlas.runs import RunLog
 
 
 @dataclass(frozen=True)

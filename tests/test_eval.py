@@ -21,7 +21,7 @@ from nano_atlas.benches.scores import make_report, summary, tables
 from nano_atlas.checkpoint import config_from_dict, save_model
 from nano_atlas.config import parse, run_script
 from nano_atlas.data import Problem
-from nano_atlas.episodes import Attempt, attempt, majority
+from nano_atlas.episode import Attempt, attempt, majority
 from nano_atlas.errors import UserError
 from nano_atlas.model import Transformer
 from nano_atlas.seats import Reply

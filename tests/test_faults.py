@@ -15,13 +15,13 @@ import torch
 from conftest import ScriptedSeat, run_grpo
 
 import train_grpo
-from nano_atlas import policy, protocol
+from nano_atlas import batching as policy
+from nano_atlas import layout, protocol
 from nano_atlas.checkpoint import load_model
 from nano_atlas.data import Problem
-from nano_atlas.episodes import EpisodeConfig, sketch_problems, teach
+from nano_atlas.episode import EpisodeConfig, sketch_problems, teach
 from nano_atlas.errors import UserError
 from nano_atlas.reward import RewardConfig, teaching_reward
-from nano_atlas.rollout import layout
 from nano_atlas.seats import EmbeddedSeat
 
 PROBLEM = Problem("p", "What is 6 times 3?", "18")

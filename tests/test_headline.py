@@ -8,7 +8,7 @@ import torch
 import train_grpo
 import train_sft
 from benchmarks import robustness
-from nano_atlas.files import write_json
+from nano_atlas.runs import write_json
 
 
 @pytest.fixture

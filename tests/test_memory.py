@@ -5,11 +5,11 @@ import torch
 
 import train_grpo
 import train_sft
+from benchmarks import memory
 from nano_atlas.config import parse
 from nano_atlas.errors import UserError
 from nano_atlas.model import ModelConfig, PackedAttention, Transformer
 from nano_atlas.optim import MasterAdamW
-from nano_atlas.rollout import memory
 from nano_atlas.sampler import CachedAttention
 
 SHAPES = [

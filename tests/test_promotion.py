@@ -8,7 +8,7 @@ from conftest import SMALL
 
 import runtime_loop
 from nano_atlas.data import Problem
-from nano_atlas.episodes import EpisodeConfig
+from nano_atlas.episode import EpisodeConfig
 from nano_atlas.errors import UserError
 from nano_atlas.runtime import promotion
 from nano_atlas.runtime.deploy import read_deployment

@@ -13,12 +13,11 @@ from conftest import run_grpo as run
 from safetensors.torch import load_file
 
 import train_grpo
-from nano_atlas import protocol
+from nano_atlas import layout, protocol
+from nano_atlas.batching import Sample
 from nano_atlas.checkpoint import load_model
 from nano_atlas.config import parse, run_script
 from nano_atlas.errors import UserError
-from nano_atlas.policy import Sample
-from nano_atlas.rollout import layout
 from nano_atlas.sampler import Rollout
 from nano_atlas.tokenizer import Tokenizer
 from train_grpo import Config, problems_of_step, update, usable
@@ -262,7 +261,7 @@ def test_the_norm_of_the_gradient_is_the_mean_over_the_updates(place, sampled):
 
 def test_the_kl_is_that_to_the_reference(place, sampled):
     """k3 of both models' own log-probs, formula written out in float64."""
-    from nano_atlas.policy import completion_logprobs
+    from nano_atlas.batching import completion_logprobs
 
     models = (load_model(place / name) for name in ("teacher", "student"))
     ours, theirs = (
@@ -276,7 +275,7 @@ def test_the_kl_is_that_to_the_reference(place, sampled):
 
 def test_importance_weights_scale_the_policy_gradient_up_to_the_cap(place, sampled):
     """Had the sampler drawn each token with 1 / r of the trainer's probability, the step would be min(r, 2) times as long."""
-    from nano_atlas.policy import completion_logprobs
+    from nano_atlas.batching import completion_logprobs
 
     start = load_model(place / "teacher")
     lengths = [len(s.rollout.completion_ids) for s in sampled]

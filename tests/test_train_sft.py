@@ -14,8 +14,8 @@ from nano_atlas import world
 from nano_atlas.checkpoint import save_model
 from nano_atlas.data import Example, collate
 from nano_atlas.errors import UserError
-from nano_atlas.files import checkpoint_digest
 from nano_atlas.model import ModelConfig, PackedAttention, Transformer
+from nano_atlas.runs import checkpoint_digest
 from nano_atlas.tokenizer import Tokenizer
 
 SHAPE = ModelConfig("qwen3", 260, 32, 64, 2, 4, 2, 8, tie_word_embeddings=True, qk_norm=True)

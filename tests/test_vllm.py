@@ -19,12 +19,12 @@ import train_grpo
 from nano_atlas.checkpoint import save_model, with_tied_head
 from nano_atlas.errors import UserError
 from nano_atlas.model import ModelConfig, PackedAttention, Transformer
-from nano_atlas.rollout import server as server_room
-from nano_atlas.rollout import sync as sync_room
-from nano_atlas.rollout.server import VllmServer
-from nano_atlas.rollout.sync import FileTransfer, NcclTransfer, Parity
-from nano_atlas.rollout.vllm_sampler import VllmSampler
 from nano_atlas.sampler import Request, Rollout, SamplingParams
+from nano_atlas.vllm import server as server_room
+from nano_atlas.vllm import sync as sync_room
+from nano_atlas.vllm.sampler import VllmSampler
+from nano_atlas.vllm.server import VllmServer
+from nano_atlas.vllm.sync import FileTransfer, NcclTransfer, Parity
 
 SUPERVISOR = Path(server_room.__file__).with_name("supervisor.py")
 MESSAGES = [{"role": "user", "content": "Compute 12 + 34 step by step. Grüße 🙂"}]

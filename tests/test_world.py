@@ -12,7 +12,7 @@ from torch import nn
 from nano_atlas import protocol, world
 from nano_atlas.checkpoint import load_model
 from nano_atlas.errors import UserError
-from nano_atlas.files import checkpoint_digest
+from nano_atlas.runs import checkpoint_digest
 from nano_atlas.seats import EmbeddedSeat
 from nano_atlas.tokenizer import Tokenizer
 from nano_atlas.world import pretrain

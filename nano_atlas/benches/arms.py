@@ -14,9 +14,9 @@ from nano_atlas.benches.scores import Report, make_report
 from nano_atlas.checkpoint import is_checkpoint
 from nano_atlas.config import option
 from nano_atlas.data import Problem, derive_seed
-from nano_atlas.episodes import EpisodeConfig
+from nano_atlas.episode import EpisodeConfig
 from nano_atlas.errors import UserError
-from nano_atlas.files import checkpoint_digest, read_json, replace_text
+from nano_atlas.runs import checkpoint_digest, read_json, replace_text
 from nano_atlas.seats import Seat, is_url, open_seat
 
 CONTROLS = SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET = "shuffled", "untrained", "two-votes", "same-budget"

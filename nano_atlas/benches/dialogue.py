@@ -34,7 +34,7 @@ from tau2.utils.utils import get_now
 
 from nano_atlas import protocol
 from nano_atlas.data import derive_seed
-from nano_atlas.episodes import EpisodeConfig
+from nano_atlas.episode import EpisodeConfig
 from nano_atlas.errors import UserError
 from nano_atlas.seats import EndpointSeat, Generation, Question, Reply, Seat
 

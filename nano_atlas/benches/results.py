@@ -9,9 +9,9 @@ from typing import Any
 
 from nano_atlas.config import refuse_changes, to_json
 from nano_atlas.data import Problem
-from nano_atlas.episodes import Attempt
+from nano_atlas.episode import Attempt
 from nano_atlas.errors import UserError
-from nano_atlas.files import read_json, replace_text
+from nano_atlas.runs import read_json, replace_text
 
 STUDENT = "student"  # the arm that all others are compared with
 RESULT_FILES = (

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from nano_atlas import stats
 from nano_atlas.benches.results import STUDENT, TaskResult
-from nano_atlas.episodes import majority
+from nano_atlas.episode import majority
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ from nano_atlas.benches.tau2_report import (
 from nano_atlas.config import option, parse
 from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
-from nano_atlas.files import digest, files_digest, read_json, replace_text
+from nano_atlas.runs import digest, files_digest, read_json, replace_text
 from nano_atlas.seats import Generation, is_url
 
 INSTALL = """--bench tau2 needs the official package and its data:

@@ -12,7 +12,7 @@ from nano_atlas import stats
 from nano_atlas.benches.results import TaskResult, read_results
 from nano_atlas.benches.scores import table
 from nano_atlas.data import Problem
-from nano_atlas.episodes import Attempt
+from nano_atlas.episode import Attempt
 
 UNREACHED = ("infrastructure_error", "unexpected_error")  # terminations that say nothing about the student
 

@@ -19,7 +19,7 @@ import yaml
 
 from nano_atlas.config import Preset
 from nano_atlas.errors import UserError
-from nano_atlas.files import replace_text
+from nano_atlas.runs import replace_text
 
 PROVIDERS = ("huggingface", "openai", "http", "python")
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nano_atlas.errors import UserError
-from nano_atlas.files import replacing
+from nano_atlas.runs import replacing
 from nano_atlas.runtime.journal import read_lines
 from nano_atlas.runtime.review import Review, read_reviews
 from nano_atlas.runtime.traces import Selection, parse_trace, read_head

@@ -17,7 +17,7 @@ from typing import Any
 from nano_atlas import protocol
 from nano_atlas.config import option
 from nano_atlas.data import Problem, derive_seed
-from nano_atlas.episodes import EpisodeConfig
+from nano_atlas.episode import EpisodeConfig
 from nano_atlas.reward import RewardConfig, teaching_reward
 from nano_atlas.runtime.capability import LANES, choose_lane
 from nano_atlas.runtime.guard import GuardConfig, Trial, choose_trial

@@ -16,10 +16,10 @@ from statistics import fmean
 
 from nano_atlas.config import option
 from nano_atlas.data import Problem
-from nano_atlas.episodes import EpisodeConfig, sketch_problems, teach
+from nano_atlas.episode import EpisodeConfig, sketch_problems, teach
 from nano_atlas.errors import UserError
-from nano_atlas.files import read_json, write_json
 from nano_atlas.reward import RewardConfig
+from nano_atlas.runs import read_json, write_json
 from nano_atlas.runtime.deploy import write_deployment
 from nano_atlas.seats import Seat
 from nano_atlas.stats import paired_bootstrap

@@ -39,10 +39,10 @@ from nano_atlas.data import (
     steps_per_epoch,
 )
 from nano_atlas.errors import UserError
-from nano_atlas.files import read_json, write_json
 from nano_atlas.loss import batch_loss
 from nano_atlas.model import ModelConfig, Transformer, rope_inverse_frequencies
 from nano_atlas.optim import learning_rate
+from nano_atlas.runs import read_json, write_json
 from nano_atlas.seats import Generation, Question, Seat, open_seat
 from nano_atlas.tokenizer import Tokenizer
 from nano_atlas.world import CHAIN, DOMAINS, FACTS, Task, demonstration, make_task, opening, plan, tasks

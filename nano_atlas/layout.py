@@ -18,11 +18,11 @@ from nano_atlas.checkpoint import is_checkpoint, load_model
 from nano_atlas.config import option
 from nano_atlas.errors import UserError
 from nano_atlas.model import Transformer
-from nano_atlas.rollout.server import VllmServer
-from nano_atlas.rollout.sync import FileTransfer, NcclTransfer, Parity
-from nano_atlas.rollout.vllm_sampler import VllmSampler
 from nano_atlas.seats import EmbeddedSeat, EndpointSeat, Seat, TokenSeat, is_url
 from nano_atlas.tokenizer import Tokenizer
+from nano_atlas.vllm.sampler import VllmSampler
+from nano_atlas.vllm.server import VllmServer
+from nano_atlas.vllm.sync import FileTransfer, NcclTransfer, Parity
 
 SHARED_MEMORY = Path("/dev/shm")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nano_atlas import distributed
 from nano_atlas.config import option
-from nano_atlas.episodes import EpisodeConfig
+from nano_atlas.episode import EpisodeConfig
 from nano_atlas.errors import UserError
 from nano_atlas.loss import grpo_loss, step_token_weights, token_stats
 from nano_atlas.model import SharedPromptAttention, Transformer

@@ -7,7 +7,7 @@ from conftest import ScriptedSeat
 
 from nano_atlas import protocol
 from nano_atlas.data import Problem
-from nano_atlas.episodes import (
+from nano_atlas.episode import (
     Attempt,
     Episode,
     EpisodeConfig,

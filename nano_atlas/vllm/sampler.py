@@ -19,9 +19,9 @@ from tqdm import tqdm
 from nano_atlas.client import Client, ServerLost, check_choices
 from nano_atlas.errors import UserError
 from nano_atlas.model import Transformer
-from nano_atlas.rollout.server import VllmServer
-from nano_atlas.rollout.sync import FileTransfer, NcclTransfer, Parity, sequence_logprobs
 from nano_atlas.sampler import Request, Rollout
+from nano_atlas.vllm.server import VllmServer
+from nano_atlas.vllm.sync import FileTransfer, NcclTransfer, Parity, sequence_logprobs
 
 RECOVERIES = 2  # restarts or reloads within one call, before giving up
 RESUME_PATIENCE = 10.0  # seconds for a server to resume after a load of weights that failed
@@ -56,7 +56,7 @@ class VllmSampler:
         (model, *_) = client.request("GET", "/v1/models").get("data") or [{}]
         self.models[client.url] = model.get("id")
         self.max_model_len = min(self.max_model_len, model.get("max_model_len") or math.inf)
-        remedy = "start it with VLLM_SERVER_DEV_MODE=1 and --logprobs-mode processed_logprobs (see nano_atlas/rollout/server.py)"
+        remedy = "start it with VLLM_SERVER_DEV_MODE=1 and --logprobs-mode processed_logprobs (see nano_atlas/vllm/server.py)"
         try:
             config = client.request("GET", "/server_info?config_format=json")["vllm_config"]
             mode, is_chunked = (

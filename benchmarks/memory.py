@@ -1,6 +1,6 @@
 """Does it fit? The bytes that training takes on each GPU, one formula per item.
 
-    python -m nano_atlas.rollout.memory --policy Qwen/Qwen3-8B --student Qwen/Qwen3-4B --gpus 2 8 16
+    python -m benchmarks.memory --policy Qwen/Qwen3-8B --student Qwen/Qwen3-4B --gpus 2 8 16
 
 One GPU trains and samples. Of two, the second samples with vLLM, and the optimizer's state is on the host. Of more, each holds 1/N
 of the policy (`torchrun`, FSDP2) beside the whole frozen models and a copy to sample from. Generation and update take turns: the

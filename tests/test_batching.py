@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
+from nano_atlas.batching import Sample, completion_logprobs, policy_batches, predicting_states
 from nano_atlas.model import ModelConfig, PackedAttention, Transformer
-from nano_atlas.policy import Sample, completion_logprobs, policy_batches, predicting_states
 from nano_atlas.sampler import Rollout
 
 TEMPERATURE = 0.7

@@ -1,6 +1,6 @@
 """What was published about ATLAS, beside what was measured here.
 
-    python -m nano_atlas.benches.claims runs/*/results.json
+    python -m benchmarks.claims runs/*/results.json
 
 The published column is data below, with where each number stands; the measured one comes from result files of eval.py alone, and
 says "not measured" where no file has the benchmark. A file of another student, teacher or task set than the publication's is still
@@ -16,7 +16,7 @@ from typing import Any
 from nano_atlas.benches.results import STUDENT
 from nano_atlas.config import run_script
 from nano_atlas.errors import UserError
-from nano_atlas.files import read_json
+from nano_atlas.runs import read_json
 from nano_atlas.stats import in_points
 
 Row = dict[str, Any]  # a Score of results.json, with its Comparison in "versus_student"
@@ -127,7 +127,7 @@ def _measured(claim: Claim, path: Path, results: Row) -> list[tuple[str, str, st
 
 def main() -> None:
     if any(argument.startswith("-") for argument in sys.argv[1:]):
-        raise UserError("usage: python -m nano_atlas.benches.claims RESULTS.json ...")
+        raise UserError("usage: python -m benchmarks.claims RESULTS.json ...")
     for path in map(Path, sys.argv[1:]):
         if not path.is_file():
             raise UserError(f"{path}: no such file; eval.py writes results.json into its --out")
