@@ -28,6 +28,7 @@ Simplified against leaderboards: one greedy answer per task by default (--sample
 words (`answers.is_correct`), or by symbolic algebra with --verifier math-verify.
 """
 
+import gc
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -56,6 +57,7 @@ from nano_atlas.seats import Reply, Seat
 VOTE_TEMPERATURE = 0.7  # of the votes where all else is greedy: equal answers are no vote
 CHUNK = 1024  # answers per arm between two writes: what a killed run loses at most
 Tasks = dict[str, list[Problem]]  # by domain
+Opener = Callable[[str], Seat]  # of the student, or of a teacher by name
 Verifier = Callable[[str, str], bool]  # whether an extracted answer and the gold one are equal
 
 
@@ -80,11 +82,11 @@ class Config(arms.ArmsConfig, Benchmark):
         return list(arms.CONTROLS) if self.full else super().controls
 
     def check(self) -> None:
-        self.check_arms()
         if self.tables:
             return
         if self.student is None:
             raise UserError(f"--preset {self.preset} needs --student DIRECTORY or URL")
+        self.check_arms()
         if self.samples > 1 and self.temperature == 0:
             raise UserError(f"--temperature 0 gives {self.samples} times the same answer; raise it")
         if self.data and self.bench == "nano":
@@ -110,8 +112,8 @@ def main() -> None:
     if not config.tables:
         arms.write_report(config.out, report, text)
     if not config.full:
-        note = f"All columns: {config.out / 'tables.md'} (--full)\n"
-        text = summary(report, list(stored.teachers), stored.names) + note + policy
+        short = summary(report, list(stored.teachers), SHUFFLED, stored.names)
+        text = f"{short}All columns: {config.out / 'tables.md'} (--full)\n{policy}"
     print(text)
 
 
@@ -121,16 +123,14 @@ def run(config: Config) -> None:
     is_right = verifier(config)
     query = crmarena.salesforce() if config.bench == "crmarena" else None
 
-    def open_student() -> Seat:
-        seat = config.open(config.student)
-        return crmarena.QueryingSeat(seat, query) if query else seat
+    def open_seat(name: str) -> Seat:
+        seat = config.open(config.student if name == STUDENT else config.teachers[name])
+        return crmarena.QueryingSeat(seat, query) if query and name == STUDENT else seat
 
-    digests = {
-        f"tasks {name}": digest(repr(p).encode() for p in problems) for name, problems in tasks.items()
-    }
+    digests = {f"tasks {name}": digest(repr(p).encode() for p in domain) for name, domain in tasks.items()}
     start_or_continue(config, config.contents() | digests)
     with TaskLog(config.out / "tasks.jsonl") as log:
-        evaluate(config, tasks, log, is_right, open_student, lambda name: config.open(config.teachers[name]))
+        evaluate(config, tasks, log, is_right, open_seat)
 
 
 def load_tasks(config: Config) -> Tasks:
@@ -159,14 +159,7 @@ def verifier(config: Config) -> Verifier:
 # ---------------------------------------------------------------------------------------------------------------- the arms
 
 
-def evaluate(
-    config: Config,
-    tasks: Tasks,
-    log: TaskLog,
-    is_right: Verifier,
-    open_student: Callable[[], Seat],
-    open_teacher: Callable[[str], Seat],
-) -> None:
+def evaluate(config: Config, tasks: Tasks, log: TaskLog, is_right: Verifier, open_seat: Opener) -> None:
     """Run each chunk of each arm that the log does not hold whole. Teachers are opened one at a time, and only if needed.
 
     Arms that do not need each other advance side by side, and chunks mix domains, so that few large calls reach a seat. A chunk
@@ -181,25 +174,22 @@ def evaluate(
         *([name] for name in config.teachers),
         [SHUFFLED, UNTRAINED, SAME_BUDGET],
     ):
-        missing = []
+        scripts = None
+        gc.collect()  # the last teacher, before the next one is opened
         for chunk in chunks:
-            names = [
-                name for name in stage if name in config.arms and not log.has(name, chunk, config.samples)
-            ]
-            missing += [(chunk, names)] if names else []
-        if not missing:
-            continue
-        student = student or open_student()
-        seats = {"student": student}
-        seats["teacher"] = open_teacher(stage[0]) if stage[0] in config.teachers else student
-        scripts = Scripts(config, tasks, log, seats["teacher"].count_tokens)
-        for chunk, names in missing:
-            running = [scripts.of(name, problem) for name in names for problem in chunk]
-            finished = play(
-                running, seats, progress=f"{', '.join(names)}: {len(chunk)} of {len(problems)} tasks"
-            )
+            missing = [arm for arm in stage if arm in config.arms and not log.has(arm, chunk, config.samples)]
+            if not missing:
+                continue
+            student = student or open_seat(STUDENT)
+            if scripts is None:
+                is_teacher = stage[0] in config.teachers
+                seats = {"student": student, "teacher": open_seat(stage[0]) if is_teacher else student}
+                scripts = Scripts(config, tasks, log, seats)
+                del seats
+            running = [scripts.of(arm, problem) for arm in missing for problem in chunk]
+            progress = f"{', '.join(missing)}: {len(chunk)} of {len(problems)} tasks"
+            finished = play(running, scripts.seats, progress)
             log.append(judged(result, is_right) for results in finished for result in results)
-        del seats, scripts, running  # and with them the teacher, before the next one is loaded
 
 
 def judged(result: TaskResult, is_right: Verifier) -> TaskResult:
@@ -215,7 +205,7 @@ class Scripts:
     config: Config
     tasks: Tasks
     log: TaskLog
-    count_tokens: Callable[[str], int]  # of the teacher
+    seats: dict[str, Seat]
 
     def of(self, arm: str, problem: Problem) -> Script:
         special = {STUDENT: self.alone, SHUFFLED: self.shuffled, TWO_VOTES: self.vote, SAME_BUDGET: self.vote}
@@ -224,28 +214,23 @@ class Scripts:
     def alone(self, arm: str, problem: Problem) -> Script:
         config, task = self.config, (arm, problem.domain, problem.id)
         found = yield from sketch(problem, config.episode, seeds(config.seed), config.samples)
-        return [
-            TaskResult(*task, index, problem.answer, attempt, found.approach, found.approach_tokens)
-            for index, attempt in enumerate(found.baselines)
-        ]
+        probe = found.approach, found.approach_tokens
+        return [TaskResult(*task, i, problem.answer, one, *probe) for i, one in enumerate(found.baselines)]
 
     def taught(self, arm: str, problem: Problem) -> Script:
         episode, seed, samples = self.config.episode, seeds(self.config.seed), self.config.samples
-        found = self.sketch(problem)
-        made = yield from teach(found, episode, RewardConfig(), seed, self.count_tokens, samples)
-        told = [(one.guided, one.reply, one.teaching) for one in made]
-        return [with_teaching(own, arm, *one) for own, one in zip(self.get(STUDENT, problem), told)]
+        alone, count = self.log.get(STUDENT, problem), self.seats["teacher"].count_tokens
+        made = yield from teach(known(problem, alone), episode, RewardConfig(), seed, count, samples)
+        return [with_teaching(own, arm, e.guided, e.reply, e.teaching) for own, e in zip(alone, made)]
 
     def shuffled(self, arm: str, problem: Problem) -> Script:
         """Sample i of a task gets the teaching that the last teacher wrote for sample i of the task's donor."""
-        given = self.get(list(self.config.teachers)[-1], self.donors[problem.domain][problem.id])
+        episode, seed, alone = self.config.episode, seeds(self.config.seed), self.log.get(STUDENT, problem)
+        given = self.log.get(list(self.config.teachers)[-1], self.donors[problem.domain][problem.id])
         teachings = [one.teaching for one in given]
-        attempts = yield from guide(
-            self.sketch(problem), teachings, self.config.episode, seeds(self.config.seed)
-        )
+        attempts = yield from guide(known(problem, alone), teachings, episode, seed)
         replies = [Reply(one.teacher_text, one.teacher_tokens, one.is_teacher_truncated) for one in given]
-        told = zip(attempts, replies, teachings)
-        return [with_teaching(own, arm, *one) for own, one in zip(self.get(STUDENT, problem), told)]
+        return [with_teaching(own, arm, *told) for own, *told in zip(alone, attempts, replies, teachings)]
 
     def vote(self, arm: str, problem: Problem) -> Script:
         """The majority of several fresh answers, at the price of all of them."""
@@ -258,14 +243,6 @@ class Scripts:
         groups = [found.baselines[start :: config.samples] for start in range(config.samples)]
         return [TaskResult(*task, i, problem.answer, majority(group)) for i, group in enumerate(groups)]
 
-    def get(self, arm: str, problem: Problem) -> list[TaskResult]:
-        return self.log.get(arm, problem, self.config.samples)
-
-    def sketch(self, problem: Problem) -> Sketch:
-        """What the student did alone, from the log: the same for every arm."""
-        alone = self.get(STUDENT, problem)
-        return Sketch(problem, alone[0].approach, alone[0].approach_tokens, [one.attempt for one in alone])
-
     @cached_property
     def donors(self) -> dict[str, dict[str, Problem]]:
         return {domain: arms.derange(problems, self.config.seed) for domain, problems in self.tasks.items()}
@@ -275,10 +252,17 @@ class Scripts:
         """By domain: answers of the student alone that cost at least what one of the last teacher's pair does (tokens)."""
 
         def price(arm: str, domain: str) -> float:
-            return mean(one.all_tokens for problem in self.tasks[domain] for one in self.get(arm, problem))
+            return mean(
+                one.all_tokens for problem in self.tasks[domain] for one in self.log.get(arm, problem)
+            )
 
         last = list(self.config.teachers)[-1]
         return {name: ceil(price(last, name) / max(price(STUDENT, name), 1)) for name in self.tasks}
+
+
+def known(problem: Problem, alone: list[TaskResult]) -> Sketch:
+    """What the student did alone, from the log: the same for every arm."""
+    return Sketch(problem, alone[0].approach, alone[0].approach_tokens, [one.attempt for one in alone])
 
 
 def with_teaching(
