@@ -28,7 +28,6 @@ Simplified against leaderboards: one greedy answer per task by default (--sample
 words (`answers.is_correct`), or by symbolic algebra with --verifier math-verify.
 """
 
-import gc
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -168,27 +167,25 @@ def evaluate(config: Config, tasks: Tasks, log: TaskLog, is_right: Verifier, ope
     problems = [problem for domain in tasks.values() for problem in domain]
     size = max(1, CHUNK // config.samples)
     chunks = [problems[start : start + size] for start in range(0, len(problems), size)]
-    student = None
+    seats: dict[str, Seat] = {}
+    scripts = Scripts(config, tasks, log, seats)
     for stage in (
         [STUDENT, TWO_VOTES],
         *([name] for name in config.teachers),
         [SHUFFLED, UNTRAINED, SAME_BUDGET],
     ):
-        scripts = None
-        gc.collect()  # the last teacher, before the next one is opened
+        seats.pop("teacher", None)  # the last one, before the next one is opened
         for chunk in chunks:
             missing = [arm for arm in stage if arm in config.arms and not log.has(arm, chunk, config.samples)]
             if not missing:
                 continue
-            student = student or open_seat(STUDENT)
-            if scripts is None:
-                is_teacher = stage[0] in config.teachers
-                seats = {"student": student, "teacher": open_seat(stage[0]) if is_teacher else student}
-                scripts = Scripts(config, tasks, log, seats)
-                del seats
+            if "student" not in seats:
+                seats["student"] = open_seat(STUDENT)
+            if "teacher" not in seats:
+                seats["teacher"] = open_seat(stage[0]) if stage[0] in config.teachers else seats["student"]
             running = [scripts.of(arm, problem) for arm in missing for problem in chunk]
             progress = f"{', '.join(missing)}: {len(chunk)} of {len(problems)} tasks"
-            finished = play(running, scripts.seats, progress)
+            finished = play(running, seats, progress)
             log.append(judged(result, is_right) for results in finished for result in results)
 
 

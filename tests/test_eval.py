@@ -107,18 +107,14 @@ def config_for(path, **changes) -> Config:
     return Config(**options | {"teacher": ("sft=http://sft", "grpo=http://grpo")} | changes)
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(evaluation, "CHUNK", 8)
-
-
-def run(config, tasks=TASKS, student=None, teachers=None, is_right=answers.is_correct):
-    """The middle of `eval.main`, with seats of our own: its results, and the seats."""
+def run(config, tasks=TASKS, student=None, teachers=None, is_right=answers.is_correct, chunk=8):
+    """The middle of `eval.main`, with seats of our own and a few tasks per chunk: its results, and the seats."""
     seats = {STUDENT: student or Seat(student_rule)}
     seats |= {name: Seat(rule) for name, rule in TEACHERS.items()} if teachers is None else teachers
     tasks_now = {f"tasks {name}": repr(problems) for name, problems in tasks.items()}
     start_or_continue(config, config.contents() | tasks_now)
-    with TaskLog(config.out / "tasks.jsonl") as log:
+    with TaskLog(config.out / "tasks.jsonl") as log, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "CHUNK", chunk * config.samples)
         evaluate(config, tasks, log, is_right, seats.__getitem__)
     return log.results, seats
 
@@ -165,11 +161,10 @@ def test_without_a_teaching_the_students_own_answer_of_the_same_sample_stands(tm
     assert {episode.reward for episode in made if episode.teaching is None} == {-MALFORMED_PENALTY}
 
 
-def test_all_that_can_be_asked_at_once_is_one_call(tmp_path, monkeypatch):
+def test_all_that_can_be_asked_at_once_is_one_call(tmp_path):
     """However many arms: alone and votes; each teacher and its student; three controls together."""
-    monkeypatch.setattr(evaluation, "CHUNK", 1000)
     controls = (SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET)
-    _, seats = run(config_for(tmp_path, control=controls))
+    _, seats = run(config_for(tmp_path, control=controls), chunk=1000)
     student, sft, grpo = (seats[name].calls for name in (STUDENT, "sft", "grpo"))
     assert student[0] == 42 * 3 and len(student) == 1 + 2 + 1 and sft == grpo == [42]
 
@@ -241,9 +236,7 @@ def test_a_teacher_is_let_go_before_the_next_is_opened(tmp_path):
 def unbroken(request, tmp_path_factory):
     """Options, directory and results of a run that nobody killed."""
     path = tmp_path_factory.mktemp("unbroken")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "CHUNK", 8)
-        results, _ = run(config_for(path, **request.param))
+    results, _ = run(config_for(path, **request.param))
     return request.param, path, results
 
 

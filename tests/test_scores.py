@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from test_eval import SAMPLED, TASKS, config_for, expected, run, small_chunks  # noqa: F401 (a fixture)
+from test_eval import SAMPLED, TASKS, config_for, expected, run
 
 from eval import Config
 from nano_atlas.benches.arms import SAME_BUDGET, SHUFFLED, TWO_VOTES, UNTRAINED, stored_report
