@@ -16,7 +16,7 @@ from nano_atlas.checkpoint import is_checkpoint, load_model
 from nano_atlas.config import option
 from nano_atlas.errors import UserError
 from nano_atlas.model import Transformer
-from nano_atlas.seats import EmbeddedSeat, EndpointSeat, Seat, TokenSeat, is_url
+from nano_atlas.seats import EmbeddedSeat, Seat, TokenSeat, is_url, open_seat
 from nano_atlas.tokenizer import Tokenizer
 
 ROLLOUT = re.compile(r"embedded|vllm(?::(cpu|cuda:\d+(?:,\d+)*))?")
@@ -132,7 +132,7 @@ def open_policy(
 def open_student(config, layout: Layout, stack: ExitStack) -> Seat:
     """The frozen student's seat. Raises UserError where `config.student` is no checkpoint, or an endpoint that does not answer."""
     if layout.student_rollout == "endpoint":
-        return distributed.divide(EndpointSeat(config.student))
+        return distributed.divide(open_seat(config.student))
     if layout.student_rollout == "vllm":
         from nano_atlas.vllm.opening import open_served_student
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nano_atlas.client import Client, ServerLost, check_choices
 from nano_atlas.errors import UserError
 from nano_atlas.model import Transformer
 from nano_atlas.sampler import Request, Rollout
+from nano_atlas.seats import Client, ServerLost
 from nano_atlas.vllm.server import VllmServer
 from nano_atlas.vllm.sync import FileTransfer, NcclTransfer, Parity, sequence_logprobs
 
@@ -79,7 +79,7 @@ class VllmSampler:
             "min_p": 0.0, "repetition_penalty": 1.0, "logprobs": 0, "return_token_ids": True,
             "stop_token_ids": list(params.stop_token_ids), "ignore_eos": True,  # those given stop it, and no others
         }  # fmt: skip
-        answer = client.request("POST", "/v1/completions", body, check=check_choices(count))
+        answer = client.request("POST", "/v1/completions", body, choices=count)
         choices = sorted(answer["choices"], key=lambda choice: choice["index"]) * (request.n // count)
         return [self._rollout(request, choice, client) for choice in choices]
 
@@ -136,7 +136,7 @@ class VllmSampler:
         body = {
             "model": self.models[client.url], "prompt": token_ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0,
         }  # fmt: skip
-        answer = client.request("POST", "/v1/completions", body, check=check_choices(1))
+        answer = client.request("POST", "/v1/completions", body, choices=1)
         scored = zip(answer["choices"][0]["prompt_logprobs"][1:], token_ids[1:], strict=True)
         return torch.tensor([entry[str(token)]["logprob"] for entry, token in scored])
 
