@@ -31,10 +31,9 @@ Result = TypeVar("Result")
 class VllmSampler:
     """Samples from vLLM servers that hold the policy's weights (`transfer` and `parity` given) or a frozen model's (neither).
 
-    urls: the servers, which take turns; none on those ranks of torchrun that only take part in gathering the weights. server: the
-    one among them that was started here and may be restarted. connections: requests under way per server. timeout: seconds for
-    one request. shares_gpu: the server sleeps between `rest` and its next use. Raises UserError where a server is not there or is
-    not started as this needs it.
+    urls: the servers, which take turns; none on ranks of torchrun that only take part in gathering the weights. server: the one
+    that was started here and may be restarted. connections: requests under way per server. timeout: seconds for one request.
+    shares_gpu: the server sleeps between `rest` and its next use. Raises UserError where a server is not as this needs it.
     """
 
     def __init__(
@@ -62,9 +61,7 @@ class VllmSampler:
                 bar = tqdm(answers, progress, len(requests), unit="prompt", disable=not progress, leave=False)
                 groups = list(bar)
             finally:
-                pool.shutdown(
-                    wait=False, cancel_futures=True
-                )  # after a loss or Ctrl-C nobody waits for the rest
+                pool.shutdown(wait=False, cancel_futures=True)  # after a loss nobody waits for the rest
             self._confirm_version()
             return groups
 
@@ -79,21 +76,15 @@ class VllmSampler:
             "min_p": 0.0, "repetition_penalty": 1.0, "logprobs": 0, "return_token_ids": True,
             "stop_token_ids": list(params.stop_token_ids), "ignore_eos": True,  # those given stop it, and no others
         }  # fmt: skip
-        answer = client.request("POST", "/v1/completions", body, choices=count)
-        choices = sorted(answer["choices"], key=lambda choice: choice["index"]) * (request.n // count)
-        return [self._rollout(request, choice, client) for choice in choices]
-
-    def _rollout(self, request: Request, choice: dict, client: Client) -> Rollout:
-        ids, logprobs, reason = (
-            choice["token_ids"],
-            choice["logprobs"]["token_logprobs"],
-            choice["finish_reason"],
-        )
-        if not ids or len(ids) != len(logprobs) or reason not in ("stop", "length"):
-            raise ServerLost(
-                f"{client.url} gave {len(ids)} token ids, {len(logprobs)} log-probs, finish_reason {reason}"
-            )
-        return Rollout(request.prompt_ids, ids, logprobs, reason, self.weight_version)
+        choices = client.request("POST", "/v1/completions", body, choices=count)["choices"]
+        rollouts = []
+        for choice in sorted(choices, key=lambda choice: choice["index"]) * (request.n // count):
+            ids, logprobs, reason = choice["token_ids"], choice["logprobs"], choice["finish_reason"]
+            if not ids or not logprobs or reason not in ("stop", "length"):
+                raise ServerLost(f"{client.url} ended a completion after {len(ids)} tokens: {reason}")
+            logprobs = logprobs["token_logprobs"]
+            rollouts.append(Rollout(request.prompt_ids, ids, logprobs, reason, self.weight_version))
+        return rollouts
 
     def sync(self, model: Transformer, version: int) -> float:
         """The servers get the weights of `model`, which are from now on `version`; returns the parity difference (nats).
@@ -127,40 +118,38 @@ class VllmSampler:
         for client in self.clients if self.transfer else ():
             found = client.request("GET", "/weight_info").get("weight_version")
             if found != self.tag:
-                raise ServerLost(
-                    f"{client.url} has weights {found!r}, not {self.tag!r}: it was restarted or another run uses it"
-                )
+                raise ServerLost(f"{client.url} was restarted or another run uses it: it has weights {found}")
 
     def prompt_logprobs(self, client: Client, token_ids: list[int]) -> Tensor:
         """The server's log-probs `[T - 1]` of each token but the first given those before it, at temperature 1; nats."""
-        body = {
-            "model": self.models[client.url], "prompt": token_ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0,
-        }  # fmt: skip
+        body = {"model": self.models[client.url], "prompt": token_ids, "max_tokens": 1, "prompt_logprobs": 0}
         answer = client.request("POST", "/v1/completions", body, choices=1)
         scored = zip(answer["choices"][0]["prompt_logprobs"][1:], token_ids[1:], strict=True)
         return torch.tensor([entry[str(token)]["logprob"] for entry, token in scored])
 
     def _with_recovery(self, action: Callable[[], Result]) -> Result:
         """Runs `action`. Where a server is lost meanwhile, brings it back with the present weights and runs it anew."""
-        for recovery in range(RECOVERIES + 1):
+        for _ in range(RECOVERIES):
             try:
-                for client in self.clients if self.is_asleep else ():
-                    client.request("POST", "/wake_up")
-                self.is_asleep = False
-                return action()
+                return self._awake(action)
             except ServerLost as lost:
-                if recovery == RECOVERIES or not (self.server or self.transfer):
-                    raise
                 if isinstance(self.transfer, NcclTransfer):  # the trainer's weights may have moved on
-                    raise UserError(
-                        f"{lost}. Weights that went by NCCL are not kept; the run continues from its last state"
-                    ) from lost
+                    raise UserError(f"{lost}. The run continues from its last state") from lost
+                if not (self.server or self.transfer):
+                    raise
                 tqdm.write(f"recovering: {lost}")
             if self.server:
                 self.server.restart()  # reads the checkpoint of the last sync, or the frozen model
                 self.is_asleep = False
             for client in self.clients if self.transfer else ():
                 self._load(client)
+        return self._awake(action)
+
+    def _awake(self, action: Callable[[], Result]) -> Result:
+        for client in self.clients if self.is_asleep else ():
+            client.request("POST", "/wake_up")
+        self.is_asleep = False
+        return action()
 
     def rest(self) -> None:
         """Frees the GPU that is shared with the trainer until the next call, by vLLM's sleep mode."""
@@ -176,15 +165,10 @@ class VllmSampler:
 
 def served_model(client: Client) -> str:
     """The name of the server's model. Raises UserError where the server is not started as `VllmServer` starts it."""
-    (model, *_) = client.request("GET", "/v1/models")["data"]
-    remedy = "start it with VLLM_SERVER_DEV_MODE=1 and --logprobs-mode processed_logprobs (see nano_atlas/vllm/server.py)"
-    try:
+    name = client.request("GET", "/v1/models")["data"][0]["id"]
+    with suppress(UserError, KeyError):
         config = client.request("GET", "/server_info?config_format=json")["vllm_config"]
-        mode = config["model_config"]["logprobs_mode"]
-    except (UserError, KeyError) as error:
-        raise UserError(
-            f"{client.url} does not offer the endpoints that exchange weights ({error}); {remedy}"
-        ) from None
-    if mode != "processed_logprobs":  # raw ones are those of temperature 1
-        raise UserError(f"{client.url} reports {mode}, not log-probs at the sampling temperature; {remedy}")
-    return model["id"]
+        if config["model_config"]["logprobs_mode"] == "processed_logprobs":  # raw ones are of temperature 1
+            return name
+    raise UserError(f"start {client.url} with VLLM_SERVER_DEV_MODE=1 and --logprobs-mode processed_logprobs, for weights and "
+                    "log-probs as training needs them; on a CPU also with --no-enable-chunked-prefill")  # fmt: skip
