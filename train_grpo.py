@@ -374,8 +374,8 @@ def train(config: Config) -> None:
     bar = {"total": config.steps, "initial": first_step, "unit": "step", "disable": distributed.rank() > 0}
     with (
         ExitStack() as servers,
-        RunLog(config.out, first_step, wandb=config.wandb, config=to_json(config)) as log,
-        RunLog(config.out, first_step, filename="episodes.jsonl") as episodes,
+        RunLog(config.out / "metrics.jsonl", first_step, wandb=config.wandb, config=to_json(config)) as log,
+        RunLog(config.out / "episodes.jsonl", first_step) as episodes,
         tqdm(desc=config.out.name, **bar) as progress,
     ):
         teacher = open_policy(config, layout, policy, tokenizer, first_step, servers)

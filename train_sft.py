@@ -215,7 +215,7 @@ def train(config: Config) -> None:
 
     is_quiet = distributed.rank() > 0
     with (
-        RunLog(config.out, first_step, wandb=config.wandb, config=to_json(config)) as log,
+        RunLog(config.out / "metrics.jsonl", first_step, wandb=config.wandb, config=to_json(config)) as log,
         tqdm(
             total=total_steps, initial=first_step, unit="step", desc=config.out.name, disable=is_quiet
         ) as progress,
@@ -262,7 +262,7 @@ def train(config: Config) -> None:
                 )
 
     save_model(config.out / "model", model, tokenizer)
-    print(f"model: {config.out / 'model'}   metrics: {log.path}   state: {state_dir}")
+    print(f"model: {config.out / 'model'}   metrics: {config.out / 'metrics.jsonl'}")
 
 
 def write_nano_demonstrations(config: Config, path: Path) -> None:
