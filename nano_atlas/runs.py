@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -213,19 +214,12 @@ class RunLog:
             try:
                 import wandb as weights_and_biases
             except ImportError:
-                raise UserError(
-                    "--wandb needs a package: pip install wandb, or leave the option out"
-                ) from None
-            name = str(
-                path.resolve().parent
-            )  # its digest is the run's id: a continued run goes on in the same graph
-            self._wandb = weights_and_biases.init(
-                project=wandb,
-                name=path.resolve().parent.name,
-                id=digest([name.encode()])[:16],
-                resume="allow",
-                config=config,
-            )
+                raise UserError("--wandb needs a package: pip install wandb, or leave it out") from None
+            id_file = path.with_name("wandb_run.txt")  # so that a continued run goes on in the same graph
+            if resumed_step == 0 or not id_file.exists():
+                id_file.write_text(uuid.uuid4().hex)
+            options = {"project": wandb, "name": path.resolve().parent.name, "config": config}
+            self._wandb = weights_and_biases.init(**options, id=id_file.read_text(), resume="allow")
 
     def log(self, step: int, **metrics: Any) -> None:
         """Write one record: floats to 6 significant digits, or null if not finite."""
