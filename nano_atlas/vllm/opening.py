@@ -1,12 +1,13 @@
 """Seats on vLLM servers: the policy's and the frozen student's, with the servers that are started for them."""
 
 import shlex
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from nano_atlas import distributed
 from nano_atlas.config import derive_seed
-from nano_atlas.layout import Layout
+from nano_atlas.layout import Layout, gpus_of
 from nano_atlas.model import Transformer
 from nano_atlas.seats import TokenSeat
 from nano_atlas.tokenizer import Tokenizer
@@ -36,15 +37,10 @@ def open_served_policy(
     if layout.server:
         files.stage(policy)  # what the server starts from, and starts from again if it must
     if layout.server and distributed.rank() == 0:
-        memory = 0.35 if is_shared else server_memory(layout)
-        options = server_options(config, layout.server, memory)
-        options += ["--weight-transfer-config", '{"backend": "nccl"}'] if is_nccl else []
+        options = ["--weight-transfer-config", '{"backend": "nccl"}'] if is_nccl else []
         options += ["--enable-sleep-mode"] if is_shared else []
-        log = config.out / "vllm.log"
-        server = VllmServer(
-            folder, log, device=layout.server, dtype=config.dtype, options=options, remove=remove
-        )
-        urls = (stack.enter_context(server).url,)
+        server = start_server(config, layout, layout.server, folder, "vllm.log", stack, options, remove)
+        urls = (server.url,)
     transfer, parity = (
         NcclTransfer() if is_nccl else files,
         Parity(policy.config.vocab_size, config.max_logp_diff),
@@ -60,20 +56,29 @@ def open_served_policy(
 
 def open_served_student(config, layout: Layout, stack: ExitStack) -> TokenSeat:
     """The student's seat on a server of its own."""
-    options = server_options(config, layout.student, server_memory(layout))
-    log, device = config.out / "vllm_student.log", layout.student
-    server = VllmServer(Path(config.student), log, device=device, dtype=config.dtype, options=options)
-    sampler = VllmSampler([stack.enter_context(server).url], server=server)
+    directory = Path(config.student)
+    server = start_server(config, layout, layout.student, directory, "vllm_student.log", stack)
+    sampler = VllmSampler([server.url], server=server)
     stack.callback(sampler.close)
-    return TokenSeat(sampler, Tokenizer.from_directory(config.student), thinking=config.thinking)
+    return TokenSeat(sampler, Tokenizer.from_directory(directory), thinking=config.thinking)
 
 
-def server_memory(layout: Layout) -> float:
-    """Share of a GPU's memory that a server takes for weights and KV cache: half where both models share the GPU."""
-    is_beside = layout.student_rollout in ("vllm", "embedded") and layout.serves_on(layout.student)
-    return 0.45 if is_beside else 0.9
+def start_server(config, layout: Layout, device: str, model: Path, log: str, stack: ExitStack, options: Sequence[str] = (),
+                 remove: Path | None = None) -> VllmServer:  # fmt: skip
+    """A server that ends with `stack`. The user's --vllm-args come last, and override ours."""
+    if device.startswith("cuda"):
+        options = ["--gpu-memory-utilization", str(memory_share(layout, device)), *options]
+    options = [*options, *shlex.split(config.vllm_args)]
+    server = VllmServer(
+        model, config.out / log, device=device, dtype=config.dtype, options=options, remove=remove
+    )
+    return stack.enter_context(server)
 
 
-def server_options(config, device: str, memory: float) -> list[str]:
-    limit = ["--gpu-memory-utilization", str(memory)] if device.startswith("cuda") else []
-    return limit + shlex.split(config.vllm_args)
+def memory_share(layout: Layout, device: str) -> float:
+    """The part of a GPU's memory that a server on it takes for weights and KV cache; the trainer or the student may be there too."""
+    if layout.policy in gpus_of(device):
+        return 0.35
+    return (
+        0.45 if layout.student_rollout in ("vllm", "embedded") and layout.serves_on(layout.student) else 0.9
+    )

@@ -54,7 +54,8 @@ class VllmSampler:
         """
 
         def sample() -> list[list[Rollout]]:
-            self._confirm_version()
+            for client in self._changed():
+                self._load(client)
             pool = ThreadPoolExecutor(max(1, sum(client.connections for client in self.clients)))
             try:
                 answers = pool.map(self._ask, requests, cycle(self.clients))
@@ -62,7 +63,8 @@ class VllmSampler:
                 groups = list(bar)
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)  # after a loss nobody waits for the rest
-            self._confirm_version()
+            if changed := self._changed():
+                raise ServerLost(f"{changed[0].url} was restarted, or another run uses it")
             return groups
 
         return self._with_recovery(sample)
@@ -114,11 +116,14 @@ class VllmSampler:
     def tag(self) -> str:
         return f"{self._run}-{self.weight_version}"
 
-    def _confirm_version(self) -> None:
-        for client in self.clients if self.transfer else ():
-            found = client.request("GET", "/weight_info").get("weight_version")
-            if found != self.tag:
-                raise ServerLost(f"{client.url} was restarted or another run uses it: it has weights {found}")
+    def _changed(self) -> list[Client]:
+        """The servers that have not our present weights."""
+        clients = self.clients if self.transfer else []
+        return [
+            client
+            for client in clients
+            if client.request("GET", "/weight_info")["weight_version"] != self.tag
+        ]
 
     def prompt_logprobs(self, client: Client, token_ids: list[int]) -> Tensor:
         """The server's log-probs `[T - 1]` of each token but the first given those before it, at temperature 1; nats."""
@@ -127,29 +132,21 @@ class VllmSampler:
         scored = zip(answer["choices"][0]["prompt_logprobs"][1:], token_ids[1:], strict=True)
         return torch.tensor([entry[str(token)]["logprob"] for entry, token in scored])
 
-    def _with_recovery(self, action: Callable[[], Result]) -> Result:
-        """Runs `action`. Where a server is lost meanwhile, brings it back with the present weights and runs it anew."""
-        for _ in range(RECOVERIES):
-            try:
-                return self._awake(action)
-            except ServerLost as lost:
-                if isinstance(self.transfer, NcclTransfer):  # the trainer's weights may have moved on
-                    raise UserError(f"{lost}. The run continues from its last state") from lost
-                if not (self.server or self.transfer):
-                    raise
-                tqdm.write(f"recovering: {lost}")
-            if self.server:
-                self.server.restart()  # reads the checkpoint of the last sync, or the frozen model
-                self.is_asleep = False
-            for client in self.clients if self.transfer else ():
-                self._load(client)
-        return self._awake(action)
-
-    def _awake(self, action: Callable[[], Result]) -> Result:
-        for client in self.clients if self.is_asleep else ():
-            client.request("POST", "/wake_up")
-        self.is_asleep = False
-        return action()
+    def _with_recovery(self, action: Callable[[], Result], recoveries: int = RECOVERIES) -> Result:
+        """Runs `action`, which sees to the weights, and runs it anew where a server is lost meanwhile."""
+        try:
+            for client in self.clients if self.is_asleep else ():
+                client.request("POST", "/wake_up")
+            self.is_asleep = False
+            return action()
+        except ServerLost as lost:
+            if not recoveries or not (self.server or self.transfer):
+                raise
+            tqdm.write(f"recovering: {lost}")
+        if self.server:
+            self.server.restart()  # reads the checkpoint of the last sync, or the frozen model
+            self.is_asleep = False
+        return self._with_recovery(action, recoveries - 1)
 
     def rest(self) -> None:
         """Frees the GPU that is shared with the trainer until the next call, by vLLM's sleep mode."""
