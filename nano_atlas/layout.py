@@ -54,14 +54,14 @@ class Layout:
     """Devices, and who samples on them."""
 
     policy: str
-    student: str
+    student: str  # "" where it is an endpoint or there is none
     reference: str
     student_rollout: str  # "embedded" | "vllm" | "endpoint" | "none"
     server: str = ""  # device or devices of the policy's vLLM server, if one is started here
     urls: tuple[str, ...] = ()  # the policy's vLLM servers, if they are running already
 
     def serves_on(self, device: str) -> bool:
-        """Whether the policy's server, started here, uses this GPU."""
+        """Whether the policy's server, if it is started here, uses this GPU."""
         return device in gpus_of(self.server)
 
 
@@ -100,15 +100,14 @@ def choose_layout(config: LayoutConfig, student: str, kl: str, gpus: int | None 
         raise UserError("--overlap needs --rollout vllm: the embedded sampler's weights change in training")
 
     has_full_gpu = is_served and gpus > 1 and is_alone  # vLLM preallocates its GPU's memory
-    student_rollout = "vllm" if has_full_gpu and has_vllm else "embedded"
+    student_device, student_rollout = spare, "vllm" if has_full_gpu and has_vllm else "embedded"
     if not student or is_url(student):
-        student_rollout = "endpoint" if student else "none"
+        student_device, student_rollout = "", "endpoint" if student else "none"
     reference = policy if kl == "exact" or has_full_gpu else spare
     sampler = f"vLLM at {', '.join(urls)}" if urls else f"vLLM on {server}" if server else "this process"
-    place = student if student_rollout == "endpoint" else spare
     print(f"policy: trained on {policy}, sampled by {sampler} ({reason})")
-    print(f"student: {student_rollout} on {place}; reference on {reference}")
-    return Layout(policy, spare, reference, student_rollout, server, urls)
+    print(f"student: {student_rollout} on {student_device or student}; reference on {reference}")
+    return Layout(policy, student_device, reference, student_rollout, server, urls)
 
 
 def load(path: str | Path, device: str, dtype: str, made_by: str) -> Transformer:
