@@ -286,6 +286,19 @@ def with_tied_head(
             yield "lm_head.weight", weight
 
 
+def in_shards(
+    tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: float
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The named tensors in host memory, in groups of at most `max_bytes` (a larger tensor alone), one file each."""
+    shard: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors:
+        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > max_bytes:
+            yield shard
+            shard = {}
+        shard[name] = tensor.cpu().contiguous()
+    yield shard
+
+
 def save_model(
     path: str | Path,
     model: Transformer,
