@@ -62,9 +62,7 @@ class MasterAdamW:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.weights = {name: own_part(p) for name, p in self.parameters.items()}  # this rank's rows
         self.masters = {name: _master(weight, state_device) for name, weight in self.weights.items()}
-        self.adamws: dict[
-            str, torch.optim.AdamW
-        ] = {}  # one per parameter: only one gradient at a time is moved
+        self.adamws = {}  # one per parameter, so that only one gradient at a time moves to `state_device`
         for name, master in self.masters.items():
             decay = weight_decay if master.ndim > 1 else 0.0
             self.adamws[name] = torch.optim.AdamW([master], betas=betas, weight_decay=decay, fused=True)
@@ -112,9 +110,9 @@ class MasterAdamW:
         return norm
 
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All that the next step depends on, as `{parameter name}.{master|step|exp_avg|exp_avg_sq}`, float32, whole tensors.
+        """All that the next step depends on: whole float32 tensors `{parameter name}.{master|step|exp_avg|exp_avg_sq}`.
 
-        Gathering them is collective: a rank that skips one deadlocks the others.
+        Collective: a rank that skips one deadlocks the others.
         """
         for name, master in self.masters.items():
             for kind, value in {"master": master.detach(), **self.adamws[name].state[master]}.items():
@@ -142,9 +140,6 @@ def _master(weight: Tensor, device: torch.device | str | None) -> Tensor:
     device = torch.device(device or weight.device)
     is_master = weight.dtype == torch.float32 and weight.device == device
     return weight if is_master else nn.Parameter(weight.detach().to(device, torch.float32))
-
-
-# ---------------------------------------------------------------------------------------------------- training states
 
 
 def save_training_state(
