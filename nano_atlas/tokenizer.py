@@ -111,22 +111,22 @@ class Tokenizer:
         self.config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         self.config |= config or {}
         for name, token in (("eos_token", eos_token), ("pad_token", pad_token)):
-            if token is not None:
-                self.config[name] = token
-                if backend.token_to_id(token) is None:
-                    raise UserError(f"{source}: {name} {token!r} is not in the vocabulary")
+            if token and backend.token_to_id(token) is None:
+                raise UserError(f"{source}: {name} {token!r} is not in the vocabulary")
+            self.config |= {name: token} if token else {}
         self.eos_ids = tuple(eos_ids) or (backend.token_to_id(eos_token),)
         if pad_id is None:
-            pad_id = self.eos_ids[0] if pad_token is None else backend.token_to_id(pad_token)
+            pad_id = backend.token_to_id(pad_token) if pad_token else self.eos_ids[0]
         self.pad_id = pad_id
 
-        for index in self.eos_ids:  # also special where they are stored as ordinary tokens
+        added = backend.get_added_tokens_decoder()
+        special = {token.content: index for index, token in added.items() if token.special}
+        for index in set(self.eos_ids) - set(special.values()):  # ordinary tokens that end a text
             token = backend.id_to_token(index)
             if token is None:
                 raise UserError(f"{source}: the end-of-sequence id {index} is not in the vocabulary")
             backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True)])
-        added = backend.get_added_tokens_decoder().items()
-        special = {token.content: index for index, token in added if token.special}
+            special[token] = index
         self._special_ids = frozenset(special.values())
         longest_first = sorted(special, key=len, reverse=True)
         self._special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
@@ -137,32 +137,27 @@ class Tokenizer:
         generation or pad in `generation_config.json` or else `config.json`. Raises UserError naming the file at fault.
         """
         path = Path(path)
-        file = path / "tokenizer.json"
-        if not file.is_file():
-            remedy = "transformers' AutoTokenizer(...).save_pretrained(...) writes one"
-            raise UserError(f"{path} has no tokenizer.json; {remedy}")
         try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
+            backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
         except Exception as error:  # the library raises nothing more specific
-            raise UserError(f"{file} cannot be read: {error}") from error
+            remedy = "transformers' AutoTokenizer(...).save_pretrained(...) writes one"
+            raise UserError(f"{path / 'tokenizer.json'} cannot be read ({error}); {remedy}") from error
         config = read_json(path / "tokenizer_config.json")
         settings = [read_json(path / name) for name in ("generation_config.json", "config.json")]
 
         def token_ids(name: str) -> list[int]:
-            stored = [
-                file[f"{name}_token_id"] for file in settings if file.get(f"{name}_token_id") is not None
-            ]
-            token = _token_text(config.get(f"{name}_token"))
-            found = stored[0] if stored else None if token is None else backend.token_to_id(token)
-            return list(found) if isinstance(found, list) else [] if found is None else [found]
+            places = [file.get(f"{name}_token_id") for file in settings]
+            places.append(backend.token_to_id(_token_text(config.get(f"{name}_token")) or ""))
+            found = next((ids for ids in places if ids is not None), [])
+            return found if isinstance(found, list) else [found]
 
         eos_ids, template = token_ids("eos"), _stored_template(path, config)
         if template is None:
             template, end_of_turn = CHATML, backend.token_to_id("<|im_end|>")
-            if end_of_turn is not None and end_of_turn not in eos_ids:
-                eos_ids.append(end_of_turn)
-            elif end_of_turn is None and eos_ids:  # the only end that this model knows
+            if end_of_turn is None and eos_ids:  # the only end that this model knows
                 template = CHATML.replace("<|im_end|>", backend.id_to_token(eos_ids[0]))
+            elif end_of_turn not in (None, *eos_ids):
+                eos_ids = [*eos_ids, end_of_turn]
         if not eos_ids:
             remedy = "add eos_token_id to its generation_config.json"
             raise UserError(f"{path} names no end-of-sequence token; {remedy}")
@@ -245,7 +240,8 @@ class Tokenizer:
                 return {key: neutral(item) for key, item in value.items()}
             return [neutral(item) for item in value] if isinstance(value, list | tuple) else value
 
-        variables = {name: _token_text(self.config[name]) for name in NAMED_TOKENS if self.config.get(name)}
+        named = {name: _token_text(self.config.get(name)) for name in NAMED_TOKENS}
+        variables = {name: token for name, token in named.items() if token is not None}
         variables |= {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         try:
             text = self._template.render(messages=neutral(messages), **variables | neutral(options))
