@@ -25,9 +25,7 @@ from nano_atlas.tokenizer import Tokenizer
 class Family(NamedTuple):
     architecture: str
     defaults: dict[str, Any]  # of fields that are absent
-    only: dict[
-        str, tuple
-    ]  # fields whose other values change the computation -> values that `model.py` computes
+    only: dict[str, tuple]  # fields that change the computation -> the values that `model.py` computes
 
 
 OFF = (False, None)  # and 0, which equals False
@@ -149,10 +147,9 @@ def is_checkpoint(path: str | Path) -> bool:
 
 def read_config(path: str | Path) -> ModelConfig:
     """The configuration of a checkpoint directory. Raises UserError."""
-    file = Path(path) / "config.json"
     if not is_checkpoint(path):
         raise UserError(f"{path} is not a checkpoint directory: it has no config.json")
-    return config_from_dict(read_json(file), str(file))
+    return config_from_dict(read_json(Path(path) / "config.json"), f"{path}/config.json")
 
 
 def load_model(
@@ -197,8 +194,8 @@ def _stored_tensors(path: Path) -> dict[str, tuple[Path, list[int]]]:
         raise UserError(f"{path} has neither model.safetensors nor {index.name}; {remedy}")
     if not files[0].is_file():
         files = [path / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+    remedy = "copy or download the checkpoint again"
     if absent := [file.name for file in files if not file.is_file()]:
-        remedy = "download the checkpoint again"
         raise UserError(f"{index} names files that are not there: {', '.join(absent)}; {remedy}")
     found = {}
     for file in files:
@@ -206,8 +203,7 @@ def _stored_tensors(path: Path) -> dict[str, tuple[Path, list[int]]]:
             with safe_open(file, framework="pt") as tensors:
                 found |= {name: (file, tensors.get_slice(name).get_shape()) for name in tensors.keys()}
         except SafetensorError as error:
-            fault = f"is not a complete safetensors file ({error})"
-            raise UserError(f"{file} {fault}; copy or download it again") from error
+            raise UserError(f"{file} is not a complete safetensors file ({error}); {remedy}") from error
     # old versions of transformers stored a buffer that means nothing
     return {name: stored for name, stored in found.items() if not name.endswith("rotary_emb.inv_freq")}
 
@@ -258,8 +254,7 @@ def save_model(
     foreign = [e.name for e in entries if e.suffix != ".safetensors" and e.name not in CHECKPOINT_FILES]
     if foreign:
         listed = ", ".join(sorted(foreign)[:5])
-        remedy = "choose another directory"
-        raise UserError(f"{path} holds {listed}, which saving a checkpoint would delete; {remedy}")
+        raise UserError(f"{path} holds {listed}, which saving would delete; choose another directory")
     dtype = dtype or model.compute_dtype or model.head_weight.dtype
     tensors = full_parameters(model)
     if repeat_tied_head:
