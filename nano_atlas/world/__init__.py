@@ -1,9 +1,9 @@
 """The nano world: three small domains of generated problems in which a plan makes the difference between success and failure.
 
-A problem lists, in shuffled order, what each thing is stated in terms of, and gives one rule for going from one thing to the next. The
-thing that is asked for comes last. To answer, one walks *backwards* from the question to a thing with a given value and then computes
-*forwards*. Computing is easy. Finding where to start is hard, because one forward pass does not walk a long chain. A teacher can close
-this gap: its <thinking> walks back one line at a time, and its <teaching> names the order, which contains no value and so no answer.
+A problem lists, in shuffled order, what each thing is stated in terms of, and gives one rule for going from one thing to the next. To
+answer, one walks *backwards* from the thing asked for to one with a given value and then computes *forwards*. Computing is easy. Finding
+where to start is hard, because one forward pass does not walk a long chain. A teacher can close this gap: its <thinking> walks back one
+line at a time, and its <teaching> names the order, which contains no value and so no answer.
 
     math                              telecom                           crm
     Ann: 3                            Modem: fair                       Refund: lead
@@ -11,8 +11,7 @@ this gap: its <thinking> walks back one line at a time, and its <teaching> names
     Each is the one it names +4.      Each is the one it names -1.      Each is the one it names +2.
     What number is Tom?               In what state is Router?          Who signs Waiver?
 
-The *student* (0.7M parameters, Qwen3's layout) is shipped with the package: STUDENT. It was made by pretrain.py beside this file. It can
-look up, compute and follow a plan. The *demonstrations*, which only the teacher learns from, are mathematics only.
+The student (0.7M parameters, Qwen3's layout) is shipped; pretrain.py made it. It can look up, compute and follow a plan.
 """
 
 import random
@@ -21,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nano_atlas import protocol
-from nano_atlas.data import Problem, derive_seed
+from nano_atlas.config import derive_seed
+from nano_atlas.data import Problem
 from nano_atlas.seats import Generation, Question, Seat
 
 STUDENT = Path(__file__).parent / "student"  # a checkpoint
@@ -83,14 +83,9 @@ def make_task(domain: Domain, rng: random.Random, chain_length: int, facts_count
     listed = [facts[thing] for thing in facts if thing != chain[-1]] + [facts[chain[-1]]]
     rule = f"Each is the one it names {shift:+d}. {domain.question.format(thing=chain[-1])}"
     work = [f"{facts[t]} {old} {shift:+d} = {new}" for t, old, new in zip(chain[1:], values, values[1:])]
-    return Task(
-        domain=domain.name,
-        question="\n".join([*listed, rule]),
-        answer=values[-1],
-        chain=tuple(chain),
-        facts=facts,
-        solution="\n".join([facts[chain[0]], *work, f"<solution>{values[-1]}</solution>"]),
-    )
+    question = "\n".join([*listed, rule])
+    solution = "\n".join([facts[chain[0]], *work, f"<solution>{values[-1]}</solution>"])
+    return Task(domain.name, question, values[-1], tuple(chain), facts, solution)
 
 
 def tasks(domain: str, count: int, seed: object) -> list[Task]:
@@ -133,11 +128,9 @@ def demonstration(task: Task, approach: str, style: str, is_thorough: bool) -> d
     approach is right. If it is wrong, a thorough tutor names the whole order, any other tutor the first half of it. Style "concise"
     always names the start alone, "detailed" the whole order.
     """
-    is_right = approach.strip() == plan(task.chain)
-    if style == "concise" or (style == "adaptive" and is_right):
+    told = task.chain if is_thorough or style == "detailed" else opening(task.chain)
+    if style == "concise" or (style == "adaptive" and approach.strip() == plan(task.chain)):
         told = task.chain[:1]
-    else:
-        told = task.chain if style == "detailed" or is_thorough else opening(task.chain)
     return {
         "problem_text": task.question,
         "student_approach": approach,
@@ -153,16 +146,15 @@ def demonstrations(count: int, seed: object, student: Seat) -> list[dict]:
     Three tutors in ten are thorough. Which amount of help serves this student best is not in the data; GRPO finds out. A sixth each is
     in the concise and in the detailed style, so that the teacher knows the styles that the runtime asks for.
     """
-    generated = tasks("math", count, f"demonstrations/{seed}")
-    probe = Generation(max_tokens=40, temperature=0.7)
+    generated, probe = tasks("math", count, f"demonstrations/{seed}"), Generation(40, temperature=0.7)
     questions = [
         Question(protocol.probe_messages(task.question), probe, derive_seed(seed, "demonstration", index))
         for index, task in enumerate(generated)
     ]
-    replies = student.ask(questions, progress="approaches")
+    approaches = [reply.text or "None." for (reply,) in student.ask(questions, progress="approaches")]
     rng = random.Random(f"styles/{seed}")
     styles = rng.choices(list(protocol.TEACHING_STYLES), weights=(4, 1, 1), k=count)
     return [
-        demonstration(task, reply[0].text or "None.", style, is_thorough=rng.random() < 0.3)
-        for task, reply, style in zip(generated, replies, styles)
+        demonstration(task, approach, style, is_thorough=rng.random() < 0.3)
+        for task, approach, style in zip(generated, approaches, styles)
     ]
