@@ -169,14 +169,11 @@ def evaluate(config: Config, tasks: Tasks, log: TaskLog, is_right: Verifier, ope
     chunks = [problems[start : start + size] for start in range(0, len(problems), size)]
     seats: dict[str, Seat] = {}
     scripts = Scripts(config, tasks, log, seats)
-    for stage in (
-        [STUDENT, TWO_VOTES],
-        *([name] for name in config.teachers),
-        [SHUFFLED, UNTRAINED, SAME_BUDGET],
-    ):
+    teachers = [[name] for name in config.teachers]
+    for stage in [[STUDENT, TWO_VOTES], *teachers, [SHUFFLED, UNTRAINED, SAME_BUDGET]]:
         seats.pop("teacher", None)  # the last one, before the next one is opened
         for chunk in chunks:
-            missing = [arm for arm in stage if arm in config.arms and not log.has(arm, chunk, config.samples)]
+            missing = [arm for arm in stage if arm in config.arms and log.lacks(arm, chunk, config.samples)]
             if not missing:
                 continue
             if "student" not in seats:
@@ -218,7 +215,7 @@ class Scripts:
         episode, seed, samples = self.config.episode, seeds(self.config.seed), self.config.samples
         alone, count = self.log.get(STUDENT, problem), self.seats["teacher"].count_tokens
         made = yield from teach(known(problem, alone), episode, RewardConfig(), seed, count, samples)
-        return [with_teaching(own, arm, e.guided, e.reply, e.teaching) for own, e in zip(alone, made)]
+        return [guided(own, arm, e.guided, e.reply, e.teaching) for own, e in zip(alone, made)]
 
     def shuffled(self, arm: str, problem: Problem) -> Script:
         """Sample i of a task gets the teaching that the last teacher wrote for sample i of the task's donor."""
@@ -227,7 +224,7 @@ class Scripts:
         teachings = [one.teaching for one in given]
         attempts = yield from guide(known(problem, alone), teachings, episode, seed)
         replies = [Reply(one.teacher_text, one.teacher_tokens, one.is_teacher_truncated) for one in given]
-        return [with_teaching(own, arm, *told) for own, *told in zip(alone, attempts, replies, teachings)]
+        return [guided(own, arm, *told) for own, *told in zip(alone, attempts, replies, teachings)]
 
     def vote(self, arm: str, problem: Problem) -> Script:
         """The majority of several fresh answers, at the price of all of them."""
@@ -249,9 +246,7 @@ class Scripts:
         """By domain: answers of the student alone that cost at least what one of the last teacher's pair does (tokens)."""
 
         def price(arm: str, domain: str) -> float:
-            return mean(
-                one.all_tokens for problem in self.tasks[domain] for one in self.log.get(arm, problem)
-            )
+            return mean(r.all_tokens for problem in self.tasks[domain] for r in self.log.get(arm, problem))
 
         last = list(self.config.teachers)[-1]
         return {name: ceil(price(last, name) / max(price(STUDENT, name), 1)) for name in self.tasks}
@@ -262,9 +257,7 @@ def known(problem: Problem, alone: list[TaskResult]) -> Sketch:
     return Sketch(problem, alone[0].approach, alone[0].approach_tokens, [one.attempt for one in alone])
 
 
-def with_teaching(
-    own: TaskResult, arm: str, attempt: Attempt, reply: Reply, teaching: str | None
-) -> TaskResult:
+def guided(own: TaskResult, arm: str, attempt: Attempt, reply: Reply, teaching: str | None) -> TaskResult:
     """`own`, the student's result alone, after a teaching. reply: the teacher's whole completion."""
     return replace(
         own,

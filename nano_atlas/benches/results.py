@@ -72,8 +72,9 @@ class TaskLog(Journal):
         super().append({**vars(result), "attempt": vars(result.attempt)} for result in new.values())
         self.results |= new
 
-    def has(self, arm: str, problems: Iterable[Problem], samples: int) -> bool:
-        return all(len(self.get(arm, problem)) == samples for problem in problems)
+    def lacks(self, arm: str, problems: Iterable[Problem], samples: int) -> bool:
+        """Whether an answer is missing."""
+        return any(len(self.get(arm, problem)) < samples for problem in problems)
 
     def get(self, arm: str, problem: Problem) -> list[TaskResult]:
         """Of the samples of a task that are there, from the first on."""

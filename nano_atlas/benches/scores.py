@@ -73,23 +73,22 @@ def make_report(
 
     arms: in the order of the tables; teachers: those among them of which the last is compared with each earlier one.
     """
-    found: dict[tuple[str, str], Tasks] = {}  # by domain and arm
+    found: dict[tuple[str, str, str], list[TaskResult]] = {}  # by domain, arm and task
     for result in sorted(results, key=lambda result: result.sample):
-        found.setdefault((result.domain, result.arm), {}).setdefault(result.id, []).append(result)
+        found.setdefault((result.domain, result.arm, result.id), []).append(result)
+    whole: dict[tuple[str, str], Tasks] = {}  # by domain and arm
+    for (domain, arm, name), task in found.items():
+        if len(task) == samples:
+            whole.setdefault((domain, arm), {})[name] = task
     report = Report([], [])
-    for domain in dict.fromkeys(domain for domain, _ in found):
-        complete = {}
+    for domain in dict.fromkeys(domain for domain, _ in whole):
+        alone = whole.get((domain, STUDENT))
         for arm in arms:
-            tasks = found.get((domain, arm), {})
-            tasks = {name: task for name, task in tasks.items() if len(task) == samples}
-            if tasks:
-                complete[arm] = tasks
-        alone = complete.get(STUDENT)
-        for arm, tasks in complete.items():
-            versus = compare(tasks, alone, seed) if alone and arm != STUDENT else None
-            report.scores.append(score(tasks, versus))
-        *earlier, last = [name for name in teachers if name in complete] or [None]
-        report.differences.extend(compare(complete[last], complete[name], seed) for name in earlier)
+            if tasks := whole.get((domain, arm)):
+                versus = compare(tasks, alone, seed) if alone and arm != STUDENT else None
+                report.scores.append(score(tasks, versus))
+        *earlier, last = [whole[domain, name] for name in teachers if (domain, name) in whole] or [{}]
+        report.differences.extend(compare(last, other, seed) for other in earlier)
     return report
 
 
