@@ -88,10 +88,8 @@ class Config(arms.ArmsConfig, Benchmark):
         self.check_arms()
         if self.samples > 1 and self.temperature == 0:
             raise UserError(f"--temperature 0 gives {self.samples} times the same answer; raise it")
-        if self.data and self.bench == "nano":
-            raise UserError("--bench nano makes its own tasks and takes no --data; name another --bench")
-        if not self.data and self.bench != "nano":
-            raise UserError(f"--bench {self.bench} needs --data FILE, JSONL with question and answer")
+        if bool(self.data) == (self.bench == "nano"):
+            raise UserError("--data FILE goes with every --bench but nano, which makes its own tasks")
 
 
 def main() -> None:
@@ -202,14 +200,24 @@ class Scripts:
     seats: dict[str, Seat]
 
     def of(self, arm: str, problem: Problem) -> Script:
-        special = {STUDENT: self.alone, SHUFFLED: self.shuffled, TWO_VOTES: self.vote, SAME_BUDGET: self.vote}
-        return special.get(arm, self.taught)(arm, problem)
+        if arm in (STUDENT, TWO_VOTES, SAME_BUDGET):
+            return self.alone(arm, problem)
+        return self.shuffled(arm, problem) if arm == SHUFFLED else self.taught(arm, problem)
 
     def alone(self, arm: str, problem: Problem) -> Script:
+        """The student's own answers. In the arms that vote each is the majority of several, at the price of all of them."""
         config, task = self.config, (arm, problem.domain, problem.id)
-        found = yield from sketch(problem, config.episode, seeds(config.seed), config.samples)
+        episode, seed, votes = config.episode, seeds(config.seed), 1
+        if arm != STUDENT:
+            votes = 2 if arm == TWO_VOTES else self.budget[problem.domain]
+            temperature = config.temperature or VOTE_TEMPERATURE
+            episode = replace(episode, probe_tokens=0, temperature=(temperature, temperature))
+            number = derive_seed(config.seed, *task, 0)
+            seed = lambda *_: number
+        found = yield from sketch(problem, episode, seed, votes * config.samples)
+        groups = [found.baselines[start :: config.samples] for start in range(config.samples)]
         probe = found.approach, found.approach_tokens
-        return [TaskResult(*task, i, problem.answer, one, *probe) for i, one in enumerate(found.baselines)]
+        return [TaskResult(*task, i, problem.answer, majority(own), *probe) for i, own in enumerate(groups)]
 
     def taught(self, arm: str, problem: Problem) -> Script:
         episode, seed, samples = self.config.episode, seeds(self.config.seed), self.config.samples
@@ -225,17 +233,6 @@ class Scripts:
         attempts = yield from guide(known(problem, alone), teachings, episode, seed)
         replies = [Reply(one.teacher_text, one.teacher_tokens, one.is_teacher_truncated) for one in given]
         return [guided(own, arm, *told) for own, *told in zip(alone, attempts, replies, teachings)]
-
-    def vote(self, arm: str, problem: Problem) -> Script:
-        """The majority of several fresh answers, at the price of all of them."""
-        config, task = self.config, (arm, problem.domain, problem.id)
-        votes = 2 if arm == TWO_VOTES else self.budget[problem.domain]
-        temperature = config.temperature or VOTE_TEMPERATURE
-        episode = replace(config.episode, probe_tokens=0, temperature=(temperature, temperature))
-        seed = derive_seed(config.seed, *task, 0)
-        found = yield from sketch(problem, episode, lambda *_: seed, votes * config.samples)
-        groups = [found.baselines[start :: config.samples] for start in range(config.samples)]
-        return [TaskResult(*task, i, problem.answer, majority(group)) for i, group in enumerate(groups)]
 
     @cached_property
     def donors(self) -> dict[str, dict[str, Problem]]:

@@ -71,8 +71,8 @@ def test_nano_asks_the_world_for_held_out_tasks_of_each_domain(monkeypatch):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--bench", "gsm8k"], "needs --data"),
-    (["--data", "x.jsonl"], "takes no --data"),
+    (["--bench", "gsm8k"], "--data FILE goes with"),
+    (["--data", "x.jsonl"], "makes its own tasks"),
     (["--samples", "4"], "same answer"),
     (["--samples", "0"], "--samples must be at least 1"),
     (["--temperature", "-1"], "--temperature must be at least 0"),

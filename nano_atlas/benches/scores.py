@@ -95,7 +95,10 @@ def make_report(
 def compare(tasks: Tasks, others: Tasks, seed: int = 0) -> Comparison:
     """The arm of `tasks` minus the arm of `others`, on the tasks that both have."""
     shared = [name for name in tasks if name in others]
-    before, after = ([_share_right(arm[name]) for name in shared] for arm in (others, tasks))
+    before, after = (
+        [fmean(result.attempt.is_correct for result in arm[name]) for name in shared]
+        for arm in (others, tasks)
+    )
     changes = [new - old for new, old in zip(after, before)]
     could_degrade = sum(share > 0 for share in before)
     improved, degraded = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
@@ -144,10 +147,6 @@ def score(tasks: Tasks, versus_student: Comparison | None) -> Score:
         malformed=fmean(result.teaching is None for result in answers) if is_taught else None,
         versus_student=versus_student,
     )
-
-
-def _share_right(task: list[TaskResult]) -> float:
-    return fmean(result.attempt.is_correct for result in task)
 
 
 # ---------------------------------------------------------------------------------------------------------------- tables
