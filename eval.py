@@ -72,7 +72,7 @@ class Benchmark:
 @dataclass(frozen=True)
 class Config(arms.ArmsConfig, Benchmark):
     full: bool = option(False, "all controls, and every column instead of a summary", resumable=True)
-    samples: int = option(1, "answers per task and arm; above 1: avg@n, pass@n and maj@n", at_least=1)
+    samples: int = option(1, "answers per task: avg@n, pass@n, maj@n", group="answers", at_least=1)
     verifier: str = option("exact", "compare numbers and words, or algebra", ("exact", "math-verify"))
     deploy: Path | None = option(None, "YAML that names student and teacher in service", resumable=True)
 

@@ -52,8 +52,7 @@ class Kept:
         return rollouts
 
 
-def seconds(work, *arguments) -> float:
-    """CPU time."""
+def cpu_seconds(work, *arguments) -> float:
     start = time.process_time()
     work(*arguments)
     return time.process_time() - start
@@ -63,19 +62,19 @@ def main() -> None:
     options = parse(Config, sys.argv[1:], {}, __doc__)
     evaluation.CHUNK = options.chunk
     tasks = {"math": world.held_out("math", options.tasks, 0)}
-    evaluated, alone = [], []
+    evaluated, alone = [], []  # CPU seconds
     for round in range(options.rounds):
         with tempfile.TemporaryDirectory() as folder, TaskLog(Path(folder, "tasks.jsonl")) as log:
             argv = ["--student", options.student, "--teacher", *options.teacher, "--out", folder]
             config = parse(evaluation.Config, argv, presets("eval"), "")
-            specs = {STUDENT: config.student, **config.teachers}
-            seats = {name: config.open(spec) for name, spec in specs.items()}
+            seats = {STUDENT: config.open(config.student)}
+            seats |= {name: config.open(spec) for name, spec in config.teachers.items()}
             for seat in seats.values():
                 seat.sampler = Kept(seat.sampler)
             kept = [seat.sampler for seat in seats.values()]
             work = evaluation.evaluate, config, tasks, log, answers.is_correct, seats.__getitem__
-            evaluated.append(seconds(*work))
-            alone.append(sum(seconds(sampler.sampler.generate, sampler.requests) for sampler in kept))
+            evaluated.append(cpu_seconds(*work))
+            alone.append(sum(cpu_seconds(sampler.sampler.generate, sampler.requests) for sampler in kept))
         tokens, calls = sum(sampler.tokens for sampler in kept), sum(sampler.calls for sampler in kept)
         print(
             f"round {round}: {tokens:,} tokens in {calls} calls; CPU time of the evaluation {evaluated[-1]:.1f} s, "
