@@ -1,7 +1,8 @@
 """Agents of other people in the seats: a Python function, an HTTP service, a chat model with tools. Faults in them stay theirs.
 
     DIRECTORY                        a checkpoint
-    http://host:port#model           an OpenAI-compatible server (with `tools`: MODULE:NAME of a list of Python functions)
+    http://host:port#model           an OpenAI-compatible server
+    module:tools@http://host:port    the same, whose model may call the Python functions in a list
     post+http://host/path#a.b        any HTTP service: POST {"prompt", "metadata"}, reply text at a.b of the JSON that comes back
     module:function                  function(prompt=..., metadata=...), plain, async or a generator of pieces
 
@@ -147,22 +148,16 @@ def tool_schema(function: Callable[..., Any]) -> dict:
     return {"type": "function", "function": about}
 
 
-def open_agent(
-    spec: str,
-    *,
-    tools: str | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Seat:
-    """A seat from any of the four kinds of `spec`. Raises UserError for one that cannot be opened."""
-    if tools is not None and not is_url(spec):
-        raise UserError(f"tools {tools} can be given to an OpenAI-compatible URL only, not to {spec}")
+def open_agent(spec: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Seat:
+    """A seat from any of these kinds of `spec`. Raises UserError for one that cannot be opened."""
+    tools, _, url = spec.partition("@")
     if spec.startswith(("post+http://", "post+https://")):
         return PythonAgent(http_service(spec))
+    if not is_url(spec) and is_url(url):
+        return ToolAgent(open_seat(url), load_object(tools))
     if not is_url(spec) and ":" in spec and not Path(spec).exists():
         function = load_object(spec)
         if not callable(function):
             raise UserError(f"{spec} is a {type(function).__name__}, not a function")
         return PythonAgent(function)
-    seat = open_seat(spec, device, dtype)
-    return seat if tools is None else ToolAgent(seat, load_object(tools))
+    return open_seat(spec, device, dtype)

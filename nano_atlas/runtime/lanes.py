@@ -20,11 +20,11 @@ from nano_atlas import protocol
 from nano_atlas.answers import last_json, reveals_answer, visible
 from nano_atlas.config import derive_seed, option
 from nano_atlas.data import Problem
-from nano_atlas.episode import Attempt, EpisodeConfig, Sketch, attempt, guide, sketch
+from nano_atlas.episode import Attempt, EpisodeConfig, Sketch, guide, sketch
 from nano_atlas.reward import teaching_reward
 from nano_atlas.runtime import learning
 from nano_atlas.runtime.guard import GuardConfig, Trial, choose_trial
-from nano_atlas.runtime.judges import JudgeConfig, Verdict, judge
+from nano_atlas.runtime.judges import JudgeConfig, judge
 from nano_atlas.schedule import Call, Fault, Script, ask
 from nano_atlas.seats import Generation
 
@@ -42,6 +42,7 @@ class LaneConfig(learning.SkillConfig, GuardConfig, JudgeConfig, EpisodeConfig):
         ("adaptive", *LANES),
         group="lanes",
     )
+    seed: int = option(0, "of every random choice")
     retries: int = option(0, "further teachings and answers while none is valid", at_least=0)
     strategies: tuple[str, ...] = option(
         tuple(protocol.TEACHING_STYLES),
@@ -96,15 +97,13 @@ def now() -> str:
 # ------------------------------------------------------------------------------------------------------- task analysis
 
 
-def new_session(
-    name: str, task: Problem, experience: learning.Experience, config: LaneConfig, seed: int
-) -> Session:
+def new_session(name: str, task: Problem, experience: learning.Experience, config: LaneConfig) -> Session:
     """Lane and strategy by what is known about this kind of task."""
     key = task.domain or "general"
     choice = choose_lane(experience.records[key], config.lane)
-    style = experience.strategies.choose(key, derive_seed(seed, "strategy", name))
+    style = experience.strategies.choose(key, derive_seed(config.seed, "strategy", name))
     playbook = experience.playbook if config.skill_writer else None
-    return Session(name, task, seed, style, key, now(), choice["mode"], choice, playbook)
+    return Session(name, task, config.seed, style, key, now(), choice["mode"], choice, playbook)
 
 
 def choose_lane(record: Sequence[float], forced: str = "adaptive") -> dict[str, Any]:
@@ -172,49 +171,43 @@ def paired(session: Session, config: LaneConfig) -> Script:
 
 
 def coach(session: Session, config: LaneConfig) -> Script:
-    task, answering = session.task, Generation(config.answer_tokens, config.student_temperature, config.top_p)
-    (reply,), (answer,) = yield from ask(
-        Call(
-            "student",
-            "plan",
-            protocol.user_turn(task.question, PLAN_REQUEST),
-            answering,
-            session.draw("plan"),
-        ),
-        Call("student", "alone", protocol.baseline_messages(task.question), answering, session.draw("alone")),
-    )
-    steps = parse_plan(reply.text)
-    session.plan = [{"id": n, "description": step, "depends_on": []} for n, step in enumerate(steps, start=1)]
-    session.approach = "\n".join(f"{n}. {step}" for n, step in enumerate(steps, start=1))
-    alone = attempt(answer, task.answer)
-    yield from validate(session, config, "alone", alone)
-    planned = replace(task, question=f"{task.question}\n\nYour plan: {session.approach}")
-    yield from with_help(session, config, "coached", Sketch(planned, session.approach, reply.tokens, [alone]))
+    messages = protocol.user_turn(session.task.question, PLAN_REQUEST)
+    generation = Generation(config.answer_tokens, config.student_temperature, config.top_p)
+    ((reply,),) = yield from ask(Call("student", "plan", messages, generation, session.draw("plan")))
+    steps = list(enumerate(parse_plan(reply.text), start=1))
+    session.plan = [{"id": number, "description": step, "depends_on": []} for number, step in steps]
+    session.approach = "\n".join(f"{number}. {step}" for number, step in steps)
+    alone = yield from sketch(session.task, replace(config, probe_tokens=0), session.draw)
+    yield from validate(session, config, "alone", alone.baselines[0])
+    planned = replace(session.task, question=f"{session.task.question}\n\nYour plan: {session.approach}")
+    yield from with_help(session, config, "coached", replace(alone, problem=planned))
 
 
 def parse_plan(text: str) -> list[str]:
-    """The steps; also from {"description": ...} objects. A text without a JSON plan is one step."""
+    """The steps, each a text or {"description": text}. A reply without a JSON plan is one step."""
     steps = (last_json(text, "steps") or {}).get("steps")
     steps = (
-        [s.get("description") if isinstance(s, dict) else s for s in steps] if isinstance(steps, list) else []
+        [s.get("description") if isinstance(s, dict) else s for s in steps if s]
+        if isinstance(steps, list)
+        else []
     )
-    steps = [str(step).strip() for step in steps if step and str(step).strip()]
-    return steps[:MOST_STEPS] or [visible(text).strip()]
+    return [str(step).strip() for step in steps if step][:MOST_STEPS] or [visible(text).strip()]
 
 
 def validate(session: Session, config: LaneConfig, kind: str, given: Attempt) -> Script:
     """Adds the student's answer to the session's trials, with its verdict."""
-    trial = Trial(kind, given.text, given.answer, given.tokens, given.is_truncated, Verdict(None, "nobody"))
-    trial.verdict = yield from verdict_on(
-        session, config, trial, (session.seed, session.id, len(session.trials))
-    )
+    verdict = yield from verdict_on(session, config, kind, given, len(session.trials))
+    trial = Trial(kind, given.text, given.answer, given.tokens, given.is_truncated, verdict)
     session.trials.append(trial)
 
 
-def verdict_on(session: Session, config: LaneConfig, trial: Trial, seed: object) -> Script:
-    guidance = "" if trial.kind == "alone" else "\n".join(session.teachings)
+def verdict_on(
+    session: Session, config: LaneConfig, kind: str, given: Attempt | Trial, *seed: object
+) -> Script:
+    guidance = "" if kind == "alone" else "\n".join(session.teachings)
+    seed = (session.seed, session.id, *seed)
     return (
-        yield from judge(session.task, trial.text, trial.answer, config, seed, session.approach, guidance)
+        yield from judge(session.task, given.text, given.answer, config, seed, session.approach, guidance)
     )
 
 
@@ -279,9 +272,7 @@ def audit(session: Session, config: LaneConfig) -> Script:
         return
     scores = []
     for trial in (alone, returned):
-        verdict = yield from verdict_on(
-            session, config, trial, (session.seed, session.id, "audit", trial.kind)
-        )
+        verdict = yield from verdict_on(session, config, trial.kind, trial, "audit", trial.kind)
         scores.append(verdict.score)
     if None not in scores:
         session.audited_gain = scores[1] - scores[0]
