@@ -235,3 +235,26 @@ def outcome_of(trace: Any, where: str) -> Outcome:
         reward=reward.get("score") if isinstance(reward, dict) else reward,
         disagreement=float((trace.get("reward_stats") or {}).get("score_stddev") or 0.0),
     )
+
+
+def problems_from_traces(path: Path, selection: Any = None) -> tuple[list, Counter[str]]:
+    """Until nano_atlas.data.load_problems reads traces."""
+    from nano_atlas.data import Problem
+    from nano_atlas.runtime.review import Selection
+
+    problems, left_out = {}, Counter()
+    for outcome, trace in read_traces(Path(path)):
+        golds = (trace.get("ground_truth"), (trace.get("session_metadata") or {}).get("ground_truth"))
+        gold = next((str(value) for value in golds if value is not None), "")
+        if not (selection or Selection()).takes(outcome):
+            left_out["not selected"] += 1
+        elif not gold.strip():
+            left_out["no ground truth"] += 1
+        elif (trace["task"], gold) in problems:
+            left_out["the same task again"] += 1
+        else:
+            problem = Problem(outcome.session_id, trace["task"], gold, outcome.learning_key)
+            problems[trace["task"], gold] = problem
+    if not problems:
+        raise UserError(f"{path}: no trace here makes a training problem ({dict(left_out)}); no ground truth")
+    return list(problems.values()), left_out
