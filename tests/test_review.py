@@ -3,7 +3,7 @@
 import pytest
 
 from nano_atlas.errors import UserError
-from nano_atlas.runtime.journal import Journal
+from nano_atlas.runs import Journal
 from nano_atlas.runtime.review import Selection, export_traces, read_reviews, record_reviews, show_sessions
 from nano_atlas.runtime.traces import read_traces
 

@@ -7,8 +7,8 @@ import pytest
 
 from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
+from nano_atlas.runs import Journal
 from nano_atlas.runtime.guard import Trial
-from nano_atlas.runtime.journal import Journal
 from nano_atlas.runtime.judges import Verdict
 from nano_atlas.runtime.lanes import Session
 from nano_atlas.runtime.review import Selection
