@@ -103,6 +103,20 @@ class Episode:
 # ------------------------------------------------------------------------------------------------------------ the script
 
 
+def episode(
+    problem: Problem,
+    config: EpisodeConfig,
+    rewards: RewardConfig,
+    seed: SeedOf,
+    count_tokens: Callable[[str], int],
+    baselines: int = 1,
+    group_size: int = 1,
+) -> Script:
+    """From the question to the rewards of `group_size` teachings -> list[Episode]."""
+    alone = yield from sketch(problem, config, seed, baselines)
+    return (yield from teach(alone, config, rewards, seed, count_tokens, group_size))
+
+
 def sketch(
     problem: Problem, config: EpisodeConfig, seed: SeedOf, baselines: int = 1, grade: Grade | None = None
 ) -> Script:

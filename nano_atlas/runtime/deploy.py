@@ -13,7 +13,7 @@ server at api_base; model: its name there, if it serves several), `http` and `py
 
 import argparse
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,17 @@ from typing import Any
 import yaml
 
 from nano_atlas.config import option
+from nano_atlas.episode import EpisodeConfig
 from nano_atlas.errors import UserError
 from nano_atlas.runs import replace_text
 
-LLM_KEYS = ("provider", "model", "api_base", "temperature", "max_output_tokens")
-NEEDED = {"huggingface": "model", "openai": "api_base", "http": "model", "python": "model"}  # by provider
+SPECS = {
+    "huggingface": "{model}",
+    "python": "{model}",
+    "http": "post+{model}",
+    "openai": "{api_base}#{model}",
+}
+LENGTHS = {"student": "--answer-tokens", "teacher": "--teaching-tokens"}
 KEY_VARIABLE = "NANO_ATLAS_API_KEY"
 
 
@@ -57,55 +63,39 @@ def with_deployment(argv: Sequence[str], is_evaluation: bool = False) -> list[st
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--deploy", nargs="?")
     path = parser.parse_known_args(argv)[0].deploy
+    seats = read_deployment(path) if path else {}
     flags: list[str] = []
-    for name, llm in read_deployment(path).items() if path else ():
+    for name, llm in seats.items():
         is_named = is_evaluation and name == "teacher"
-        options = {f"--{name}": f"deployed={llm['spec']}" if is_named else llm["spec"]}
-        options["--answer-tokens" if name == "student" else "--teaching-tokens"] = llm.get(
-            "max_output_tokens"
-        )
-        if not is_evaluation:
-            options[f"--{name}-temperature"] = llm.get("temperature")
-        flags += [f"{flag}={value}" for flag, value in options.items() if value is not None]
+        flags += [f"--{name}", f"deployed={llm['spec']}" if is_named else llm["spec"]]
+        if "max_output_tokens" in llm:
+            flags += [LENGTHS[name], str(llm["max_output_tokens"])]
+    pairs = zip(LENGTHS, EpisodeConfig.temperature)
+    temperatures = [seats.get(name, {}).get("temperature", default) for name, default in pairs]
+    if not is_evaluation and any("temperature" in llm for llm in seats.values()):
+        flags += ["--temperature", *map(str, temperatures)]
     return [*flags, *argv]
 
 
 def read_deployment(path: Path | str) -> dict[str, dict[str, Any]]:
-    """The keys of each `llm` section, and `spec` for agents.open_agent, by seat. Raises UserError for anything it does not know."""
+    """The keys of each `llm` section, and its `spec` for agents.open_agent, by seat. Raises UserError for what it does not know."""
+    seats = {}
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        for name, section in yaml.safe_load(Path(path).read_text(encoding="utf-8")).items():
+            llm = section["llm"]
+            known = ["provider", "model", "temperature", "max_output_tokens"]
+            if llm["provider"] == "openai":
+                known, llm = [*known, "api_base"], {"model": ""} | llm
+            unknown = [*(set(section) - {"llm"}), *(set(llm) - set(known)), *({name} - set(LENGTHS))]
+            if unknown or llm["provider"] not in SPECS:
+                raise UserError(f"{path}: {name}: {unknown or llm['provider']} is unknown")
+            seats[name] = {**llm, "spec": SPECS[llm["provider"]].format(**llm).rstrip("#")}
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    seats = {}
-    for name, section in _section(content, ("student", "teacher"), f"{path}: ").items():
-        llm = _section(section, ("llm",), f"{path}: {name}.").get("llm")
-        seats[name] = _section(llm, LLM_KEYS, f"{path}: {name}.llm.")
-        llm["spec"] = _spec(llm, f"{path}: {name}.llm.")
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"{path}: not a deployment file ({cause})") from None
     return seats
-
-
-def _section(value: Any, known: Collection[str], where: str) -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        raise UserError(f"{where.rstrip('. :')} must be a section with the keys {', '.join(known)}")
-    for key in value:
-        if key not in known:
-            raise UserError(f"{where}{key}: unknown; there are {', '.join(known)}")
-    return value
-
-
-def _spec(llm: dict[str, Any], where: str) -> str:
-    provider, model, base = llm.get("provider"), llm.get("model"), llm.get("api_base")
-    if provider not in NEEDED:
-        raise UserError(f"{where}provider: {provider!r} is unknown; there are {', '.join(NEEDED)}")
-    if not llm.get(NEEDED[provider]):
-        raise UserError(f"{where}{NEEDED[provider]}: provider {provider} needs it")
-    if base and provider != "openai":
-        raise UserError(f"{where}api_base belongs to provider openai")
-    if provider == "openai":
-        return f"{base}#{model}" if model else base
-    return f"post+{model}" if provider == "http" else model
 
 
 def write_deployment(path: Path, teacher: str) -> None:

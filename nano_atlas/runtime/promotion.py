@@ -1,6 +1,6 @@
 """From traces to the next teacher, and whether it may go into service.
 
-One round: `train_grpo.py --traces` continues the teacher in service on the exported traces; then both teachers teach the same held-out
+One round: `train_grpo.py --problems` continues the teacher in service on the exported traces; then both teachers teach the same held-out
 tasks, greedily, on the same sketches. The new one is promoted only if it is *not worse*: the lower end of the 90 % interval of the mean
 difference (paired bootstrap, so 95 % on this one side) is above -MARGIN. Otherwise the old one stays. Either way `promotion.json` says
 why, and `deploy.yaml` says which teacher is in service.
@@ -16,11 +16,12 @@ from statistics import fmean
 
 from nano_atlas.config import option
 from nano_atlas.data import Problem
-from nano_atlas.episode import EpisodeConfig, sketch_problems, teach
+from nano_atlas.episode import EpisodeConfig, seeds, sketch, teach
 from nano_atlas.errors import UserError
 from nano_atlas.reward import RewardConfig
 from nano_atlas.runs import read_json, write_json
 from nano_atlas.runtime.deploy import write_deployment
+from nano_atlas.schedule import play
 from nano_atlas.seats import Seat
 from nano_atlas.stats import paired_bootstrap
 
@@ -54,21 +55,19 @@ class Decision:
 
 
 def compare(
-    seats: Sequence[Seat], problems: Sequence[Problem], episodes: EpisodeConfig, places: Sequence[str]
+    seats: Sequence[Seat], problems: Sequence[Problem], lengths: EpisodeConfig, places: Sequence[str]
 ) -> Decision:
     """The paired test. seats: the student, the old and the new teacher; places: where the two teachers are."""
     student, *teachers = seats
-    greedy = EpisodeConfig(episodes.probe_tokens, episodes.teaching_tokens, episodes.answer_tokens).greedy()
-    sketches = sketch_problems(student, problems, greedy, "promotion", progress="held out")
-    old, new = (
-        [
-            float(episode.guided.is_correct)
-            for (episode,) in teach(
-                student, teacher, sketches, greedy, RewardConfig(), "promotion", progress="held out"
-            )
-        ]
-        for teacher in teachers
-    )
+    greedy = EpisodeConfig(lengths.probe_tokens, lengths.teaching_tokens, lengths.answer_tokens).greedy()
+    seed = seeds("promotion")
+    sketches = play([sketch(problem, greedy, seed) for problem in problems], {"student": student}, "held out")
+    scores = []
+    for teacher in teachers:
+        scripts = [teach(alone, greedy, RewardConfig(), seed, teacher.count_tokens) for alone in sketches]
+        episodes = play(scripts, {"student": student, "teacher": teacher}, "held out")
+        scores.append([episode.guided.score for (episode,) in episodes])
+    old, new = scores
     differences = [after - before for before, after in zip(old, new)]
     low, high = paired_bootstrap(differences, confidence=0.9)
     is_promoted = low >= -MARGIN
@@ -80,7 +79,7 @@ def compare(
         reason=f"new - old = {interval} on {len(problems)} held-out tasks: {verdict}",
         old=fmean(old),
         new=fmean(new),
-        alone=fmean(sketch.baseline_accuracy for sketch in sketches),
+        alone=fmean(alone.baseline_accuracy for alone in sketches),
         interval=(low, high),
     )
 
@@ -95,7 +94,7 @@ def train_and_promote(
     path, new = folder / "promotion.json", str(folder / "grpo" / "model")
     if path.exists():
         return Decision(**read_json(path))
-    command = [sys.executable, str(trainer), "--traces", str(folder / "export.jsonl")]
+    command = [sys.executable, str(trainer), "--problems", str(folder / "export.jsonl")]
     command += ["--teacher", config.teacher, "--student", config.student, "--out", str(folder / "grpo")]
     command += [] if config.preset == "own" else ["--preset", config.preset]
     command += shlex.split(config.train_options)

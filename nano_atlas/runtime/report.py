@@ -37,30 +37,39 @@ def runtime_metrics(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
     }
 
 
+ROWS = {
+    "student alone": "baseline_accuracy",
+    "returned": "returned_accuracy",
+    "guided": "student_accuracy",
+    "not degraded": "non_degradation_rate",
+    "leaks": "leak_rate",
+    "without <teaching>": "malformed_rate",
+    "cut off": "truncated_rate",
+}
+
+
 def summary(outcomes: Sequence[Outcome]) -> str:
     """The end-of-run report."""
     m = runtime_metrics(outcomes)
     scored = sum(outcome.baseline is not None for outcome in outcomes)
-    rewarded = [outcome for outcome in outcomes if outcome.reward is not None]
     failed = sum(outcome.status == "failed" for outcome in outcomes)
     lines = [f"{len(outcomes)} tasks, {scored} scored"]
     if failed:
         lines[0] += f", {failed} FAILED (the same command tries them again)"
-    if scored:
-        lines.append(f"  student alone      {m['baseline_accuracy']:7.1%}")
-        lines.append(
-            f"  returned           {m['returned_accuracy']:7.1%}   (the best of all attempts, see guard.py)"
-        )
-    if rewarded:
-        points = f"({100 * m['accuracy_delta']:+.1f} points)"
-        lines.append(f"  guided             {m['student_accuracy']:7.1%}   {points}")
-        lines.append(f"  not degraded       {m['non_degradation_rate']:7.1%}   leaks {m['leak_rate']:.1%}")
-        lines.append("  strategy           chosen     gain   reward")
+    notes = {"returned": "the best of all attempts, see guard.py", "cut off": "by a length limit"}
+    if m["accuracy_delta"] is not None:
+        notes["guided"] = f"{100 * m['accuracy_delta']:+.1f} points"
+    for label, name in ROWS.items():
+        if m[name] is not None:
+            note = f"   ({notes[label]})" if label in notes else ""
+            lines.append(f"  {label:<18} {m[name]:7.1%}{note}")
     for style in TEACHING_STYLES:
-        mine = [outcome for outcome in rewarded if outcome.strategy == style]
+        mine = [o for o in outcomes if o.strategy == style and o.reward is not None]
         if mine:
-            gain, reward = mean(outcome.gain for outcome in mine), mean(outcome.reward for outcome in mine)
-            lines.append(f"    {style:<16} {len(mine):6d}   {100 * gain:+6.1f}   {reward:+.3f}")
+            gain, reward = 100 * mean(o.gain for o in mine), mean(o.reward for o in mine)
+            lines.append(
+                f"  strategy {style:<12} chosen {len(mine):5d}, gain {gain:+6.1f}, reward {reward:+.3f}"
+            )
     audited = [outcome.audited_gain for outcome in outcomes if outcome.audited_gain is not None]
     if audited:
         worse, bound = degradation_bound(audited)
@@ -68,8 +77,6 @@ def summary(outcomes: Sequence[Outcome]) -> str:
         lines.append(f"  judged again       {found}: at most {bound:.1%} at 95 % confidence, by this judge")
     shares = [f"{lane} {m[f'lane/{lane}']:.0%}" for lane in LANES if m[f"lane/{lane}"]]
     lines.append(f"  lanes              {', '.join(shares)}")
-    truncated = f"cut off by a length limit {m['truncated_rate']:.1%}"
-    lines.append(f"  without <teaching> {m['malformed_rate']:7.1%}   {truncated}")
     pending = sum(outcome.review == "pending" for outcome in outcomes)
     if pending:
         lines.append(f"  held for review    {pending:7d}   (--show pending, then --approve or --quarantine)")

@@ -12,9 +12,8 @@ from pathlib import Path
 
 from nano_atlas.config import option
 from nano_atlas.errors import UserError
-from nano_atlas.runs import replacing
-from nano_atlas.runtime.journal import Journal
-from nano_atlas.runtime.traces import Outcome, read_records, read_traces
+from nano_atlas.runs import Journal, replacing
+from nano_atlas.runtime.traces import Outcome, read_traces
 
 STATUSES = ("pending", "approved", "quarantined")
 
@@ -65,8 +64,10 @@ class Selection:
 def read_reviews(directory: Path) -> dict[str, dict[str, str]]:
     """The latest decision {session_id, status, note, at} on each session that has one, by session id."""
     path = directory / "reviews.jsonl"
-    records = read_records(path) if path.exists() else ()
-    return {review["session_id"]: review for _, review in records}
+    if not path.exists():
+        return {}
+    with Journal(path) as journal:
+        return {review["session_id"]: review for _, review in journal.records()}
 
 
 def record_reviews(directory: Path, names: tuple[str, ...], status: str, note: str) -> list[str]:

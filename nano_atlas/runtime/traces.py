@@ -15,7 +15,6 @@ AtlasSessionTrace (whose `load_runtime_traces` reads the file), and what atlas-s
 A failed session is recorded too, with `status: failed`. It is done again at the next start, and never selected.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from nano_atlas.errors import UserError
-from nano_atlas.runtime.journal import Journal
+from nano_atlas.runs import Journal, read_jsonl
 from nano_atlas.runtime.lanes import Session
 
 Trace = dict[str, Any]
@@ -64,9 +63,7 @@ class Outcome:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-COPIED = (
-    "learning_key lane created_at reward audited_gain is_leak is_malformed matched skills learned".split()
-)
+COPIED = "learning_key lane created_at reward audited_gain is_leak is_malformed matched skills".split()
 
 
 def session_record(
@@ -156,6 +153,7 @@ def _outcome(session: Session, review: str) -> Outcome:
         is_truncated=any(event.get("is_truncated", False) for event in session.events),
         tokens=dict(generated),
         prompt_tokens=dict(read),
+        learned=session.learned,
         **{name: getattr(session, name) for name in COPIED},
     )
     if session.trials:
@@ -192,31 +190,16 @@ def past_outcomes(journal: Journal) -> Iterator[Outcome]:
         yield outcome_of(trace, f"{journal.path}:{number}")
 
 
-def read_traces(path: Path) -> Iterator[tuple[Outcome, Trace]]:
+def read_traces(path: Path | str) -> Iterator[tuple[Outcome, Trace]]:
     """The records of a trace file, ours or atlas-sdk's. Raises UserError naming file and line."""
-    for where, trace in read_records(path):
-        yield outcome_of(trace, where), trace
+    for number, trace in read_jsonl(path, is_journal=True):
+        yield outcome_of(trace, f"{path}:{number}"), trace
 
 
-def read_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """(file and line, value) of each line of a journal, without a last line that its writer has not finished yet."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield f"{path}:{number}", json.loads(line)
-            except ValueError as error:
-                if line.endswith(b"\n"):
-                    raise UserError(f"{path}:{number}: not JSON ({error})") from None
-
-
-def outcome_of(trace: Any, where: str) -> Outcome:
+def outcome_of(trace: Trace, where: str) -> Outcome:
     """The outcome of one of our records, or what a record of atlas-sdk says of it. Raises UserError."""
-    if not isinstance(trace, dict) or not isinstance(trace.get("task"), str):
-        raise UserError(
-            f"{where}: not a session trace; it must be an object whose field 'task' holds the question"
-        )
+    if not isinstance(trace.get("task"), str):
+        raise UserError(f"{where}: not a session trace; its field 'task' must hold the question")
     if "outcome" in trace:
         try:
             return Outcome(**trace["outcome"])
