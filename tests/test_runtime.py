@@ -17,7 +17,7 @@ import pytest
 import runtime_loop
 from nano_atlas import world
 from nano_atlas.config import derive_seed
-from nano_atlas.data import Problem
+from nano_atlas.data import Problem, load_problems
 from nano_atlas.errors import UserError
 from nano_atlas.protocol import ANSWER_FORMAT, PROBE_REQUEST, TEACHING_STYLES, baseline_messages
 from nano_atlas.runtime import learning
@@ -121,11 +121,10 @@ def test_every_task_leaves_one_trace_and_the_traces_train_the_next_teacher(confi
     assert all(outcome.guided == outcome.returned == 1.0 for outcome in outcomes)
     assert [trace["task"] for trace in traces_of(config)] == [task.question for task in TASKS]
     assert all(trace["final_answer"] == trace["ground_truth"] for trace in traces_of(config))
-    problems, left_out = problems_from_traces(config.out / "traces.jsonl")
+    problems = load_problems(config.out / "traces.jsonl")
     assert [(p.question, p.answer, p.domain) for p in problems] == [
         (t.question, t.answer, t.domain) for t in TASKS
     ]
-    assert not left_out
 
 
 def test_metrics_and_summary_say_what_happened(config):
@@ -226,7 +225,7 @@ def test_new_weights_under_an_old_name_are_noticed(config, tmp_path):
         (teacher / "model.safetensors").write_bytes(content)
         if content == b"one":
             run(config, TASKS[:4], Student(), Teacher())
-    with pytest.raises(UserError, match="other weights of the teacher"):
+    with pytest.raises(UserError, match="other weights of the student or the teacher"):
         run(config, TASKS, Student(), Teacher())
 
 
@@ -263,7 +262,7 @@ def test_one_directory_holds_one_experiment_unless_restarted(config):
     runtime_loop.set_aside(config.out)
     run(replace(config, teacher="another"), TASKS[:2], Student(), Teacher())
     assert len(traces_of(config)) == 2
-    assert len(traces_at(config.out / "traces.1.jsonl")) == 3  # nothing is ever deleted
+    assert len(traces_at(config.out / "traces.jsonl.1")) == 3  # nothing is ever deleted
 
 
 # ----------------------------------------------------------------------------------------------------------- non-degradation
@@ -334,7 +333,7 @@ def test_failed_sessions_are_recorded_and_the_same_command_tries_those_alone_aga
     outcomes = run(config, TASKS, student, Teacher())
     assert {outcome.status for outcome in outcomes} == {"succeeded"} and len(student.prompts) == 3 * 6
     assert export_traces(config.out / "traces.jsonl", tmp_path / "export.jsonl", config) == (23, 29)
-    assert len(problems_from_traces(tmp_path / "export.jsonl")[0]) == 23
+    assert len(load_problems(tmp_path / "export.jsonl")) == 23
 
 
 def test_a_failed_teacher_costs_the_help_and_not_the_answer(config):
@@ -378,7 +377,7 @@ def test_people_approve_and_quarantine_sessions_by_the_beginnings_of_their_ids(c
     assert first.session_id not in command("--show", "pending")
     assert "looked at" in command("--show", "approved")
     command("--quarantine", second.session_id)
-    with pytest.raises(UserError, match="session nobody: no such session"):
+    with pytest.raises(UserError, match="session nobody: no sessions"):
         command("--approve", first.session_id, "nobody")
     assert export_traces(source, target, config) == (1, 4)
     (exported,) = traces_at(target)
@@ -524,7 +523,7 @@ def test_run_continue_and_export_from_the_command_line(command, capsys):
     command("--batch", "8")
     assert len(traces_at("out/traces.jsonl")) == 23
     command("--export", "hard.jsonl", "--min-gain", "1")
-    assert "of 23 traces; next: python train_grpo.py --traces hard.jsonl" in capsys.readouterr().out
+    assert "of 23 traces; next: python train_grpo.py --problems hard.jsonl" in capsys.readouterr().out
     selected = traces_at("hard.jsonl")
     assert selected and all(trace["reward_summary"]["gain"] == 1 for trace in selected)
     assert selected == [
