@@ -198,6 +198,16 @@ def guide(
     return attempts
 
 
+def answer(problem: Problem, config: EpisodeConfig, seed: SeedOf, group_size: int) -> Script:
+    """The control without a teacher: the policy answers by itself, and is rewarded for being right -> list[Episode]."""
+    generation = Generation(config.answer_tokens, config.teacher_temperature, config.top_p)
+    asked = protocol.baseline_messages(problem.question), generation, seed("alone", problem.id), group_size
+    (replies,) = yield from ask(Call("teacher", "alone", *asked))
+    attempts = [attempt(reply, problem.answer) for reply in replies]
+    alone = Sketch(problem, "", 0, attempts)
+    return [Episode(alone, "", reply, "", 0, own, False, own.score) for reply, own in zip(replies, attempts)]
+
+
 def seeds(seed: Any) -> SeedOf:
     """Seeds that depend on `seed` and on the call alone, so that an answer does not depend on the batch around it."""
     return lambda *call: derive_seed(seed, *call)
