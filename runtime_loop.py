@@ -106,7 +106,7 @@ def run(config: Config, tasks: Sequence[Problem], seats: Mapping[str, Seat]) -> 
     """Bring every task to a trace, and return the outcome of each in the order of the tasks."""
     with (
         Journal(config.out / "traces.jsonl") as journal,
-        RunLog(config.out) as log,
+        RunLog(config.out / "metrics.jsonl") as log,
         tqdm(total=len(tasks), unit="task", desc="runtime") as bar,
     ):
         settle_options(config)

@@ -9,6 +9,7 @@ import pytest
 from nano_atlas.answers import last_json
 from nano_atlas.config import derive_seed
 from nano_atlas.data import Problem
+from nano_atlas.episode import Attempt
 from nano_atlas.errors import UserError
 from nano_atlas.protocol import ANSWER_FORMAT, PROBE_REQUEST
 from nano_atlas.runtime import judges
@@ -217,9 +218,12 @@ def by_answer(right=0.9, wrong=0.2):
 def test_each_judge_is_asked_at_three_temperatures_and_only_where_it_applies():
     session = judged(by_answer())
     asked = [event["event"] for event in session.events if event["actor"] == "judge"]
-    assert {
-        name: asked.count(f"judge: {name}") for name in judges.ANSWER_JUDGES + judges.TEACHING_JUDGES
-    } == {"accuracy": 6, "process": 6, "diagnostic": 6, "helpfulness": 3}
+    assert {name: asked.count(f"judge: {name}") for name in judges.JUDGES} == {
+        "accuracy": 6,
+        "process": 6,
+        "diagnostic": 6,
+        "helpfulness": 3,
+    }
     assert sorted(set(session.judge.temperatures)) == [0.2, 0.5, 0.8]
     assert session.trials[0].verdict.score == pytest.approx(0.2) and session.trials[
         1
@@ -258,7 +262,8 @@ def test_the_large_judge_decides_where_the_small_ones_disagree_or_are_unsure(
     large = Seat(lambda prompt, seed: verdict_json(0.77))
     config = JudgeConfig(judge="x", large_judge="y")
     verdict = finish(
-        judges.judge(OPEN, "text", "41", config, 0), **{"judge": Seat(small), "large judge": large}
+        judges.judge(OPEN, Attempt("text", "41", False, 1, False), config, 0),
+        **{"judge": Seat(small), "large judge": large},
     )
     assert verdict.judges[0]["escalated"] is is_escalated and len(large.prompts) == is_escalated
     numbers = [s[0] if isinstance(s, tuple) else s for s in samples if isinstance(s, (float, tuple))]

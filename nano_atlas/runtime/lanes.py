@@ -52,7 +52,8 @@ class LaneConfig(learning.SkillConfig, GuardConfig, JudgeConfig, EpisodeConfig):
     )
 
     def check(self) -> None:
-        JudgeConfig.check(self)
+        if self.large_judge and not self.judge:
+            raise UserError("--large-judge needs --judge")
         if not self.strategies:
             raise UserError("--strategies needs at least one")
 
@@ -212,9 +213,7 @@ def verdict_on(
 ) -> Script:
     guidance = "" if kind == "alone" else "\n".join(session.teachings)
     seed = (session.seed, session.id, *seed)
-    return (
-        yield from judge(session.task, given.text, given.answer, config, seed, session.approach, guidance)
-    )
+    return (yield from judge(session.task, given, config, seed, session.approach, guidance))
 
 
 def with_help(session: Session, config: LaneConfig, kind: str, alone: Sketch) -> Script:
