@@ -4,10 +4,13 @@ Whatever is left on "auto" follows from the machine, and the choice is printed w
 """
 
 import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -144,3 +147,31 @@ def open_student(config, layout: Layout, stack: ExitStack) -> Seat:
     return distributed.divide(
         EmbeddedSeat(frozen, tokenizer, thinking=config.thinking, max_rows=config.cache_rows)
     )
+
+
+class Pipeline:
+    """The batch of each step: `produce(step)` samples it from the weights that the last `sync` brought.
+
+    is_ahead: the next step is sampled while this one trains, from weights that are one update old.
+    """
+
+    def __init__(self, produce: Callable[[int], Any], sampler: Any, last_step: int, is_ahead: bool):
+        self.produce, self.sampler, self.last_step, self.is_ahead = produce, sampler, last_step, is_ahead
+        self.thread, self.upcoming = ThreadPoolExecutor(1), None
+
+    def take(self, step: int) -> tuple[Any, bool]:
+        """-> the batch, and whether it is from the present weights."""
+        is_fresh = self.upcoming is None
+        batch = self.produce(step) if is_fresh else self.upcoming.result()
+        self.upcoming = None
+        if self.is_ahead and step < self.last_step:
+            self.upcoming = self.thread.submit(self.produce, step + 1)
+        else:
+            self.sampler.rest()
+        return batch, is_fresh
+
+    def sync(self, policy: Transformer, version: int) -> float:
+        """The sampler gets the weights, once nothing is sampled from the old ones; returns the parity difference (nats)."""
+        if self.upcoming is not None:
+            self.upcoming.result()
+        return self.sampler.sync(policy, version)
