@@ -2,7 +2,7 @@
 
     python runtime_loop.py                                       # the nano world, on a CPU
     python runtime_loop.py --preset own --tasks tasks.jsonl --student http://localhost:8000 --teacher DIR --out runs/mine
-    python runtime_loop.py --export hard.jsonl --min-signal 1    # select traces; then: python train_grpo.py --traces hard.jsonl
+    python runtime_loop.py --export hard.jsonl --min-signal 1    # select traces; then: python train_grpo.py --problems hard.jsonl
     python runtime_loop.py --rounds 3                            # run, export, train, test, promote, three times over
     python runtime_loop.py --serve 8080                          # the pair behind an OpenAI-compatible endpoint
 
@@ -21,12 +21,9 @@ the same command tries those again. A task is known by its content (domain, ques
 since is a new one.
 """
 
-import contextlib
 import hashlib
 import json
 import sys
-import threading
-import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,7 +34,7 @@ import torch
 from tqdm import tqdm
 
 from nano_atlas import world
-from nano_atlas.config import derive_seed, option, parse, refuse_changes, run_script, to_json
+from nano_atlas.config import option, parse, refuse_changes, run_script, to_json
 from nano_atlas.data import Problem, load_problems
 from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
@@ -109,7 +106,7 @@ def run(config: Config, tasks: Sequence[Problem], seats: Mapping[str, Seat]) -> 
     """Bring every task to a trace, and return the outcome of each in the order of the tasks."""
     with (
         Journal(config.out / "traces.jsonl") as journal,
-        RunLog(config.out) as log,
+        RunLog(config.out / "metrics.jsonl") as log,
         tqdm(total=len(tasks), unit="task", desc="runtime") as bar,
     ):
         settle_options(config)
@@ -164,32 +161,28 @@ def session_ids(tasks: Sequence[Problem]) -> list[str]:
 
 def settle_options(config: Config) -> None:
     """A directory holds one experiment: other options, or other weights, than those it began with are refused."""
-    path = config.out / "config.json"
-    weights = {
-        spec: checkpoint_digest(Path(spec)) for spec in (config.student, config.teacher)
-    }  # of a URL: of nothing
-    if not path.exists():
-        write_json(path, {"options": to_json(config), "weights": weights})
-    saved = read_json(path)
+    path, specs = config.out / "config.json", (config.student, config.teacher)
+    now = {"options": to_json(config), "weights": {spec: checkpoint_digest(Path(spec)) for spec in specs}}
+    saved = read_json(path) or now
     refuse_changes(config, saved["options"], str(config.out))
-    for spec in weights:
-        if weights[spec] != saved["weights"][spec]:
-            raise UserError(
-                f"{config.out} holds traces of other weights in {spec}; choose another --out, or start over with --restart"
-            )
+    if saved["weights"] != now["weights"]:
+        raise UserError(
+            f"{config.out} holds traces of other weights of the student or the teacher; "
+            "choose another --out, or start over with --restart"
+        )
+    write_json(path, saved)
 
 
 def set_aside(directory: Path) -> None:
-    """For --restart: rename traces and reviews (all else is made from them) and forget the options."""
+    """For --restart: what all else is made from is kept under other names."""
     with Journal(directory / "traces.jsonl"):  # not while another process writes it
-        number = next(n for n in count(1) if not (directory / f"traces.{n}.jsonl").exists())
-        for name in ("traces", "reviews"):
-            if (directory / f"{name}.jsonl").exists():
-                (directory / f"{name}.jsonl").rename(directory / f"{name}.{number}.jsonl")
-    (directory / "config.json").unlink(missing_ok=True)
+        number = next(n for n in count(1) if not Path(f"{directory}/traces.jsonl.{n}").exists())
+        for path in (directory / "traces.jsonl", directory / "reviews.jsonl", directory / "config.json"):
+            if path.exists():
+                path.rename(f"{path}.{number}")
 
 
-# ---------------------------------------------------------------------------------------------------- rounds, and serving
+# ------------------------------------------------------------------------------------------------------------- rounds
 
 
 def run_rounds(config: Config, tasks: Sequence[Problem]) -> None:
@@ -214,43 +207,6 @@ def run_rounds(config: Config, tasks: Sequence[Problem]) -> None:
             f"alone {decision.alone:.1%}, old {decision.old:.1%}, new {decision.new:.1%}"
         )
         config = replace(config, teacher=decision.teacher)
-
-
-def serve_pair(config: Config, seats: Mapping[str, Seat]) -> None:
-    """Answer requests as sessions, one trace each; strategies and skills learn from those that can be scored."""
-    from nano_atlas.runtime.serve import Answer, serve
-
-    lock = threading.Lock()  # of experience, journal, and a sampler, which takes one caller at a time
-    has_sampler = any(getattr(seat, "is_batched", False) for seat in seats.values())
-    with Journal(config.out / "traces.jsonl") as journal:
-        settle_options(config)
-        experience = Experience(config.strategies)
-        for past in past_outcomes(journal):
-            experience.learn([past])
-
-        def answer(question: str, options: dict) -> Answer:
-            student, teacher = config.temperature
-            this = replace(
-                config,
-                seed=options.get("seed", derive_seed(config.seed, uuid.uuid4().hex)),
-                temperature=(options.get("temperature", student), teacher),
-                answer_tokens=min(options.get("max_tokens", config.answer_tokens), config.answer_tokens),
-            )
-            with lock:
-                session = new_session(uuid.uuid4().hex[:24], Problem("", question, None), experience, this)
-            script = run_session(session, this, seats["teacher"].count_tokens)
-            with lock if has_sampler else contextlib.nullcontext():
-                list(drive({0: script}, seats, workers=config.workers, timeout=config.timeout))
-            with lock:
-                outcome, trace = record(session, experience, this)
-                journal.append([trace])
-                experience.learn([outcome])
-            if not session.trials:
-                raise UserError(session.fault)
-            chosen, read = session.trials[session.chosen], outcome.prompt_tokens
-            return Answer(chosen.text, chosen.is_truncated, sum(read.values()), sum(outcome.tokens.values()))
-
-        serve(config.host, config.serve, answer)
 
 
 # --------------------------------------------------------------------------------------------------------- the command
@@ -286,7 +242,7 @@ def main() -> None:
     if config.export is not None:
         selected, total = export_traces(traces, config.export, config)
         print(
-            f"{config.export}: {selected} of {total} traces; next: python train_grpo.py --traces {config.export}"
+            f"{config.export}: {selected} of {total} traces; next: python train_grpo.py --problems {config.export}"
         )
     elif config.show is not None:
         print(*show_sessions(config.out, config.show), sep="\n")
@@ -298,7 +254,10 @@ def main() -> None:
     elif config.rounds:
         run_rounds(config, load_tasks(config))
     elif config.serve is not None:
-        serve_pair(config, open_seats(config))
+        from nano_atlas.runtime.serve import serve_pair
+
+        settle_options(config)
+        serve_pair(config, open_seats(config), record)
     else:
         tasks, seats = load_tasks(config), open_seats(config)
         if config.restart:

@@ -41,7 +41,11 @@ class DeployConfig:
         None, "YAML file that says which student and teacher are in service", group="service", resumable=True
     )
     serve: int | None = option(
-        None, "port to serve the pair on, as an OpenAI-compatible endpoint (0: any free one)", resumable=True
+        None,
+        "port to serve the pair on, as an OpenAI-compatible endpoint (0: any free one)",
+        resumable=True,
+        at_least=0,
+        at_most=65535,
     )
     host: str = option(
         "127.0.0.1",

@@ -21,6 +21,7 @@ from nano_atlas.answers import last_json, reveals_answer, visible
 from nano_atlas.config import derive_seed, option
 from nano_atlas.data import Problem
 from nano_atlas.episode import Attempt, EpisodeConfig, Sketch, guide, sketch
+from nano_atlas.errors import UserError
 from nano_atlas.reward import teaching_reward
 from nano_atlas.runtime import learning
 from nano_atlas.runtime.guard import GuardConfig, Trial, choose_trial
@@ -49,6 +50,12 @@ class LaneConfig(learning.SkillConfig, GuardConfig, JudgeConfig, EpisodeConfig):
         "teaching strategies to choose among",
         tuple(protocol.TEACHING_STYLES),
     )
+
+    def check(self) -> None:
+        if self.large_judge and not self.judge:
+            raise UserError("--large-judge needs --judge")
+        if not self.strategies:
+            raise UserError("--strategies needs at least one")
 
 
 @dataclass
@@ -206,9 +213,7 @@ def verdict_on(
 ) -> Script:
     guidance = "" if kind == "alone" else "\n".join(session.teachings)
     seed = (session.seed, session.id, *seed)
-    return (
-        yield from judge(session.task, given.text, given.answer, config, seed, session.approach, guidance)
-    )
+    return (yield from judge(session.task, given, config, seed, session.approach, guidance))
 
 
 def with_help(session: Session, config: LaneConfig, kind: str, alone: Sketch) -> Script:

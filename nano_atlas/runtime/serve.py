@@ -9,20 +9,30 @@ server gracefully: no new connections, requests under way are answered.
 """
 
 import asyncio
+import contextlib
 import hmac
 import json
 import os
 import signal
 import socket
+import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from nano_atlas.config import derive_seed
+from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
+from nano_atlas.runs import Journal
 from nano_atlas.runtime.deploy import KEY_VARIABLE
+from nano_atlas.runtime.lanes import Session, new_session, run_session
+from nano_atlas.runtime.learning import Experience
+from nano_atlas.runtime.traces import Outcome, Trace, past_outcomes
+from nano_atlas.schedule import drive
+from nano_atlas.seats import Seat
 
 try:
     import uvicorn
@@ -46,6 +56,46 @@ class Answer:
     is_truncated: bool
     prompt_tokens: int
     completion_tokens: int
+
+
+Record = Callable[[Session, Experience, Any], tuple[Outcome, Trace]]
+
+
+def serve_pair(config: Any, seats: Mapping[str, Seat], record: Record) -> None:
+    """Answers requests as sessions, one trace each; strategies and skills learn from those that can be scored.
+
+    config, record: of runtime_loop.py.
+    """
+    lock = threading.Lock()  # of experience, journal, and a sampler, which takes one caller at a time
+    has_sampler = any(getattr(seat, "is_batched", False) for seat in seats.values())
+    with Journal(config.out / "traces.jsonl") as journal:
+        experience = Experience(config.strategies)
+        for past in past_outcomes(journal):
+            experience.learn([past])
+
+        def answer(question: str, options: dict[str, Any]) -> Answer:
+            student, teacher = config.temperature
+            this = replace(
+                config,
+                seed=options.get("seed", derive_seed(config.seed, uuid.uuid4().hex)),
+                temperature=(options.get("temperature", student), teacher),
+                answer_tokens=min(options.get("max_tokens", config.answer_tokens), config.answer_tokens),
+            )
+            with lock:
+                session = new_session(uuid.uuid4().hex[:24], Problem("", question, None), experience, this)
+            script = run_session(session, this, seats["teacher"].count_tokens)
+            with lock if has_sampler else contextlib.nullcontext():
+                list(drive({0: script}, seats, workers=config.workers, timeout=config.timeout))
+            with lock:
+                outcome, trace = record(session, experience, this)
+                journal.append([trace])
+                experience.learn([outcome])
+            if not session.trials:
+                raise UserError(session.fault)
+            chosen, read = session.trials[session.chosen], outcome.prompt_tokens
+            return Answer(chosen.text, chosen.is_truncated, sum(read.values()), sum(outcome.tokens.values()))
+
+        serve(config.host, config.serve, answer)
 
 
 def serve(
