@@ -2,7 +2,6 @@
 
 import pytest
 
-import eval as evaluation
 import runtime_loop
 from nano_atlas.config import parse
 from nano_atlas.errors import UserError
@@ -37,6 +36,8 @@ def test_the_excerpt_of_the_overview_page_works_and_flags_override_it(file):
 
 
 def test_the_evaluation_reads_the_same_file(file):
+    import eval as evaluation
+
     argv = with_deployment(["--deploy", str(file)], is_evaluation=True)
     config = parse(evaluation.Config, argv, presets("eval"), "")
     assert config.teachers == {"deployed": "/models/atlas-teacher-grpo"} and config.temperature == 0.0

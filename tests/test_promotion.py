@@ -4,7 +4,6 @@ import json
 import subprocess
 
 import pytest
-from conftest import SMALL
 
 import runtime_loop
 from nano_atlas.data import Problem
@@ -17,6 +16,10 @@ from nano_atlas.runtime.traces import read_traces
 from nano_atlas.seats import Reply
 from nano_atlas.stats import paired_bootstrap
 
+TRAIN = (
+    "--device cpu --steps 1 --problems-per-step 2 --group-size 4 --baseline-samples 2 --eval-every 0 --tokens-per-batch 600 "
+    "--probe-tokens 3 --teaching-tokens 6 --answer-tokens 6 --temperature 1.0 0.8 --lr 0.003"
+)
 PROBLEMS = [Problem(f"p{i}", f"Problem {i}.", "1", "math") for i in range(200)]
 
 
@@ -72,12 +75,8 @@ def test_a_new_teacher_is_promoted_only_if_it_is_not_worse(old, new, margin, is_
 def rounds(place, tmp_path, monkeypatch):
     """`python runtime_loop.py --rounds 2` over the small checkpoints of the GRPO tests."""
     monkeypatch.chdir(tmp_path)
-    train = " ".join(
-        f"--{name.replace('_', '-')} {value}"
-        for name, value in (SMALL | {"steps": 1, "eval_every": 0, "held_out": 0.0}).items()
-    )
     options = {"tasks": place / "problems.jsonl", "student": place / "student", "teacher": place / "teacher", "rounds": 2,
-               "held_out": place / "problems.jsonl", "train_options": train, "out": "live", "probe_tokens": 3, "teaching_tokens": 6,
+               "held_out": place / "problems.jsonl", "train_options": TRAIN, "out": "live", "probe_tokens": 3, "teaching_tokens": 6,
                "answer_tokens": 6}  # fmt: skip
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     monkeypatch.setattr("sys.argv", ["runtime_loop.py", "--preset", "own", *flags])

@@ -151,10 +151,7 @@ def test_a_torn_last_line_is_cut_off_wherever_it_was_torn(tmp_path):
     for cut in (*range(0, len(whole), 97), first - 1, first, first + 1, len(whole) - 1):
         path.write_bytes(whole[:cut])
         kept = ["s1"] * (cut >= first)
-        if cut not in (
-            first - 1,
-            len(whole) - 1,
-        ):  # a reader beside the writer sees the records that are complete
+        if kept:  # a reader beside the writer sees the records that are complete
             assert ids(path) == kept
         with Journal(path) as journal:
             assert [outcome.session_id for outcome in past_outcomes(journal)] == kept
@@ -166,7 +163,7 @@ def test_damage_that_no_crash_leaves_is_reported_with_its_line(tmp_path):
     path = tmp_path / "traces.jsonl"
     for damaged, complaint in (
         (line()[: len(line()) // 2] + b"\n", "not JSON"),
-        (b'"not a trace"\n', "not a session trace"),
+        (b'"not a trace"\n', "a JSON str"),
         (b'{"question": "not a trace"}\n', "not a session trace"),
         (b'{"task": "x", "outcome": {"of": "another version"}}\n', "another version"),
     ):
