@@ -7,7 +7,7 @@
     online        the runtime alone: the teacher stays, the strategies learn from the same tasks
     offline       GRPO alone: as many steps on the teacher's own mathematics, which needs no runtime
     fine-tuning   the student itself is trained on its right answers to the same tasks (train_sft.py), and answers alone
-    few-shot      the student answers alone after --shots of those answers
+    few-shot      the student answers alone after three of those answers
 
 Every arm has seen the same tasks after each round, or done the same number of steps. All are tested greedily on the same held-out tasks,
 so differences to the student alone are paired. Results are files; the same command continues with what is missing.
@@ -28,6 +28,7 @@ from nano_atlas.config import derive_seed, option, parse, run_script, to_json
 from nano_atlas.data import Problem
 from nano_atlas.episode import EpisodeConfig, attempt, seeds, sketch, teach
 from nano_atlas.errors import UserError
+from nano_atlas.presets import NANO_LENGTHS
 from nano_atlas.protocol import TEACHING_STYLES, Messages, baseline_messages
 from nano_atlas.reward import RewardConfig
 from nano_atlas.runs import read_json, write_json, write_jsonl
@@ -40,6 +41,7 @@ from nano_atlas.seats import Generation, Question, Seat
 from nano_atlas.stats import mean_in_points
 
 ROOT = Path(__file__).parents[1]
+SHOTS = 3  # examples of the few-shot arm
 ARMS = ("both", "online", "offline", "fine-tuning", "few-shot")
 
 
@@ -49,13 +51,9 @@ class Config:
     rounds: int = option(3, "rounds", above=0)
     tasks: int = option(200, "tasks per round", above=0)
     steps: int = option(10, "GRPO steps per round", above=0)
-    shots: int = option(3, "examples of the few-shot arm", above=0)
     held_out: int = option(500, "tasks that all arms are tested on", above=0)
     student: str = option(str(world.STUDENT), "checkpoint of the student")
     teacher: str = option("runs/nano/teacher-sft/model", "checkpoint of the teacher at the start")
-    lengths: tuple[int, int, int] = option(
-        (40, 96, 120), "longest approach, teaching, answer (tokens)", above=0
-    )
     train_options: str = option("", "further options of train_grpo.py, as one text")
     tune_options: str = option("--epochs 3 --lr 1e-3", "options of train_sft.py for the fine-tuned student")
     seed: int = option(0, "of tasks and sampling")
@@ -66,18 +64,14 @@ def call(script: str, more: str = "", **options: object) -> None:
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     command = [sys.executable, str(ROOT / script), *flags, *shlex.split(more)]
     if subprocess.run(command).returncode != 0:
-        raise UserError(
-            f"{shlex.join(command)} failed; its message is above. The same command continues here"
-        )
+        raise UserError(f"{shlex.join(command)} failed; its message is above")
 
 
 def run_arms(config: Config) -> None:
     """Everything that makes the models and traces of all arms; each command continues or does nothing where it is done."""
-    lengths = dict(zip(("probe_tokens", "teaching_tokens", "answer_tokens"), config.lengths))
-    pair = {"student": config.student, "teacher": config.teacher, **lengths}
+    pair = {"student": config.student, "teacher": config.teacher}
     work = {"domain": config.domain, "count": config.rounds * config.tasks, "seed": config.seed, **pair}
-    length_flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in lengths.items())
-    train = f"--steps {config.steps} --eval-every 0 {length_flags} {config.train_options}"
+    train = f"--steps {config.steps} --eval-every 0 --eval-problems 0 {config.train_options}"
     deciding = config.out / "promotion.jsonl"
     problems = world.held_out(config.domain, config.held_out, f"promotion/{config.seed}")
     write_jsonl(deciding, [asdict(problem) for problem in problems])
@@ -124,10 +118,10 @@ def measure(config: Config, arm: str, number: int, problems: Sequence[Problem], 
     if arm in ("fine-tuning", "few-shot"):
         shots: Messages = []
         if arm == "few-shot" and number:
-            shots = [message for chat in right_answers(config, number)[: config.shots] for message in chat]
+            shots = [message for chat in right_answers(config, number)[:SHOTS] for message in chat]
         elif number:
             student = open_agent(str(config.out / f"tuned-{number}/model"))
-        answering = Generation(config.lengths[2], 0.0)
+        answering = Generation(NANO_LENGTHS["answer_tokens"], 0.0)
         asked = [(shots + baseline_messages(p.question), derive_seed("compounding", p.id)) for p in problems]
         replies = student.ask([Question(messages, answering, seed) for messages, seed in asked])
         return [int(attempt(reply, p.answer).is_correct) for (reply,), p in zip(replies, problems)]
@@ -138,7 +132,7 @@ def measure(config: Config, arm: str, number: int, problems: Sequence[Problem], 
         place = read_json(config.out / f"both/round-{number}/promotion.json")["teacher"]
     elif arm == "online" and number:
         style = best_style(config, number)
-    greedy, seed = EpisodeConfig(*config.lengths).greedy(), seeds("compounding")
+    greedy, seed = EpisodeConfig(**NANO_LENGTHS).greedy(), seeds("compounding")
     seats = {"student": student, "teacher": open_agent(place)}
     sketches = play([sketch(problem, greedy, seed) for problem in problems], seats)
     count_tokens, rewards = seats["teacher"].count_tokens, RewardConfig()

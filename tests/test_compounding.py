@@ -8,7 +8,7 @@ from benchmarks import compounding
 from nano_atlas.errors import UserError
 
 TRAIN = (
-    "--problems-per-step 2 --group-size 4 --baseline-samples 2 --tokens-per-batch 600 --temperature 1.0 0.8"
+    "--problems-per-step 2 --group-size 4 --baseline-samples 2 --tokens-per-batch 2000 --temperature 1.0 0.8"
 )
 TUNE = "--preset own --steps 1 --device cpu --held-out 0"
 
@@ -20,8 +20,7 @@ def test_all_arms_are_made_and_measured_once(place, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(compounding, "right_answers", lambda config, number: [chat] * (4 * number))
     options = {"student": place / "student", "teacher": place / "teacher", "rounds": 1, "tasks": 4, "steps": 1, "held_out": 6,
                "train_options": TRAIN, "tune_options": TUNE, "out": "out"}  # fmt: skip
-    argv = ["compounding", "--lengths", "3", "6", "6"]
-    argv += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    argv = ["compounding"] + [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     monkeypatch.setattr("sys.argv", argv)
     compounding.main()
     said = capsys.readouterr().out
