@@ -26,7 +26,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
@@ -43,7 +43,7 @@ from nano_atlas.runtime.agents import open_agent
 from nano_atlas.runtime.deploy import DeployConfig, with_deployment
 from nano_atlas.runtime.lanes import LaneConfig, Session, new_session, now, run_session
 from nano_atlas.runtime.learning import Experience
-from nano_atlas.runtime.promotion import HELD_OUT, PromotionConfig, train_and_promote
+from nano_atlas.runtime.promotion import PromotionConfig, run_rounds
 from nano_atlas.runtime.report import runtime_metrics, summary
 from nano_atlas.runtime.review import STATUSES, Selection, export_traces, record_reviews, show_sessions
 from nano_atlas.runtime.traces import Outcome, past_outcomes, session_record
@@ -59,9 +59,7 @@ class RunConfig:
     teacher: str | None = option(None, "the same of the teacher")
     out: Path = option(Path("runs/runtime"), "directory of traces.jsonl and metrics.jsonl", resumable=True)
     restart: bool = option(False, "start over; earlier traces are kept under another name", resumable=True)
-    skip_bad: bool = option(
-        False, "leave out malformed lines of --tasks, count and show them", resumable=True
-    )
+    skip_bad: bool = option(False, "leave out malformed lines of --tasks, and show them", resumable=True)
     domain: str = option("math", "kind of nano-world tasks", list(world.DOMAINS), resumable=True)
     count: int = option(200, "number of nano-world tasks", above=0, resumable=True)
     batch: int = option(32, "tasks worked on together, between two updates of strategies and skills", above=0)
@@ -79,7 +77,7 @@ class Config(Selection, PromotionConfig, DeployConfig, LaneConfig, RunConfig):
     show: str | None = option(None, "list the sessions of this status", STATUSES, resumable=True)
     approve: tuple[str, ...] = option((), "ids (or their beginnings) of sessions to approve", resumable=True)
     quarantine: tuple[str, ...] = option(
-        (), "the same of sessions that must not train a teacher", resumable=True
+        (), "the same of those that must not train a teacher", resumable=True
     )
     note: str = option("", "why, for --approve and --quarantine", resumable=True)
     require_approval: bool = option(False, "record sessions as pending: none is exported before --approve")
@@ -102,8 +100,9 @@ class Config(Selection, PromotionConfig, DeployConfig, LaneConfig, RunConfig):
 # ------------------------------------------------------------------------------------------------------------- the loop
 
 
-def run(config: Config, tasks: Sequence[Problem], seats: Mapping[str, Seat]) -> list[Outcome]:
-    """Bring every task to a trace, and return the outcome of each in the order of the tasks."""
+def run(config: Config, tasks: Sequence[Problem], seats: Mapping[str, Seat] | None = None) -> list[Outcome]:
+    """Bring every task to a trace, and return the outcome of each in the order of the tasks. seats: by default `open_seats`."""
+    seats = seats or open_seats(config)
     with (
         Journal(config.out / "traces.jsonl") as journal,
         RunLog(config.out / "metrics.jsonl") as log,
@@ -112,8 +111,10 @@ def run(config: Config, tasks: Sequence[Problem], seats: Mapping[str, Seat]) -> 
         settle_options(config)
         experience, ids = Experience(config.strategies), session_ids(tasks)
         done = {past.session_id: past for past in past_outcomes(journal) if past.status == "succeeded"}
-        for name in done.keys() - set(ids):  # experience with tasks that have left the file still counts
-            experience.learn([done[name]])
+        wanted = set(ids)
+        for past in done.values():
+            if past.session_id not in wanted:  # experience with tasks that have left the file still counts
+                experience.learn([past])
 
         # Batches are fixed by position, and experience grows by whole batches: a run that was interrupted, be it in the middle of
         # a batch, makes the same choices as one that never was.
@@ -139,11 +140,11 @@ def run(config: Config, tasks: Sequence[Problem], seats: Mapping[str, Seat]) -> 
 
 def record(session: Session, experience: Experience, config: Config) -> tuple[Outcome, dict]:
     """The outcome of a finished session, and its trace."""
+    metadata = {name: getattr(config, name) for name in ("student", "teacher", "seed")}
     return session_record(
         session,
         review="pending" if config.require_approval else "approved",
-        metadata={"completed_at": now()}
-        | {name: getattr(config, name) for name in ("student", "teacher", "seed")},
+        metadata=metadata | {"completed_at": now()},
         learning_history=experience.strategies.history(session.learning_key),
     )
 
@@ -182,33 +183,6 @@ def set_aside(directory: Path) -> None:
                 path.rename(f"{path}.{number}")
 
 
-# ------------------------------------------------------------------------------------------------------------- rounds
-
-
-def run_rounds(config: Config, tasks: Sequence[Problem]) -> None:
-    """Runtime, export, training and promotion, over and over; a round that is done is not done again."""
-    if config.held_out is None:
-        problems = world.held_out(config.domain, HELD_OUT, f"promotion/{config.seed}")
-    else:
-        problems = load_problems(config.held_out)
-    if len(tasks) < config.rounds:
-        raise UserError(f"--rounds {config.rounds} needs at least as many tasks, not {len(tasks)}")
-    cuts = [round(part * len(tasks) / config.rounds) for part in range(config.rounds + 1)]
-    for number, (start, end) in enumerate(zip(cuts, cuts[1:]), start=1):
-        folder = config.out / f"round-{number}"
-        this = replace(config, out=folder / "runtime")
-        print(f"round {number}: {end - start} tasks with the teacher {this.teacher}")
-        print(summary(run(this, tasks[start:end], open_seats(this))))
-        export_traces(this.out / "traces.jsonl", folder / "export.jsonl", config)
-        trainer = Path(__file__).with_name("train_grpo.py")
-        decision = train_and_promote(folder, this, problems, trainer, lambda spec: open_seat_of(config, spec))
-        print(
-            f"round {number}: {'promoted' if decision.is_promoted else 'not promoted'}: {decision.reason}; "
-            f"alone {decision.alone:.1%}, old {decision.old:.1%}, new {decision.new:.1%}"
-        )
-        config = replace(config, teacher=decision.teacher)
-
-
 # --------------------------------------------------------------------------------------------------------- the command
 
 
@@ -216,18 +190,16 @@ def open_seats(config: Config) -> dict[str, Seat]:
     """Everybody a session may talk to, by the names that its calls use; one checkpoint in several seats is loaded once."""
     specs = {"student": config.student, "teacher": config.teacher, "judge": config.judge}
     specs |= {"large judge": config.large_judge, "skill writer": config.skill_writer}
-    opened = {spec: open_seat_of(config, spec) for spec in dict.fromkeys(specs.values()) if spec is not None}
+    opened = {spec: open_seat(config, spec) for spec in dict.fromkeys(specs.values()) if spec is not None}
     return {name: opened[spec] for name, spec in specs.items() if spec is not None}
 
 
-def open_seat_of(config: Config, spec: str) -> Seat:
+def open_seat(config: Config, spec: str) -> Seat:
     return open_agent(spec, config.device, getattr(torch, config.dtype))
 
 
 def load_tasks(config: Config) -> list[Problem]:
-    if (
-        config.tasks is None
-    ):  # the traces may train the next teacher, so these are not the tasks that eval.py holds out
+    if config.tasks is None:  # may train the next teacher, so not the tasks that eval.py holds out
         return world.held_out(config.domain, config.count, f"runtime/{config.seed}")
     bad: list[str] | None = [] if config.skip_bad else None
     tasks = load_problems(config.tasks, needs_answer=False, bad=bad)
@@ -242,17 +214,16 @@ def main() -> None:
     if config.export is not None:
         selected, total = export_traces(traces, config.export, config)
         print(
-            f"{config.export}: {selected} of {total} traces; next: python train_grpo.py --problems {config.export}"
+            f"{config.export}: {selected} of {total} traces; next: train_grpo.py --problems {config.export}"
         )
     elif config.show is not None:
         print(*show_sessions(config.out, config.show), sep="\n")
     elif named:
         status = "approved" if config.approve else "quarantined"
-        print(
-            *(f"{name} {status}" for name in record_reviews(config.out, named, status, config.note)), sep="\n"
-        )
+        for name in record_reviews(config.out, named, status, config.note):
+            print(f"{name} {status}")
     elif config.rounds:
-        run_rounds(config, load_tasks(config))
+        run_rounds(config, load_tasks(config), run, open_seat)
     elif config.serve is not None:
         from nano_atlas.runtime.serve import serve_pair
 

@@ -6,9 +6,6 @@
 
 All begin with the student's own answer, validate *every* answer (`judges`), try again up to --retries times with all guidance so
 far while none is valid, and return the best one (`guard`).
-
-Without --lane the student's record on this kind of task decides. Its capability is the mean score of its own latest answers there, with
-two thirds of an answer that is worth 0.5 counted in. The thresholds are atlas-sdk's; with no record the lane is paired.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,35 +24,36 @@ from nano_atlas.runtime import learning
 from nano_atlas.runtime.guard import GuardConfig, Trial, choose_trial
 from nano_atlas.runtime.judges import JudgeConfig, judge
 from nano_atlas.schedule import Call, Fault, Script, ask
-from nano_atlas.seats import Generation
+from nano_atlas.seats import Generation, Reply
 
 LANES = ("auto", "paired", "coach")
-THRESHOLDS = {"auto": 0.85, "paired": 0.65}  # least capability; below both: coach
+THRESHOLDS = {"auto": 0.85, "paired": 0.65}  # atlas-sdk's, of the student's capability; below both: coach
 PLAN_REQUEST = 'Do not solve this yet. Plan it as JSON: {"steps": ["...", "..."]}, one step or several.'
 MOST_STEPS = 16
+STYLES = tuple(protocol.TEACHING_STYLES)
 
 
 @dataclass(frozen=True)
 class LaneConfig(learning.SkillConfig, GuardConfig, JudgeConfig, EpisodeConfig):
     lane: str = option(
         "adaptive",
-        "how much help a task gets (adaptive: by the student's record)",
+        "how much help a task gets; adaptive: by the student's record",
         ("adaptive", *LANES),
         group="lanes",
     )
-    seed: int = option(0, "of every random choice")
     retries: int = option(0, "further teachings and answers while none is valid", at_least=0)
-    strategies: tuple[str, ...] = option(
-        tuple(protocol.TEACHING_STYLES),
-        "teaching strategies to choose among",
-        tuple(protocol.TEACHING_STYLES),
-    )
+    strategies: tuple[str, ...] = option(STYLES, "teaching strategies to choose among", STYLES)
+    seed: int = option(0, "of every random choice")
 
     def check(self) -> None:
         if self.large_judge and not self.judge:
             raise UserError("--large-judge needs --judge")
         if not self.strategies:
             raise UserError("--strategies needs at least one")
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
 @dataclass
@@ -67,7 +65,7 @@ class Session:
     seed: int
     style: str = "adaptive"  # how the teacher is asked to teach: a key of protocol.TEACHING_STYLES
     learning_key: str = "general"  # the kind of task; experience is kept by kind
-    created_at: str = ""
+    created_at: str = field(default_factory=now)
     lane: str = "paired"
     choice: dict[str, Any] = field(default_factory=dict)  # {mode, confidence, by} of the lane
     playbook: learning.Playbook | None = None
@@ -97,10 +95,6 @@ class Session:
         return derive_seed(self.seed, self.id, kind, len(self.events))
 
 
-def now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-
-
 # ------------------------------------------------------------------------------------------------------- task analysis
 
 
@@ -110,18 +104,21 @@ def new_session(name: str, task: Problem, experience: learning.Experience, confi
     choice = choose_lane(experience.records[key], config.lane)
     style = experience.strategies.choose(key, derive_seed(config.seed, "strategy", name))
     playbook = experience.playbook if config.skill_writer else None
-    return Session(name, task, config.seed, style, key, now(), choice["mode"], choice, playbook)
+    return Session(name, task, config.seed, style, key, lane=choice["mode"], choice=choice, playbook=playbook)
 
 
 def choose_lane(record: Sequence[float], forced: str = "adaptive") -> dict[str, Any]:
-    """{mode, confidence, by}, as it goes into the trace. record: scores of the student alone. forced: a lane, or "adaptive"."""
+    """{mode, confidence, by}, as it goes into the trace. record: the latest scores of the student alone on such tasks.
+
+    Its capability is their mean, with two thirds of an answer that is worth 0.5 counted in.
+    """
     if forced != "adaptive":
         return {"mode": forced, "confidence": None, "by": "--lane"}
     if not record:
         return {"mode": "paired", "confidence": None, "by": "no record"}
-    confidence = (sum(record) + 1 / 3) / (len(record) + 2 / 3)
-    lane = next((lane for lane, least in THRESHOLDS.items() if confidence >= least), "coach")
-    return {"mode": lane, "confidence": confidence, "by": "record"}
+    capability = (sum(record) + 1 / 3) / (len(record) + 2 / 3)
+    lane = next((lane for lane, least in THRESHOLDS.items() if capability >= least), "coach")
+    return {"mode": lane, "confidence": capability, "by": "record"}
 
 
 # ----------------------------------------------------------------------------------------------------- experimentation
@@ -129,21 +126,21 @@ def choose_lane(record: Sequence[float], forced: str = "adaptive") -> dict[str, 
 
 def run_session(session: Session, config: LaneConfig, count_tokens: Callable[[str], int]) -> Script:
     """Brings the session to its end and returns it; every call of it leaves an event. count_tokens: of teachings."""
-    script, replies = whole_session(session, config, count_tokens), None
+    script, answers = whole_session(session, config, count_tokens), None
     while True:
         try:
-            calls = script.send(replies)
+            calls = script.send(answers)
         except StopIteration:
             return session
-        replies = yield calls
-        session.events += [event_of(call, reply) for call, reply in zip(calls, replies)]
+        answers = yield calls
+        session.events += [event_of(call, answer) for call, answer in zip(calls, answers)]
 
 
-def event_of(call: Call, replies: Any) -> dict[str, Any]:
-    event = {"event": call.kind, "actor": call.seat, "tokens": 0}
-    if isinstance(replies, Fault):
-        return event | {"fault": str(replies)}
-    (reply,) = replies
+def event_of(call: Call, answer: list[Reply] | Fault) -> dict[str, Any]:
+    event = {"event": call.kind, "actor": call.seat}
+    if isinstance(answer, Fault):
+        return event | {"tokens": 0, "fault": str(answer)}
+    (reply,) = answer
     event |= {
         "tokens": reply.tokens,
         "prompt_tokens": reply.prompt_tokens,
@@ -193,19 +190,15 @@ def coach(session: Session, config: LaneConfig) -> Script:
 def parse_plan(text: str) -> list[str]:
     """The steps, each a text or {"description": text}. A reply without a JSON plan is one step."""
     steps = (last_json(text, "steps") or {}).get("steps")
-    steps = (
-        [s.get("description") if isinstance(s, dict) else s for s in steps if s]
-        if isinstance(steps, list)
-        else []
-    )
+    steps = steps if isinstance(steps, list) else []
+    steps = [step.get("description") if isinstance(step, dict) else step for step in steps]
     return [str(step).strip() for step in steps if step][:MOST_STEPS] or [visible(text).strip()]
 
 
 def validate(session: Session, config: LaneConfig, kind: str, given: Attempt) -> Script:
     """Adds the student's answer to the session's trials, with its verdict."""
     verdict = yield from verdict_on(session, config, kind, given, len(session.trials))
-    trial = Trial(kind, given.text, given.answer, given.tokens, given.is_truncated, verdict)
-    session.trials.append(trial)
+    session.trials.append(Trial(kind, given.text, given.answer, given.tokens, given.is_truncated, verdict))
 
 
 def verdict_on(
@@ -223,38 +216,36 @@ def with_help(session: Session, config: LaneConfig, kind: str, alone: Sketch) ->
     """
     shown = session.approach
     for _ in range(1 + config.retries):
-        is_told = yield from teaching(session, config, shown)
-        if is_told:
-            (given,) = yield from guide(alone, ["\n".join(session.teachings)], config, session.draw)
-            yield from validate(session, config, kind, given)
-            if session.trials[-1].verdict.is_valid is not False:
-                return
-            shown = visible(given.text).strip()
+        if (yield from teaching(session, config, shown)) is None:
+            continue  # the student would get its own prompt again
+        (given,) = yield from guide(alone, ["\n".join(session.teachings)], config, session.draw)
+        yield from validate(session, config, kind, given)
+        if session.trials[-1].verdict.is_valid is not False:
+            return
+        shown = visible(given.text).strip()
 
 
 def teaching(session: Session, config: LaneConfig, shown: str) -> Script:
-    """Asks for guidance on what the student has `shown`; whether there is some."""
+    """The teacher's guidance on what the student has `shown`, or None where its completion holds none."""
     question = session.task.question
     if session.playbook is not None and not session.teachings:
         seed = derive_seed(session.seed, session.id)
         used, session.matched = session.playbook.retrieve(f"{question}\n{shown}", seed)
         session.skills = [entry.id for entry in used]
         session.advice = [entry.imperative for entry in used if entry.imperative]
-        styles = [entry.strategy for entry in used if entry.strategy]
-        session.style = styles[0] if styles else session.style
-    messages = protocol.teacher_messages(
-        question, shown, " ".join((protocol.TEACHING_STYLES[session.style], *session.advice))
-    )
+        session.style = next((entry.strategy for entry in used if entry.strategy), session.style)
+    style = " ".join((protocol.TEACHING_STYLES[session.style], *session.advice))
+    messages = protocol.teacher_messages(question, shown, style)
     generation = Generation(config.teaching_tokens, config.teacher_temperature, config.top_p)
     ((reply,),) = yield from ask(Call("teacher", "teaching", messages, generation, session.draw("teaching")))
     told = protocol.parse_teaching(reply.text)
     session.is_malformed |= told is None
     session.teachings += [told] if told else []
-    return told is not None
+    return told
 
 
 def reward_of(session: Session, count_tokens: Callable[[str], int]) -> float | None:
-    """The published reward of the session's teaching (`reward`), or None where a score is missing or nobody was to teach."""
+    """The published reward of the session's teaching, or None where a score is missing or nobody was to teach."""
     alone, helped, gold = session.trials[0].score, session.helped, session.task.answer
     session.is_leak = gold is not None and any(reveals_answer(told, gold) for told in session.teachings)
     if session.fault is not None or alone is None or session.lane == "auto":
@@ -273,25 +264,19 @@ def audit(session: Session, config: LaneConfig) -> Script:
     """Judges a returned answer with help and the student's own once more, for a share of the judged sessions."""
     alone, returned = session.trials[0], session.trials[session.chosen]
     is_drawn = derive_seed(session.seed, session.id, "audit") < config.audit * 2**63
-    if returned is alone or returned.verdict.by != "judges" or not is_drawn:
-        return
-    scores = []
-    for trial in (alone, returned):
-        verdict = yield from verdict_on(session, config, trial.kind, trial, "audit", trial.kind)
-        scores.append(verdict.score)
-    if None not in scores:
-        session.audited_gain = scores[1] - scores[0]
+    if returned is not alone and returned.verdict.by == "judges" and is_drawn:
+        own = yield from verdict_on(session, config, alone.kind, alone, "audit", alone.kind)
+        new = yield from verdict_on(session, config, returned.kind, returned, "audit", returned.kind)
+        if None not in (own.score, new.score):
+            session.audited_gain = new.score - own.score
 
 
 def learn_skills(session: Session, config: LaneConfig) -> Script:
-    """What the skill writer makes of a session that went well. An outage of it is among the events; the session went well all the same."""
+    """What the skill writer makes of a session that went well; its faults are among the events, and no fault of the session."""
     if config.skill_writer is None or session.reward is None or session.reward < learning.SKILL_REWARD:
         return
-    messages = learning.skill_messages(
-        session.task.question, session.approach, "\n".join(session.teachings), session.reward
-    )
-    seed = derive_seed(session.seed, session.id, "skills")
-    (replies,) = yield [Call("skill writer", "skills", messages, Generation(500, 0.2), seed)]
-    if not isinstance(replies, Fault):
-        text, gold = replies[0].text, session.task.answer
-        session.learned = learning.read_entries(text, gold)
+    guidance, seed = "\n".join(session.teachings), derive_seed(session.seed, session.id, "skills")
+    messages = learning.skill_messages(session.task.question, session.approach, guidance, session.reward)
+    (answer,) = yield [Call("skill writer", "skills", messages, Generation(500, 0.2), seed)]
+    if not isinstance(answer, Fault):
+        session.learned = learning.read_entries(answer[0].text, session.task.answer)

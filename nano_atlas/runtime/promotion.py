@@ -10,21 +10,27 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
+from nano_atlas import world
 from nano_atlas.config import option
-from nano_atlas.data import Problem
+from nano_atlas.data import Problem, load_problems
 from nano_atlas.episode import EpisodeConfig, seeds, sketch, teach
 from nano_atlas.errors import UserError
 from nano_atlas.reward import RewardConfig
 from nano_atlas.runs import read_json, write_json
 from nano_atlas.runtime.deploy import write_deployment
+from nano_atlas.runtime.report import summary
+from nano_atlas.runtime.review import export_traces
+from nano_atlas.runtime.traces import Outcome
 from nano_atlas.schedule import play
 from nano_atlas.seats import Seat
 from nano_atlas.stats import paired_bootstrap
 
+TRAINER = Path(__file__).parents[2] / "train_grpo.py"
 HELD_OUT = 500  # nano-world problems that decide, without --held-out
 MARGIN = 0.02  # largest loss of accuracy that still counts as not worse
 
@@ -84,25 +90,51 @@ def compare(
     )
 
 
-def train_and_promote(
-    folder: Path, config, problems: Sequence[Problem], trainer: Path, open_seat: Callable[[str], Seat]
-) -> Decision:
-    """Training on `folder/export.jsonl` and the test of one round; a round that is decided is not done again.
+def run_rounds(
+    config: Any,
+    tasks: Sequence[Problem],
+    run: Callable[[Any, Sequence[Problem]], Sequence[Outcome]],
+    open_seat: Callable[[Any, str], Seat],
+) -> None:
+    """Runtime, export, training and promotion, over and over; what is done of a round is not done again.
 
-    config: that of runtime_loop.py; trainer: train_grpo.py. Raises UserError where training fails; the same command repeats the round.
+    config, run(config, tasks), open_seat(config, spec): of runtime_loop.py. Raises UserError where a training fails; the same
+    command repeats its round.
     """
-    path, new = folder / "promotion.json", str(folder / "grpo" / "model")
-    if path.exists():
-        return Decision(**read_json(path))
-    command = [sys.executable, str(trainer), "--problems", str(folder / "export.jsonl")]
+    if config.held_out is None:
+        problems = world.held_out(config.domain, HELD_OUT, f"promotion/{config.seed}")
+    else:
+        problems = load_problems(config.held_out)
+    if len(tasks) < config.rounds:
+        raise UserError(f"--rounds {config.rounds} needs at least as many tasks, not {len(tasks)}")
+    cuts = [round(part * len(tasks) / config.rounds) for part in range(config.rounds + 1)]
+    for number, (start, end) in enumerate(zip(cuts, cuts[1:]), start=1):
+        folder = config.out / f"round-{number}"
+        this = replace(config, out=folder / "runtime")
+        print(f"round {number}: {end - start} tasks with the teacher {this.teacher}")
+        print(summary(run(this, tasks[start:end])))
+        export_traces(this.out / "traces.jsonl", folder / "export.jsonl", config)
+        if not (folder / "promotion.json").exists():
+            new = train(folder, this)
+            seats = [open_seat(config, spec) for spec in (this.student, this.teacher, new)]
+            decision = compare(seats, problems, config, (this.teacher, new))
+            write_deployment(config.out / "deploy.yaml", decision.teacher)
+            write_json(folder / "promotion.json", asdict(decision))
+        decision = Decision(**read_json(folder / "promotion.json"))
+        print(
+            f"round {number}: {'promoted' if decision.is_promoted else 'not promoted'}: {decision.reason}; "
+            f"alone {decision.alone:.1%}, old {decision.old:.1%}, new {decision.new:.1%}"
+        )
+        config = replace(config, teacher=decision.teacher)
+
+
+def train(folder: Path, config: Any) -> str:
+    """The teacher that train_grpo.py makes of the one in service with `folder/export.jsonl`."""
+    command = [sys.executable, str(TRAINER), "--problems", str(folder / "export.jsonl")]
     command += ["--teacher", config.teacher, "--student", config.student, "--out", str(folder / "grpo")]
     command += [] if config.preset == "own" else ["--preset", config.preset]
     command += shlex.split(config.train_options)
     code = subprocess.run(command).returncode
     if code != 0:
         raise UserError(f"{shlex.join(command)} failed with exit code {code}; its message is above")
-    seats = [open_seat(spec) for spec in (config.student, config.teacher, new)]
-    decision = compare(seats, problems, config, (config.teacher, new))
-    write_deployment(folder.parent / "deploy.yaml", decision.teacher)
-    write_json(path, asdict(decision))
-    return decision
+    return str(folder / "grpo" / "model")
