@@ -41,11 +41,7 @@ class DeployConfig:
         None, "YAML file that says which student and teacher are in service", group="service", resumable=True
     )
     serve: int | None = option(
-        None,
-        "port of an OpenAI-compatible endpoint for the pair (0: any)",
-        resumable=True,
-        at_least=0,
-        at_most=65535,
+        None, "port of an OpenAI-compatible endpoint (0: any)", resumable=True, at_least=0, at_most=65535
     )
     host: str = option(
         "127.0.0.1", f"address to serve on; others than this machine need {KEY_VARIABLE}", resumable=True

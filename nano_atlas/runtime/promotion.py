@@ -38,11 +38,7 @@ MARGIN = 0.02  # largest loss of accuracy that still counts as not worse
 @dataclass(frozen=True)
 class PromotionConfig:
     rounds: int = option(
-        0,
-        "times to run, export, train, test, promote, on parts of the tasks",
-        group="rounds",
-        resumable=True,
-        at_least=0,
+        0, "times to run, export, train, test and promote", group="rounds", resumable=True, at_least=0
     )
     held_out: Path | None = option(
         None, "JSONL of problems that decide about promotion (none: of the nano world)", resumable=True
