@@ -41,16 +41,10 @@ class DeployConfig:
         None, "YAML file that says which student and teacher are in service", group="service", resumable=True
     )
     serve: int | None = option(
-        None,
-        "port to serve the pair on, as an OpenAI-compatible endpoint (0: any free one)",
-        resumable=True,
-        at_least=0,
-        at_most=65535,
+        None, "port of an OpenAI-compatible endpoint (0: any)", resumable=True, at_least=0, at_most=65535
     )
     host: str = option(
-        "127.0.0.1",
-        f"address to serve on; beyond this machine it needs a key in {KEY_VARIABLE}",
-        resumable=True,
+        "127.0.0.1", f"address to serve on; others than this machine need {KEY_VARIABLE}", resumable=True
     )
 
     def check(self) -> None:
@@ -74,10 +68,10 @@ def with_deployment(argv: Sequence[str], is_evaluation: bool = False) -> list[st
         flags += [f"--{name}", f"deployed={llm['spec']}" if is_named else llm["spec"]]
         if "max_output_tokens" in llm:
             flags += [LENGTHS[name], str(llm["max_output_tokens"])]
-    pairs = zip(LENGTHS, EpisodeConfig.temperature)
-    temperatures = [seats.get(name, {}).get("temperature", default) for name, default in pairs]
     if not is_evaluation and any("temperature" in llm for llm in seats.values()):
-        flags += ["--temperature", *map(str, temperatures)]
+        defaults = zip(LENGTHS, EpisodeConfig.temperature)
+        known = [seats.get(name, {}).get("temperature", default) for name, default in defaults]
+        flags += ["--temperature", *map(str, known)]
     return [*flags, *argv]
 
 

@@ -38,10 +38,7 @@ MARGIN = 0.02  # largest loss of accuracy that still counts as not worse
 @dataclass(frozen=True)
 class PromotionConfig:
     rounds: int = option(
-        0,
-        "run, export, train, test, promote: so often, each on the next part of the tasks",
-        group="rounds",
-        resumable=True,
+        0, "times to run, export, train, test and promote", group="rounds", resumable=True, at_least=0
     )
     held_out: Path | None = option(
         None, "JSONL of problems that decide about promotion (none: of the nano world)", resumable=True
@@ -61,18 +58,17 @@ class Decision:
 
 
 def compare(
-    seats: Sequence[Seat], problems: Sequence[Problem], lengths: EpisodeConfig, places: Sequence[str]
+    seats: Sequence[Seat], problems: Sequence[Problem], episodes: EpisodeConfig, places: Sequence[str]
 ) -> Decision:
     """The paired test. seats: the student, the old and the new teacher; places: where the two teachers are."""
     student, *teachers = seats
-    greedy = EpisodeConfig(lengths.probe_tokens, lengths.teaching_tokens, lengths.answer_tokens).greedy()
-    seed = seeds("promotion")
+    greedy, seed = episodes.greedy(), seeds("promotion")
     sketches = play([sketch(problem, greedy, seed) for problem in problems], {"student": student}, "held out")
     scores = []
     for teacher in teachers:
         scripts = [teach(alone, greedy, RewardConfig(), seed, teacher.count_tokens) for alone in sketches]
-        episodes = play(scripts, {"student": student, "teacher": teacher}, "held out")
-        scores.append([episode.guided.score for (episode,) in episodes])
+        taught = play(scripts, {"student": student, "teacher": teacher}, "held out")
+        scores.append([episode.guided.score for (episode,) in taught])
     old, new = scores
     differences = [after - before for before, after in zip(old, new)]
     low, high = paired_bootstrap(differences, confidence=0.9)

@@ -3,14 +3,13 @@
 A record has an `outcome` (the few numbers that learning, selection and reports need), the `ground_truth`, the eleven keys of ATLAS'
 AtlasSessionTrace (whose `load_runtime_traces` reads the file), and what atlas-sdk adds on export:
 
-    task, final_answer       the question, and the answer that was returned
     plan                     the student's plan or, in the lane paired, one step: the approach it stated
     steps                    one step; all attempts are in its metadata.attempt_history
     session_reward           the teaching reward; null, not zero, where nobody could score
     trajectory_events        who spoke in which order, tokens each; the teacher's whole completions
     learning_history         what was known about the teaching strategies when this one was chosen
     adaptive_summary         the lane and why it was chosen, the strategy, and which attempt was returned
-    student_learning, teacher_learning    null, and the sentences of the skills that the teacher was given
+    teacher_learning         the sentences of the skills that the teacher was given
 
 A failed session is recorded too, with `status: failed`. It is done again at the next start, and never selected.
 """
@@ -74,24 +73,24 @@ def session_record(
     metadata: what else session_metadata should hold; learning_history: as of the choice of the strategy.
     """
     outcome = _outcome(session, review)
-    chosen = session.trials[session.chosen] if session.trials else None
-    final_answer = "" if chosen is None else chosen.text if chosen.answer is None else chosen.answer
     reward = _reward(session, outcome)
+    chosen = session.trials[session.chosen] if session.trials else None
+    text, is_valid = (chosen.text, chosen.verdict.is_valid) if chosen else ("", None)
+    final_answer = chosen.answer if chosen and chosen.answer is not None else text
+    plan = session.plan or [{"id": 1, "description": session.approach, "depends_on": []}]
+    guidance = session.teachings[-1] if session.teachings else None
     confidence = session.choice.get("confidence")
     read, generated = sum(outcome.prompt_tokens.values()), sum(outcome.tokens.values())
     usage = {"prompt_tokens": read, "completion_tokens": generated, "total_tokens": read + generated}
-    plan = session.plan or [{"id": 1, "description": session.approach, "depends_on": []}]
-    guidance = session.teachings[-1] if session.teachings else None
     step = {
         "step_id": 1,
         "description": session.approach,
-        "trace": chosen.text if chosen else "",
+        "trace": text,
         "output": final_answer,
         "reward": reward,
-        "validation": {"valid": chosen.verdict.is_valid if chosen else None, "guidance": guidance},
+        "validation": {"valid": is_valid, "guidance": guidance},
         "attempts": len(session.trials),
         "guidance": session.teachings,
-        "depends_on": [],
         "metadata": {"attempt_history": [asdict(trial) for trial in session.trials]},
     }
     return outcome, {
@@ -99,10 +98,7 @@ def session_record(
         "task": session.task.question,
         "ground_truth": session.task.answer,
         "final_answer": final_answer,
-        "plan": {
-            "steps": [{"tool": None, "tool_params": None, **planned} for planned in plan],
-            "execution_mode": "single_shot",
-        },
+        "plan": {"steps": plan, "execution_mode": "single_shot"},
         "steps": [step],
         "session_metadata": {
             "session_id": session.id,
@@ -110,23 +106,20 @@ def session_record(
             "learning_key": session.learning_key,
             "status": outcome.status,
             "created_at": session.created_at,
-            **metadata,
             "token_usage": {**usage, "calls": len(session.events)},
             "ground_truth": session.task.answer,
             "error": session.fault,
+            **metadata,
         },
         "session_reward": None if session.reward is None else reward,
-        "trajectory_events": [
-            *session.events,
-            {"event": "return", "actor": "runtime", "attempt": outcome.returned_attempt},
-        ],
+        "trajectory_events": session.events,
         "student_learning": None,
         "teacher_learning": "\n".join(session.advice) or None,
         "learning_history": learning_history,
         "adaptive_summary": {
             "adaptive_mode": session.lane,
-            "mode_history": [{"mode": session.lane, "confidence": confidence}],
             "confidence": confidence,
+            "mode_history": [{"mode": session.lane, "confidence": confidence}],
             "probe": session.choice,
             "strategy": session.style,
             "returned": outcome.returned_attempt,
@@ -170,15 +163,14 @@ def _reward(session: Session, outcome: Outcome) -> Trace:
     judges, rationale = [], session.fault
     if session.trials:
         verdict = (session.helped or session.trials[0]).verdict
-        judges = verdict.judges
-        if not judges and verdict.score is not None:
-            judges = [{"identifier": verdict.by, "score": verdict.score, "rationale": verdict.rationale}]
-        rationale = rationale or (verdict.rationale if session.lane != "auto" else "the lane has no teacher")
-    score, raw = session.reward, {"alone": outcome.baseline, "with_help": outcome.guided}
-    if score is None:
+        said = {"identifier": verdict.by, "score": verdict.score, "rationale": verdict.rationale}
+        judges = verdict.judges or ([said] if verdict.score is not None else [])
+        rationale = rationale or ("the lane has no teacher" if session.lane == "auto" else verdict.rationale)
+    if session.reward is None:
         return {"score": None, "judges": judges, "rationale": f"no reward: {rationale}", "raw": {}}
     rationale = f"score {outcome.baseline:.3g} alone, {outcome.guided:.3g} with help"
-    return {"score": score, "judges": judges, "rationale": rationale, "raw": raw}
+    raw = {"alone": outcome.baseline, "with_help": outcome.guided}
+    return {"score": session.reward, "judges": judges, "rationale": rationale, "raw": raw}
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -204,9 +196,8 @@ def outcome_of(trace: Trace, where: str) -> Outcome:
         try:
             return Outcome(**trace["outcome"])
         except TypeError as error:
-            raise UserError(
-                f"{where}: written by another version of the runtime ({error}); choose another --out, or use --restart"
-            ) from None
+            cause = f"{where}: not a trace of this version ({error})"
+            raise UserError(f"{cause}; choose another --out, or use --restart") from None
     metadata, reward = trace.get("session_metadata") or {}, trace.get("session_reward")
     return Outcome(
         session_id=str(metadata.get("session_id") or where),
