@@ -12,6 +12,7 @@ from nano_atlas.data import Problem
 from nano_atlas.episode import Attempt, EpisodeConfig, seeds, sketch, teach
 from nano_atlas.errors import UserError
 from nano_atlas.protocol import ANSWER_FORMAT, PROBE_REQUEST
+from nano_atlas.reward import RewardConfig
 from nano_atlas.runtime import judges
 from nano_atlas.runtime.guard import Trial, choose_trial, degradation_bound
 from nano_atlas.runtime.judges import JudgeConfig, Verdict, hold_consistent, read_sample
@@ -297,6 +298,12 @@ def test_an_outage_of_the_judges_is_unscored_and_never_a_zero():
         "unscored" in session.trials[0].verdict.rationale
         and "HTTP 503" in session.trials[0].verdict.rationale
     )
+
+
+def test_an_outage_of_the_answers_judges_alone_is_unscored_too():
+    session = judged(lambda prompt, seed: verdict_json(0.9) if "see what matters" in prompt else None)
+    assert session.reward is None and session.fault is None and session.chosen == 0
+    assert [b["score"] for b in session.trials[0].verdict.judges] == [None, None, 0.9]
 
 
 def test_guardrails_between_judges():
