@@ -121,7 +121,7 @@ class ToolAgent(PythonAgent):
 def http_service(url: str, timeout: float = 120.0) -> Callable[..., dict]:
     """The function of an agent behind HTTP. url: its address, and after # where the text is in its JSON (default: response)."""
     url, _, path = url.removeprefix("post+").partition("#")
-    client = Client(url, timeout=timeout, tries=1)  # nobody promises that it may be asked twice
+    client = Client(url, timeout=timeout, tries=1)  # the service may not be idempotent
 
     def ask(prompt: str, metadata: dict) -> dict:
         value = body = client.request("POST", "", {"prompt": prompt, "metadata": metadata})
