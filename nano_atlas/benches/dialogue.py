@@ -13,24 +13,23 @@ nothing but the ticket is left. This file imports tau2 (v1.0.1), so it is import
 import json
 import re
 import threading
-import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 import tau2.agent.llm_agent
 import tau2.user.user_simulator
 from tau2.agent.llm_agent import LLMAgent, LLMSoloAgent
 from tau2.data_model.message import AssistantMessage, SystemMessage, ToolCall, UserMessage
-from tau2.data_model.simulation import RewardInfo, SimulationRun, TerminationReason
+from tau2.data_model.simulation import RewardInfo, TerminationReason
 from tau2.data_model.tasks import InitialState, Task
 from tau2.orchestrator.orchestrator import Orchestrator
 from tau2.runner import build_environment, build_user, run_simulation
 from tau2.user.user_simulator import DummyUser
 from tau2.utils.llm_utils import to_litellm_messages, validate_message_history
-from tau2.utils.utils import get_now
 
 from nano_atlas import protocol
 from nano_atlas.answers import visible
@@ -51,7 +50,7 @@ class DialogueEnd(Exception):
 def generate(
     model: EndpointSeat, messages, generation, tools=None, tool_choice="auto", call_name=None, seed=0
 ) -> AssistantMessage:
-    """Stands in for tau2.utils.llm_utils.generate; `generation` comes out of the `llm_args` that tau2 hands on.
+    """Stands in for tau2.utils.llm_utils.generate; `generation` comes with the `llm_args` that tau2 passes on.
 
     Reasoning blocks are dropped: they reach neither the other side nor the history. Raises DialogueEnd for a turn without text
     and tool call, for a call whose arguments are not a JSON object, and for a prompt that is longer than the model's context;
@@ -73,8 +72,8 @@ def generate(
     for index, call in enumerate(choice["message"].get("tool_calls") or []):
         name, arguments = call["function"]["name"], call["function"]["arguments"]
         try:
-            number = f"call_{len(messages)}_{index}"
-            calls.append(ToolCall(id=number, name=name, arguments=json.loads(arguments)))
+            id = f"call_{len(messages)}_{index}"
+            calls.append(ToolCall(id=id, name=name, arguments=json.loads(arguments)))
         except ValueError as error:
             raise DialogueEnd(fault, f"malformed call of {name}: {arguments[:200]}", usage) from error
     if not calls and (not text or tool_choice == "required"):
@@ -100,30 +99,29 @@ class Guidance:
     teaching: str | None = None  # None: malformed, and the student's prompt stays the official one
 
 
-Guide = Callable[["Guided", str, int], Guidance]  # agent, opening, seed
+Guide = Callable[["Guided", str], Guidance]  # agent, opening
 
 
 def teacher_guide(student: Seat, teacher: Seat, config: EpisodeConfig) -> Guide:
     """A guide that threads may share. A teacher in this process serves them one at a time."""
     lock = nullcontext() if isinstance(teacher, EndpointSeat) else threading.Lock()
 
-    def ask(seat: Seat, messages: protocol.Messages, length: int, temperature: float, seed: int) -> Reply:
-        return seat.ask([Question(messages, Generation(length, temperature, config.top_p), seed)])[0][0]
+    def guide(agent: "Guided", opening: str) -> Guidance:
+        def question(kind: str, messages: protocol.Messages, length: int, temperature: float) -> Question:
+            seed = derive_seed(agent.llm_args.get("seed"), kind, opening)
+            return Question(messages, Generation(length, temperature, config.top_p), seed)
 
-    def guide(agent: "Guided", opening: str, seed: int) -> Guidance:
         probe = [{"role": "system", "content": agent.system_prompt}, *protocol.probe_messages(opening)]
-        temperature, probe_seed = config.student_temperature, derive_seed(seed, "probe")
-        approach = ask(student, probe, config.probe_tokens, temperature, probe_seed)
+        asked = question("probe", probe, config.probe_tokens, config.student_temperature)
+        ((approach,),) = student.ask([asked])
         tools = ", ".join(tool.name for tool in agent.tools)
         case = f"{agent.domain_policy}\n\nTools: {tools}\n\nUser: {opening}"
         request = protocol.teacher_messages(case, visible(approach.text).strip())
-        temperature, teach_seed = config.teacher_temperature, derive_seed(seed, "teach")
+        asked = question("teach", request, config.teaching_tokens, config.teacher_temperature)
         with lock:
-            reply = ask(teacher, request, config.teaching_tokens, temperature, teach_seed)
-        teaching = protocol.parse_teaching(reply.text)
-        return Guidance(
-            approach.text, approach.tokens, reply.text, reply.tokens, reply.is_truncated, teaching
-        )
+            ((reply,),) = teacher.ask([asked])
+        told = protocol.parse_teaching(reply.text)
+        return Guidance(approach.text, approach.tokens, reply.text, reply.tokens, reply.is_truncated, told)
 
     return guide
 
@@ -133,14 +131,13 @@ class Guided:
 
     guide: Guide | None = None
     guidance = Guidance()
-    seed = 0
 
     def generate_next_message(self, message, state):
         opening = message.content if isinstance(message, UserMessage) else None
         if message is None:  # solo
             opening = self.task.ticket
         if self.guide and opening:
-            self.guidance, self.guide = self.guide(self, opening, self.seed), None
+            self.guidance, self.guide = self.guide(self, opening), None
             prompt = protocol.guided_system_prompt(self.system_prompt, self.guidance.teaching)
             state.system_messages = [SystemMessage(role="system", content=prompt)]
         return super().generate_next_message(message, state)
@@ -170,14 +167,13 @@ def simulate(
     user: EndpointSeat | None,
     generation: Generation,
     guide: Guide | None = None,
-    *,
-    trial: int = 0,
     seed: int = 0,
     max_steps: int = 200,
-) -> tuple[SimulationRun, Guidance]:
-    """One scored dialogue. Without a user (solo mode) the student works from the ticket and has the user's tools too.
+) -> tuple[dict[str, Any], Guidance]:
+    """One scored dialogue, as a SimulationRun in JSON, and what a teacher said to it.
 
-    generation: of each of the student's turns; the user's are greedy.
+    Without a user (solo mode) the student works from the ticket and has the user's tools too. generation: of the student's turns;
+    the user is greedy.
     """
     is_solo = user is None
     environment = build_environment(domain, solo_mode=is_solo)
@@ -190,35 +186,24 @@ def simulate(
         agent = GuidedAgent(tools, policy, llm=student, llm_args=model)
         greedy = {"generation": Generation(generation.max_tokens, temperature=0.0)}
         partner = build_user("user_simulator", environment, task, llm=user, llm_args=greedy)
-    agent.guide, agent.seed = guide, derive_seed(seed, task.id)
-    dialogue = Orchestrator(
-        domain, agent, partner, environment, task, max_steps=max_steps, seed=seed, solo_mode=is_solo
-    )
-    start, clock = get_now(), time.perf_counter()
+    agent.guide, parts = guide, (domain, agent, partner, environment, task)
+    dialogue = Orchestrator(*parts, max_steps=max_steps, seed=seed, solo_mode=is_solo)
     try:
         simulation = run_simulation(dialogue)
     except Exception as error:  # any: this one dialogue failed, and the tables count it
-        failure = str(error)
+        failure, dialogue.to_role = str(error), None
         if isinstance(error, DialogueEnd):
-            reason = error.reason
+            dialogue.termination_reason = error.reason
         elif isinstance(error, UserError):
-            reason = TerminationReason.INFRASTRUCTURE_ERROR
+            dialogue.termination_reason = TerminationReason.INFRASTRUCTURE_ERROR
         else:  # tau2's own, on what a seat said
-            reason, failure = TerminationReason.UNEXPECTED_ERROR, "".join(traceback.format_exception(error))
-        simulation = SimulationRun(
-            id=dialogue.simulation_id,
-            task_id=task.id,
-            seed=seed,
-            start_time=start,
-            end_time=get_now(),
-            duration=time.perf_counter() - clock,
-            messages=dialogue.get_trajectory(),
-            termination_reason=reason,
-            reward_info=RewardInfo(reward=0.0),
-            info={"failure": failure, "usage": getattr(error, "usage", None)},
-        )
-    simulation.trial, simulation.policy = trial, None  # the policy stands once in the results' header
-    return simulation, agent.guidance
+            dialogue.termination_reason = TerminationReason.UNEXPECTED_ERROR
+            failure = "".join(traceback.format_exception(error))
+        simulation = dialogue._finalize()
+        simulation.reward_info = RewardInfo(reward=0.0)
+        simulation.info = {"failure": failure, "usage": getattr(error, "usage", None)}
+    simulation.policy = None  # it stands once in the results' header
+    return simulation.model_dump(mode="json", exclude_none=True), agent.guidance
 
 
 class Fixed:
@@ -232,13 +217,20 @@ class Fixed:
         return {"message": said}, Reply(said.get("content") or "", 0, False)
 
 
-def floor_reward(task: Task, domain: str, tool: str | None, is_solo: bool) -> float:
-    """What the task gives to an agent that calls one tool without looking and leaves; None: that leaves at once."""
+def floors(tasks: Sequence[Task], domain: str, is_solo: bool) -> dict[str, str]:
+    """What two policies that look at nothing score on these tasks: to leave at once, and to transfer the user first."""
 
     def call(name: str, arguments: str) -> dict:
         return {"tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
 
-    turns = [call(tool, '{"summary": ""}')] if tool else []
-    student = Fixed(*turns, call("done", "{}") if is_solo else {"content": "Goodbye."})
-    user = None if is_solo else Fixed({"content": "Help!"}, {"content": "###STOP###"})
-    return simulate(task, domain, student, user, Generation(1))[0].reward_info.reward
+    def score(*turns: dict) -> str:
+        rewards = []
+        for task in tasks:
+            user = None if is_solo else Fixed({"content": "Help!"}, {"content": "###STOP###"})
+            run, _ = simulate(task, domain, Fixed(*turns), user, Generation(1))
+            rewards.append(run["reward_info"]["reward"])
+        return f"{100 * mean(rewards):.2f} %"
+
+    leave = call("done", "{}") if is_solo else {"content": "Goodbye."}
+    transfer = call("transfer_to_human_agents", '{"summary": ""}')
+    return {"floor: do nothing": score(leave), "floor: always transfer": score(transfer, leave)}
