@@ -38,13 +38,13 @@ from pathlib import Path
 from statistics import mean
 
 from nano_atlas import answers, world
-from nano_atlas.benches import arms, crmarena, tau2
+from nano_atlas.benches import arms, crmarena
 from nano_atlas.benches.arms import SAME_BUDGET, SHUFFLED, TWO_VOTES, UNTRAINED
 from nano_atlas.benches.results import STUDENT, TaskLog, TaskResult, read_results, start_or_continue
 from nano_atlas.benches.scores import summary, tables
 from nano_atlas.config import derive_seed, option, parse, run_script
 from nano_atlas.data import Problem, load_problems
-from nano_atlas.episode import Attempt, Sketch, guide, majority, sketch, teach
+from nano_atlas.episode import Attempt, Sketch, guide, majority, seeds, sketch, teach
 from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
 from nano_atlas.reward import RewardConfig
@@ -96,6 +96,8 @@ class Config(arms.ArmsConfig, Benchmark):
 def main() -> None:
     argv = sys.argv[1:]
     if "--bench=tau2" in argv or ("--bench", "tau2") in pairwise(argv):
+        from nano_atlas.benches import tau2
+
         tau2.main(argv)
         return
     config = parse(Config, argv, with_deployment(presets("eval"), argv, evaluation_options), __doc__)
@@ -167,8 +169,8 @@ def evaluate(
 ) -> None:
     """Run each chunk of each arm that the log does not hold whole. Teachers are opened one at a time, and only if needed.
 
-    Arms that need nothing of each other advance side by side, and chunks mix domains, so that calls of a seat are large. A chunk
-    that was cut short is computed again whole: answers do not depend on where a run was interrupted.
+    Arms that do not need each other advance side by side, and chunks mix domains, so that few large calls reach a seat. A chunk
+    that was cut short is computed again: answers do not depend on where a run was interrupted.
     """
     problems = [problem for domain in tasks.values() for problem in domain]
     size = max(1, CHUNK // config.samples)
@@ -179,19 +181,25 @@ def evaluate(
         *([name] for name in config.teachers),
         [SHUFFLED, UNTRAINED, SAME_BUDGET],
     ):
-        missing = [
-            (chunk, [arm for arm in stage if arm in config.arms and not log.has(arm, chunk, config.samples)])
-            for chunk in chunks
-        ]
-        if any(names for _, names in missing):
-            student = student or open_student()
-            teacher = open_teacher(stage[0]) if stage[0] in config.teachers else student
-            scripts = Scripts(config, tasks, log, teacher.count_tokens)
-            for chunk, names in missing:
-                running = [scripts.of(arm, problem) for arm in names for problem in chunk]
-                finished = play(running, {"student": student, "teacher": teacher}, progress=", ".join(names))
-                log.append(judged(result, is_right) for results in finished for result in results)
-            del teacher, scripts, running  # before the next teacher is loaded
+        missing = []
+        for chunk in chunks:
+            names = [
+                name for name in stage if name in config.arms and not log.has(name, chunk, config.samples)
+            ]
+            missing += [(chunk, names)] if names else []
+        if not missing:
+            continue
+        student = student or open_student()
+        seats = {"student": student}
+        seats["teacher"] = open_teacher(stage[0]) if stage[0] in config.teachers else student
+        scripts = Scripts(config, tasks, log, seats["teacher"].count_tokens)
+        for chunk, names in missing:
+            running = [scripts.of(name, problem) for name in names for problem in chunk]
+            finished = play(
+                running, seats, progress=f"{', '.join(names)}: {len(chunk)} of {len(problems)} tasks"
+            )
+            log.append(judged(result, is_right) for results in finished for result in results)
+        del seats, scripts, running  # and with them the teacher, before the next one is loaded
 
 
 def judged(result: TaskResult, is_right: Verifier) -> TaskResult:
@@ -202,7 +210,7 @@ def judged(result: TaskResult, is_right: Verifier) -> TaskResult:
 
 @dataclass
 class Scripts:
-    """How each arm answers a task: scripts that return its results, one per sample."""
+    """How each arm answers one task: scripts that return its results, one per sample."""
 
     config: Config
     tasks: Tasks
@@ -210,107 +218,73 @@ class Scripts:
     count_tokens: Callable[[str], int]  # of the teacher
 
     def of(self, arm: str, problem: Problem) -> Script:
-        """The script of an arm; those without one of their own are teachers, the untrained one among them."""
-        own = {STUDENT: self.alone, SHUFFLED: self.shuffled, TWO_VOTES: self.vote, SAME_BUDGET: self.vote}
-        return own.get(arm, self.taught)(arm, problem)
+        special = {STUDENT: self.alone, SHUFFLED: self.shuffled, TWO_VOTES: self.vote, SAME_BUDGET: self.vote}
+        return special.get(arm, self.taught)(arm, problem)
 
     def alone(self, arm: str, problem: Problem) -> Script:
-        config = self.config
-        found = yield from sketch(problem, config.episode, config.seed, config.samples)
-        result = partial(
-            TaskResult,
-            arm,
-            problem.domain,
-            problem.id,
-            gold=problem.answer,
-            approach=found.approach,
-            approach_tokens=found.approach_tokens,
-        )
-        return [result(sample=index, attempt=attempt) for index, attempt in enumerate(found.baselines)]
+        config, task = self.config, (arm, problem.domain, problem.id)
+        found = yield from sketch(problem, config.episode, seeds(config.seed), config.samples)
+        return [
+            TaskResult(*task, index, problem.answer, attempt, found.approach, found.approach_tokens)
+            for index, attempt in enumerate(found.baselines)
+        ]
 
     def taught(self, arm: str, problem: Problem) -> Script:
-        alone, config = self.get(STUDENT, problem), self.config
-        episodes = yield from teach(
-            known(problem, alone),
-            config.episode,
-            RewardConfig(),
-            config.seed,
-            self.count_tokens,
-            config.samples,
-        )
-        return [
-            guided(arm, own, episode.guided, episode.reply, episode.teaching)
-            for own, episode in zip(alone, episodes, strict=True)
-        ]
+        episode, seed, samples = self.config.episode, seeds(self.config.seed), self.config.samples
+        found = self.sketch(problem)
+        made = yield from teach(found, episode, RewardConfig(), seed, self.count_tokens, samples)
+        told = [(one.guided, one.reply, one.teaching) for one in made]
+        return [with_teaching(own, arm, *one) for own, one in zip(self.get(STUDENT, problem), told)]
 
     def shuffled(self, arm: str, problem: Problem) -> Script:
         """Sample i of a task gets the teaching that the last teacher wrote for sample i of the task's donor."""
-        alone, config = self.get(STUDENT, problem), self.config
-        given = self.get(list(config.teachers)[-1], self.donors[problem.domain, problem.id])
-        teachings = [donor.teaching for donor in given]
-        attempts = yield from guide(known(problem, alone), teachings, config.episode, config.seed)
-        return [
-            guided(
-                arm,
-                own,
-                attempt,
-                Reply(donor.teacher_text, donor.teacher_tokens, donor.is_teacher_truncated),
-                donor.teaching,
-            )
-            for own, attempt, donor in zip(alone, attempts, given, strict=True)
-        ]
+        given = self.get(list(self.config.teachers)[-1], self.donors[problem.domain][problem.id])
+        teachings = [one.teaching for one in given]
+        attempts = yield from guide(
+            self.sketch(problem), teachings, self.config.episode, seeds(self.config.seed)
+        )
+        replies = [Reply(one.teacher_text, one.teacher_tokens, one.is_teacher_truncated) for one in given]
+        told = zip(attempts, replies, teachings)
+        return [with_teaching(own, arm, *one) for own, one in zip(self.get(STUDENT, problem), told)]
 
     def vote(self, arm: str, problem: Problem) -> Script:
-        """Each sample is the majority of several fresh answers, at the price of all of them."""
-        config = self.config
+        """The majority of several fresh answers, at the price of all of them."""
+        config, task = self.config, (arm, problem.domain, problem.id)
         votes = 2 if arm == TWO_VOTES else self.budget[problem.domain]
         temperature = config.temperature or VOTE_TEMPERATURE
         episode = replace(config.episode, probe_tokens=0, temperature=(temperature, temperature))
-        seed = derive_seed(config.seed, arm, problem.domain, problem.id, 0)
+        seed = derive_seed(config.seed, *task, 0)
         found = yield from sketch(problem, episode, lambda *_: seed, votes * config.samples)
-        return [
-            TaskResult(
-                arm,
-                problem.domain,
-                problem.id,
-                index,
-                problem.answer,
-                majority(found.baselines[index :: config.samples]),
-            )
-            for index in range(config.samples)
-        ]
+        groups = [found.baselines[start :: config.samples] for start in range(config.samples)]
+        return [TaskResult(*task, i, problem.answer, majority(group)) for i, group in enumerate(groups)]
 
     def get(self, arm: str, problem: Problem) -> list[TaskResult]:
         return self.log.get(arm, problem, self.config.samples)
 
+    def sketch(self, problem: Problem) -> Sketch:
+        """What the student did alone, from the log: the same for every arm."""
+        alone = self.get(STUDENT, problem)
+        return Sketch(problem, alone[0].approach, alone[0].approach_tokens, [one.attempt for one in alone])
+
     @cached_property
-    def donors(self) -> dict[tuple[str, str], Problem]:
-        circles = {
-            domain: arms.derange(problems, self.config.seed) for domain, problems in self.tasks.items()
-        }
-        return {(domain, id): donor for domain, circle in circles.items() for id, donor in circle.items()}
+    def donors(self) -> dict[str, dict[str, Problem]]:
+        return {domain: arms.derange(problems, self.config.seed) for domain, problems in self.tasks.items()}
 
     @cached_property
     def budget(self) -> dict[str, int]:
         """By domain: answers of the student alone that cost at least what one of the last teacher's pair does (tokens)."""
 
-        def price(arm, problems):
-            return mean(result.all_tokens for problem in problems for result in self.get(arm, problem))
+        def price(arm: str, domain: str) -> float:
+            return mean(one.all_tokens for problem in self.tasks[domain] for one in self.get(arm, problem))
 
         last = list(self.config.teachers)[-1]
-        return {
-            domain: ceil(price(last, problems) / max(price(STUDENT, problems), 1))
-            for domain, problems in self.tasks.items()
-        }
+        return {name: ceil(price(last, name) / max(price(STUDENT, name), 1)) for name in self.tasks}
 
 
-def known(problem: Problem, alone: list[TaskResult]) -> Sketch:
-    """What the student did alone, from the log: the same for every arm."""
-    return Sketch(problem, alone[0].approach, alone[0].approach_tokens, [result.attempt for result in alone])
-
-
-def guided(arm: str, own: TaskResult, attempt: Attempt, reply: Reply, teaching: str | None) -> TaskResult:
-    """The result of a student that was taught. own: its result alone."""
+def with_teaching(
+    own: TaskResult, arm: str, attempt: Attempt, reply: Reply, teaching: str | None
+) -> TaskResult:
+    """`own`, the student's result alone, after a teaching. reply: the teacher's whole completion."""
     return replace(
         own,
         arm=arm,

@@ -1,6 +1,5 @@
 """What all benchmarks of eval.py share: the arms that they compare, their options, and the report on a directory of results."""
 
-import json
 import random
 import re
 from collections.abc import Sequence
@@ -49,10 +48,6 @@ class ArmsConfig:
     restart: bool = option(False, "start over; discards what --out holds", resumable=True)
 
     def check_arms(self) -> None:
-        if self.tables and self.restart:
-            raise UserError("--tables shows what --restart discards; use one of them")
-        if "none" in self.control and len(self.control) > 1:
-            raise UserError("--control none excludes the others")
         needy = {SHUFFLED, SAME_BUDGET} & set(self.arms)
         if needy and not self.teacher and not self.tables:
             raise UserError(f"--control {min(needy)} needs a --teacher, which it is the control of")
@@ -98,10 +93,17 @@ class ArmsConfig:
         return open_seat(spec, device=self.device, dtype=getattr(torch, self.dtype))
 
     def contents(self) -> dict[str, str]:
-        """Digests of the checkpoints of all seats, by what they are called in messages."""
-        seats = {STUDENT: self.student, **self.teachers}
-        directories = {name: Path(spec) for name, spec in seats.items() if not is_url(spec)}
-        return {f"checkpoint {name}": checkpoint_digest(path) for name, path in directories.items()}
+        """Digests of the checkpoints of all seats, by what messages call them. Raises UserError where there is none."""
+        digests = {}
+        for name, spec in {STUDENT: self.student, **self.teachers}.items():
+            if is_url(spec):
+                continue
+            if not is_checkpoint(spec):
+                raise UserError(
+                    f"{spec}: there is no checkpoint; train_sft.py, then train_grpo.py make the teachers of a preset"
+                )
+            digests[f"checkpoint {name}"] = checkpoint_digest(Path(spec))
+        return digests
 
 
 def derange(problems: Sequence[Problem], seed: int) -> dict[str, Problem]:
@@ -110,14 +112,6 @@ def derange(problems: Sequence[Problem], seed: int) -> dict[str, Problem]:
         raise UserError("--control shuffled needs at least 2 tasks in each domain; raise --limit or drop it")
     circle = random.Random(derive_seed(seed, "shuffled")).sample(list(problems), len(problems))
     return {problem.id: circle[index - 1] for index, problem in enumerate(circle)}
-
-
-def require_checkpoint(spec: str) -> None:
-    if not is_url(spec) and not is_checkpoint(spec):
-        raise UserError(
-            f"{spec}: there is no checkpoint; it should be a directory with config.json, tokenizer.json and model.safetensors, "
-            "or a URL. `python train_sft.py`, then `python train_grpo.py` make the teachers of --preset nano"
-        )
 
 
 def stored_report(out: Path, kind: type[ArmsConfig]) -> tuple[Report, ArmsConfig]:

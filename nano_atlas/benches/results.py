@@ -48,7 +48,7 @@ class TaskResult:
 
 def read_results(path: Path) -> dict[Key, TaskResult]:
     """The results in a tasks.jsonl by their key. Raises UserError for a line that is damaged or there twice."""
-    return _by_key(path, read_jsonl(path)) if path.exists() else {}
+    return _by_key(path, read_jsonl(path, is_journal=True)) if path.exists() else {}
 
 
 def _by_key(path: Path, records: Iterable[tuple[int, dict]]) -> dict[Key, TaskResult]:
@@ -65,34 +65,25 @@ def _by_key(path: Path, records: Iterable[tuple[int, dict]]) -> dict[Key, TaskRe
     return results
 
 
-class TaskLog:
-    """The append-only tasks.jsonl with its only writer, and what it holds."""
+class TaskLog(Journal):
+    """The append-only tasks.jsonl with its only writer, and the results that it holds."""
 
     def __init__(self, path: Path):
-        self._journal = Journal(path)
-        self.results = _by_key(path, self._journal.records())
+        super().__init__(path)
+        self.results = _by_key(path, self.records())
 
     def append(self, results: Iterable[TaskResult]) -> None:
         """Write those that are not there yet; they are on the disk when this returns."""
         new = {result.key: result for result in results if result.key not in self.results}
-        self._journal.append({**vars(result), "attempt": vars(result.attempt)} for result in new.values())
+        super().append({**vars(result), "attempt": vars(result.attempt)} for result in new.values())
         self.results |= new
 
-    def has(self, arm: str, problem: Problem, samples: int) -> bool:
-        keys = ((arm, problem.domain, problem.id, sample) for sample in range(samples))
-        return all(key in self.results for key in keys)
+    def has(self, arm: str, problems: Sequence[Problem], samples: int) -> bool:
+        names = [(arm, problem.domain, problem.id) for problem in problems]
+        return all((*name, sample) in self.results for name in names for sample in range(samples))
 
     def get(self, arm: str, problem: Problem, samples: int) -> list[TaskResult]:
         return [self.results[arm, problem.domain, problem.id, sample] for sample in range(samples)]
-
-    def __enter__(self) -> "TaskLog":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._journal.close()
 
 
 def start_or_continue(config: Any, contents: Mapping[str, str]) -> None:
@@ -107,15 +98,11 @@ def start_or_continue(config: Any, contents: Mapping[str, str]) -> None:
             file.unlink()
     saved = read_json(out / "run.json")
     if not saved and (out / "tasks.jsonl").exists():
-        raise UserError(
-            f"{out}/tasks.jsonl lies there without its run.json; choose another --out, or use --restart"
-        )
+        raise UserError(f"{out}/tasks.jsonl has no run.json beside it; choose another --out, or --restart")
     if saved:
         refuse_changes(config, saved["config"], str(out))
         changed = [name for name, value in contents.items() if saved["contents"].get(name) != value]
         if changed:
-            raise UserError(
-                f"{out} holds results of other contents than now: {', '.join(changed)}. "
-                "Choose another --out, or start over with --restart"
-            )
+            what = f"{out} holds results of other contents than now: {', '.join(changed)}"
+            raise UserError(f"{what}; choose another --out, or start over with --restart")
     write_json(out / "run.json", {"config": to_json(config), "contents": contents})
