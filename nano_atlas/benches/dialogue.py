@@ -23,20 +23,22 @@ from typing import Any
 import tau2.agent.llm_agent
 import tau2.user.user_simulator
 from tau2.agent.llm_agent import LLMAgent, LLMSoloAgent
-from tau2.data_model.message import AssistantMessage, SystemMessage, ToolCall, UserMessage
-from tau2.data_model.simulation import RewardInfo, TerminationReason
+from tau2.data_model.message import AssistantMessage, Message, SystemMessage, ToolCall, UserMessage
+from tau2.data_model.simulation import RewardInfo, SimulationRun, TerminationReason
 from tau2.data_model.tasks import InitialState, Task
+from tau2.evaluator.evaluator import EvaluationType, evaluate_simulation
 from tau2.orchestrator.orchestrator import Orchestrator
 from tau2.runner import build_environment, build_user, run_simulation
 from tau2.user.user_simulator import DummyUser
 from tau2.utils.llm_utils import to_litellm_messages, validate_message_history
+from tau2.utils.utils import get_now
 
 from nano_atlas import protocol
 from nano_atlas.answers import visible
 from nano_atlas.config import derive_seed
 from nano_atlas.episode import EpisodeConfig
 from nano_atlas.errors import UserError
-from nano_atlas.seats import EndpointSeat, Generation, Question, Reply, Seat
+from nano_atlas.seats import EndpointSeat, Generation, Question, Seat
 
 
 class DialogueEnd(Exception):
@@ -206,31 +208,18 @@ def simulate(
     return simulation.model_dump(mode="json", exclude_none=True), agent.guidance
 
 
-class Fixed:
-    """A seat that looks at nothing and says `messages`, the last one for ever."""
-
-    def __init__(self, *messages: dict):
-        self.messages = list(messages)
-
-    def complete(self, *_: Any, **__: Any) -> tuple[dict, Reply]:
-        said = self.messages.pop(0) if len(self.messages) > 1 else self.messages[0]
-        return {"message": said}, Reply(said.get("content") or "", 0, False)
-
-
 def floors(tasks: Sequence[Task], domain: str, is_solo: bool) -> dict[str, str]:
     """What two policies that look at nothing score on these tasks: to leave at once, and to transfer the user first."""
+    leave = AssistantMessage(role="assistant", content="Goodbye.", cost=0.0)
+    call = ToolCall(id="floor", name="transfer_to_human_agents", arguments={"summary": ""})
+    transfer = AssistantMessage(role="assistant", tool_calls=[call], cost=0.0)
+    result = build_environment(domain, solo_mode=is_solo).get_response(call)
 
-    def call(name: str, arguments: str) -> dict:
-        return {"tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
+    def score(*messages: Message) -> str:
+        parts = {"id": "floor", "task_id": "", "start_time": get_now(), "end_time": get_now(), "duration": 0}
+        end = TerminationReason.USER_STOP
+        run = SimulationRun(messages=list(messages), termination_reason=end, **parts)
+        scored = (evaluate_simulation(run, task, EvaluationType.ALL, is_solo, domain) for task in tasks)
+        return f"{100 * mean(score.reward for score in scored):.2f} %"
 
-    def score(*turns: dict) -> str:
-        rewards = []
-        for task in tasks:
-            user = None if is_solo else Fixed({"content": "Help!"}, {"content": "###STOP###"})
-            run, _ = simulate(task, domain, Fixed(*turns), user, Generation(1))
-            rewards.append(run["reward_info"]["reward"])
-        return f"{100 * mean(rewards):.2f} %"
-
-    leave = call("done", "{}") if is_solo else {"content": "Goodbye."}
-    transfer = call("transfer_to_human_agents", '{"summary": ""}')
-    return {"floor: do nothing": score(leave), "floor: always transfer": score(transfer, leave)}
+    return {"floor: do nothing": score(leave), "floor: always transfer": score(transfer, result, leave)}

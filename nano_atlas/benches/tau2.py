@@ -103,8 +103,6 @@ def main(argv: Sequence[str]) -> None:
             print(f"{len(tasks)} tasks {dict(kinds)}, {config.trials} trials, arms {', '.join(config.arms)}")
             print(shown(contents))
             return
-        for spec in config.teachers.values():
-            arms.require_checkpoint(spec)
         contents["tasks"] = digest(task.model_dump_json().encode() for task in tasks)
         start_or_continue(config, config.contents() | contents)
         with TaskLog(config.out / "tasks.jsonl") as log:
