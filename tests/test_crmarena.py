@@ -7,6 +7,7 @@ import pytest
 
 import eval as evaluation
 from nano_atlas import protocol
+from nano_atlas.answers import extract_answer
 from nano_atlas.benches import crmarena
 from nano_atlas.benches.arms import SAME_BUDGET, SHUFFLED, TWO_VOTES, UNTRAINED
 from nano_atlas.benches.results import STUDENT, read_results
@@ -101,7 +102,7 @@ def test_a_student_that_only_queries_is_stopped():
     ((reply,),) = crmarena.QueryingSeat(agent, lambda text: ("x" * 9999, True)).ask(
         [Question(protocol.baseline_messages("agent 0"), Generation(9), 0)]
     )
-    assert agent.calls == crmarena.TURNS == reply.tokens and protocol.extract_answer(reply.text) is None
+    assert agent.calls == crmarena.TURNS == reply.tokens and extract_answer(reply.text) is None
     assert len(agent.asked[-1][-1]["content"]) < crmarena.SHOWN_CHARACTERS + 50
 
 
@@ -125,7 +126,7 @@ def test_tasks_are_read_by_kind_and_what_cannot_be_scored_is_counted(tasks_file,
     assert "1 tasks left out" in capsys.readouterr().out
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"idx": 1, "task": "x"}\n')
-    with pytest.raises(UserError, match="bad.jsonl:1: .*query, answer, reward_metric"):
+    with pytest.raises(UserError, match="bad.jsonl:1: .*answer, query, reward_metric"):
         crmarena.load_tasks(bad, None)
 
 
@@ -157,6 +158,6 @@ def test_the_command_prints_the_floor_beside_recall_and_precision(tasks_file, tm
         "33.3",
     ]  # strict: two of three innocents accused, and the error saves the third
     assert rows["floor: always None"] == ["4", "75.0", "0.0", "–"]
-    results, _ = read_results(tmp_path / "out/tasks.jsonl")
+    results = read_results(tmp_path / "out/tasks.jsonl")
     assert {arm for arm, *_ in results} == {STUDENT, "grpo", SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET}
     assert not any("ka0001" in json.dumps(messages[0]) for messages in agent.asked)
