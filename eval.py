@@ -56,6 +56,7 @@ from nano_atlas.seats import Reply, Seat
 VOTE_TEMPERATURE = 0.7  # of the votes where all else is greedy: equal answers are no vote
 CHUNK = 1024  # answers per arm between two writes: what a killed run loses at most
 Tasks = dict[str, list[Problem]]  # by domain
+Opener = Callable[[str], Seat]  # of the student, or of a teacher by name
 Verifier = Callable[[str, str], bool]  # whether an extracted answer and the gold one are equal
 
 
@@ -80,17 +81,15 @@ class Config(arms.ArmsConfig, Benchmark):
         return list(arms.CONTROLS) if self.full else super().controls
 
     def check(self) -> None:
-        self.check_arms()
         if self.tables:
             return
         if self.student is None:
             raise UserError(f"--preset {self.preset} needs --student DIRECTORY or URL")
+        self.check_arms()
         if self.samples > 1 and self.temperature == 0:
             raise UserError(f"--temperature 0 gives {self.samples} times the same answer; raise it")
-        if self.data and self.bench == "nano":
-            raise UserError("--bench nano makes its own tasks and takes no --data; name another --bench")
-        if not self.data and self.bench != "nano":
-            raise UserError(f"--bench {self.bench} needs --data FILE, JSONL with question and answer")
+        if bool(self.data) == (self.bench == "nano"):
+            raise UserError("--data FILE goes with every --bench but nano, which makes its own tasks")
 
 
 def main() -> None:
@@ -110,8 +109,8 @@ def main() -> None:
     if not config.tables:
         arms.write_report(config.out, report, text)
     if not config.full:
-        note = f"All columns: {config.out / 'tables.md'} (--full)\n"
-        text = summary(report, list(stored.teachers), stored.names) + note + policy
+        short = summary(report, list(stored.teachers), SHUFFLED, stored.names)
+        text = f"{short}All columns: {config.out / 'tables.md'} (--full)\n{policy}"
     print(text)
 
 
@@ -121,16 +120,14 @@ def run(config: Config) -> None:
     is_right = verifier(config)
     query = crmarena.salesforce() if config.bench == "crmarena" else None
 
-    def open_student() -> Seat:
-        seat = config.open(config.student)
-        return crmarena.QueryingSeat(seat, query) if query else seat
+    def open_seat(name: str) -> Seat:
+        seat = config.open(config.student if name == STUDENT else config.teachers[name])
+        return crmarena.QueryingSeat(seat, query) if query and name == STUDENT else seat
 
-    digests = {
-        f"tasks {name}": digest(repr(p).encode() for p in problems) for name, problems in tasks.items()
-    }
+    digests = {f"tasks {name}": digest(repr(p).encode() for p in domain) for name, domain in tasks.items()}
     start_or_continue(config, config.contents() | digests)
     with TaskLog(config.out / "tasks.jsonl") as log:
-        evaluate(config, tasks, log, is_right, open_student, lambda name: config.open(config.teachers[name]))
+        evaluate(config, tasks, log, is_right, open_seat)
 
 
 def load_tasks(config: Config) -> Tasks:
@@ -159,14 +156,7 @@ def verifier(config: Config) -> Verifier:
 # ---------------------------------------------------------------------------------------------------------------- the arms
 
 
-def evaluate(
-    config: Config,
-    tasks: Tasks,
-    log: TaskLog,
-    is_right: Verifier,
-    open_student: Callable[[], Seat],
-    open_teacher: Callable[[str], Seat],
-) -> None:
+def evaluate(config: Config, tasks: Tasks, log: TaskLog, is_right: Verifier, open_seat: Opener) -> None:
     """Run each chunk of each arm that the log does not hold whole. Teachers are opened one at a time, and only if needed.
 
     Arms that do not need each other advance side by side, and chunks mix domains, so that few large calls reach a seat. A chunk
@@ -175,31 +165,23 @@ def evaluate(
     problems = [problem for domain in tasks.values() for problem in domain]
     size = max(1, CHUNK // config.samples)
     chunks = [problems[start : start + size] for start in range(0, len(problems), size)]
-    student = None
-    for stage in (
-        [STUDENT, TWO_VOTES],
-        *([name] for name in config.teachers),
-        [SHUFFLED, UNTRAINED, SAME_BUDGET],
-    ):
-        missing = []
+    seats: dict[str, Seat] = {}
+    scripts = Scripts(config, tasks, log, seats)
+    teachers = [[name] for name in config.teachers]
+    for stage in [[STUDENT, TWO_VOTES], *teachers, [SHUFFLED, UNTRAINED, SAME_BUDGET]]:
+        seats.pop("teacher", None)  # the last one, before the next one is opened
         for chunk in chunks:
-            names = [
-                name for name in stage if name in config.arms and not log.has(name, chunk, config.samples)
-            ]
-            missing += [(chunk, names)] if names else []
-        if not missing:
-            continue
-        student = student or open_student()
-        seats = {"student": student}
-        seats["teacher"] = open_teacher(stage[0]) if stage[0] in config.teachers else student
-        scripts = Scripts(config, tasks, log, seats["teacher"].count_tokens)
-        for chunk, names in missing:
-            running = [scripts.of(name, problem) for name in names for problem in chunk]
-            finished = play(
-                running, seats, progress=f"{', '.join(names)}: {len(chunk)} of {len(problems)} tasks"
-            )
+            missing = [arm for arm in stage if arm in config.arms and log.lacks(arm, chunk, config.samples)]
+            if not missing:
+                continue
+            if "student" not in seats:
+                seats["student"] = open_seat(STUDENT)
+            if "teacher" not in seats:
+                seats["teacher"] = open_seat(stage[0]) if stage[0] in config.teachers else seats["student"]
+            running = [scripts.of(arm, problem) for arm in missing for problem in chunk]
+            progress = f"{', '.join(missing)}: {len(chunk)} of {len(problems)} tasks"
+            finished = play(running, seats, progress)
             log.append(judged(result, is_right) for results in finished for result in results)
-        del seats, scripts, running  # and with them the teacher, before the next one is loaded
 
 
 def judged(result: TaskResult, is_right: Verifier) -> TaskResult:
@@ -215,56 +197,42 @@ class Scripts:
     config: Config
     tasks: Tasks
     log: TaskLog
-    count_tokens: Callable[[str], int]  # of the teacher
+    seats: dict[str, Seat]
 
     def of(self, arm: str, problem: Problem) -> Script:
-        special = {STUDENT: self.alone, SHUFFLED: self.shuffled, TWO_VOTES: self.vote, SAME_BUDGET: self.vote}
-        return special.get(arm, self.taught)(arm, problem)
+        if arm in (STUDENT, TWO_VOTES, SAME_BUDGET):
+            return self.alone(arm, problem)
+        return self.shuffled(arm, problem) if arm == SHUFFLED else self.taught(arm, problem)
 
     def alone(self, arm: str, problem: Problem) -> Script:
+        """The student's own answers. In the arms that vote each is the majority of several, at the price of all of them."""
         config, task = self.config, (arm, problem.domain, problem.id)
-        found = yield from sketch(problem, config.episode, seeds(config.seed), config.samples)
-        return [
-            TaskResult(*task, index, problem.answer, attempt, found.approach, found.approach_tokens)
-            for index, attempt in enumerate(found.baselines)
-        ]
+        episode, seed, votes = config.episode, seeds(config.seed), 1
+        if arm != STUDENT:
+            votes = 2 if arm == TWO_VOTES else self.budget[problem.domain]
+            temperature = config.temperature or VOTE_TEMPERATURE
+            episode = replace(episode, probe_tokens=0, temperature=(temperature, temperature))
+            number = derive_seed(config.seed, *task, 0)
+            seed = lambda *_: number
+        found = yield from sketch(problem, episode, seed, votes * config.samples)
+        groups = [found.baselines[start :: config.samples] for start in range(config.samples)]
+        probe = found.approach, found.approach_tokens
+        return [TaskResult(*task, i, problem.answer, majority(own), *probe) for i, own in enumerate(groups)]
 
     def taught(self, arm: str, problem: Problem) -> Script:
         episode, seed, samples = self.config.episode, seeds(self.config.seed), self.config.samples
-        found = self.sketch(problem)
-        made = yield from teach(found, episode, RewardConfig(), seed, self.count_tokens, samples)
-        told = [(one.guided, one.reply, one.teaching) for one in made]
-        return [with_teaching(own, arm, *one) for own, one in zip(self.get(STUDENT, problem), told)]
+        alone, count = self.log.get(STUDENT, problem), self.seats["teacher"].count_tokens
+        made = yield from teach(known(problem, alone), episode, RewardConfig(), seed, count, samples)
+        return [guided(own, arm, e.guided, e.reply, e.teaching) for own, e in zip(alone, made)]
 
     def shuffled(self, arm: str, problem: Problem) -> Script:
         """Sample i of a task gets the teaching that the last teacher wrote for sample i of the task's donor."""
-        given = self.get(list(self.config.teachers)[-1], self.donors[problem.domain][problem.id])
+        episode, seed, alone = self.config.episode, seeds(self.config.seed), self.log.get(STUDENT, problem)
+        given = self.log.get(list(self.config.teachers)[-1], self.donors[problem.domain][problem.id])
         teachings = [one.teaching for one in given]
-        attempts = yield from guide(
-            self.sketch(problem), teachings, self.config.episode, seeds(self.config.seed)
-        )
+        attempts = yield from guide(known(problem, alone), teachings, episode, seed)
         replies = [Reply(one.teacher_text, one.teacher_tokens, one.is_teacher_truncated) for one in given]
-        told = zip(attempts, replies, teachings)
-        return [with_teaching(own, arm, *one) for own, one in zip(self.get(STUDENT, problem), told)]
-
-    def vote(self, arm: str, problem: Problem) -> Script:
-        """The majority of several fresh answers, at the price of all of them."""
-        config, task = self.config, (arm, problem.domain, problem.id)
-        votes = 2 if arm == TWO_VOTES else self.budget[problem.domain]
-        temperature = config.temperature or VOTE_TEMPERATURE
-        episode = replace(config.episode, probe_tokens=0, temperature=(temperature, temperature))
-        seed = derive_seed(config.seed, *task, 0)
-        found = yield from sketch(problem, episode, lambda *_: seed, votes * config.samples)
-        groups = [found.baselines[start :: config.samples] for start in range(config.samples)]
-        return [TaskResult(*task, i, problem.answer, majority(group)) for i, group in enumerate(groups)]
-
-    def get(self, arm: str, problem: Problem) -> list[TaskResult]:
-        return self.log.get(arm, problem, self.config.samples)
-
-    def sketch(self, problem: Problem) -> Sketch:
-        """What the student did alone, from the log: the same for every arm."""
-        alone = self.get(STUDENT, problem)
-        return Sketch(problem, alone[0].approach, alone[0].approach_tokens, [one.attempt for one in alone])
+        return [guided(own, arm, *told) for own, *told in zip(alone, attempts, replies, teachings)]
 
     @cached_property
     def donors(self) -> dict[str, dict[str, Problem]]:
@@ -275,15 +243,18 @@ class Scripts:
         """By domain: answers of the student alone that cost at least what one of the last teacher's pair does (tokens)."""
 
         def price(arm: str, domain: str) -> float:
-            return mean(one.all_tokens for problem in self.tasks[domain] for one in self.get(arm, problem))
+            return mean(r.all_tokens for problem in self.tasks[domain] for r in self.log.get(arm, problem))
 
         last = list(self.config.teachers)[-1]
         return {name: ceil(price(last, name) / max(price(STUDENT, name), 1)) for name in self.tasks}
 
 
-def with_teaching(
-    own: TaskResult, arm: str, attempt: Attempt, reply: Reply, teaching: str | None
-) -> TaskResult:
+def known(problem: Problem, alone: list[TaskResult]) -> Sketch:
+    """What the student did alone, from the log: the same for every arm."""
+    return Sketch(problem, alone[0].approach, alone[0].approach_tokens, [one.attempt for one in alone])
+
+
+def guided(own: TaskResult, arm: str, attempt: Attempt, reply: Reply, teaching: str | None) -> TaskResult:
     """`own`, the student's result alone, after a teaching. reply: the teacher's whole completion."""
     return replace(
         own,

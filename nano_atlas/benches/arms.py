@@ -25,12 +25,8 @@ CONTROLS = SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET = "shuffled", "untrained"
 class ArmsConfig:
     """The seats of an evaluation, where its results go, and how the seats are sampled."""
 
-    student: str | None = option(
-        None, "checkpoint directory, or URL or URL#MODEL of an OpenAI-compatible server"
-    )
-    teacher: tuple[str, ...] = option(
-        (), "one or more NAME=DIRECTORY or NAME=URL; the last is compared with each earlier one"
-    )
+    student: str | None = option(None, "checkpoint directory, or URL or URL#MODEL of a server")
+    teacher: tuple[str, ...] = option((), "NAME=DIRECTORY or NAME=URL; the last is compared with the others")
     out: Path = option(Path("runs/eval"), "directory of the results", resumable=True)
     control: tuple[str, ...] = option(CONTROLS, "control arms", (*CONTROLS, "none"))
     limit: int | None = option(None, "tasks per domain; of a file the first ones (none: all)", at_least=1)
@@ -53,10 +49,8 @@ class ArmsConfig:
             raise UserError(f"--control {min(needy)} needs a --teacher, which it is the control of")
         taken = {STUDENT, *CONTROLS} & set(self.teachers)
         if taken or len(self.teachers) < len(self.teacher):
-            raise UserError(
-                f"--teacher {' '.join(self.teacher)}: each needs a name of its own, NAME=PATH, "
-                f"other than {STUDENT} and those of the controls"
-            )
+            what = f"--teacher {' '.join(self.teacher)}: each needs a name of its own, NAME=PATH"
+            raise UserError(f"{what}, other than {STUDENT} and those of the controls")
 
     @property
     def teachers(self) -> dict[str, str]:
@@ -77,6 +71,7 @@ class ArmsConfig:
         """What an arm is called in the tables."""
         last = "".join(list(self.teachers)[-1:])
         return {
+            **{name: name for name in self.teachers},
             STUDENT: "student alone",
             SHUFFLED: f"control: shuffled {last}",
             UNTRAINED: "control: untrained",
@@ -94,16 +89,14 @@ class ArmsConfig:
 
     def contents(self) -> dict[str, str]:
         """Digests of the checkpoints of all seats, by what messages call them. Raises UserError where there is none."""
-        digests = {}
-        for name, spec in {STUDENT: self.student, **self.teachers}.items():
-            if is_url(spec):
-                continue
-            if not is_checkpoint(spec):
+        seats = {STUDENT: self.student, **self.teachers}
+        directories = {name: Path(spec) for name, spec in seats.items() if not is_url(spec)}
+        for path in directories.values():
+            if not is_checkpoint(path):
                 raise UserError(
-                    f"{spec}: there is no checkpoint; train_sft.py, then train_grpo.py make the teachers of a preset"
+                    f"{path}: no checkpoint; train_sft.py and train_grpo.py make a preset's teachers"
                 )
-            digests[f"checkpoint {name}"] = checkpoint_digest(Path(spec))
-        return digests
+        return {f"checkpoint {name}": checkpoint_digest(path) for name, path in directories.items()}
 
 
 def derange(problems: Sequence[Problem], seed: int) -> dict[str, Problem]:

@@ -1,6 +1,6 @@
 """The results of an evaluation on disk: one line of tasks.jsonl per answer, and run.json, which says what they are results of."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,20 +47,14 @@ class TaskResult:
 
 
 def read_results(path: Path) -> dict[Key, TaskResult]:
-    """The results in a tasks.jsonl by their key. Raises UserError for a line that is damaged or there twice."""
-    return _by_key(path, read_jsonl(path, is_journal=True)) if path.exists() else {}
-
-
-def _by_key(path: Path, records: Iterable[tuple[int, dict]]) -> dict[Key, TaskResult]:
+    """The results in a tasks.jsonl by their key. Raises UserError for a damaged line."""
     results: dict[Key, TaskResult] = {}
-    for number, record in records:
+    has_lines = path.exists() and path.stat().st_size
+    for number, record in read_jsonl(path, is_journal=True) if has_lines else ():
         try:
             result = TaskResult(**{**record, "attempt": Attempt(**record["attempt"])})
         except (TypeError, KeyError) as error:
             raise UserError(f"{path}:{number}: not a task result ({error}); delete the line") from None
-        if result.key in results:
-            name = " ".join(map(str, result.key))
-            raise UserError(f"{path}:{number}: {name} is there twice; delete one of the two lines")
         results[result.key] = result
     return results
 
@@ -70,7 +64,7 @@ class TaskLog(Journal):
 
     def __init__(self, path: Path):
         super().__init__(path)
-        self.results = _by_key(path, self.records())
+        self.results = read_results(path)
 
     def append(self, results: Iterable[TaskResult]) -> None:
         """Write those that are not there yet; they are on the disk when this returns."""
@@ -78,12 +72,16 @@ class TaskLog(Journal):
         super().append({**vars(result), "attempt": vars(result.attempt)} for result in new.values())
         self.results |= new
 
-    def has(self, arm: str, problems: Sequence[Problem], samples: int) -> bool:
-        names = [(arm, problem.domain, problem.id) for problem in problems]
-        return all((*name, sample) in self.results for name in names for sample in range(samples))
+    def lacks(self, arm: str, problems: Iterable[Problem], samples: int) -> bool:
+        """Whether an answer is missing."""
+        return any(len(self.get(arm, problem)) < samples for problem in problems)
 
-    def get(self, arm: str, problem: Problem, samples: int) -> list[TaskResult]:
-        return [self.results[arm, problem.domain, problem.id, sample] for sample in range(samples)]
+    def get(self, arm: str, problem: Problem) -> list[TaskResult]:
+        """Of the samples of a task that are there, from the first on."""
+        found: list[TaskResult] = []
+        while (key := (arm, problem.domain, problem.id, len(found))) in self.results:
+            found.append(self.results[key])
+        return found
 
 
 def start_or_continue(config: Any, contents: Mapping[str, str]) -> None:

@@ -4,8 +4,9 @@ An *arm* is one way of answering the same tasks: the student alone, the student 
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from nano_atlas import stats
 from nano_atlas.benches.results import STUDENT, TaskResult
@@ -55,7 +56,11 @@ class Score:
 @dataclass(frozen=True)
 class Report:
     scores: list[Score]
-    differences: list[Comparison]  # between teachers
+    differences: list[Comparison]  # of the last teacher to each earlier one
+
+    @property
+    def domains(self) -> list[str]:
+        return list(dict.fromkeys(score.domain for score in self.scores))
 
 
 Tasks = dict[str, list[TaskResult]]  # the samples of each task, by its id
@@ -68,31 +73,33 @@ def make_report(
 
     arms: in the order of the tables; teachers: those among them of which the last is compared with each earlier one.
     """
-    found: dict[str, dict[str, Tasks]] = {}  # by domain and arm
+    found: dict[tuple[str, str, str], list[TaskResult]] = {}  # by domain, arm and task
     for result in sorted(results, key=lambda result: result.sample):
-        tasks = found.setdefault(result.domain, {}).setdefault(result.arm, {})
-        tasks.setdefault(result.id, []).append(result)
+        found.setdefault((result.domain, result.arm, result.id), []).append(result)
+    whole: dict[tuple[str, str], Tasks] = {}  # by domain and arm
+    for (domain, arm, name), task in found.items():
+        if len(task) == samples:
+            whole.setdefault((domain, arm), {})[name] = task
     report = Report([], [])
-    for by_arm in found.values():
-        complete: dict[str, Tasks] = {}
+    for domain in dict.fromkeys(domain for domain, _ in whole):
+        alone = whole.get((domain, STUDENT))
         for arm in arms:
-            tasks = {name: task for name, task in by_arm.get(arm, {}).items() if len(task) == samples}
-            if tasks:
-                complete[arm] = tasks
-        alone = complete.get(STUDENT)
-        for arm, tasks in complete.items():
-            versus = compare(tasks, alone, seed) if alone and arm != STUDENT else None
-            report.scores.append(score(tasks, versus))
-        *earlier, last = [name for name in teachers if name in complete] or [None]
-        report.differences.extend(compare(complete[last], complete[name], seed) for name in earlier)
+            if tasks := whole.get((domain, arm)):
+                versus = compare(tasks, alone, seed) if alone and arm != STUDENT else None
+                report.scores.append(score(tasks, versus))
+        *earlier, last = [whole[domain, name] for name in teachers if (domain, name) in whole] or [{}]
+        report.differences.extend(compare(last, other, seed) for other in earlier)
     return report
 
 
 def compare(tasks: Tasks, others: Tasks, seed: int = 0) -> Comparison:
     """The arm of `tasks` minus the arm of `others`, on the tasks that both have."""
     shared = [name for name in tasks if name in others]
-    before = [_share_right(others[name]) for name in shared]
-    changes = [_share_right(tasks[name]) - share for name, share in zip(shared, before)]
+    before, after = (
+        [fmean(result.attempt.is_correct for result in arm[name]) for name in shared]
+        for arm in (others, tasks)
+    )
+    changes = [new - old for new, old in zip(after, before)]
     could_degrade = sum(share > 0 for share in before)
     improved, degraded = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
     first, other = tasks[shared[0]], others[shared[0]]
@@ -101,7 +108,7 @@ def compare(tasks: Tasks, others: Tasks, seed: int = 0) -> Comparison:
         arm=first[0].arm,
         other=other[0].arm,
         tasks=len(shared),
-        delta=sum(changes) / len(shared),
+        delta=fmean(changes),
         interval=stats.paired_bootstrap(changes, seed=seed),
         p_value=stats.mcnemar(improved, degraded) if len(first) == len(other) == 1 else None,
         improved=improved,
@@ -112,16 +119,15 @@ def compare(tasks: Tasks, others: Tasks, seed: int = 0) -> Comparison:
 
 
 def score(tasks: Tasks, versus_student: Comparison | None) -> Score:
-    """The score of one arm in one domain; every task has the same number of samples."""
+    """Of one arm in one domain, with the same number of samples of every task."""
     answers = [result for task in tasks.values() for result in task]
     samples = len(answers) // len(tasks)
     right = [sum(result.attempt.is_correct for result in task) for task in tasks.values()]
     accuracy, error = stats.mean_and_error([count / samples for count in right])
-    votes = [majority([result.attempt for result in task]).is_correct for task in tasks.values()]
     is_taught = any(result.teacher_tokens for result in answers)
     has_gold = is_taught and bool(answers[0].gold)
     leak_free = [result.attempt.is_correct for result in answers if not result.is_leak]
-    powers = (*(2**power for power in range(samples.bit_length())), samples)
+    ks = range(1, samples + 1)
     return Score(
         domain=answers[0].domain,
         arm=answers[0].arm,
@@ -129,29 +135,18 @@ def score(tasks: Tasks, versus_student: Comparison | None) -> Score:
         accuracy=accuracy,
         error=None if math.isnan(error) else error,
         interval=stats.wilson_interval(sum(right), len(tasks)) if samples == 1 else None,
-        pass_at_k={k: _mean(stats.pass_at_k(samples, count, k) for count in right) for k in powers},
-        pass_hat_k={
-            k: _mean(stats.pass_hat_k(samples, count, k) for count in right) for k in range(1, samples + 1)
-        },
-        majority=_mean(votes),
-        completion=_mean(result.attempt.answer is not None for result in answers),
-        truncated=_mean(result.attempt.is_truncated for result in answers),
-        student_tokens=_mean(result.attempt.tokens for result in answers),
-        all_tokens=_mean(result.all_tokens for result in answers),
-        leak=_mean(result.is_leak for result in answers) if has_gold else None,
-        leak_free_accuracy=_mean(leak_free) if has_gold and leak_free else None,
-        malformed=_mean(result.teaching is None for result in answers) if is_taught else None,
+        pass_at_k={k: fmean(stats.pass_at_k(samples, count, k) for count in right) for k in ks},
+        pass_hat_k={k: fmean(stats.pass_hat_k(samples, count, k) for count in right) for k in ks},
+        majority=fmean(majority([result.attempt for result in task]).is_correct for task in tasks.values()),
+        completion=fmean(result.attempt.answer is not None for result in answers),
+        truncated=fmean(result.attempt.is_truncated for result in answers),
+        student_tokens=fmean(result.attempt.tokens for result in answers),
+        all_tokens=fmean(result.all_tokens for result in answers),
+        leak=fmean(result.is_leak for result in answers) if has_gold else None,
+        leak_free_accuracy=fmean(leak_free) if has_gold and leak_free else None,
+        malformed=fmean(result.teaching is None for result in answers) if is_taught else None,
         versus_student=versus_student,
     )
-
-
-def _share_right(task: list[TaskResult]) -> float:
-    return _mean(result.attempt.is_correct for result in task)
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values)
 
 
 # ---------------------------------------------------------------------------------------------------------------- tables
@@ -169,26 +164,27 @@ def _points(comparison: Comparison) -> str:
     return stats.in_points(comparison.delta, comparison.interval)
 
 
-def _average(score: Score) -> str:
-    return _percent(score.accuracy) + ("" if score.error is None else f" ± {100 * score.error:.1f}")
+Column = Callable[[Score], str]
 
 
-ACCURACY: dict[str, Callable[[Score], str]] = {"accuracy": lambda score: _percent(score.accuracy)}
-AVERAGES: dict[str, Callable[[Score], str]] = {  # instead, with n samples per task
-    "avg@{n}": _average,
+def _versus(show: Callable[[Comparison], str]) -> Column:
+    return lambda score: show(score.versus_student) if score.versus_student else ""
+
+
+ACCURACY: dict[str, Column] = {"accuracy": lambda score: _percent(score.accuracy)}
+AVERAGES: dict[str, Column] = {  # the same with n samples per task
+    "avg@{n}": lambda score: " ± ".join(filter(None, map(_percent, (score.accuracy, score.error)))),
     "pass@{n}": lambda score: _percent(score.pass_at_k[max(score.pass_at_k)]),
     "pass^{n}": lambda score: _percent(score.pass_hat_k[max(score.pass_hat_k)]),
     "maj@{n}": lambda score: _percent(score.majority),
 }
-VERSUS_STUDENT: dict[str, Callable[[Comparison], str]] = {
-    "Δ to alone": _points,
-    "McNemar p": lambda versus: _p_value(versus.p_value),
-    "improved": lambda versus: str(versus.improved),
-    "degraded": lambda versus: str(versus.degraded),
-    "not worse": lambda versus: _percent(versus.non_degradation),
-    "…of right": lambda versus: _percent(versus.non_degradation_correct),
-}
-OF_ANSWERS: dict[str, Callable[[Score], str]] = {
+COLUMNS: dict[str, Column] = {
+    "Δ to alone": _versus(_points),
+    "McNemar p": _versus(lambda versus: _p_value(versus.p_value)),
+    "improved": _versus(lambda versus: str(versus.improved)),
+    "degraded": _versus(lambda versus: str(versus.degraded)),
+    "not worse": _versus(lambda versus: _percent(versus.non_degradation)),
+    "…of right": _versus(lambda versus: _percent(versus.non_degradation_correct)),
     "answered": lambda score: _percent(score.completion),
     "cut off": lambda score: _percent(score.truncated),
     "student tokens": lambda score: f"{score.student_tokens:.0f}",
@@ -197,71 +193,52 @@ OF_ANSWERS: dict[str, Callable[[Score], str]] = {
     "without": lambda score: _percent(score.leak_free_accuracy),
     "malformed": lambda score: _percent(score.malformed),
 }
-NOTE = (
-    "Rates in %, differences in percentage points with their 95 % interval (paired bootstrap over tasks). *Not worse*: tasks "
-    "on which the student with teaching is at least as good as alone, of all tasks and of those it gets right alone. "
-    "*Answered*: an answer could be extracted; *cut off*: it ran into the limit of tokens. Tokens are generated tokens per "
-    "answer: the student's answer, and answer + probe + teacher. *Leaks*: teachings that hold the gold answer; *without*: "
-    "accuracy where the teaching holds none; *malformed*: no teaching could be extracted, and the student's own answer counts."
-)
+NOTE = """\
+Rates in %, differences in percentage points with their 95 % interval (paired bootstrap over tasks). *Not worse*: tasks on which the
+student with teaching is at least as good as alone, of all tasks and of those it gets right alone. *Answered*: an answer could be
+extracted; *cut off*: it ran into the limit of tokens. Tokens are generated tokens per answer: the student's answer, and answer + probe
++ teacher. *Leaks*: teachings that hold the gold answer; *without*: accuracy where the teaching holds none; *malformed*: no teaching
+could be extracted, and the student's own answer counts.
+"""
 
 
-def tables(report: Report, names: dict[str, str]) -> str:
+def tables(report: Report, names: Mapping[str, str]) -> str:
     """Markdown: per domain one row per arm, and below it the differences between teachers. `names`: what to call an arm."""
     lines: list[str] = []
-    for domain, scores in _by_domain(report).items():
+    for domain in report.domains:
+        scores = [score for score in report.scores if score.domain == domain]
         samples, tasks = max(scores[0].pass_at_k), scores[0].tasks
-        accuracy = ACCURACY if samples == 1 else AVERAGES
-        heads = [name.format(n=samples) for name in accuracy]
-        rows = [["", *heads, *VERSUS_STUDENT, *OF_ANSWERS]]
+        columns = (ACCURACY if samples == 1 else AVERAGES) | COLUMNS
+        rows = [["", *(head.format(n=samples) for head in columns)]]
         for score in scores:
             so_far = "" if score.tasks == tasks else f" (so far {score.tasks} tasks)"
-            versus = score.versus_student
-            rows.append(
-                [
-                    names.get(score.arm, score.arm) + so_far,
-                    *(show(score) for show in accuracy.values()),
-                    *(show(versus) if versus else "" for show in VERSUS_STUDENT.values()),
-                    *(show(score) for show in OF_ANSWERS.values()),
-                ]
-            )
+            rows.append([names[score.arm] + so_far, *(show(score) for show in columns.values())])
         lines += [f"### {domain}: {tasks} tasks", "", *table(rows), ""]
-        lines += [
-            f"{names.get(gain.arm, gain.arm)} − {names.get(gain.other, gain.other)}: **{_points(gain)}**, "
-            f"McNemar p {_p_value(gain.p_value)}, {gain.improved} improved, {gain.degraded} degraded\n"
-            for gain in report.differences
-            if gain.domain == domain
-        ]
-    return "\n".join([*lines, NOTE, ""])
+        for gain in report.differences:
+            if gain.domain == domain:
+                sizes = f"**{_points(gain)}**, McNemar p {_p_value(gain.p_value)}"
+                changed = f"{gain.improved} improved, {gain.degraded} degraded"
+                lines += [f"{names[gain.arm]} − {names[gain.other]}: {sizes}, {changed}", ""]
+    return "\n".join([*lines, NOTE])
 
 
-def summary(report: Report, teachers: Sequence[str], controls: Sequence[str], names: dict[str, str]) -> str:
-    """Markdown: one row per domain with the accuracy of the student alone, each teacher and each control, and what the last teacher is
-    better than the one before it (or, if it is the only one, than the student alone)."""
-    arms = [STUDENT, *teachers, *controls]
-    compared = [
-        *(score.versus_student for score in report.scores if [score.arm] == list(teachers)),
-        *report.differences,  # of the last teacher; the one to its predecessor comes last
-    ]
-    gains = {comparison.domain: comparison for comparison in compared if comparison}
-    gain = next(iter(gains.values()), None)
-    difference = [" − ".join(names.get(arm, arm) for arm in (gain.arm, gain.other))] if gain else []
-    rows = [["tasks", *(names.get(arm, arm) for arm in arms), *difference]]
-    for domain, scores in _by_domain(report).items():
-        accuracy = {score.arm: _percent(score.accuracy) for score in scores}
-        tasks = max(score.tasks for score in scores if score.arm in arms)
-        row = [f"{domain} ({tasks})", *(accuracy.get(arm, "") for arm in arms)]
-        if gain:
-            row.append(f"**{_points(gains[domain])}**" if domain in gains else "")
-        rows.append(row)
-    return "\n".join([*table(rows), ""])
-
-
-def _by_domain(report: Report) -> dict[str, list[Score]]:
-    by_domain: dict[str, list[Score]] = {}
-    for score in report.scores:
-        by_domain.setdefault(score.domain, []).append(score)
-    return by_domain
+def summary(report: Report, teachers: list[str], control: str, names: Mapping[str, str]) -> str:
+    """Markdown: per domain the accuracy of the student alone, of each teacher and of a control, and what the last teacher is better
+    than the one before it (or, if it is the only one, than the student alone)."""
+    found = {(score.domain, score.arm): score for score in report.scores}
+    compared = [*report.differences, *(score.versus_student for score in report.scores)]
+    gains = {(gain.domain, gain.other, gain.arm): gain for gain in compared if gain}
+    arms = [STUDENT, *teachers, *({control} & {arm for _, arm in found})]
+    pair = [STUDENT, *teachers][-2:]
+    rows = [["tasks", *(names[arm] for arm in arms), " − ".join(names[arm] for arm in reversed(pair))]]
+    for domain in report.domains:
+        scores = [found.get((domain, arm)) for arm in arms]
+        tasks = max(score.tasks for score in scores if score)
+        gain = gains.get((domain, *pair))
+        cells = [_percent(score and score.accuracy) for score in scores]
+        rows.append([f"{domain} ({tasks})", *cells, f"**{_points(gain)}**" if gain else ""])
+    note = "Accuracy in %, difference in points with its 95 % interval over tasks."
+    return "\n".join([*table(rows if teachers else [row[:-1] for row in rows]), "", note, ""])
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
