@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from itertools import islice
 from pathlib import Path
+from statistics import mean
 
 from nano_atlas.answers import visible
 from nano_atlas.benches import scores
@@ -31,7 +32,7 @@ from nano_atlas.seats import Question, Reply, Seat
 TURNS = 20  # queries and the answer, as in the original
 SHOWN_CHARACTERS = 4000  # of a query's rows
 VIOLATION = "policy_violation_identification"  # its gold answer is the violated article, or "None"
-ACCOUNT = ("SALESFORCE_USERNAME", "SALESFORCE_PASSWORD", "SALESFORCE_SECURITY_TOKEN")
+ACCOUNT = {name: f"SALESFORCE_{name.upper()}" for name in ("username", "password", "security_token")}
 INSTRUCTION = (
     "You can look things up in Salesforce: write <execute>a SOQL or SOSL query</execute> and wait for its rows. "
     "The answer is one id or name, several separated by commas, or None if there is none."
@@ -87,6 +88,8 @@ class QueryingSeat:
         replies = [Reply("", 0, False)] * len(states)
         pending = list(range(len(states)))
         for turn in range(TURNS):
+            if not pending:
+                break
             asked = [states[index]._replace(seed=states[index].seed + turn * 1_000_003) for index in pending]
             answers, answered, pending = self.seat.ask(asked, progress), pending, []
             for index, (reply,) in zip(answered, answers):
@@ -94,31 +97,25 @@ class QueryingSeat:
                 found = re.search(r"<execute>(.*?)</execute>", visible(reply.text), re.DOTALL)
                 if found:
                     said = {"role": "assistant", "content": found.string[: found.end()]}  # no invented rows
-                    told = {"role": "user", "content": self._rows(found[1].strip())}
+                    rows, is_valid = self.query(found[1].strip())
+                    rows = rows[:SHOWN_CHARACTERS] + (" ... (more)" if len(rows) > SHOWN_CHARACTERS else "")
+                    told = {"role": "user", "content": f"{'Rows' if is_valid else 'Error'}: {rows}"}
                     states[index] = states[index]._replace(messages=[*states[index].messages, said, told])
                     pending.append(index)
-            if not pending:
-                break
         remaining = iter(replies)
         return [list(islice(remaining, question.n)) for question in questions]
-
-    def _rows(self, query: str) -> str:
-        rows, is_valid = self.query(query)
-        shown = rows[:SHOWN_CHARACTERS] + (" ... (more rows)" if len(rows) > SHOWN_CHARACTERS else "")
-        return f"{'Rows' if is_valid else 'Error'}: {shown}"
 
 
 def salesforce() -> Query:
     """Queries in the user's own organisation. Raises UserError naming what is missing."""
-    missing = [name for name in ACCOUNT if not os.environ.get(name)]
+    missing = [name for name in ACCOUNT.values() if not os.environ.get(name)]
     if missing:
         raise UserError(f"--bench crmarena queries CRMArena-Pro's Salesforce: set {', '.join(missing)}")
     try:
-        import simple_salesforce
+        from simple_salesforce import Salesforce, exceptions
     except ImportError:
         raise UserError("--bench crmarena needs a package: pip install simple-salesforce") from None
-    account = zip(("username", "password", "security_token"), map(os.environ.get, ACCOUNT))
-    organisation = simple_salesforce.Salesforce(**dict(account))
+    organisation = Salesforce(**{name: os.environ[variable] for name, variable in ACCOUNT.items()})
 
     def query(text: str) -> tuple[str, bool]:
         try:
@@ -126,7 +123,7 @@ def salesforce() -> Query:
                 rows = organisation.search(text)["searchRecords"]
             else:
                 rows = organisation.query_all(text)["records"]
-        except simple_salesforce.exceptions.SalesforceError as error:
+        except exceptions.SalesforceError as error:
             return str(error.content), False
         return json.dumps([{k: v for k, v in row.items() if k != "attributes"} for row in rows]), True
 
@@ -134,30 +131,19 @@ def salesforce() -> Query:
 
 
 def tables(results: Collection[TaskResult], arms: Sequence[str], names: dict[str, str]) -> str:
-    """What accuracy on policy violations hides: always answering None beside recall and precision on the violating cases."""
-    rows = []
+    """What accuracy on policy violations hides: always answering None, and how many violations are found, whichever article."""
+
+    def row(name: str, answers: Sequence[tuple[str | None, str]]) -> list[str]:  # of pairs (answer, gold)
+        right = [answer is not None and is_correct(answer, gold) for answer, gold in answers]
+        claims = [bool(answer) and not is_correct(answer, "None") for answer, _ in answers]
+        found = [claim for claim, (_, gold) in zip(claims, answers) if not is_correct(gold, "None")]
+        rates = (f"{100 * mean(values):.1f}" if values else "–" for values in (right, found))
+        return [name, str(len(answers)), *rates]
+
+    rows = [["policy violations", "answers", "accuracy", "violations found"]]
     for arm in arms:
-        answers = [(r.attempt.answer, r.gold) for r in results if (r.arm, r.domain) == (arm, VIOLATION)]
-        if answers:
-            rows.append([names.get(arm, arm), *_shares(answers)])
-            floor = [("None", gold) for _, gold in answers]
-    if not rows:
-        return ""
-    head = ["policy violations", "answers", "accuracy", "recall", "precision"]
-    lines = scores.table([head, *rows, ["floor: always None", *_shares(floor)]])
-    note = "Recall and precision of saying that there is a violation, whichever; accuracy wants the right article."
-    return "\n".join(["", *lines, "", note, ""])
-
-
-def _shares(answers: Sequence[tuple[str | None, str]]) -> list[str]:
-    """Of pairs (answer, gold): their number, accuracy, recall, precision."""
-
-    def share(count: int, total: int) -> str:
-        return f"{100 * count / total:.1f}" if total else "–"
-
-    right = sum(answer is not None and is_correct(answer, gold) for answer, gold in answers)
-    violating = sum(not is_correct("None", gold) for _, gold in answers)
-    claimed = [gold for answer, gold in answers if answer and not is_correct(answer, "None")]
-    found = sum(not is_correct("None", gold) for gold in claimed)
-    rates = share(right, len(answers)), share(found, violating), share(found, len(claimed))
-    return [str(len(answers)), *rates]
+        mine = [(r.attempt.answer, r.gold) for r in results if (r.arm, r.domain) == (arm, VIOLATION)]
+        if mine:
+            rows.append(row(names.get(arm, arm), mine))
+            floor = row("floor: always None", [("None", gold) for _, gold in mine])
+    return "\n".join(["", *scores.table([*rows, floor]), ""]) if len(rows) > 1 else ""
