@@ -112,11 +112,8 @@ class VllmSampler:
             self.transfer.load(client)
             client.request("POST", "/reset_prefix_cache")  # keys and values of the old weights
             client.request("POST", "/update_weight_version", {"new_version": self.tag})
-        except BaseException:
-            with suppress(UserError):  # the reason counts, not that the server may hang because of it
-                client.request("POST", "/resume", tries=1, timeout=10.0)
-            raise
-        client.request("POST", "/resume")
+        finally:  # others may use the server too
+            client.request("POST", "/resume", tries=1, timeout=10.0)
         scored = self.prompt_logprobs(client, self.parity.token_ids)
         return self.parity.check(client.url, self._trainer_logprobs, scored)
 

@@ -82,9 +82,8 @@ class VllmServer:
         output = self.log.read_bytes()[start:].decode(errors="replace").strip().splitlines()
         cause = [line for line in output if re.search(r"\w(Error|Exception): ", line)][:1]
         state = "did not come up in time" if self._process.poll() is None else "ended"
-        raise UserError(
-            "\n  ".join([f"the vLLM server {state}; see {self.log}:", *cause, "...", *output[-12:]])
-        )
+        ending = "\n  ".join([*cause, "...", *output[-12:]])
+        raise UserError(f"the vLLM server {state}; what it said is in {self.log}:\n  {ending}")
 
     def stop(self, keep_directory: bool = False) -> None:
         """Ends the server and returns when all its processes are gone."""
