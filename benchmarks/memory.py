@@ -5,7 +5,7 @@
 One GPU trains and samples. Of two, the second samples with vLLM, and the optimizer's state is on the host. Of more, each holds 1/N
 of the policy (`torchrun`, FSDP2), the whole frozen models and a copy to sample from. Generation and update take turns: the KV cache
 is gone when gradients come. Not counted: CUDA's context (about 1 GB) and what the allocator cannot reuse. tests/test_memory.py
-compares with real tensors, except the fused loss on a GPU and FSDP2's buffers. b: bytes of a weight or activation (2: bfloat16).
+compares with real tensors, except the fused loss on a GPU and FSDP2's buffers. b: bytes of a number (2: bfloat16).
 """
 
 import sys
@@ -24,7 +24,6 @@ QWEN3 = {  # hidden and intermediate size, layers, heads, tied embedding; from t
 }  # fmt: skip
 CARD = 81_559 * 2**20  # bytes of an H100 of "80 GB"
 VLLM_SHARE = 0.9  # of a card that only serves
-DURING_GENERATION = ("KV cache",)
 DURING_UPDATE = ("gradients", "activations", "fused loss", "gathered by FSDP2")
 
 
@@ -101,13 +100,13 @@ def grpo(policy: ModelConfig, student: ModelConfig, gpus: int, rows: int, slots:
     if gpus == 2:
         rest = {"KV cache": int(VLLM_SHARE * CARD) - sum((copy | learner).values())}
         return {"2 GPUs: trainer": train | reference, "2 GPUs: vLLM": copy | learner | rest}
-    cache = {"KV cache": max(kv_cache(c, rows, slots) for c in (policy, student))}
-    return {f"{gpus} GPUs": train | reference | (copy if gpus > 1 else {}) | learner | cache}
+    learner["KV cache"] = max(kv_cache(c, rows, slots) for c in (policy, student))
+    return {f"{gpus} GPUs": train | reference | (copy if gpus > 1 else {}) | learner}
 
 
 def peak(items: dict[str, int]) -> int:
-    phases = [sum(items.get(name, 0) for name in names) for names in (DURING_GENERATION, DURING_UPDATE)]
-    return sum(items.values()) - min(phases)
+    update = sum(items.get(name, 0) for name in DURING_UPDATE)
+    return sum(items.values()) - min(update, items.get("KV cache", 0))
 
 
 def gigabytes(size: float) -> str:
