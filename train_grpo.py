@@ -1,22 +1,18 @@
 """GRPO: train the teacher on how much its teaching improves a frozen student.
 
-    python train_grpo.py                                                                # CPU: the nano world's teacher
-    python train_grpo.py --preset qwen3-1.7b-80gb --problems gsm8k.jsonl --out runs/grpo
-    python train_grpo.py --problems traces.jsonl --teacher runs/nano/teacher-grpo/model --out runs/nano/round2  # runtime traces
-    python train_grpo.py --reward exact ...    # plain RL of the student itself on right or wrong: the control without a teacher
-    torchrun --nproc-per-node 8 train_grpo.py --preset qwen3-8b-2gpu --optimizer-device auto ...    # eight GPUs
+    python train_grpo.py                                                            # CPU: the nano world's teacher
+    python train_grpo.py --preset qwen3-1.7b-80gb --problems gsm8k.jsonl            # or traces of runtime_loop.py
+    torchrun --nproc-per-node 8 train_grpo.py --preset qwen3-8b-2gpu --optimizer-device auto ...   # eight GPUs
 
-One step (the loop at the end of `train`):
+One step (the loop in `train`):
 
-    roll_out     P problems; for each, the student's approach and K answers alone, G teachings by the policy, a guided answer for
-                 each, and the reward: how much better that answer is (nano_atlas/episode.py, nano_atlas/reward.py)
-    advantages   reward minus the mean of its group
-    update       gradient on the teacher's sampled tokens, each after the very prompt it was sampled from; no token of a prompt gets any
+    roll_out     P problems; for each the student's approach and K answers alone, G teachings by the policy, a guided
+                 answer for each; the reward is how much better that answer is, the advantage what is above the group's mean
+    update       gradient on the teacher's sampled tokens, each after the very prompt it was sampled from; prompts get none
     sync         the sampler gets the new weights
 
-    OUT/model, OUT/best     the teacher at the end, and where it did best on the held-out problems
-    OUT/metrics.jsonl       one record per step           OUT/episodes.jsonl    samples of whole episodes
-    OUT/state               what the same command continues from
+OUT gets model and best (the teacher at the end, and where it did best on held-out problems), metrics.jsonl (a record per step),
+episodes.jsonl (samples of whole episodes) and state, from which the same command continues.
 
 What lies where (nano_atlas/layout.py): on --device the policy (weights, gradients) and, unless --optimizer-device says otherwise,
 AdamW's float32 masters and moments; with one GPU the frozen student and reference beside them, with two on the second. Under
@@ -28,13 +24,12 @@ by the deviation of its group (--advantage-scale; README, "The trap of the devia
 """
 
 import random
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import stdev
 
@@ -42,81 +37,46 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nano_atlas import distributed, protocol
+from nano_atlas import distributed, episode, optim
 from nano_atlas.batching import Sample, completion_logprobs, policy_batches, predicting_states
 from nano_atlas.checkpoint import save_model
-from nano_atlas.config import derive_seed, option, parse, refuse_changes, run_script, to_json
-from nano_atlas.data import Problem, load_problems
-from nano_atlas.episode import (
-    Episode,
-    EpisodeConfig,
-    SeedOf,
-    Sketch,
-    attempt,
-    episode,
-    episode_record,
-    seeds,
-    sketch,
-    teach,
-    teaching_metrics,
-)  # fmt: skip
+from nano_atlas.config import derive_seed, option, parse, run_script, to_json
+from nano_atlas.data import Problem, load_problems, problems_of_step
+from nano_atlas.episode import Episode, EpisodeConfig, Sketch
 from nano_atlas.errors import UserError
-from nano_atlas.layout import LayoutConfig, choose_layout, load, open_policy, open_student
+from nano_atlas.layout import LayoutConfig, Pipeline, choose_layout, load, open_policy, open_student
 from nano_atlas.loss import fused_token_loss
 from nano_atlas.model import Transformer
-from nano_atlas.optim import (
-    SCHEDULES,
-    MasterAdamW,
-    latest_training_state,
-    learning_rate,
-    load_training_state,
-    save_training_state,
-)  # fmt: skip
 from nano_atlas.presets import presets
 from nano_atlas.reward import RewardConfig, step_advantages
-from nano_atlas.runs import RunLog, read_json, write_json
-from nano_atlas.schedule import Call, Script, ask, play
-from nano_atlas.seats import Generation, Seat
+from nano_atlas.runs import RunLog, read_json
+from nano_atlas.schedule import play
+from nano_atlas.seats import Seat
 from nano_atlas.tokenizer import Tokenizer
 
-NANO_PROBLEMS = (
-    4096  # whatever --steps is, so that a run that is continued for longer goes on with the same ones
-)
+NANO_PROBLEMS = 4096  # whatever --steps is: a run that is continued for longer keeps its problems
 WARMUP = 0.03  # share of the steps over which the learning rate rises
-BETAS = (0.9, 0.999)
-CLIP_NORM = 1.0  # longest gradient (global norm); a longer one is scaled down to it
+ADAMW = {"betas": (0.9, 0.999), "weight_decay": 0.0, "clip_norm": 1.0}
 IMPORTANCE_CAP = 2.0  # largest weight p_trainer / p_sampler of a token
 HELD_OUT = 0.05  # largest share of the problems kept for evaluation
 EPISODES_PER_STEP = 2  # written to episodes.jsonl
+REWARDS, SCALES = ("teaching", "exact"), ("none", "batch", "std")
+NORMALIZATIONS = ("sequence", "token", "constant")
 
 
 @dataclass(frozen=True)
 class RunConfig:
     preset: str = option("nano", "", group="run")
-    teacher: Path = option(Path("runs/sft/model"), "checkpoint the policy starts from, and the KL reference")
-    student: str = option(
-        "Qwen/Qwen3-0.6B", "checkpoint of the frozen student, or URL[#model] of an OpenAI-compatible endpoint"
-    )
-    problems: Path | None = option(
-        None, "JSONL of problems with gold answers, or traces; the nano preset makes its own"
-    )
+    teacher: Path = option(Path("runs/sft/model"), "checkpoint the policy starts from; the KL reference")
+    student: str = option("Qwen/Qwen3-0.6B", "checkpoint of the frozen student, or URL[#model]")
+    problems: Path | None = option(None, "JSONL of problems with gold answers, or of traces")
     out: Path = option(Path("runs/grpo"), "directory of the run: models, metrics, episodes, state")
-    restart: bool = option(
-        False, "delete what --out holds of an earlier run instead of continuing it", resumable=True
-    )
+    restart: bool = option(False, "discard what --out holds of an earlier run", resumable=True)
     seed: int = option(42, "fixes the order of the problems and every sample")
-    reward: str = option(
-        "teaching",
-        "what is rewarded: teaching (the student's improvement) or exact (the policy's own answer)",
-        ["teaching", "exact"],
-    )
+    reward: str = option("teaching", "for the teaching, or exact: for the policy's own answer", REWARDS)
     steps: int = option(250, "optimizer steps to train", above=0, resumable=True)
-    eval_every: int = option(
-        25, "steps between evaluations on held-out problems (0: never)", at_least=0, resumable=True
-    )
-    eval_problems: int = option(
-        200, f"held-out problems, answered greedily; of a file at most {HELD_OUT:.0%}", at_least=0
-    )
+    eval_every: int = option(25, "steps between evaluations (0: never)", at_least=0, resumable=True)
+    eval_problems: int = option(200, "most problems held out for them, answered greedily", at_least=0)
     save_every: int = option(10, "steps between training states", above=0, resumable=True)
     wandb: str = option("", "mirror the metrics to this Weights & Biases project", resumable=True)
 
@@ -125,44 +85,21 @@ class RunConfig:
 class GrpoConfig:
     problems_per_step: int = option(4, "problems P per step", group="GRPO", above=0)
     group_size: int = option(8, "teachings G sampled per problem", at_least=2)
-    baseline_samples: int = option(
-        4, "answers K of the student alone per problem; their mean is the baseline b", above=0
-    )
-    advantage_scale: str = option(
-        "none", "what a reward minus its group's mean is divided by: nothing (Dr. GRPO), the step's std, the group's std (as published)",
-        ["none", "batch", "std"],
-    )  # fmt: skip
+    baseline_samples: int = option(4, "answers K of the student alone; their mean is the baseline", above=0)
+    advantage_scale: str = option("none", "divisor: none, std of the step (batch), of the group", SCALES)
     beta: float = option(0.04, "weight of the KL to the reference (nats)", at_least=0)
-    kl: str = option(
-        "k3",
-        "KL per token: k3 (estimated from the sampled token) or exact (over the vocabulary)",
-        ["k3", "exact"],
-    )
-    clip: tuple[float, float] = option(
-        (0.2, 0.2),
-        "no gradient at ratios below 1 - LOW with negative, above 1 + HIGH with positive advantages",
-        at_least=0,
-    )
-    normalization: str = option(
-        "sequence",
-        "weights of tokens: sequence (GRPO), token (DAPO), constant (Dr. GRPO)",
-        ["sequence", "token", "constant"],
-    )
-    updates_per_batch: int = option(
-        1, "optimizer updates per step; above 1, ratios are clipped against the first", above=0
-    )
-    tokens_per_batch: int = option(
-        16384, "most tokens in one micro-batch, which is what memory depends on", above=0
-    )
+    kl: str = option("k3", "from the sampled token (k3), or exact over the vocabulary", ["k3", "exact"])
+    clip: tuple[float, float] = option((0.2, 0.2), "keep ratios in [1 - LOW, 1 + HIGH]", at_least=0)
+    normalization: str = option("sequence", "what a token weighs, see token_weights", NORMALIZATIONS)
+    updates_per_batch: int = option(1, "optimizer updates per step, clipped against the first", above=0)
+    tokens_per_batch: int = option(16384, "most tokens in one micro-batch; memory depends on it", above=0)
     lr: float = option(1e-6, "peak learning rate", above=0)
-    schedule: str = option("constant", "learning rate after the warm-up", SCHEDULES)
+    schedule: str = option("constant", "learning rate after the warm-up", optim.SCHEDULES)
 
 
 @dataclass(frozen=True)
 class Config(LayoutConfig, RewardConfig, EpisodeConfig, GrpoConfig, RunConfig):
-    max_logp_diff: float = (
-        0.1  # nats; stop if trainer and sampler differ by more in the mean log-prob of fresh samples
-    )
+    max_logp_diff: float = 0.1  # nats per token by which trainer and sampler may differ about fresh samples
 
     @property
     def longest_completion(self) -> int:
@@ -170,9 +107,7 @@ class Config(LayoutConfig, RewardConfig, EpisodeConfig, GrpoConfig, RunConfig):
 
     def check(self) -> None:
         if self.teacher_temperature <= 0:
-            raise UserError(
-                "--temperature: the teacher's must be above 0: a greedy policy samples no group to compare"
-            )
+            raise UserError("--temperature: a greedy teacher samples no group to compare; above 0, please")
         if not self.problems and self.preset != "nano":
             raise UserError("name the problems to train on with --problems FILE")
 
@@ -180,70 +115,26 @@ class Config(LayoutConfig, RewardConfig, EpisodeConfig, GrpoConfig, RunConfig):
 # ----------------------------------------------------------------------------------------------------- rollout, advantages
 
 
-@dataclass
-class Batch:
-    """What one step trains on."""
-
-    groups: list[list[Episode]]  # P groups of G; `reply.rollout` has the sampled ids and log-probs
-    metrics: dict[str, float]
-
-    @property
-    def samples(self) -> list[Sample]:
-        return [
-            Sample(episode.reply.rollout, episode.advantage) for group in self.groups for episode in group
-        ]
-
-
-def roll_out(config: Config, seats: Mapping[str, Seat], problems: Sequence[Problem], step: int) -> Batch:
-    """One step's episodes with rewards and advantages. The seats are "student" and "teacher", the policy."""
-    started, seed = time.perf_counter(), seeds((config.seed, "step", step))
+def roll_out(
+    config: Config, seats: Mapping[str, Seat], problems: Sequence[Problem], step: int
+) -> tuple[list[list[Episode]], dict[str, float]]:
+    """One step's P groups of G episodes with rewards and advantages, and metrics. seats: "student", and the policy as "teacher"."""
+    started, seed = time.perf_counter(), episode.seeds((config.seed, "step", step))
     chosen = problems_of_step(problems, step, config.problems_per_step, config.seed)
     if config.reward == "exact":
-        scripts = [answer(problem, config, seed, config.group_size) for problem in chosen]
+        scripts = [episode.answer(problem, config, seed, config.group_size) for problem in chosen]
     else:
-        count = seats["teacher"].count_tokens
-        scripts = [
-            episode(problem, config, config, seed, count, config.baseline_samples, config.group_size)
-            for problem in chosen
-        ]
+        counts = seats["teacher"].count_tokens, config.baseline_samples, config.group_size
+        scripts = [episode.episode(problem, config, config, seed, *counts) for problem in chosen]
     groups = play(scripts, seats)
-    rewards_PG = [[episode.reward for episode in group] for group in groups]
+    rewards_PG = [[one.reward for one in group] for group in groups]
     for group, advantages_G in zip(groups, step_advantages(rewards_PG, config.advantage_scale)):
-        for episode_, advantage in zip(group, advantages_G):
-            episode_.advantage = advantage
-    metrics = teaching_metrics(sum(groups, [])) | {
-        "reward_std": sum(map(stdev, rewards_PG)) / len(rewards_PG),
-        "zero_variance_ratio": sum(not any(e.advantage for e in group) for group in groups) / len(groups),
-        "seconds/rollout": time.perf_counter() - started,
-    }
-    return Batch(groups, metrics)
-
-
-def answer(problem: Problem, config: Config, seed: SeedOf, group_size: int) -> Script:
-    """The control without a teacher: the policy answers by itself and is rewarded for being right -> list[Episode]."""
-    generation = Generation(config.answer_tokens, config.teacher_temperature, config.top_p)
-    call = Call(
-        "teacher",
-        "alone",
-        protocol.baseline_messages(problem.question),
-        generation,
-        seed("alone", problem.id),
-        group_size,
-    )
-    (replies,) = yield from ask(call)
-    attempts = [attempt(reply, problem.answer) for reply in replies]
-    alone = Sketch(problem, "", 0, attempts)
-    return [Episode(alone, "", reply, "", 0, own, False, own.score) for reply, own in zip(replies, attempts)]
-
-
-def problems_of_step(problems: Sequence[Problem], step: int, per_step: int, seed: int) -> list[Problem]:
-    """The problems of a step: every problem once per epoch, in an order given by (seed, epoch)."""
-    chosen = []
-    for index in range(step * per_step, (step + 1) * per_step):
-        epoch, place = divmod(index, len(problems))
-        order = random.Random(derive_seed(seed, "epoch", epoch)).sample(range(len(problems)), len(problems))
-        chosen.append(replace(problems[order[place]], id=f"{problems[order[place]].id}@{epoch}"))
-    return chosen
+        for one, advantage in zip(group, advantages_G):
+            one.advantage = advantage
+    metrics = episode.teaching_metrics(sum(groups, []))
+    metrics["reward_std"] = sum(map(stdev, rewards_PG)) / len(rewards_PG)
+    metrics["zero_variance_ratio"] = sum(min(r_G) == max(r_G) for r_G in rewards_PG) / len(rewards_PG)
+    return groups, metrics | {"seconds/rollout": time.perf_counter() - started}
 
 
 # ----------------------------------------------------------------------------------------------------------------- the loss
@@ -292,19 +183,78 @@ def token_weights(lengths: Sequence[int], mode: str, longest: int) -> list[float
     return [1 / (len(lengths) * (length if mode == "sequence" else longest)) for length in lengths]
 
 
+@dataclass
+class StepTokens:
+    """The T completion tokens of a step in flat arrays, `[T]` float32 on the policy's device."""
+
+    weights: Tensor  # in the step's loss
+    advantages: Tensor
+    sampled_logprobs: Tensor  # what the sampler reported
+    ref_logprobs: Tensor | None  # of the frozen reference; None without k3
+    old_logprobs: Tensor | None  # of the policy before the step's first update; None in that update
+
+
+def backward(
+    config: Config,
+    policy: Transformer,
+    reference: Transformer | None,
+    samples: Sequence[Sample],
+    own: Sequence[int],
+    tokens: StepTokens,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums the gradients of the step's loss -> the loss `[]`, and log-probs, entropy and KL of all tokens, `[T]` each.
+
+    own: the samples (by index) that this rank computes; all ranks get the statistics of all tokens.
+    """
+    device, is_k3 = policy.head_weight.device, tokens.ref_logprobs is not None
+    loss_sum = torch.zeros((), device=device)
+    logprobs_T, entropy_T, kl_T = torch.zeros(3, len(tokens.weights), device=device)
+    batches = policy_batches(samples, config.tokens_per_batch, device, own)
+    filler = batches[0] if batches else policy_batches(samples, config.tokens_per_batch, device, [0])[0]
+    for batch, is_own in distributed.in_step(batches, filler):
+        exact = None
+        if reference is not None and not is_k3:
+            with torch.no_grad():
+                exact = predicting_states(reference, batch), reference.head_weight
+
+        def token_loss(logprobs: Tensor, exact_kl: Tensor | None, chunk: slice) -> Tensor:
+            t = batch.rows[chunk]
+            old = logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs[t]
+            kl = k3_kl(logprobs, tokens.ref_logprobs[t]) if is_k3 else exact_kl
+            return grpo_token_loss(
+                logprobs, old, tokens.sampled_logprobs[t], tokens.advantages[t], kl, config
+            )
+
+        hidden, weights = predicting_states(policy, batch), tokens.weights[batch.rows] * is_own
+        options = {"temperature": config.teacher_temperature, "reference": exact}
+        loss, stats = fused_token_loss(
+            hidden, policy.head_weight, batch.targets, token_loss, weights, **options
+        )
+        loss.backward()
+        loss_sum += loss.detach()
+        if is_own:
+            logprobs_T[batch.rows], entropy_T[batch.rows] = stats.logprobs, stats.entropy
+            if is_k3:
+                kl_T[batch.rows] = k3_kl(stats.logprobs, tokens.ref_logprobs[batch.rows])
+            elif exact is not None:
+                kl_T[batch.rows] = stats.kl
+    for values in (loss_sum, logprobs_T, entropy_T, kl_T):
+        distributed.sum_over_ranks(values)
+    return loss_sum, logprobs_T, entropy_T, kl_T
+
+
 def update(
     config: Config,
     policy: Transformer,
     reference: Transformer | None,
-    optimizer: MasterAdamW,
+    optimizer: optim.MasterAdamW,
     samples: Sequence[Sample],
     rate: float,
     is_fresh: bool = True,
 ) -> dict[str, float]:
-    """All optimizer updates on one step's samples; returns metrics, those of the sampled tokens from the first update.
+    """All optimizer updates on one step's samples; returns metrics, those of the tokens from the first update.
 
-    T tokens were sampled in the step. All ranks are given all samples; each computes its share, and gets the statistics of all.
-    is_fresh: the samples are from the present weights; then UserError is raised when trainer and sampler disagree about them.
+    is_fresh: the samples are from the present weights. Raises UserError when trainer and sampler disagree about such samples.
     """
     started, device = time.perf_counter(), policy.head_weight.device
     lengths = [len(sample.rollout.completion_ids) for sample in samples]
@@ -312,65 +262,40 @@ def update(
     def per_token(values: Sequence[float]) -> Tensor:
         return torch.tensor(values).repeat_interleave(torch.tensor(lengths)).to(device)
 
-    weights_T = per_token(token_weights(lengths, config.normalization, config.longest_completion))
-    advantages_T = per_token([sample.advantage for sample in samples])
-    sampled_T = torch.tensor(
-        [logprob for sample in samples for logprob in sample.rollout.logprobs], device=device
+    own, ref_logprobs = distributed.shares(lengths)[distributed.rank()], None
+    if reference is not None and config.kl == "k3":
+        batching = config.tokens_per_batch, config.teacher_temperature, own
+        ref_logprobs = completion_logprobs(reference, samples, *batching).to(device)
+    sampled = torch.tensor([x for sample in samples for x in sample.rollout.logprobs], device=device)
+    weights = per_token(token_weights(lengths, config.normalization, config.longest_completion))
+    tokens = StepTokens(
+        weights, per_token([sample.advantage for sample in samples]), sampled, ref_logprobs, None
     )
-    own = distributed.shares(lengths)[distributed.rank()]
-    batching = config.tokens_per_batch, config.teacher_temperature
-    is_k3, old_T, metrics = reference is not None and config.kl == "k3", None, {}
-    ref_T = completion_logprobs(reference, samples, *batching, own).to(device) if is_k3 else None
 
+    metrics, (low, high) = {}, config.clip
     for _ in range(config.updates_per_batch):
-        loss_sum, now_T, entropy_T, kl_T = (
-            torch.zeros((), device=device),
-            *torch.zeros(3, len(sampled_T), device=device),
-        )
-        batches = policy_batches(samples, config.tokens_per_batch, device, own)
-        filler = batches[0] if batches else policy_batches(samples, config.tokens_per_batch, device, [0])[0]
-        for batch, is_own in distributed.in_step(batches, filler):
-            exact = None
-            if reference is not None and config.kl == "exact":
-                with torch.no_grad():
-                    exact = predicting_states(reference, batch), reference.head_weight
-
-            def token_loss(logprobs: Tensor, exact_kl: Tensor | None, chunk: slice) -> Tensor:
-                t = batch.rows[chunk]
-                old = logprobs.detach() if old_T is None else old_T[t]
-                kl = k3_kl(logprobs, ref_T[t]) if is_k3 else exact_kl
-                return grpo_token_loss(logprobs, old, sampled_T[t], advantages_T[t], kl, config)
-
-            loss, stats = fused_token_loss(
-                predicting_states(policy, batch), policy.head_weight, batch.targets, token_loss, weights_T[batch.rows] * is_own,
-                temperature=config.teacher_temperature, reference=exact,
-            )  # fmt: skip
-            loss.backward()
-            loss_sum += loss.detach()
-            if is_own:
-                now_T[batch.rows], entropy_T[batch.rows] = stats.logprobs, stats.entropy
-                kl_T[batch.rows] = (
-                    k3_kl(stats.logprobs, ref_T[batch.rows]) if is_k3 else 0.0 if exact is None else stats.kl
-                )
-        for values in (loss_sum, now_T, entropy_T, kl_T):
-            distributed.sum_over_ranks(values)
-        if old_T is None:
-            difference, importance = (now_T - sampled_T).abs(), (now_T - sampled_T).exp()
+        loss, logprobs, entropy, kl = backward(config, policy, reference, samples, own, tokens)
+        if tokens.old_logprobs is None:
+            tokens.old_logprobs = logprobs
+            difference, importance = (logprobs - sampled).abs(), (logprobs - sampled).exp()
             metrics = {
-                "loss": loss_sum.item(), "kl": kl_T.mean().item(), "entropy": entropy_T.mean().item(),
-                "sampling/logp_diff_mean": difference.mean().item(), "sampling/logp_diff_max": difference.max().item(),
+                "loss": loss.item(),
+                "kl": kl.mean().item(),
+                "entropy": entropy.mean().item(),
+                "sampling/logp_diff_mean": difference.mean().item(),
+                "sampling/logp_diff_max": difference.max().item(),
                 "sampling/importance_mean": importance.clamp(max=IMPORTANCE_CAP).mean().item(),
                 "sampling/importance_capped": (importance > IMPORTANCE_CAP).float().mean().item(),
-                "clip_ratio": 0.0, "grad_norm": 0.0,
-            }  # fmt: skip
+                "clip_ratio": 0.0,
+                "grad_norm": 0.0,
+            }
             if is_fresh and not metrics["sampling/logp_diff_mean"] <= config.max_logp_diff:
                 raise UserError(
-                    f"trainer and sampler disagree about the sampled tokens by {metrics['sampling/logp_diff_mean']:.3f} nats on "
-                    f"average ({config.max_logp_diff} are allowed): the sampler's weights or prompts are not the trainer's"
+                    f"trainer and sampler disagree about the sampled tokens by {difference.mean():.3f} nats on average "
+                    f"({config.max_logp_diff} are allowed): the sampler's weights or prompts are not the trainer's"
                 )
-            old_T = now_T
-        ratio_T, (low, high) = (now_T - old_T).exp(), config.clip
-        is_clipped = ((ratio_T < 1 - low) & (advantages_T < 0)) | ((ratio_T > 1 + high) & (advantages_T > 0))
+        ratio, advantages = (logprobs - tokens.old_logprobs).exp(), tokens.advantages
+        is_clipped = ((ratio < 1 - low) & (advantages < 0)) | ((ratio > 1 + high) & (advantages > 0))
         metrics["clip_ratio"] += is_clipped.float().mean().item() / config.updates_per_batch
         metrics["grad_norm"] += optimizer.step(rate) / config.updates_per_batch
     return metrics | {"seconds/update": time.perf_counter() - started}
@@ -379,47 +304,13 @@ def update(
 # ----------------------------------------------------------------------------------------------------------------- training
 
 
-class Rollouts:
-    """The batch of each step from the sampler, which gets the new weights after each update.
-
-    With --overlap the next step is sampled while this one trains, from weights that are one update old.
-    """
-
-    def __init__(self, config: Config, seats: Mapping[str, Seat], problems: Sequence[Problem]):
-        self.config, self.seats, self.problems, self.sampler = (
-            config,
-            seats,
-            problems,
-            seats["teacher"].sampler,
-        )
-        self.thread, self.upcoming = ThreadPoolExecutor(1), None
-
-    def take(self, step: int) -> tuple[Batch, bool]:
-        """-> the batch, and whether it is from the present weights."""
-        is_fresh = self.upcoming is None
-        batch = roll_out(self.config, self.seats, self.problems, step) if is_fresh else self.upcoming.result()
-        self.upcoming = None
-        if self.config.overlap and step + 1 < self.config.steps:
-            self.upcoming = self.thread.submit(roll_out, self.config, self.seats, self.problems, step + 1)
-        else:
-            self.sampler.rest()
-        return batch, is_fresh
-
-    def sync(self, policy: Transformer, version: int) -> float:
-        """The sampler gets the policy's weights, once nothing is sampled from the old ones; returns the parity difference (nats)."""
-        if self.upcoming is not None:
-            self.upcoming.result()
-        return self.sampler.sync(policy, version)
-
-
 def load_data(config: Config) -> tuple[list[Problem], list[Problem]]:
     """(training, held-out) problems."""
     if config.problems is None:
         from nano_atlas import world
 
-        return world.training_problems(NANO_PROBLEMS, config.seed), world.held_out(
-            "math", config.eval_problems, "validation"
-        )
+        held_out = world.held_out("math", config.eval_problems, "validation")
+        return world.training_problems(NANO_PROBLEMS, config.seed), held_out
     problems = load_problems(config.problems)
     order = random.Random(derive_seed(config.seed, "held out")).sample(problems, len(problems))
     count = min(round(HELD_OUT * len(problems)), config.eval_problems)
@@ -428,84 +319,61 @@ def load_data(config: Config) -> tuple[list[Problem], list[Problem]]:
 
 def evaluate(config: Config, seats: Mapping[str, Seat], sketches: Sequence[Sketch]) -> dict[str, float]:
     """Metrics of the policy as a teacher of the held-out problems, everything greedy; names begin with `eval/`."""
-    greedy, seed, count = config.greedy(), seeds("evaluation"), seats["teacher"].count_tokens
+    greedy, seed, count = config.greedy(), episode.seeds("evaluation"), seats["teacher"].count_tokens
     if config.reward == "exact":
-        scripts = [answer(sketch.problem, greedy, seed, 1) for sketch in sketches]
+        scripts = [episode.answer(sketch.problem, greedy, seed, 1) for sketch in sketches]
     else:
-        scripts = [teach(sketch, greedy, config, seed, count) for sketch in sketches]
-    metrics = teaching_metrics([group[0] for group in play(scripts, seats)])
+        scripts = [episode.teach(sketch, greedy, config, seed, count) for sketch in sketches]
+    metrics = episode.teaching_metrics(sum(play(scripts, seats), []))
     return {f"eval/{name}": value for name, value in metrics.items()}
 
 
 def train(config: Config) -> None:
-    state_dir, options_file = config.out / "state", config.out / "options.json"
-    if config.restart and distributed.rank() == 0:
-        shutil.rmtree(config.out, ignore_errors=True)
-    distributed.wait()
-    resumed = latest_training_state(state_dir)
-    if resumed:
-        refuse_changes(config, read_json(options_file), str(config.out))
-        if read_json(resumed / "state.json")["step"] >= config.steps and (config.out / "model").is_dir():
-            print(f"{config.out / 'model'} is already trained; more with --steps, anew with --restart")
-            return
+    resumed = optim.open_run(config)
+    done = read_json(resumed / "state.json")["step"] if resumed else 0
+    if done >= config.steps and (config.out / "model").is_dir():
+        print(f"{config.out / 'model'} is already trained; more with --steps, anew with --restart")
+        return
     problems, held_out = load_data(config)
     is_taught = config.reward == "teaching"
     start, flag = (config.teacher, "--teacher") if is_taught else (config.student, "--student")
     layout = choose_layout(config, config.student if is_taught else "", config.kl)
-    policy = load(
-        start,
-        layout.policy,
-        config.dtype,
-        f"train it with `python train_sft.py`, or name another with {flag}",
-    )
+    made_by = f"train it with `python train_sft.py`, or name another with {flag}"
+    policy = load(start, layout.policy, config.dtype, made_by)
     policy.recompute_activations = config.gradient_checkpointing
     distributed.shard(policy)
     reference = load(start, layout.reference, config.dtype, "") if config.beta else None
     tokenizer = Tokenizer.from_directory(start)
-    state_device = None if config.optimizer_device == "auto" else config.optimizer_device
-    optimizer = MasterAdamW(
-        policy, betas=BETAS, weight_decay=0.0, clip_norm=CLIP_NORM, state_device=state_device
-    )
-    record = load_training_state(resumed, optimizer) if resumed else {"step": 0, "best": None}
+    optimizer = optim.MasterAdamW(policy, **ADAMW, state_device=config.optimizer_device)
+    record = optim.load_training_state(resumed, optimizer) if resumed else {"step": 0, "best": None}
     first_step, best = record["step"], record["best"]
-    distributed.wait()  # all have read the earlier options
-    if distributed.rank() == 0:
-        write_json(options_file, to_json(config))
-    print(
-        f"{len(problems)} problems, {len(held_out)} held out; {config.problems_per_step} x {config.group_size} completions a step"
-    )
+    size = f"{config.problems_per_step} x {config.group_size}"
+    print(f"{len(problems)} problems, {len(held_out)} held out; {size} completions a step")
 
+    bar = {"total": config.steps, "initial": first_step, "unit": "step", "disable": distributed.rank() > 0}
     with (
         ExitStack() as servers,
-        RunLog(config.out, first_step, wandb=config.wandb, config=to_json(config)) as log,
-        RunLog(config.out, first_step, filename="episodes.jsonl") as episodes,
-        tqdm(
-            total=config.steps,
-            initial=first_step,
-            unit="step",
-            desc=config.out.name,
-            disable=distributed.rank() > 0,
-        ) as progress,
+        RunLog(config.out / "metrics.jsonl", first_step, config.wandb, to_json(config)) as log,
+        RunLog(config.out / "episodes.jsonl", first_step) as episodes,
+        tqdm(desc=config.out.name, **bar) as progress,
     ):
-        seats: dict[str, Seat] = {
-            "teacher": open_policy(config, layout, policy, tokenizer, first_step, servers)
-        }
+        teacher = open_policy(config, layout, policy, tokenizer, first_step, servers)
+        seats: dict[str, Seat] = {"teacher": teacher}
         sketches = [Sketch(problem, "", 0, []) for problem in held_out]
         if is_taught:
             seats["student"] = open_student(config, layout, servers)
             if config.eval_every:
-                sketches = play(
-                    [sketch(problem, config.greedy(), seeds("evaluation")) for problem in held_out], seats
-                )
-        rollouts = Rollouts(config, seats, problems)
+                greedy, seed = config.greedy(), episode.seeds("evaluation")
+                sketches = play([episode.sketch(problem, greedy, seed) for problem in held_out], seats)
+        produce = partial(roll_out, config, seats, problems)
+        rollouts = Pipeline(produce, teacher.sampler, config.steps - 1, config.overlap)
 
         for step in range(first_step, config.steps):
             is_last = step + 1 == config.steps
-            rate = learning_rate(step, config.steps, config.lr, WARMUP, config.schedule)
-            batch, is_fresh = rollouts.take(step)
-            metrics = batch.metrics | update(
-                config, policy, reference, optimizer, batch.samples, rate, is_fresh
-            )
+            rate = optim.learning_rate(step, config.steps, config.lr, WARMUP, config.schedule)
+            (groups, metrics), is_fresh = rollouts.take(step)
+            samples = [Sample(one.reply.rollout, one.advantage) for group in groups for one in group]
+            metrics |= update(config, policy, reference, optimizer, samples, rate, is_fresh)
             metrics["sampling/parity"] = rollouts.sync(policy, step + 1)
 
             if sketches and config.eval_every and ((step + 1) % config.eval_every == 0 or is_last):
@@ -513,18 +381,16 @@ def train(config: Config) -> None:
                 if best is None or metrics["eval/reward"] > best:
                     best = metrics["eval/reward"]
                     save_model(config.out / "best", policy, tokenizer)
-            for group in batch.groups[:EPISODES_PER_STEP]:
-                episodes.log(step + 1, **episode_record(group[0]))
+            for group in groups[:EPISODES_PER_STEP]:
+                episodes.log(step + 1, **episode.episode_record(group[0]))
             log.log(step + 1, **metrics, lr=rate, skipped_steps=optimizer.skipped_steps)
             progress.set_postfix_str(f"reward {metrics['reward']:.2f}, kl {metrics['kl']:.3f}")
             progress.update()
             if (step + 1) % config.save_every == 0 or is_last:
-                save_training_state(state_dir, optimizer, step + 1, {"best": best})
+                optim.save_training_state(config.out / "state", optimizer, step + 1, best=best)
 
     save_model(config.out / "model", policy, tokenizer)
-    print(
-        f"model: {config.out / 'model'}   metrics: {config.out / 'metrics.jsonl'}   episodes: {config.out / 'episodes.jsonl'}"
-    )
+    print(f"{config.out}: model, best, metrics.jsonl, episodes.jsonl, state")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
