@@ -3,16 +3,17 @@
     python -m benchmarks.bench_loss                                  # N=4096, D=512, V=32768, float32 and bfloat16
     python -m benchmarks.bench_loss --vocabulary 151936 --width 64 --tokens 1024 4096 8192 --variants nano --dtypes float32
 
-Each call is one forward and backward of the SFT loss (for `nano-grpo`, `trl` and `liger` GRPO's, with entropy and k3 where they have it),
-each variant in a process of its own. Rounds go through all variants, so that a slow minute of the machine hits them all. `ratio` is the
-median over the rounds of time / time of `plain`, `cpu` the same of processor seconds, which other programs disturb less. Extra memory is
-the peak over what was there before the call, gradients included: resident memory on a CPU (the kernel's peak counter, Linux only),
-`max_memory_allocated` on a GPU. `first`, the first call with its compilation, is in no other figure.
+Each call is one forward and backward of the SFT loss (`nano-grpo` and `trl`: GRPO's, with entropy and k3), each variant in a process of
+its own. Rounds go through all variants, so that a slow minute of the machine hits them all. `ratio` is the median over the rounds of time
+/ time of `plain`, `cpu` the same of processor seconds, which other programs disturb less. Extra memory is the peak over what was there
+before the call, gradients included: resident memory on a CPU (the kernel's peak counter, Linux only), `max_memory_allocated` on a GPU.
+`first`, the first call with its compilation, is in no other figure.
 """
 
 import gc
 import multiprocessing
 import os
+import re
 import statistics
 import sys
 import time
@@ -28,7 +29,7 @@ from torch import Tensor
 from benchmarks.jobs import markdown
 from nano_atlas.config import option, parse, run_script
 
-VARIANTS = ("plain", "nano", "nano-eager", "nano-grpo", "trl", "torch", "liger")
+VARIANTS = ("plain", "nano", "nano-eager", "nano-grpo", "trl", "torch")
 
 
 @dataclass(frozen=True)
@@ -55,48 +56,42 @@ def build(variant: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> Call
             raise ImportError(f"torch {torch.__version__} has no linear_cross_entropy")
         options = torch.nn.LinearCrossEntropyOptions()
         return lambda: F.linear_cross_entropy(hidden, weight, targets, options=options)
-    if variant == "liger":
-        from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOLoss
-
-        grpo = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, compiled=True, loss_type="bnpo")
-        x, y = (rows[: tokens // 8 * 8].unflatten(0, (8, -1)) for rows in (hidden, targets))
-        return lambda: grpo(x, weight, y, torch.ones(y.shape, **place), advantages[:8])[0]
-    from nano_atlas.loss import fused_token_loss, sft_loss
+    from nano_atlas.loss import fused_token_loss
     from train_grpo import GrpoConfig, grpo_token_loss, k3_kl
 
-    def token_loss(logprobs: Tensor, kl: Tensor | None, rows: slice) -> Tensor:
+    def sft(logprobs: Tensor, kl: None, rows: slice) -> Tensor:
+        return -logprobs
+
+    def grpo(logprobs: Tensor, kl: None, rows: slice) -> Tensor:
         now, kl = logprobs.detach(), k3_kl(logprobs, ref_logprobs[rows])
         return grpo_token_loss(logprobs, now, now, advantages[rows], kl, GrpoConfig)
 
-    if variant == "nano-grpo":
+    if variant != "trl":
+        token_loss = grpo if variant == "nano-grpo" else sft
         return lambda: fused_token_loss(hidden, weight, targets, token_loss, weights)[0]
-    if variant == "trl":
-        from trl.trainer.utils import entropy_from_logits, selective_log_softmax
+    from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
-        def trl_grpo() -> Tensor:
-            logits = hidden @ weight.T
-            logprobs = selective_log_softmax(logits[None], targets[None])[0].float()
-            with torch.no_grad():
-                entropy_from_logits(logits)
-            ratio = (logprobs - logprobs.detach()).exp()
-            return (weights * (-ratio * advantages + 0.04 * k3_kl(logprobs, ref_logprobs))).sum()
+    def trl_grpo() -> Tensor:
+        logits = hidden @ weight.T
+        logprobs = selective_log_softmax(logits[None], targets[None])[0].float()
+        with torch.no_grad():
+            entropy_from_logits(logits)
+        ratio = (logprobs - logprobs.detach()).exp()
+        return (weights * (-ratio * advantages + 0.04 * k3_kl(logprobs, ref_logprobs))).sum()
 
-        return trl_grpo
-    return lambda: sft_loss(hidden, weight, targets, weights)[0]
+    return trl_grpo
 
 
 def memory(device: str, is_start: bool) -> int:
-    """Bytes: at the start what is there now, and the peak is forgotten; later the peak since."""
+    """Bytes: at the start what is there now, and the peak is forgotten; later the peak since then."""
     if device == "cuda":
         torch.cuda.synchronize()
         if is_start:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated()  # right after the reset what is allocated now
+            torch.cuda.reset_peak_memory_stats()  # the peak is now what is there
+        return torch.cuda.max_memory_allocated()
     if is_start:
         Path("/proc/self/clear_refs").write_text("5")
-    name = "VmRSS" if is_start else "VmHWM"
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def serve(pipe: Connection, variant: str, dtype: str, tokens: int, config: Config) -> None:
