@@ -5,8 +5,7 @@
 
 An evaluation is run, and every request that it makes of a model is kept. Then each model gets all of its requests in one call of
 its sampler, as if no answer depended on another: as many tokens at the sampler's own speed. Prompts that the evaluation had to send in
-different calls differ in their first token there, so that the one call does not save reading them again. Both take turns; CPU time is
-counted, because it says more than the clock on a machine that is shared.
+different calls differ in their first token there, so that the one call does not save reading them again. Times are CPU times.
 """
 
 import sys
@@ -45,8 +44,8 @@ class Kept:
             for rollout in group:  # just as long again
                 length = len(rollout.completion_ids)
                 params = replace(request.params, max_tokens=length, stop_token_ids=())
-                prompt = (self.calls, *request.prompt_ids[1:])
-                self.requests.append(Request(prompt, params, seed=len(self.requests)))
+                ids = self.calls, *request.prompt_ids[1:]
+                self.requests.append(Request(ids, params, seed=len(self.requests)))
                 self.tokens += length
         self.calls += 1
         return rollouts
