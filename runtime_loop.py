@@ -213,9 +213,7 @@ def main() -> None:
     traces, named = config.out / "traces.jsonl", config.approve or config.quarantine
     if config.export is not None:
         selected, total = export_traces(traces, config.export, config)
-        print(
-            f"{config.export}: {selected} of {total} traces; next: train_grpo.py --problems {config.export}"
-        )
+        print(f"{config.export}: {selected} of {total} traces, for train_grpo.py --problems {config.export}")
     elif config.show is not None:
         print(*show_sessions(config.out, config.show), sep="\n")
     elif named:

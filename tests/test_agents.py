@@ -95,6 +95,8 @@ def test_python_functions_of_every_kind_also_under_a_running_event_loop(function
 def test_usage_counts_where_it_is_told_and_is_estimated_where_not():
     assert (ask(PythonAgent(counted)).prompt_tokens, ask(PythonAgent(counted)).tokens) == (11, 7)
     assert (ask(PythonAgent(slow)).prompt_tokens, ask(PythonAgent(slow)).tokens) == (3, 3)
+    unknown = PythonAgent(lambda prompt, metadata: {"content": "42", "usage": {"completion_tokens": None}})
+    assert ask(unknown).tokens == 1
 
 
 def test_a_python_agent_is_found_by_its_name(tmp_path, monkeypatch):

@@ -9,14 +9,15 @@ import pytest
 from nano_atlas.answers import last_json
 from nano_atlas.config import derive_seed
 from nano_atlas.data import Problem
-from nano_atlas.episode import Attempt
+from nano_atlas.episode import Attempt, EpisodeConfig, seeds, sketch, teach
 from nano_atlas.errors import UserError
 from nano_atlas.protocol import ANSWER_FORMAT, PROBE_REQUEST
+from nano_atlas.reward import RewardConfig
 from nano_atlas.runtime import judges
 from nano_atlas.runtime.guard import Trial, choose_trial, degradation_bound
 from nano_atlas.runtime.judges import JudgeConfig, Verdict, hold_consistent, read_sample
 from nano_atlas.runtime.lanes import PLAN_REQUEST, LaneConfig, Session, choose_lane, parse_plan, run_session
-from nano_atlas.schedule import drive
+from nano_atlas.schedule import drive, play
 from nano_atlas.seats import Reply
 
 TASK = Problem("t", "What is {6} times 7?", "42", "math")
@@ -31,13 +32,15 @@ class Seat:
         self.rule, self.prompts, self.temperatures = rule, [], []
 
     def ask(self, questions, progress=None):
-        ((messages, generation, seed, _),) = questions
+        return [[self.reply(*question)] for question in questions]
+
+    def reply(self, messages, generation, seed, n):
         self.prompts.append(messages[-1]["content"])
         self.temperatures.append(generation.temperature)
         text = self.rule(messages[-1]["content"], seed)
         if text is None:
             raise UserError("HTTP 503")
-        return [[Reply(text, len(text.split()), False, None, 3)]]
+        return Reply(text, len(text.split()), False, None, 3)
 
 
 def finish(script, **seats):
@@ -100,6 +103,22 @@ def test_paired_teaches_once_and_rewards_the_gain():
         ("guided", 1.0),
     ]
     assert session.chosen == 1 and session.reward == pytest.approx(1 + 100 / 101)
+
+
+@pytest.mark.parametrize(
+    "completion", ["<teaching>HELP</teaching>", "<teaching>It is 42.</teaching>", "no tag"]
+)
+def test_paired_is_an_episode_of_training(completion):
+    """The same prompts in the same order, and the same reward, from the scripts that training plays."""
+    ours = {"student": student(["HELP"]), "teacher": Seat(lambda prompt, seed: completion)}
+    theirs = {"student": student(["HELP"]), "teacher": Seat(lambda prompt, seed: completion)}
+    session = run("paired", **ours)
+    (alone,) = play([sketch(TASK, EpisodeConfig(), seeds(0))], theirs)
+    ((episode,),) = play([teach(alone, EpisodeConfig(), RewardConfig(), seeds(0), words)], theirs)
+    assert session.reward == episode.reward and session.is_leak is episode.is_leak
+    assert {name: seat.prompts for name, seat in ours.items()} == {
+        name: seat.prompts for name, seat in theirs.items()
+    }
 
 
 def test_retries_carry_all_guidance_and_show_the_teacher_the_failed_answer():
@@ -279,6 +298,12 @@ def test_an_outage_of_the_judges_is_unscored_and_never_a_zero():
         "unscored" in session.trials[0].verdict.rationale
         and "HTTP 503" in session.trials[0].verdict.rationale
     )
+
+
+def test_an_outage_of_the_answers_judges_alone_is_unscored_too():
+    session = judged(lambda prompt, seed: verdict_json(0.9) if "see what matters" in prompt else None)
+    assert session.reward is None and session.fault is None and session.chosen == 0
+    assert [b["score"] for b in session.trials[0].verdict.judges] == [None, None, 0.9]
 
 
 def test_guardrails_between_judges():

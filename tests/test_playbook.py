@@ -23,13 +23,13 @@ def playbook(*proposals) -> Playbook:
     return book
 
 
-def observe(book: Playbook, sessions: int, rewards=None, hits: bool = True, name: str = "s") -> None:
+def observe(book: Playbook, sessions: int, rewards=None, hits: bool = True) -> None:
     """rewards: (with, without); the entry is used in every other session."""
     (entry,) = book.entries.values()
     for index in range(sessions):
         if entry.id in book.entries:
             used = [entry.id] if hits and index % 2 == 0 else []
-            book.learn(f"{name}{index}", [entry.id] if hits else [], used, rewards and rewards[index % 2])
+            book.learn([entry.id] if hits else [], used, rewards and rewards[index % 2])
 
 
 @pytest.mark.parametrize("bad", [
@@ -72,9 +72,9 @@ def test_the_best_known_effect_comes_first(monkeypatch):
     book = playbook(proposal(imperative="good"), proposal(imperative="unknown"), proposal(imperative="bad"))
     good, unknown, bad = book.entries
     for reward, names in ((1.0, [good]), (0.0, [])):
-        book.learn(f"s{reward}", [good], names, reward)
+        book.learn([good], names, reward)
     for reward, names in ((0.0, [bad]), (1.0, [])):
-        book.learn(f"t{reward}", [bad], names, reward)
+        book.learn([bad], names, reward)
     chosen = [book.retrieve("hard", seed)[0][0].id for seed in range(30)]
     assert (
         chosen.count(good) > 15
@@ -99,14 +99,12 @@ def test_what_changes_nothing_goes_if_it_is_mostly_adopted_and_what_only_one_tas
     book = playbook(proposal())
     (entry,) = book.entries.values()
     for index in range(12):
-        book.learn(f"s{index}", [entry.id], [entry.id] if index % 3 else [], 0.5)
+        book.learn([entry.id], [entry.id] if index % 3 else [], 0.5)
     assert not book.entries
     book = playbook(proposal())
     (entry,) = book.entries.values()
-    for index in range(25):
-        book.learn(
-            "the same task" if index % 5 == 0 else f"s{index}", [entry.id] if index % 5 == 0 else [], [], None
-        )
+    for index in range(20):
+        book.learn([entry.id] if index == 5 else [], [], None)
     assert not book.entries
 
 

@@ -163,6 +163,7 @@ def in_a_process_that_dies(function) -> int:
     return child.exitcode
 
 
+@pytest.mark.processes
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_a_run_killed_again_and_again_equals_one_that_was_never_interrupted(config):
     class Mortal(Student):
@@ -189,6 +190,7 @@ def test_a_run_killed_again_and_again_equals_one_that_was_never_interrupted(conf
     assert (config.out / "metrics.jsonl").read_text() == (whole.out / "metrics.jsonl").read_text()
 
 
+@pytest.mark.processes
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
 def test_a_kill_in_the_middle_of_a_write_loses_no_trace_and_doubles_none(config, share):
@@ -414,6 +416,7 @@ class Obedient(Teacher):
         return f"<teaching>{'HELP' if 'Say HELP.' in prompt or lucky else 'Well.'}</teaching>"
 
 
+@pytest.mark.processes
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_skills_are_learned_from_sessions_that_went_well_used_and_rebuilt_from_the_traces(config):
     tasks = [Problem(f"t{i}", f"Task {i} is hard.", "x", "math") for i in range(60)]
@@ -523,7 +526,7 @@ def test_run_continue_and_export_from_the_command_line(command, capsys):
     command("--batch", "8")
     assert len(traces_at("out/traces.jsonl")) == 23
     command("--export", "hard.jsonl", "--min-gain", "1")
-    assert "of 23 traces; next: train_grpo.py --problems hard.jsonl" in capsys.readouterr().out
+    assert "of 23 traces, for train_grpo.py --problems hard.jsonl" in capsys.readouterr().out
     selected = traces_at("hard.jsonl")
     assert selected and all(trace["reward_summary"]["gain"] == 1 for trace in selected)
     assert selected == [

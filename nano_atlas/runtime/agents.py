@@ -67,21 +67,20 @@ class PythonAgent:
         self.function = function
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:
-        return [
-            [self.reply(question, question.seed + i) for i in range(question.n)] for question in questions
-        ]
+        return [[self.reply(q, q.seed + place) for place in range(q.n)] for q in questions]
 
     def reply(self, question: Question, seed: int) -> Reply:
         prompt = question.messages[-1]["content"]
         metadata = {"messages": question.messages, "seed": seed, **asdict(question.generation)}
         value = resolve(self.function(prompt=prompt, metadata=metadata))
-        content, usage = (
-            (value.get("content"), value.get("usage") or {}) if isinstance(value, dict) else (value, {})
-        )
+        value = value if isinstance(value, dict) else {"content": value}
+        content, usage = value.get("content"), value.get("usage") or {}
         if not isinstance(content, str):
             raise TypeError(f"returned {type(content).__name__} instead of a text")
-        written = usage.get("completion_tokens", self.count_tokens(content))
-        return Reply(content, written, False, None, usage.get("prompt_tokens", self.count_tokens(prompt)))
+        written = int(usage.get("completion_tokens") or self.count_tokens(content))
+        return Reply(
+            content, written, False, None, int(usage.get("prompt_tokens") or self.count_tokens(prompt))
+        )
 
     def count_tokens(self, text: str) -> int:
         """About four characters a token."""
@@ -122,7 +121,7 @@ class ToolAgent(PythonAgent):
 def http_service(url: str, timeout: float = 120.0) -> Callable[..., dict]:
     """The function of an agent behind HTTP. url: its address, and after # where the text is in its JSON (default: response)."""
     url, _, path = url.removeprefix("post+").partition("#")
-    client = Client(url, timeout=timeout, tries=1)  # nobody promises that it may be asked twice
+    client = Client(url, timeout=timeout, tries=1)  # the service may not be idempotent
 
     def ask(prompt: str, metadata: dict) -> dict:
         value = body = client.request("POST", "", {"prompt": prompt, "metadata": metadata})
@@ -136,14 +135,12 @@ def http_service(url: str, timeout: float = 120.0) -> Callable[..., dict]:
 def tool_schema(function: Callable[..., Any]) -> dict:
     """A Python function as OpenAI's tool: name, docstring, and a JSON type for each annotated parameter."""
     hints, parameters = typing.get_type_hints(function), inspect.signature(function).parameters
-    kinds = {name: hints.get(name, str) for name in parameters}
-    schema = {
-        "type": "object",
-        "properties": {
-            n: {"type": JSON_TYPES.get(typing.get_origin(k) or k, "string")} for n, k in kinds.items()
-        },
-        "required": [name for name, parameter in parameters.items() if parameter.default is parameter.empty],
-    }
+    properties = {}
+    for name in parameters:
+        kind = hints.get(name, str)
+        properties[name] = {"type": JSON_TYPES.get(typing.get_origin(kind) or kind, "string")}
+    required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    schema = {"type": "object", "properties": properties, "required": required}
     about = {"name": function.__name__, "description": inspect.getdoc(function) or "", "parameters": schema}
     return {"type": "function", "function": about}
 

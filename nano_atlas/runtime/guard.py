@@ -20,18 +20,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from nano_atlas.config import option
 from nano_atlas.runtime.judges import Verdict
 from nano_atlas.stats import wilson_interval
 
 CONFIDENCE = 0.95  # that a judged answer with help is better, before it is returned; and of the bound on harm
-
-
-@dataclass(frozen=True)
-class GuardConfig:
-    audit: float = option(
-        0.2, "share of judged answers with help that are judged again, to measure harm", at_least=0, at_most=1
-    )
 
 
 @dataclass

@@ -21,7 +21,7 @@ from nano_atlas.episode import Attempt, EpisodeConfig, Sketch, guide, sketch
 from nano_atlas.errors import UserError
 from nano_atlas.reward import teaching_reward
 from nano_atlas.runtime import learning
-from nano_atlas.runtime.guard import GuardConfig, Trial, choose_trial
+from nano_atlas.runtime.guard import Trial, choose_trial
 from nano_atlas.runtime.judges import JudgeConfig, judge
 from nano_atlas.schedule import Call, Fault, Script, ask
 from nano_atlas.seats import Generation, Reply
@@ -34,7 +34,7 @@ STYLES = tuple(protocol.TEACHING_STYLES)
 
 
 @dataclass(frozen=True)
-class LaneConfig(learning.SkillConfig, GuardConfig, JudgeConfig, EpisodeConfig):
+class LaneConfig(JudgeConfig, EpisodeConfig):
     lane: str = option(
         "adaptive",
         "how much help a task gets; adaptive: by the student's record",
@@ -43,6 +43,10 @@ class LaneConfig(learning.SkillConfig, GuardConfig, JudgeConfig, EpisodeConfig):
     )
     retries: int = option(0, "further teachings and answers while none is valid", at_least=0)
     strategies: tuple[str, ...] = option(STYLES, "teaching strategies to choose among", STYLES)
+    skill_writer: str | None = option(None, "checkpoint, URL or agent that writes skills (none: no skills)")
+    audit: float = option(
+        0.2, "share of judged answers with help that are judged again", at_least=0, at_most=1
+    )
     seed: int = option(0, "of every random choice")
 
     def check(self) -> None:
@@ -275,8 +279,9 @@ def learn_skills(session: Session, config: LaneConfig) -> Script:
     """What the skill writer makes of a session that went well; its faults are among the events, and no fault of the session."""
     if config.skill_writer is None or session.reward is None or session.reward < learning.SKILL_REWARD:
         return
-    guidance, seed = "\n".join(session.teachings), derive_seed(session.seed, session.id, "skills")
-    messages = learning.skill_messages(session.task.question, session.approach, guidance, session.reward)
+    told = {"approach": session.approach, "guidance": "\n".join(session.teachings), "reward": session.reward}
+    messages = protocol.request_json(learning.SKILL_REQUEST, task=session.task.question, **told)
+    seed = derive_seed(session.seed, session.id, "skills")
     (answer,) = yield [Call("skill writer", "skills", messages, Generation(500, 0.2), seed)]
     if not isinstance(answer, Fault):
         session.learned = learning.read_entries(answer[0].text, session.task.answer)

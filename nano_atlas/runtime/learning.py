@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nano_atlas.answers import last_json, reveals_answer
-from nano_atlas.config import derive_seed, option
-from nano_atlas.protocol import TEACHING_STYLES, Messages, request_json
+from nano_atlas.config import derive_seed
+from nano_atlas.protocol import TEACHING_STYLES
 
 WINDOW = 50  # latest answers of the student alone that make its record
 SKILL_REWARD = 0.8  # least session reward from which skills are learned
@@ -56,7 +56,7 @@ class Experience:
         outcomes = [outcome for outcome in outcomes if outcome.status == "succeeded"]
         for outcome in outcomes:
             self.strategies.learn(outcome.learning_key, outcome.strategy, outcome.reward)
-            self.playbook.learn(outcome.session_id, outcome.matched, outcome.skills, outcome.reward)
+            self.playbook.learn(outcome.matched, outcome.skills, outcome.reward)
             if outcome.baseline is not None:
                 self.records[outcome.learning_key].append(outcome.baseline)
         for outcome in outcomes:
@@ -109,13 +109,6 @@ class Strategies:
 # ------------------------------------------------------------------------------------------------------------- skills
 
 
-@dataclass(frozen=True)
-class SkillConfig:
-    skill_writer: str | None = option(
-        None, "checkpoint, URL or agent that writes skills (none: no skills)", group="skills"
-    )
-
-
 @dataclass
 class Entry:
     id: str
@@ -126,7 +119,6 @@ class Entry:
     sessions_observed: int = 0
     hits: int = 0  # sessions whose task or approach the cue matched
     adoptions: int = 0  # of these, the ones in which it was used
-    incidents: set[str] = field(default_factory=set)  # distinct tasks it matched
     reward_with: Record = field(default_factory=Record)
     reward_without: Record = field(default_factory=Record)
 
@@ -147,7 +139,7 @@ class Entry:
         is_rare = observed >= 10 and hits / observed < 0.05
         is_harmful = observed >= 10 and hits >= 5 and effect is not None and effect < -0.01
         is_idle = hits >= 10 and self.adoptions / hits > 0.5 and effect is not None and effect < 0.01
-        return is_rare or is_harmful or is_idle or (observed >= 20 and len(self.incidents) < 2)
+        return is_rare or is_harmful or is_idle or (observed >= 20 and hits < 2)
 
 
 class Playbook:
@@ -164,14 +156,13 @@ class Playbook:
         used = [e for e in matching if derive_seed(seed, "withheld", e.id) >= WITHHELD * 2**63]
         return used[:SKILLS_PER_TASK], [entry.id for entry in matching]
 
-    def learn(self, session_id: str, matched: list[str], used: list[str], reward: float | None) -> None:
+    def learn(self, matched: list[str], used: list[str], reward: float | None) -> None:
         """Count one finished session into every entry in force when it began, then prune."""
         for entry in list(self.entries.values()):
             entry.sessions_observed += 1
             if entry.id in matched:
                 entry.hits += 1
                 entry.adoptions += entry.id in used
-                entry.incidents.add(session_id)
                 if reward is not None:
                     (entry.reward_with if entry.id in used else entry.reward_without).add(reward)
             if entry.is_useless():
@@ -194,10 +185,6 @@ class Playbook:
         return [{name: getattr(entry, name) for name in names} for entry in self.entries.values()]
 
 
-def skill_messages(question: str, approach: str, guidance: str, reward: float) -> Messages:
-    return request_json(SKILL_REQUEST, task=question, approach=approach, guidance=guidance, reward=reward)
-
-
 def read_entries(text: str, secret: str | None) -> list[dict[str, Any]]:
     """The first two entries in a skill writer's reply that pass the gates, as arguments of Entry.
 
@@ -208,10 +195,8 @@ def read_entries(text: str, secret: str | None) -> list[dict[str, Any]]:
     for raw in proposals if isinstance(proposals, list) else []:
         try:
             kind, pattern = raw["cue"]["type"], str(raw["cue"]["pattern"] or "").strip()
-            imperative, strategy = (
-                str(raw["action"].get("imperative") or "").strip(),
-                raw["action"].get("strategy"),
-            )
+            imperative = str(raw["action"].get("imperative") or "").strip()
+            strategy = raw["action"].get("strategy")
         except (TypeError, KeyError, AttributeError):
             continue
         strategy = strategy if strategy in list(TEACHING_STYLES) else None
