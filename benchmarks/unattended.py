@@ -125,10 +125,7 @@ def run(config: Config, urls: list[str], injected: Counter) -> None:
         with Journal(path) as journal:  # also cuts off a torn line, and checks every record
             outcomes = list(past_outcomes(journal))
         succeeded = Counter(o.session_id for o in outcomes if o.status == "succeeded")
-        print(
-            f"start {starts}: {len(outcomes)} records, {len(succeeded)} of {config.tasks} tasks done",
-            flush=True,
-        )
+        print(f"start {starts}: {len(outcomes)} records, {len(succeeded)} tasks done", flush=True)
     export_traces(path, config.out / "export.jsonl", Selection())
     print(
         f"{config.tasks} tasks, {kills} kills, {starts} starts, {time.monotonic() - began:.0f} s; requests {dict(injected)}; "
@@ -138,12 +135,8 @@ def run(config: Config, urls: list[str], injected: Counter) -> None:
     if set(succeeded.values()) != {1}:
         raise UserError("a task was done twice")
     if config.train:
-        options = {
-            "problems": config.out / "export.jsonl",
-            "teacher": config.train,
-            "steps": 4,
-            "out": config.out / "next",
-        }
+        options = {"problems": config.out / "export.jsonl", "teacher": config.train, "steps": 4}
+        options |= {"out": config.out / "next"}
         subprocess.run(command("train_grpo.py", options), check=True)
 
 
