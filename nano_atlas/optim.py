@@ -46,9 +46,9 @@ def learning_rate(step: int, total: int, peak: float, warmup_fraction: float, sc
 class MasterAdamW:
     """AdamW with decoupled weight decay (Loshchilov and Hutter 2019), float32 state, and clipping by the global norm.
 
-    Matrices decay; vectors (norm weights, biases) do not. `state_device` holds masters and moments (default: beside each
-    parameter). Gradients of low-precision parameters are summed in float32: each backward pass adds its gradient to the sum at
-    once, so only one low-precision gradient exists at a time and `parameter.grad` stays None.
+    Matrices decay; vectors (norm weights, biases) do not. `state_device` holds masters and moments ("auto": beside each parameter).
+    Gradients of low-precision parameters are summed in float32, each as soon as the backward pass has it, so that only one
+    low-precision gradient exists at a time; `parameter.grad` stays None.
     """
 
     def __init__(
