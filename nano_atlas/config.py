@@ -3,22 +3,22 @@
     @dataclass(frozen=True)
     class Config:
         preset: str = option("nano", "", group="run")               # filled from --preset
-        steps: int | None = option(None, "optimizer steps", resumable=True)
-        betas: tuple[float, float] = option((0.9, 0.95), "decay of Adam's running means", group="optimizer")
+        steps: int | None = option(None, "optimizer steps", above=0, resumable=True)
+        clip: tuple[float, float] = option((0.2, 0.2), "...", at_least=0, group="loss")
 
     config = parse(Config, sys.argv[1:], {"nano": Preset("CPU, 1 GB", {"steps": 100})}, "what the script does")
 
-Every field is an option and every option is a field. Explicit flags override the preset, the preset overrides the defaults; a
-`check()` method, where the class has one, raises UserError for values that contradict each other.
+Every `option` field is a flag. Explicit flags override the preset, the preset overrides the defaults; a `check()` method, where the
+class has one, raises UserError for values that contradict each other.
 """
 
 import argparse
 import dataclasses
 import difflib
+import hashlib
 import json
 import math
 import os
-import select
 import sys
 import time
 import typing
@@ -30,6 +30,20 @@ from nano_atlas.distributed import is_first_failure, process_group, size
 from nano_atlas.errors import UserError
 
 ConfigType = TypeVar("ConfigType")
+BOUNDS = {  # keyword of `option` -> (does a value satisfy the bound, how an error says it)
+    "above": (lambda value, bound: value > bound, "above"),
+    "at_least": (lambda value, bound: value >= bound, "at least"),
+    "at_most": (lambda value, bound: value <= bound, "at most"),
+    "below": (lambda value, bound: value < bound, "below"),
+}
+
+
+def derive_seed(*parts: Any) -> int:
+    """A 63-bit seed that depends on all parts, the same on every machine: `derive_seed(config.seed, "rollouts", step)`.
+
+    Randomness that is a function of (seed, step) has no state, so a resumed run needs none restored.
+    """
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
 class Preset(NamedTuple):
@@ -40,14 +54,21 @@ class Preset(NamedTuple):
 
 
 def option(
-    default: Any, help: str, choices: Sequence[Any] | None = None, *, group: str = "", resumable: bool = False
+    default: Any,
+    help: str,
+    choices: Sequence | None = None,
+    *,
+    group: str = "",
+    resumable: bool = False,
+    **bounds: float,
 ) -> Any:
     """A dataclass field that becomes `--its-name`. `help` gives meaning and unit; defaults are appended to it.
 
     `group` starts a section of `--help`, which lasts until the next field with a group. A `resumable` option may differ when an
-    interrupted run is continued (how long, how often), any other may not (what is computed).
+    interrupted run is continued (how long, how often), any other may not (what is computed). bounds: above, at_least, at_most,
+    below; they hold for a number or for each of several, and not for None.
     """
-    metadata = {"help": help, "choices": choices, "group": group, "resumable": resumable}
+    metadata = {"help": help, "choices": choices, "group": group, "resumable": resumable, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -58,15 +79,12 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _number(kind: type, text: str) -> int | float:
-    value = kind(text)
-    if not math.isfinite(value):
-        raise ValueError(text)
-    return value
+def _options(cls: Any) -> list[dataclasses.Field]:
+    return [field for field in dataclasses.fields(cls) if "help" in field.metadata]
 
 
 def _shown(value: Any) -> str:
@@ -74,22 +92,14 @@ def _shown(value: Any) -> str:
     return "none" if value is None or text == "" else text
 
 
-def _add_option(
-    group: argparse._ArgumentGroup, field: dataclasses.Field, kind: Any, presets: Mapping[str, Preset]
-) -> None:
-    help_text, choices = field.metadata["help"], field.metadata["choices"]
-    values = {
-        name: preset.overrides[field.name]
-        for name, preset in presets.items()
-        if field.name in preset.overrides
-    }
-    defaults = "; ".join(
-        f"{name}: {_shown(value)}" for name, value in {"default": field.default, **values}.items()
-    )
+def _add_option(group: Any, field: dataclasses.Field, kind: Any, presets: Mapping[str, Preset]) -> None:
+    values = {"default": field.default}
+    values |= {name: p.overrides[field.name] for name, p in presets.items() if field.name in p.overrides}
+    defaults = "; ".join(f"{name}: {_shown(value)}" for name, value in values.items())
     settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
-    settings["help"] = f"{help_text} ({defaults})".replace("%", "%%")
+    settings["help"] = f"{field.metadata['help']} ({defaults})".replace("%", "%%")
     if kind is bool:
-        group.add_argument(_flag(field.name), action=argparse.BooleanOptionalAction, **settings)
+        group.add_argument(flag_of(field.name), action=argparse.BooleanOptionalAction, **settings)
         return
     is_optional = type(None) in typing.get_args(kind)
     if is_optional:
@@ -98,18 +108,20 @@ def _add_option(
         parts = typing.get_args(kind)
         settings["nargs"] = "*" if parts[-1] is Ellipsis else len(parts)
         kind = parts[0]
-    if kind not in (int, float, str, Path):
-        raise TypeError(f"{field.name}: an option cannot have the type {field.type}")
 
     def convert(text: str) -> Any:
         if is_optional and text.lower() == "none":
             return None
-        return _number(kind, text) if kind in (int, float) else kind(text)
+        value = kind(text)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(text)
+        return value
 
     convert.__name__ = kind.__name__  # argparse names it: "invalid int value: 'x'"
+    choices = field.metadata["choices"]
     metavar = {int: "N", float: "X", Path: "PATH", str: "TEXT"}[kind]
     settings["metavar"] = "{" + ",".join(map(str, choices)) + "}" if choices else metavar
-    group.add_argument(_flag(field.name), type=convert, choices=choices, **settings)
+    group.add_argument(flag_of(field.name), type=convert, choices=choices, **settings)
 
 
 def parse(
@@ -117,42 +129,47 @@ def parse(
 ) -> ConfigType:
     """Build `cls` from the command line; its field `preset`, where there is one, is the name of the preset to start from.
 
-    Raises UserError for an unknown option (with the closest existing one), a malformed value, or what `cls.check()` refuses.
+    Raises UserError for an unknown option (with the closest existing one), a malformed value, one out of its bounds, or what
+    `cls.check()` refuses.
     """
-    parser = _Parser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(description=description, formatter_class=style, allow_abbrev=False)
     kinds, group = typing.get_type_hints(cls), parser
-    for field in dataclasses.fields(cls):
+    for field in _options(cls):
         if field.metadata["group"]:
             group = parser.add_argument_group(field.metadata["group"])
         if field.name == "preset":
             about = "; ".join(f"{name}: {preset.help}" for name, preset in presets.items())
+            text = f"start from these values ({about}) (default: {field.default})".replace("%", "%%")
             group.add_argument(
-                "--preset",
-                default=field.default,
-                choices=list(presets),
-                metavar="NAME",
-                help=f"start from these values ({about}) (default: {field.default})".replace("%", "%%"),
+                "--preset", default=field.default, choices=list(presets), metavar="NAME", help=text
             )
         else:
             _add_option(group, field, kinds[field.name], presets)
     given, unknown = parser.parse_known_args(list(argv))
     if unknown:
         known = [flag for action in parser._actions for flag in action.option_strings]
-        name = unknown[0].split("=")[0]
-        close = difflib.get_close_matches(name.replace("_", "-"), known, n=1)
+        close = difflib.get_close_matches(unknown[0].split("=")[0].replace("_", "-"), known, n=1)
         raise UserError(
             f"unknown option {unknown[0]}" + (f"; did you mean {close[0]}?" if close else " (see --help)")
         )
-    values = vars(given)
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
     overrides = presets[values["preset"]].overrides if "preset" in values else {}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     config = cls(**{**overrides, **values})
-    check: Callable[[], None] | None = getattr(config, "check", None)
-    if check is not None:
-        check()
+    _check_bounds(config)
+    if hasattr(config, "check"):
+        config.check()
     return config
+
+
+def _check_bounds(config: Any) -> None:
+    for field in _options(config):
+        value = getattr(config, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            for name, bound in field.metadata["bounds"].items():
+                holds, said = BOUNDS[name]
+                if number is not None and not holds(number, bound):
+                    raise UserError(f"{flag_of(field.name)} must be {said} {bound}, not {number}")
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -161,11 +178,13 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def refuse_changes(config: Any, saved: Mapping[str, Any], where: str) -> None:
-    """Raise UserError naming each option, but for the resumable ones, in which `config` differs from a run's `saved` JSON. An option
-    that did not exist then had its default."""
+    """Raise UserError naming each option, but for the resumable ones, in which `config` differs from a run's `saved` JSON.
+
+    An option that did not exist then had its default.
+    """
     now, saved = to_json(config), to_json(type(config)()) | dict(saved)
-    fixed = [field.name for field in dataclasses.fields(config) if not field.metadata["resumable"]]
-    changed = [f"{_flag(name)} {saved[name]} -> {now[name]}" for name in fixed if saved[name] != now[name]]
+    fixed = [field.name for field in _options(config) if not field.metadata["resumable"]]
+    changed = [f"{flag_of(name)} {saved[name]} -> {now[name]}" for name in fixed if saved[name] != now[name]]
     if changed:
         anew = "start over with --restart" if "restart" in now else "delete it"
         raise UserError(
@@ -175,10 +194,9 @@ def refuse_changes(config: Any, saved: Mapping[str, Any], where: str) -> None:
 
 
 def run_script(main: Callable[[], None], is_parallel: bool = False) -> None:
-    """Run a script's `main`, and end with one readable line where the user can mend what went wrong.
+    """Run a script's `main`, and end with one readable line where the user can fix what went wrong.
 
-    is_parallel: the script has work for several processes of torchrun. Of these the first that fails says why, and the others,
-    which fail of its absence, nothing.
+    is_parallel: the script may run under torchrun. Then only the first failing rank reports; the others exit silently.
     """
     with process_group():
         try:
@@ -187,30 +205,19 @@ def run_script(main: Callable[[], None], is_parallel: bool = False) -> None:
                     "this script is work for one process: start it with python, not with torchrun"
                 )
             main()
-        except SystemExit:
-            raise
-        except BaseException as error:
+        except Exception as error:
             if not is_first_failure():
                 time.sleep(
                     1
-                )  # torchrun ends the job at the first exit, which the one that says why should be
-                os._exit(1)  # at an orderly end, torch would report that the others are gone
-            if isinstance(error, UserError):
-                print(f"error: {error}", file=sys.stderr)
-                sys.exit(2)
-            if isinstance(error, KeyboardInterrupt):
-                print("\ninterrupted; the same command continues from the last saved state", file=sys.stderr)
-                sys.exit(130)
-            if isinstance(error, BrokenPipeError) and _reader_has_left():
-                sys.exit(141)  # as a shell reports it
-            raise
-
-
-def _reader_has_left() -> bool:
-    """Whether our output goes to a program, such as `head`, that has read enough."""
-    pipe = select.poll()
-    pipe.register(sys.stdout.fileno(), 0)
-    if not any(event & select.POLLERR for _, event in pipe.poll(0)):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
-    return True
+                )  # torchrun ends the job at the first exit, which should be the one that says why
+                os._exit(1)  # an orderly exit would make torch report that the others are gone
+            if isinstance(error, BrokenPipeError):  # whoever read our output, such as `head`, has had enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                sys.exit(141)
+            if not isinstance(error, UserError):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("\ninterrupted; the same command continues from the last saved state", file=sys.stderr)
+            sys.exit(130)

@@ -1,35 +1,55 @@
 """One episode of teaching: probe, baselines, teaching, guided answer, reward. Training, runtime and evaluation all run this.
 
-Within a group (the G teachings of one problem) the probe and the baselines are drawn once and shared, so the teachings compete
-from the same state and the reward carries no noise that the teacher did not cause.
+    sketch    STUDENT   question                 ->  its approach, and K answers of its own (the baselines)
+    teach     TEACHER   question + approach      ->  G teachings
+    guide     STUDENT   question + teaching      ->  one answer for each teaching
+
+Each is a script for `schedule.play` or `schedule.drive`. Probe and baselines are drawn once and shared by the G teachings of a
+problem, so the teachings compete from the same state and the reward carries no noise that the teacher did not cause.
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Self
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from nano_atlas import protocol
-from nano_atlas.config import option
-from nano_atlas.data import Problem, derive_seed
+from nano_atlas.answers import answer_key, extract_answer, is_correct, reveals_answer
+from nano_atlas.config import derive_seed, option
+from nano_atlas.data import Problem
 from nano_atlas.reward import RewardConfig, efficiency, teaching_reward
-from nano_atlas.seats import Generation, Question, Reply, Seat
+from nano_atlas.schedule import Call, Script, ask
+from nano_atlas.seats import Generation, Reply
+
+SeedOf = Callable[..., int]  # (kind, id of the problem, ...) -> seed of one call
+Grade = Callable[
+    [str, Reply], Script
+]  # (kind of answer, reply) -> a script that returns an Attempt, or what has its `score`
 
 
 @dataclass(frozen=True)
 class EpisodeConfig:
     """How the two models talk; lengths in tokens."""
 
-    probe_tokens: int = option(500, "longest student approach (tokens; 0: no probe)", group="sampling")
-    teaching_tokens: int = option(4096, "longest teacher completion, thinking included (tokens)")
-    answer_tokens: int = option(4096, "longest student answer, alone or guided (tokens)")
-    student_temperature: float = option(0.7, "sampling temperature of the student (0 = greedy)")
-    teacher_temperature: float = option(0.7, "sampling temperature of the teacher (0 = greedy)")
-    top_p: float = option(1.0, "nucleus mass of every sampler")
+    probe_tokens: int = option(
+        500, "longest student approach (tokens; 0: no probe)", group="sampling", at_least=0
+    )
+    teaching_tokens: int = option(4096, "longest teacher completion, thinking included (tokens)", above=0)
+    answer_tokens: int = option(4096, "longest student answer, alone or guided (tokens)", above=0)
+    temperature: tuple[float, float] = option((0.7, 0.7), "of student and teacher (0: greedy)", at_least=0)
+    top_p: float = 1.0  # nucleus mass of both; log-probs for training need 1
+
+    @property
+    def student_temperature(self) -> float:
+        return self.temperature[0]
+
+    @property
+    def teacher_temperature(self) -> float:
+        return self.temperature[1]
 
     def greedy(self) -> Self:
         """The same without chance."""
-        return replace(self, student_temperature=0.0, teacher_temperature=0.0)
+        return replace(self, temperature=(0.0, 0.0))
 
 
 @dataclass
@@ -41,6 +61,10 @@ class Attempt:
     is_correct: bool
     tokens: int
     is_truncated: bool
+
+    @property
+    def score(self) -> float:
+        return float(self.is_correct)
 
 
 @dataclass
@@ -54,16 +78,7 @@ class Sketch:
 
     @property
     def baseline_accuracy(self) -> float:
-        return sum(attempt.is_correct for attempt in self.baselines) / len(self.baselines)
-
-
-class Draft(NamedTuple):
-    """A teaching on its way to the student."""
-
-    sketch: Sketch
-    style: str
-    reply: Reply  # the teacher's whole completion
-    teaching: str | None  # what the student is told
+        return sum(attempt.score for attempt in self.baselines) / len(self.baselines)
 
 
 @dataclass
@@ -75,20 +90,117 @@ class Episode:
     reply: Reply  # the teacher's whole completion; with a rollout when the teacher is embedded
     teaching: str | None  # None: malformed, and the student got nothing
     teaching_tokens: int
-    guided: Attempt
+    guided: Attempt  # of a malformed teaching the student's own answer
     is_leak: bool
     reward: float
-    advantage: float = field(default=0.0)
+    advantage: float = 0.0
 
     @property
     def gain(self) -> float:
-        return self.guided.is_correct - self.sketch.baseline_accuracy
+        return 0.0 if self.teaching is None else self.guided.score - self.sketch.baseline_accuracy
+
+
+# ------------------------------------------------------------------------------------------------------------ the script
+
+
+def sketch(
+    problem: Problem, config: EpisodeConfig, seed: SeedOf, baselines: int = 1, grade: Grade | None = None
+) -> Script:
+    """The student alone -> Sketch. With `probe_tokens` 0 the approach is empty."""
+    probe = Generation(config.probe_tokens, config.student_temperature, config.top_p)
+    alone = Generation(config.answer_tokens, config.student_temperature, config.top_p)
+    question, grade = problem.question, grade or by_gold_answer(problem)
+    calls = [Call("student", "probe", protocol.probe_messages(question), probe, seed("probe", problem.id))]
+    answering = protocol.baseline_messages(question), alone, seed("alone", problem.id), baselines
+    calls = (calls if config.probe_tokens else []) + [Call("student", "alone", *answering)]
+    *probes, answers = yield from ask(*calls)
+    approach = probes[0][0] if probes else Reply("", 0, False)
+    graded = []
+    for answer in answers:
+        graded.append((yield from grade("alone", answer)))
+    return Sketch(problem, approach.text, approach.tokens, graded)
+
+
+def teach(
+    sketch: Sketch,
+    config: EpisodeConfig,
+    rewards: RewardConfig,
+    seed: SeedOf,
+    count_tokens: Callable[[str], int],
+    group_size: int = 1,
+    style: str = "adaptive",
+    grade: Grade | None = None,
+) -> Script:
+    """`group_size` teachings, the student's answer with each, and their rewards -> list[Episode].
+
+    style: a key of protocol.TEACHING_STYLES, or a sentence. count_tokens: length of a teaching in the teacher's tokens.
+    """
+    problem = sketch.problem
+    messages = protocol.teacher_messages(problem.question, sketch.approach, style)
+    generation = Generation(config.teaching_tokens, config.teacher_temperature, config.top_p)
+    call = Call("teacher", "teaching", messages, generation, seed("teach", problem.id), group_size)
+    (replies,) = yield from ask(call)
+    teachings = [protocol.parse_teaching(reply.text) for reply in replies]
+    attempts = yield from guide(sketch, teachings, config, seed, grade)
+    episodes = []
+    for reply, told, guided in zip(replies, teachings, attempts):
+        length = 0 if told is None else count_tokens(told)
+        is_leak = None not in (told, problem.answer) and reveals_answer(told, problem.answer)
+        score = None if told is None else guided.score
+        reward = teaching_reward(sketch.baseline_accuracy, score, length, is_leak, rewards)
+        episodes.append(Episode(sketch, style, reply, told, length, guided, is_leak, reward))
+    return episodes
+
+
+def guide(
+    sketch: Sketch,
+    teachings: Sequence[str | None],
+    config: EpisodeConfig,
+    seed: SeedOf,
+    grade: Grade | None = None,
+) -> Script:
+    """The student's answer with each teaching -> list[Attempt]; without a teaching its own answer stands (that of sample i)."""
+    problem, generation = (
+        sketch.problem,
+        Generation(config.answer_tokens, config.student_temperature, config.top_p),
+    )
+    grade = grade or by_gold_answer(problem)
+    attempts = [sketch.baselines[i % len(sketch.baselines)] for i in range(len(teachings))]
+    told = [i for i, teaching in enumerate(teachings) if teaching is not None]
+    replies = yield from ask(
+        *(
+            Call(
+                "student",
+                "guided",
+                protocol.guided_messages(problem.question, teachings[i]),
+                generation,
+                seed("guided", problem.id, i),
+            )
+            for i in told
+        )
+    )
+    for i, (reply,) in zip(told, replies):
+        attempts[i] = yield from grade("guided", reply)
+    return attempts
+
+
+def seeds(seed: Any) -> SeedOf:
+    """Seeds that depend on `seed` and on the call alone, so that an answer does not depend on the batch around it."""
+    return lambda *call: derive_seed(seed, *call)
+
+
+def by_gold_answer(problem: Problem) -> Grade:
+    def grade(kind: str, reply: Reply) -> Script:
+        yield from ()  # asks nobody
+        return attempt(reply, problem.answer)
+
+    return grade
 
 
 def attempt(reply: Reply, gold: str | None) -> Attempt:
-    answer = protocol.extract_answer(reply.text)
-    is_correct = gold is not None and protocol.is_correct(answer, gold)
-    return Attempt(reply.text, answer, is_correct, reply.tokens, reply.is_truncated)
+    answer = extract_answer(reply.text)
+    is_right = gold is not None and is_correct(answer, gold)
+    return Attempt(reply.text, answer, is_right, reply.tokens, reply.is_truncated)
 
 
 def majority(attempts: Sequence[Attempt]) -> Attempt:
@@ -96,179 +208,57 @@ def majority(attempts: Sequence[Attempt]) -> Attempt:
 
     Attempts without an answer have no vote, and of equally frequent answers the one given first wins.
     """
-    keys = [None if attempt.answer is None else protocol.answer_key(attempt.answer) for attempt in attempts]
+    keys = [None if attempt.answer is None else answer_key(attempt.answer) for attempt in attempts]
     votes = Counter(key for key in keys if key is not None)
     first = (
         keys.index(max(votes, key=votes.__getitem__)) if votes else 0
     )  # max: the first of the most frequent
-    tokens, is_truncated = (
-        sum(attempt.tokens for attempt in attempts),
-        any(attempt.is_truncated for attempt in attempts),
-    )
+    tokens, is_truncated = sum(a.tokens for a in attempts), any(a.is_truncated for a in attempts)
     return replace(attempts[first], tokens=tokens, is_truncated=is_truncated)
 
 
-def sketch_problems(
-    student: Seat,
-    problems: Sequence[Problem],
-    config: EpisodeConfig,
-    seed: object,
-    baselines: int = 1,
-    progress: str | None = None,
-) -> list[Sketch]:
-    """One probe and `baselines` answers per problem, by the student alone; with `probe_tokens` 0 the approach is empty."""
-    questions = sketch_questions(problems, config, seed, baselines)
-    return read_sketches(problems, student.ask(questions, progress=progress and f"{progress}: alone"))
-
-
-def sketch_questions(
-    problems: Sequence[Problem], config: EpisodeConfig, seed: object, baselines: int = 1
-) -> list[Question]:
-    """To the student alone: first for all approaches (unless `probe_tokens` is 0), then for the answers to all problems."""
-    probe = Generation(config.probe_tokens, config.student_temperature, config.top_p)
-    alone = Generation(config.answer_tokens, config.student_temperature, config.top_p)
-    probes = [
-        Question(protocol.probe_messages(p.question), probe, derive_seed(seed, "probe", p.id))
-        for p in problems
-    ]
-    answers = [
-        Question(protocol.baseline_messages(p.question), alone, derive_seed(seed, "alone", p.id), baselines)
-        for p in problems
-    ]
-    return (probes if config.probe_tokens else []) + answers
-
-
-def read_sketches(problems: Sequence[Problem], replies: Sequence[list[Reply]]) -> list[Sketch]:
-    """From the replies to `sketch_questions`."""
-    answers = replies[-len(problems) :] if problems else []
-    approaches = replies[: -len(problems)] or [[Reply("", 0, False)]] * len(problems)
-    return [
-        Sketch(problem, approach.text, approach.tokens, [attempt(reply, problem.answer) for reply in group])
-        for problem, (approach,), group in zip(problems, approaches, answers, strict=True)
-    ]
-
-
-def teach(
-    student: Seat,
-    teacher: Seat,
-    sketches: Sequence[Sketch],
-    config: EpisodeConfig,
-    rewards: RewardConfig,
-    seed: object,
-    group_size: int = 1,
-    styles: Sequence[str] | None = None,
-    progress: str | None = None,
-) -> list[list[Episode]]:
-    """`group_size` teachings per sketch and one guided answer each; episodes come back grouped by sketch.
-
-    styles: a key of protocol.TEACHING_STYLES per sketch ("adaptive" where not given).
-    """
-    styles = styles or ["adaptive"] * len(sketches)
-    questions = teaching_questions(sketches, styles, config, seed, group_size)
-    drafts = read_drafts(sketches, styles, teacher.ask(questions, progress=progress and f"{progress}: teach"))
-    answers = student.ask(guided_questions(drafts, config, seed), progress=progress and f"{progress}: guided")
-    return regroup(read_episodes(drafts, answers, teacher, rewards), group_size)
-
-
-def teaching_questions(
-    sketches: Sequence[Sketch],
-    styles: Sequence[str],
-    config: EpisodeConfig,
-    seed: object,
-    group_size: int = 1,
-) -> list[Question]:
-    """To the teacher, for `group_size` teachings of each sketch."""
-    teaching = Generation(config.teaching_tokens, config.teacher_temperature, config.top_p)
-    return [
-        Question(protocol.teacher_messages(sketch.problem.question, sketch.approach, style), teaching,
-                 derive_seed(seed, "teach", sketch.problem.id), group_size)
-        for sketch, style in zip(sketches, styles, strict=True)
-    ]  # fmt: skip
-
-
-def read_drafts(
-    sketches: Sequence[Sketch], styles: Sequence[str], replies: Sequence[list[Reply]]
-) -> list[Draft]:
-    """From the replies to `teaching_questions`."""
-    return [
-        Draft(sketch, style, reply, protocol.parse_teaching(reply.text))
-        for sketch, style, group in zip(sketches, styles, replies, strict=True)
-        for reply in group
-    ]
-
-
-def guided_questions(drafts: Sequence[Draft], config: EpisodeConfig, seed: object) -> list[Question]:
-    """To the student: each problem once more, with what it is told now."""
-    answering = Generation(config.answer_tokens, config.student_temperature, config.top_p)
-    place: Counter[str] = (
-        Counter()
-    )  # a seed names problem and place in the group, so an answer does not depend on its batch
-    questions = []
-    for draft in drafts:
-        problem = draft.sketch.problem
-        messages = protocol.guided_messages(problem.question, draft.teaching)
-        questions.append(
-            Question(messages, answering, derive_seed(seed, "guided", problem.id, place[problem.id]))
-        )
-        place[problem.id] += 1
-    return questions
-
-
-def read_episodes(
-    drafts: Sequence[Draft], answers: Sequence[list[Reply]], teacher: Seat, rewards: RewardConfig
-) -> list[Episode]:
-    """From the replies to `guided_questions`."""
-    episodes = []
-    for draft, (answer,) in zip(drafts, answers, strict=True):
-        gold, told = draft.sketch.problem.answer, draft.teaching
-        guided = attempt(answer, gold)
-        length = teacher.count_tokens(told) if told else 0
-        is_leak = told is not None and gold is not None and protocol.reveals_answer(told, gold)
-        reward = teaching_reward(
-            draft.sketch.baseline_accuracy, float(guided.is_correct), length, is_leak, rewards
-        )
-        if told is None:  # the student's own success is not the teacher's merit
-            reward = min(reward, 0.0) - rewards.malformed_penalty
-        episodes.append(
-            Episode(draft.sketch, draft.style, draft.reply, told, length, guided, is_leak, reward)
-        )
-    return episodes
-
-
-def regroup(episodes: list[Episode], group_size: int) -> list[list[Episode]]:
-    return [episodes[i : i + group_size] for i in range(0, len(episodes), group_size)]
+# --------------------------------------------------------------------------------------------------------- what came of it
 
 
 def teaching_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
     """The published metrics of a set of episodes (names as in ATLAS), plus the rates of leaks and malformed completions."""
-    count = len(episodes)
-    gains = [episode.gain for episode in episodes]
-    rewards = [episode.reward for episode in episodes]
-    mean_reward = sum(rewards) / count
+
+    def mean(value: Callable[[Episode], float]) -> float:
+        return sum(map(value, episodes)) / len(episodes)
+
     return {
-        "reward": mean_reward,
-        "student_accuracy": sum(e.guided.is_correct for e in episodes) / count,
-        "baseline_accuracy": sum(e.sketch.baseline_accuracy for e in episodes) / count,
-        "accuracy_delta": sum(gains) / count,
-        "improvement_rate": sum(gain > 0 for gain in gains) / count,
-        "degradation_rate": sum(gain < 0 for gain in gains) / count,
-        "non_degradation_rate": sum(gain >= 0 for gain in gains) / count,
-        "token_efficiency": sum(efficiency(e.teaching_tokens) for e in episodes) / count,
-        "teaching_length_mean": sum(e.teaching_tokens for e in episodes) / count,
-        "student_approach_length": sum(e.sketch.approach_tokens for e in episodes) / count,
-        "leak_rate": sum(e.is_leak for e in episodes) / count,
-        "malformed_rate": sum(e.teaching is None for e in episodes) / count,
-        "completions/mean_length": sum(e.reply.tokens for e in episodes) / count,
-        "completions/truncated_ratio": sum(e.reply.is_truncated for e in episodes) / count,
+        "reward": mean(lambda e: e.reward),
+        "student_accuracy": mean(lambda e: e.guided.score),
+        "baseline_accuracy": mean(lambda e: e.sketch.baseline_accuracy),
+        "accuracy_delta": mean(lambda e: e.gain),
+        "improvement_rate": mean(lambda e: e.gain > 0),
+        "degradation_rate": mean(lambda e: e.gain < 0),
+        "non_degradation_rate": mean(lambda e: e.gain >= 0),
+        "token_efficiency": mean(lambda e: efficiency(e.teaching_tokens)),
+        "teaching_length_mean": mean(lambda e: e.teaching_tokens),
+        "student_approach_length": mean(lambda e: e.sketch.approach_tokens),
+        "leak_rate": mean(lambda e: e.is_leak),
+        "malformed_rate": mean(lambda e: e.teaching is None),
+        "completions/mean_length": mean(lambda e: e.reply.tokens),
+        "completions/truncated_ratio": mean(lambda e: e.reply.is_truncated),
     }
 
 
 def episode_record(episode: Episode) -> dict:
     """A whole episode as JSON values, for people to read."""
+    sketch, problem = episode.sketch, episode.sketch.problem
     return {
-        "id": episode.sketch.problem.id, "question": episode.sketch.problem.question, "answer": episode.sketch.problem.answer,
-        "approach": episode.sketch.approach, "baselines": [a.text for a in episode.sketch.baselines],
-        "baseline_accuracy": episode.sketch.baseline_accuracy, "completion": episode.reply.text, "teaching": episode.teaching or "",
-        "guided": episode.guided.text, "is_correct": episode.guided.is_correct, "is_leak": episode.is_leak,
-        "reward": episode.reward, "advantage": episode.advantage,
-    }  # fmt: skip
+        "id": problem.id,
+        "question": problem.question,
+        "answer": problem.answer,
+        "approach": sketch.approach,
+        "baselines": [attempt.text for attempt in sketch.baselines],
+        "baseline_accuracy": sketch.baseline_accuracy,
+        "completion": episode.reply.text,
+        "teaching": episode.teaching or "",
+        "guided": episode.guided.text,
+        "is_correct": episode.guided.is_correct,
+        "is_leak": episode.is_leak,
+        "reward": episode.reward,
+        "advantage": episode.advantage,
+    }

@@ -1,12 +1,14 @@
 """What a teaching is worth: how much it improved the student, with a penalty for harm; and advantages within a group.
 
 The formula is the published one before its penalty was removed (ATLAS, commit e2c00bc), which is also the one the paper
-describes: with baseline accuracy b, guided correctness a, d = a - b, L teaching tokens and efficiency e = 100 / (100 + L),
+describes: with the student's score alone b, with the teaching a, d = a - b, L teaching tokens and efficiency e = 100 / (100 + L),
 
     d < 0            -penalty |d|             harm costs more than help earns
-    d = 0, a = 1     keep (1 + w e)           a student that was right stayed right
+    d = 0, a > 0     keep a (1 + w e)         a student that was right stayed right
     d = 0, a = 0     0
     d > 0            d (1 + w e)              help earns, and brief help earns more
+    leak             min(r, 0) - 1            a teaching with the answer in it forfeits every positive reward
+    malformed        -0.5                     no <teaching>: the student got nothing, so its own success counts for nothing
 """
 
 from collections.abc import Sequence
@@ -14,39 +16,40 @@ from dataclasses import dataclass
 
 from nano_atlas.config import option
 
+KEEP_CORRECT = 0.5
+LEAK_PENALTY = 1.0
+MALFORMED_PENALTY = 0.5
+
 
 @dataclass(frozen=True)
 class RewardConfig:
     degradation_penalty: float = option(
-        2.0, "reward lost per unit of accuracy that a teaching destroys", group="reward of a teaching"
+        2.0,
+        "reward lost per unit of accuracy that a teaching destroys",
+        group="reward of a teaching",
+        at_least=0,
     )
-    keep_correct: float = option(0.5, "reward for a student that was right and stayed right")
-    efficiency_weight: float = option(1.0, "weight w of the brevity bonus e = 100 / (100 + teaching tokens)")
-    leak_penalty: float = option(
-        1.0, "subtracted, with every positive reward forfeited, when a teaching contains the answer"
-    )
-    malformed_penalty: float = option(
-        0.5, "subtracted when there is no <teaching>…</teaching>; the student then got nothing"
+    efficiency_weight: float = option(
+        1.0, "weight w of the brevity bonus e = 100 / (100 + teaching tokens)", at_least=0
     )
 
 
 def teaching_reward(
-    baseline: float,
-    guided: float,
-    teaching_tokens: int,
+    alone: float,
+    guided: float | None,
+    teaching_tokens: int = 0,
     is_leak: bool = False,
     config: RewardConfig = RewardConfig(),
 ) -> float:
-    """baseline: mean correctness of the student alone, in [0, 1]; guided: correctness with the teaching, in [0, 1]."""
-    gain = guided - baseline
-    bonus = 1 + config.efficiency_weight * efficiency(teaching_tokens)
+    """alone, guided: the student's scores in [0, 1] without and with the teaching; guided None: there was no <teaching>."""
+    if guided is None:
+        return -MALFORMED_PENALTY
+    gain, bonus = guided - alone, 1 + config.efficiency_weight * efficiency(teaching_tokens)
     if gain < 0:
         reward = config.degradation_penalty * gain
-    elif gain == 0:
-        reward = config.keep_correct * bonus * guided
     else:
-        reward = gain * bonus
-    return min(reward, 0.0) - config.leak_penalty if is_leak else reward
+        reward = (gain if gain > 0 else KEEP_CORRECT * guided) * bonus
+    return min(reward, 0.0) - LEAK_PENALTY if is_leak else reward
 
 
 def efficiency(teaching_tokens: int) -> float:

@@ -1,17 +1,16 @@
-"""What a run leaves on disk: JSON, files and directories replaced as a whole, metrics, and digests of what it depends on."""
+"""What a run leaves on disk: files replaced as a whole, journals that are only appended to, metrics, and digests."""
 
-import ctypes
+import fcntl
 import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 from nano_atlas.distributed import rank
 from nano_atlas.errors import UserError
@@ -74,61 +73,144 @@ def checkpoint_digest(path: Path) -> str:
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yields a new directory to fill, which takes the place of `path` when the block ends without an exception.
 
-    A reader, or a process killed at any moment, finds the old directory or the new one. What killed processes left lying beside
-    `path` is removed. Where the system cannot exchange two directories (not Linux, some network file systems) there is an
-    instant without `path`; a kill at that instant is mended by the next call.
+    A process killed at any moment leaves the old directory or the new one. Between two renames there is an instant in which the
+    old one lies beside `path` under another name; the next call for the same `path` puts it back.
     """
     path = Path(path).resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for entry in path.parent.iterdir():
-        leftover = re.fullmatch(rf"(?:\.(saving|replaced)-(\d+)-)+{re.escape(path.name)}", entry.name)
-        if leftover and not _is_another_live_process(int(leftover[2])):
-            if leftover[1] == "replaced" and not path.exists():
-                entry.rename(path)
-            else:
-                shutil.rmtree(entry)
-    folder = path.parent / f".saving-{os.getpid()}-{path.name}"
-    folder.mkdir()
+    new, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():
+        old.rename(path)
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    new.mkdir(parents=True)
     try:
-        yield folder
-        for file in filter(Path.is_file, folder.rglob("*")):
-            with open(file, "rb") as opened:
+        yield new
+        for file in filter(Path.is_file, new.rglob("*")):
+            with file.open("rb") as opened:
                 os.fsync(opened.fileno())  # the contents reach the disk before the name does
         if path.exists():
-            _exchange(folder, path)
-        else:
-            folder.rename(path)
+            path.rename(old)
+        new.rename(path)
     finally:
-        if folder.exists():
-            shutil.rmtree(folder)  # the incomplete new directory, or the old one after the exchange
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _exchange(first: Path, second: Path) -> None:
-    """Swaps two directories in one step by Linux's renameat2(RENAME_EXCHANGE), or in three where there is no such call."""
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if renameat2 is None or renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange) != 0:
-        aside = second.parent / f".replaced-{os.getpid()}-{second.name}"
-        second.rename(aside)
-        first.rename(second)
-        aside.rename(first)
+# --------------------------------------------------------------------------------------------------------------- JSON Lines
 
 
-def _is_another_live_process(pid: int) -> bool:
+def read_jsonl(
+    path: Path | str, bad: list[str] | None = None, is_journal: bool = False
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number from 1, object) for each line that is not blank.
+
+    is_journal: the file is written by a `Journal`; a last line without its line break is not a record yet, and no error.
+    Raises UserError for a file that is missing or empty, and for a line that is not UTF-8, not JSON or not an object; with a list
+    `bad`, the complaint about such a line is added to it instead, and the line left out.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    is_empty = True
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if raw.isspace() or (is_journal and not raw.endswith(b"\n")):
+                continue
+            is_empty = False
+            try:
+                record = _parse_line(raw, number, f"{path}:{number}")
+            except UserError as error:
+                if bad is None:
+                    raise
+                bad.append(str(error))
+                continue
+            yield number, record
+    if is_empty:
+        raise UserError(f"{path}: empty; it should have one JSON object per line")
+
+
+def _parse_line(raw: bytes, number: int, where: str) -> dict[str, Any]:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid != os.getpid()
+        record = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}: not UTF-8 (byte {error.start} of the line); save the file as UTF-8"
+        ) from None
+    except json.JSONDecodeError as error:
+        remedy = "each line must be one complete JSON object, {...}"
+        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}); {remedy}") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: a JSON {type(record).__name__}, but each line must be an object, {{...}}")
+    return record
+
+
+def _to_line(record: Mapping[str, Any]) -> bytes:
+    """ASCII, so that half a surrogate pair survives. Raises ValueError for a number that JSON does not have."""
+    return json.dumps(record, allow_nan=False).encode() + b"\n"
+
+
+def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write one object per line; the file appears under its name only when it is complete."""
+    with replacing(path) as file:
+        file.writelines(map(_to_line, records))
+
+
+class Journal:
+    """A JSONL file that is only ever appended to, by one process at a time, and survives kill -9 at any instant.
+
+    A last line that a crash tore is cut off when the file is opened. Raises UserError if another process has the file open.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a+b")
+        try:
+            fcntl.flock(
+                self._file, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # the system releases it when the process ends, in any way
+        except OSError:
+            self._file.close()
+            raise UserError(
+                f"{path}: another process is writing it; wait for its end, or choose another --out"
+            ) from None
+        self._cut_torn_line()
+
+    def _cut_torn_line(self) -> None:
+        end = self._file.seek(0, os.SEEK_END)
+        last = b""
+        while end > 0 and b"\n" not in last:  # backwards, because the file may be large
+            start = max(0, end - 2**16)
+            self._file.seek(start)
+            last, end = self._file.read(end - start) + last, start
+        self._file.truncate(self._file.seek(0, os.SEEK_END) - len(last.rpartition(b"\n")[2]))
+
+    def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(line number, record) of all that is in the file. Raises UserError for a damaged line."""
+        return read_jsonl(self.path) if self.path.stat().st_size else iter(())
+
+    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Returns when the records are on the disk."""
+        self._file.write(b"".join(map(_to_line, records)))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
 class RunLog:
-    """Appends records `{"step": 12, "loss": 1.5, ...}` to `directory/filename`, each flushed as it is written.
+    """What a run measured: one record `{"step": 12, "loss": 1.5, ...}` per line of `directory/filename`, and on Weights & Biases
+    where a project is named.
 
-    A run that starts or continues after `resumed_step` will compute the later steps again, so their records are dropped first:
-    every step is in the file once. `config` goes to wandb only.
+    A run that continues after `resumed_step` computes the later steps again, so their records are dropped first: every step is in
+    the file once. `config` goes to wandb only. Of several ranks the first alone writes.
     Raises UserError when the file is damaged, or when a wandb project is named but wandb is not installed.
     """
 
@@ -138,51 +220,56 @@ class RunLog:
         resumed_step: int = 0,
         *,
         filename: str = "metrics.jsonl",
-        wandb_project: str = "",
-        wandb_run_name: str = "",
-        config: dict[str, Any] | None = None,
+        wandb: str = "",
+        config: Any = None,
     ):
         self.path = Path(directory) / filename
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        is_first = rank() == 0  # the other ranks write nothing
-        if is_first and self.path.exists():
-            _keep_until(self.path, resumed_step)
-        self._file = (self.path if is_first else Path(os.devnull)).open("a", encoding="utf-8")
-        self._wandb = None
-        if wandb_project and is_first:
+        self._journal = self._wandb = None
+        if rank() > 0:
+            return
+        self._journal = Journal(self.path)
+        records = list(self._journal.records())
+        if faulty := [number for number, record in records if "step" not in record]:
+            raise UserError(
+                f"{self.path}:{faulty[0]}: not a metrics record; fix or delete the file, or use --restart"
+            )
+        kept = [record for _, record in records if record["step"] <= resumed_step]
+        if len(kept) < len(records):
+            self._journal.close()
+            write_jsonl(self.path, kept)
+            self._journal = Journal(self.path)
+        if wandb:
             try:
-                import wandb
+                import wandb as weights_and_biases
             except ImportError:
                 raise UserError(
-                    "--wandb-project needs wandb: pip install wandb, or leave the option out"
+                    "--wandb needs a package: pip install wandb, or leave the option out"
                 ) from None
             id_file = self.path.with_name(
                 "wandb_run.txt"
-            )  # the run's id, so that a continued run goes on in the same graph
+            )  # so that a continued run goes on in the same graph
             if resumed_step == 0 or not id_file.exists():
                 id_file.write_text(uuid.uuid4().hex)
-            self._wandb = wandb.init(
-                project=wandb_project,
-                name=wandb_run_name or self.path.resolve().parent.name,
-                id=id_file.read_text(),
-                resume="allow",
-                config=config,
+            name = self.path.resolve().parent.name
+            self._wandb = weights_and_biases.init(
+                project=wandb, name=name, id=id_file.read_text(), resume="allow", config=config
             )
 
     def log(self, step: int, **metrics: Any) -> None:
         """Write one record: floats to 6 significant digits, or null if not finite; a metric that is None is left out."""
         record = {name: _rounded(value) for name, value in metrics.items() if value is not None}
-        self._file.write(json.dumps({"step": step, **record}) + "\n")
-        self._file.flush()
+        if self._journal is not None:
+            self._journal.append([{"step": step, **record}])
         if self._wandb is not None:
             self._wandb.log(record, step=step)
 
     def close(self) -> None:
-        self._file.close()
+        if self._journal is not None:
+            self._journal.close()
         if self._wandb is not None:
             self._wandb.finish()
 
-    def __enter__(self) -> "RunLog":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -193,21 +280,3 @@ def _rounded(value: Any) -> Any:
     if not isinstance(value, float):
         return value
     return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
-def _keep_until(path: Path, last_step: int) -> None:
-    """Rewrite the file, atomically, without the records after `last_step` and without a half-written last line."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            if number < len(
-                lines
-            ):  # a torn last line is what an interrupted write leaves; anywhere else it is damage
-                raise UserError(
-                    f"{path}:{number}: not a metrics record; mend or delete the file, or use --restart"
-                ) from None
-    replace_text(path, "".join(line + "\n" for line in kept))

@@ -4,17 +4,19 @@ Whoever asks does not know which it has: `ask` takes questions and gives replies
 exact token ids and log-probabilities of each reply, which is what training needs.
 """
 
+import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import httpx
 import torch
 from tqdm import tqdm
 
 from nano_atlas.checkpoint import load_model
-from nano_atlas.client import Client, check_choices
 from nano_atlas.errors import UserError
 from nano_atlas.model import Transformer
 from nano_atlas.protocol import Messages
@@ -60,27 +62,22 @@ class Seat(Protocol):
 
 
 class TokenSeat:
-    """A model behind a sampler, in this process or on vLLM servers (`rollout.VllmSampler` has the interface of `Sampler`), and its
-    tokenizer."""
+    """A model behind a sampler (`Sampler`, or `vllm.VllmSampler`, which has its interface) and its tokenizer."""
+
+    is_batched = True  # its sampler wants many questions at once
 
     def __init__(self, sampler: Sampler, tokenizer: Tokenizer, *, thinking: bool = False):
         self.sampler, self.tokenizer = sampler, tokenizer
         self.template_options = {"enable_thinking": thinking}  # Qwen3's switch; other templates ignore it
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:
-        requests = [
-            Request(
-                tuple(self.prompt_ids(messages)),
-                SamplingParams(g.max_tokens, g.temperature, g.top_p, self.tokenizer.eos_ids),
-                n,
-                seed,
-            )
-            for messages, g, seed, n in questions
-        ]
-        return [
-            [self._reply(rollout) for rollout in group]
-            for group in self.sampler.generate(requests, progress=progress)
-        ]
+        requests = []
+        for messages, generation, seed, n in questions:
+            g, prompt_ids = generation, tuple(self.prompt_ids(messages))
+            params = SamplingParams(g.max_tokens, g.temperature, g.top_p, self.tokenizer.eos_ids)
+            requests.append(Request(prompt_ids, params, n, seed))
+        rollouts = self.sampler.generate(requests, progress=progress)
+        return [[self._reply(rollout) for rollout in group] for group in rollouts]
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         return self.tokenizer.chat_ids(messages, add_generation_prompt=True, **self.template_options)
@@ -89,14 +86,8 @@ class TokenSeat:
         return len(self.tokenizer.encode(text))
 
     def _reply(self, rollout: Rollout) -> Reply:
-        text = self.tokenizer.decode(rollout.completion_ids)
-        return Reply(
-            text,
-            len(rollout.completion_ids),
-            rollout.finish_reason == "length",
-            rollout,
-            len(rollout.prompt_ids),
-        )
+        ids, is_truncated = rollout.completion_ids, rollout.finish_reason == "length"
+        return Reply(self.tokenizer.decode(ids), len(ids), is_truncated, rollout, len(rollout.prompt_ids))
 
 
 class EmbeddedSeat(TokenSeat):
@@ -108,8 +99,99 @@ class EmbeddedSeat(TokenSeat):
         super().__init__(Sampler(model, **sampler_options), tokenizer, thinking=thinking)
 
 
+# ------------------------------------------------------------------------------------------------------------ endpoints
+
+
+class ServerLost(UserError):
+    """The server did not answer, or only with errors of its own, however often it was asked. A restart may fix that."""
+
+
+class Client:
+    """JSON over HTTP to one server, with retries, over kept-alive connections that threads may share.
+
+    url: of the server, with or without `/v1` or `/v1/chat/completions`; paths of requests begin with `/`. connections: most
+    requests under way at once. timeout: seconds until an answer must be there. tries: attempts per request, the waits between
+    them doubling from 1 s. The key comes from OPENAI_API_KEY and is never shown, not even where a server repeats it.
+    """
+
+    def __init__(self, url: str, *, connections: int = 16, timeout: float = 120.0, tries: int = 4):
+        self.url = url.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1")
+        self.connections, self.tries = connections, tries
+        self._key = os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"
+        self._http = httpx.Client(
+            # no limit on the wait for a free connection: it says how much there is to do, not how the server is
+            timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0), pool=None),
+            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+            headers={"Authorization": f"Bearer {self._key}"},
+            trust_env=not (
+                "//127.0.0.1" in url or "//localhost" in url
+            ),  # no proxy leads back to this machine
+        )
+
+    def close(self) -> None:
+        """Ends what is under way, in whichever thread."""
+        self._http.close()
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: dict | None = None,
+        *,
+        tries: int | None = None,
+        timeout: float | None = None,
+        choices: int | None = None,
+    ) -> dict:
+        """The server's JSON answer (`{}` where it is empty). choices: how many it must hold.
+
+        An answer that is not like that, 429, 5xx and transport errors are tried again; then ServerLost is raised with the last
+        cause. Any other status is a refusal: UserError at once.
+        """
+        cause = ""
+        for attempt in range(tries or self.tries):
+            if attempt:
+                time.sleep(min(2.0 ** (attempt - 1), 20.0))
+            try:
+                patience = httpx.USE_CLIENT_DEFAULT if timeout is None else timeout
+                response = self._http.request(method, self.url + path, json=body, timeout=patience)
+            except (
+                httpx.RequestError
+            ) as error:  # UnsupportedProtocol among them: a wrong address, which no retry can fix
+                is_final = isinstance(error, httpx.UnsupportedProtocol)
+                cause = f"{type(error).__name__}: {error}"
+            except httpx.InvalidURL as error:
+                is_final, cause = True, f"InvalidURL: {error}"
+            else:
+                answer, cause = _read_answer(response, choices)
+                is_final = response.status_code not in (200, 429) and response.status_code < 500
+                if cause is None:
+                    return answer
+            if is_final:
+                break
+        cause = cause.replace(self._key, "***")
+        kind = UserError if is_final else ServerLost
+        raise kind(f"{self.url}{path} failed ({cause}); check that the server is up and serves this model")
+
+
+def _read_answer(response: httpx.Response, choices: int | None) -> tuple[dict, str | None]:
+    """The answer, and what is wrong with it."""
+    if response.status_code != 200:
+        return {}, f"HTTP {response.status_code}: {response.text[:400]}"
+    try:
+        answer = response.json() if response.content else {}
+    except ValueError:
+        return {}, f"not JSON: {response.text[:200]!r}"
+    if not isinstance(answer, dict):
+        return {}, f"not a JSON object: {response.text[:200]!r}"
+    found = answer.get("choices")
+    if choices is not None and not (isinstance(found, list) and len(found) == choices):
+        count = len(found) if isinstance(found, list) else "no"
+        return {}, f"{count} choices in the answer, not {choices}: {response.text[:200]}"
+    return answer, None
+
+
 class EndpointSeat:
-    """A chat endpoint that speaks the OpenAI protocol, such as `vllm serve`; the key comes from OPENAI_API_KEY."""
+    """A chat endpoint that speaks the OpenAI protocol, such as `vllm serve`. model: by default the first that it lists."""
 
     def __init__(
         self, url: str, model: str | None = None, *, workers: int = 16, timeout: float = 120.0, tries: int = 4
@@ -121,44 +203,41 @@ class EndpointSeat:
         models = self.client.request("GET", "/v1/models").get("data") or []
         if not models:
             raise UserError(
-                f"{self.client.url}/v1/models lists no model; name one with --student-model or --teacher-model"
+                f"{self.client.url}/v1/models lists no model; name one after the address: URL#MODEL"
             )
         return models[0]["id"]
 
+    def complete(
+        self, messages: Sequence[dict], generation: Generation, seed: int, **more: Any
+    ) -> tuple[dict, Reply]:
+        """One chat completion: the server's first choice, and the same as a Reply. more: other fields of the request, such as tools."""
+        body = {
+            "model": self.model,
+            "messages": messages,
+            "max_tokens": generation.max_tokens,
+            "seed": seed % 2**31,
+        }
+        body |= {"temperature": generation.temperature, "top_p": generation.top_p, **more}
+        answer = self.client.request("POST", "/v1/chat/completions", body, choices=1)
+        choice, usage = answer["choices"][0], answer.get("usage") or {}
+        text, is_truncated = choice["message"].get("content") or "", choice.get("finish_reason") == "length"
+        return choice, Reply(
+            text, usage.get("completion_tokens", 0), is_truncated, None, usage.get("prompt_tokens", 0)
+        )
+
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:
         """Each reply is a request of its own: not every server knows `n`, and none counts the tokens of each of n replies."""
+        jobs = [(question, place) for question in questions for place in range(question.n)]
 
         def one(job: tuple[Question, int]) -> Reply:
-            (messages, generation, seed, _), place = job
-            body = {
-                "model": self.model,
-                "messages": messages,
-                "max_tokens": generation.max_tokens,
-                "temperature": generation.temperature,
-                "top_p": generation.top_p,
-                "seed": (seed + place) % 2**31,
-            }
-            answer = self.client.request("POST", "/v1/chat/completions", body, check=check_choices(1))
-            (choice,) = answer["choices"]
-            text, usage = (choice.get("message") or {}).get("content") or "", answer.get("usage") or {}
-            is_truncated = choice.get("finish_reason") == "length"
-            return Reply(
-                text, usage.get("completion_tokens", 0), is_truncated, None, usage.get("prompt_tokens", 0)
-            )
+            question, place = job
+            return self.complete(question.messages, question.generation, question.seed + place)[1]
 
-        jobs = [(question, place) for question in questions for place in range(question.n)]
         with ThreadPoolExecutor(self.client.connections) as pool:
-            replies = iter(
-                list(
-                    tqdm(
-                        pool.map(one, jobs),
-                        total=len(jobs),
-                        desc=progress,
-                        disable=progress is None,
-                        leave=False,
-                    )
-                )
+            made = tqdm(
+                pool.map(one, jobs), total=len(jobs), desc=progress, disable=progress is None, leave=False
             )
+            replies = iter(list(made))
         return [list(islice(replies, question.n)) for question in questions]
 
     def count_tokens(self, text: str) -> int:
@@ -171,16 +250,13 @@ def is_url(spec: str) -> bool:
 
 
 def open_seat(
-    spec: str,
-    *,
-    model: str | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    spec: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> EmbeddedSeat | EndpointSeat:
-    """A URL becomes an EndpointSeat (of `model`, or of the first one it lists); anything else is a checkpoint directory.
+    """`URL` or `URL#model` becomes an EndpointSeat; anything else is a checkpoint directory.
 
     Raises UserError for a directory without a checkpoint and for an endpoint that does not answer.
     """
     if is_url(spec):
-        return EndpointSeat(spec, model)
+        url, _, model = spec.partition("#")
+        return EndpointSeat(url, model or None)
     return EmbeddedSeat(load_model(spec, dtype, device), Tokenizer.from_directory(spec))

@@ -9,7 +9,6 @@ import tokenizers
 import torch
 from tokenizers import AddedToken
 
-import train_grpo
 from nano_atlas.checkpoint import save_model
 from nano_atlas.model import ModelConfig, Transformer
 from nano_atlas.seats import Reply
@@ -123,6 +122,8 @@ def grpo_flags(place: Path, out: Path, **options) -> list[str]:
 
 
 def run_grpo(place: Path, out: Path, **options) -> list[dict]:
+    import train_grpo
+
     train_grpo.main(grpo_flags(place, out, **options))
     return records(out / "metrics.jsonl")
 

@@ -24,10 +24,9 @@ from typing import Any
 
 import torch
 
-from nano_atlas.client import Client, check_choices
 from nano_atlas.errors import UserError
 from nano_atlas.protocol import Messages
-from nano_atlas.seats import EndpointSeat, Generation, Question, Reply, Seat, is_url, open_seat
+from nano_atlas.seats import Client, EndpointSeat, Generation, Question, Reply, Seat, is_url, open_seat
 
 TOOL_ROUNDS = 16  # requests per answer; an agent that still wants tools after them has failed
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
@@ -148,9 +147,7 @@ class ToolAgent(Agent):
                 "temperature": generation.temperature,
                 "top_p": generation.top_p,
             }
-            answer = self.endpoint.client.request(
-                "POST", "/v1/chat/completions", body, check=check_choices(1)
-            )
+            answer = self.endpoint.client.request("POST", "/v1/chat/completions", body, choices=1)
             usage, choice = answer.get("usage") or {}, answer["choices"][0]
             read, written = read + usage.get("prompt_tokens", 0), written + usage.get("completion_tokens", 0)
             calls = choice["message"].get("tool_calls")

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nano_atlas.client import Client, ServerLost, check_choices
 from nano_atlas.errors import UserError
 from nano_atlas.model import Transformer
 from nano_atlas.sampler import Request, Rollout
+from nano_atlas.seats import Client, ServerLost
 from nano_atlas.vllm.server import VllmServer
 from nano_atlas.vllm.sync import FileTransfer, NcclTransfer, Parity, sequence_logprobs
 
@@ -140,7 +140,7 @@ class VllmSampler:
             "stop_token_ids": list(params.stop_token_ids), "ignore_eos": True,  # those given stop it, and no others
         }  # fmt: skip
         try:
-            choices = client.request("POST", "/v1/completions", body, check=check_choices(count))["choices"]
+            choices = client.request("POST", "/v1/completions", body, choices=count)["choices"]
         finally:
             with self._lock:
                 self._under_way[place] -= 1
@@ -228,9 +228,7 @@ class VllmSampler:
             "temperature": 0,
             "prompt_logprobs": 0,
         }
-        scored = client.request("POST", "/v1/completions", body, check=check_choices(1))["choices"][0][
-            "prompt_logprobs"
-        ]
+        scored = client.request("POST", "/v1/completions", body, choices=1)["choices"][0]["prompt_logprobs"]
         return torch.tensor(
             [entry[str(token)]["logprob"] for entry, token in zip(scored[1:], token_ids[1:], strict=True)]
         )

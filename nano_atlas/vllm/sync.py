@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from nano_atlas.checkpoint import save_model, with_tied_head
-from nano_atlas.client import Client, ServerLost
 from nano_atlas.distributed import full_parameters
 from nano_atlas.errors import UserError
 from nano_atlas.loss import token_stats
 from nano_atlas.model import PackedAttention, Transformer
+from nano_atlas.seats import Client, ServerLost
 from nano_atlas.tokenizer import Tokenizer
 
 PROBE_TOKENS = 64

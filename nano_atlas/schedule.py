@@ -1,0 +1,185 @@
+"""Many conversations side by side. Each is a generator that yields the calls it needs and is sent the replies:
+
+    def script():
+        (approach,), answers = yield from ask(Call("student", "probe", ...), Call("student", "alone", ..., n=4))
+        return answers
+
+So a script reads as if it were alone in the world. Calls of all scripts to the same checkpoint go through its sampler in one
+batch; calls to endpoints and agents run in up to `workers` threads, each script going on as soon as its replies are there. A call
+that fails gives a Fault in place of its replies; the other scripts do not notice.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+from nano_atlas.errors import UserError
+from nano_atlas.protocol import Messages
+from nano_atlas.seats import Generation, Question, Reply, Seat
+
+LONGEST_REPLY = (
+    1_000_000  # characters; more is a fault of the agent, and would be copied into prompts and traces
+)
+Key = TypeVar("Key")
+
+
+@dataclass(frozen=True)
+class Call:
+    seat: str  # who is asked: "student", "teacher", "judge", ...
+    kind: str  # what for: "probe", "alone", "teaching", ...
+    messages: Messages
+    generation: Generation
+    seed: int
+    n: int = 1  # replies
+
+    @property
+    def question(self) -> Question:
+        return Question(self.messages, self.generation, self.seed, self.n)
+
+
+class Job(NamedTuple):
+    """A call on its way: the `index`-th of those that the script `key` waits for."""
+
+    key: Any
+    index: int
+    call: Call
+
+
+class Fault(UserError):
+    """What went wrong with one call. It stands in the list of replies, and is raised by a script that cannot go on without."""
+
+
+Script = Generator[list[Call], list, Any]  # yields calls; is sent, for each, its list of replies or a Fault
+
+
+def ask(*calls: Call) -> Script:
+    """The replies to all calls; raises the first Fault among them."""
+    answers = yield list(calls)
+    for answer in answers:
+        if isinstance(answer, Fault):
+            raise answer
+    return answers
+
+
+def play(scripts: Sequence[Script], seats: Mapping[str, Seat], progress: str | None = None) -> list[Any]:
+    """Runs all scripts to their end; what they return, in order. A Fault that a script does not catch is raised."""
+    results: dict[int, Any] = {}
+    for finished in drive(dict(enumerate(scripts)), seats, progress=progress, is_lockstep=True):
+        results |= finished
+    return [results[index] for index in range(len(scripts))]
+
+
+def drive(
+    scripts: Mapping[Key, Script],
+    seats: Mapping[str, Seat],
+    *,
+    workers: int = 16,
+    timeout: float = 600.0,
+    progress: str | None = None,
+    is_lockstep: bool = False,
+) -> Iterator[dict[Key, Any]]:
+    """Runs all scripts; yields what they return, in groups, as soon as they are done.
+
+    timeout: seconds from the start of a call to an endpoint or agent after which it counts as failed. Its thread cannot be
+    stopped; it is left behind, and does not count as a worker any more. progress: label of the samplers' progress bars.
+    is_lockstep: all scripts advance together, every seat is asked once per round for all of them, and its errors are raised.
+    """
+
+    answers: dict[Key, list] = {}
+    finished: dict[Key, Any] = {}
+    batched: list[Job] = []  # for checkpoints; they wait until nothing else can go on
+    queued: deque[Job] = deque()  # they wait for a thread
+    flying: dict[Future, tuple[Job, float]] = {}  # with the time at which each is given up
+
+    def advance(key: Key, received: list | None) -> None:
+        try:
+            calls = scripts[key].send(received)
+        except StopIteration as end:
+            finished[key] = end.value
+            return
+        if not calls:
+            return advance(key, [])
+        answers[key] = [None] * len(calls)
+        for index, call in enumerate(calls):
+            is_batched = is_lockstep or getattr(seats[call.seat], "is_batched", False)
+            (batched if is_batched else queued).append(Job(key, index, call))
+
+    def arrive(job: Job, answer: list[Reply] | Fault) -> None:
+        answers[job.key][job.index] = answer
+        if None not in answers[job.key]:
+            advance(job.key, answers.pop(job.key))
+
+    for key in scripts:
+        advance(key, None)
+    while finished or answers:
+        if finished:
+            done, finished = finished, {}
+            yield done
+        while queued and len(flying) < workers:
+            job = queued.popleft()
+            future = _in_thread(_ask_one, seats[job.call.seat], job.call)
+            flying[future] = job, time.monotonic() + timeout
+        if flying:
+            next_deadline = min(deadline for _, deadline in flying.values())
+            wait(flying, max(0.0, next_deadline - time.monotonic()), FIRST_COMPLETED)
+            for future, (job, deadline) in list(flying.items()):
+                if future.done() or time.monotonic() >= deadline:
+                    del flying[future]
+                    late = Fault(f"{job.call.seat}: no reply within {timeout:g} seconds")
+                    arrive(job, future.result() if future.done() else late)
+        elif batched:
+            jobs, batched = (
+                sorted(batched, key=lambda job: job.index),
+                [],
+            )  # first calls of all scripts, second calls, ...
+            replies = _ask_together(seats, [job.call for job in jobs], progress, is_lockstep)
+            for job, answer in zip(jobs, replies):
+                arrive(job, answer)
+
+
+def _ask_one(seat: Seat, call: Call) -> list[Reply] | Fault:
+    """One call to a seat; whatever somebody else's agent raises becomes a Fault."""
+    try:
+        (replies,) = seat.ask([call.question])
+    except Exception as error:  # a UserError, or anything at all from a user's function
+        return Fault(f"{call.seat}: {type(error).__name__}: {str(error)[:500]}")
+    for reply in replies:
+        if not reply.text.strip():
+            return Fault(f"{call.seat}: returned nothing")
+        if len(reply.text) > LONGEST_REPLY:
+            return Fault(
+                f"{call.seat}: returned {len(reply.text):,} characters; the limit is {LONGEST_REPLY:,}"
+            )
+    return replies
+
+
+def _ask_together(
+    seats: Mapping[str, Seat], calls: Sequence[Call], progress: str | None, is_lockstep: bool
+) -> list[list[Reply] | Fault]:
+    """Calls of the same seat go together; if that fails (a prompt too long for the model), one by one."""
+    answers: list[list[Reply] | Fault] = [Fault("not asked")] * len(calls)
+    by_seat: dict[int, list[int]] = {}
+    for index, call in enumerate(calls):
+        by_seat.setdefault(id(seats[call.seat]), []).append(index)
+    for indices in by_seat.values():
+        seat = seats[calls[indices[0]].seat]
+        try:
+            replies = seat.ask([calls[index].question for index in indices], progress)
+        except UserError:
+            if is_lockstep:
+                raise
+            replies = [_ask_one(seat, calls[index]) for index in indices]
+        for index, answer in zip(indices, replies, strict=True):
+            answers[index] = answer
+    return answers
+
+
+def _in_thread(function: Callable, *arguments: Any) -> Future:
+    """Unlike a pool's, a daemon thread that hangs does not keep the program from ending."""
+    future: Future = Future()
+    threading.Thread(target=lambda: future.set_result(function(*arguments)), daemon=True).start()
+    return future
