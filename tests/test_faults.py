@@ -19,9 +19,10 @@ from nano_atlas import batching as policy
 from nano_atlas import layout, protocol
 from nano_atlas.checkpoint import load_model
 from nano_atlas.data import Problem
-from nano_atlas.episode import EpisodeConfig, sketch_problems, teach
+from nano_atlas.episode import EpisodeConfig, seeds, sketch, teach
 from nano_atlas.errors import UserError
 from nano_atlas.reward import RewardConfig, teaching_reward
+from nano_atlas.schedule import play
 from nano_atlas.seats import EmbeddedSeat
 
 PROBLEM = Problem("p", "What is 6 times 3?", "18")
@@ -34,9 +35,14 @@ def episodes_of(teacher_says: str, student_says: dict[str, str], **options):
         return next(reply for part, reply in student_says.items() if part in prompt)
 
     student, teacher = ScriptedSeat(student_rule), ScriptedSeat(lambda *_: teacher_says)
-    sketches = sketch_problems(student, [PROBLEM], EpisodeConfig(), "seed")
-    ((episode,),) = teach(student, teacher, sketches, EpisodeConfig(), RewardConfig(**options), "seed")
+    (episode,) = group_of(student, teacher, rewards=RewardConfig(**options))
     return episode, student.asked, teacher.asked
+
+
+def group_of(student, teacher, baselines=1, group_size=1, rewards=RewardConfig()):
+    config, seed, seats = EpisodeConfig(), seeds("seed"), {"student": student, "teacher": teacher}
+    (alone,) = play([sketch(PROBLEM, config, seed, baselines)], seats)
+    return play([teach(alone, config, rewards, seed, teacher.count_tokens, group_size)], seats)[0]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +132,7 @@ def test_without_a_teaching_tag_the_student_is_handed_the_whole_completion(compl
     """That passed on the teacher's private thoughts, answer included, and rewarded it for forgetting the tag."""
     says = {protocol.PROBE_REQUEST: "Add.", "": "<solution>18</solution>"}
     episode, asked, _ = episodes_of(completion, says)
-    assert asked[-1] == protocol.baseline_messages(PROBLEM.question)[0]["content"]
+    assert len(asked) == 2 and asked[-1] == protocol.baseline_messages(PROBLEM.question)[0]["content"]
     assert episode.teaching is None and episode.reward < 0
 
 
@@ -180,8 +186,7 @@ def test_probe_and_baselines_are_drawn_anew_for_every_copy_of_a_problem():
     """A "group" of 32 different situations: advantages then measure the student's luck."""
     student = ScriptedSeat(lambda prompt, seed, index: f"{seed}-{index}")
     teacher = ScriptedSeat(lambda prompt, seed, index: f"<teaching>{index}</teaching>")
-    sketches = sketch_problems(student, [PROBLEM], EpisodeConfig(), "seed", baselines=4)
-    (group,) = teach(student, teacher, sketches, EpisodeConfig(), RewardConfig(), "seed", group_size=8)
+    group = group_of(student, teacher, baselines=4, group_size=8)
     assert len(student.asked) == 1 + 1 + 8 and len(set(teacher.asked)) == 1
     assert len({id(episode.sketch) for episode in group}) == 1
 

@@ -34,10 +34,8 @@ def test_a_leak_forfeits_every_gain_and_costs_the_penalty(baseline, guided):
 @pytest.mark.parametrize(("option", "value", "situation", "reward"), [
     ("degradation_penalty", 0.0, (1, 0, 100, False), 0.0),
     ("degradation_penalty", 3.0, (0.5, 0, 100, False), -1.5),
-    ("keep_correct", 0.2, (1, 1, 100, False), 0.3),
     ("efficiency_weight", 0.0, (0, 1, 100, False), 1.0),
     ("efficiency_weight", 2.0, (1, 1, 100, False), 1.0),
-    ("leak_penalty", 0.25, (0, 1, 100, True), -0.25),
 ])  # fmt: skip
 def test_every_coefficient_changes_the_reward(option, value, situation, reward):
     changed = RewardConfig(**{option: value})
