@@ -18,6 +18,7 @@ import difflib
 import hashlib
 import json
 import math
+import operator
 import os
 import sys
 import time
@@ -30,12 +31,7 @@ from nano_atlas.distributed import is_first_failure, process_group, size
 from nano_atlas.errors import UserError
 
 ConfigType = TypeVar("ConfigType")
-BOUNDS = {  # keyword of `option` -> (does a value satisfy the bound, how an error says it)
-    "above": (lambda value, bound: value > bound, "above"),
-    "at_least": (lambda value, bound: value >= bound, "at least"),
-    "at_most": (lambda value, bound: value <= bound, "at most"),
-    "below": (lambda value, bound: value < bound, "below"),
-}
+BOUNDS = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le, "below": operator.lt}
 
 
 def derive_seed(*parts: Any) -> int:
@@ -54,13 +50,7 @@ class Preset(NamedTuple):
 
 
 def option(
-    default: Any,
-    help: str,
-    choices: Sequence | None = None,
-    *,
-    group: str = "",
-    resumable: bool = False,
-    **bounds: float,
+    default: Any, help: str, choices: Sequence = (), *, group: str = "", resumable: bool = False, **bounds
 ) -> Any:
     """A dataclass field that becomes `--its-name`. `help` gives meaning and unit; defaults are appended to it.
 
@@ -87,17 +77,11 @@ def _options(cls: Any) -> list[dataclasses.Field]:
     return [field for field in dataclasses.fields(cls) if "help" in field.metadata]
 
 
-def _shown(value: Any) -> str:
-    text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    return "none" if value is None or text == "" else text
-
-
-def _add_option(group: Any, field: dataclasses.Field, kind: Any, presets: Mapping[str, Preset]) -> None:
-    values = {"default": field.default}
-    values |= {name: p.overrides[field.name] for name, p in presets.items() if field.name in p.overrides}
-    defaults = "; ".join(f"{name}: {_shown(value)}" for name, value in values.items())
+def _add_option(group: Any, field: dataclasses.Field, kind: Any, default: Any) -> None:
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    shown = "none" if shown in ("", "None") else shown
     settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
-    settings["help"] = f"{field.metadata['help']} ({defaults})".replace("%", "%%")
+    settings["help"] = f"{field.metadata['help']} (default: {shown})".replace("%", "%%")
     if kind is bool:
         group.add_argument(flag_of(field.name), action=argparse.BooleanOptionalAction, **settings)
         return
@@ -105,23 +89,21 @@ def _add_option(group: Any, field: dataclasses.Field, kind: Any, presets: Mappin
     if is_optional:
         (kind,) = [part for part in typing.get_args(kind) if part is not type(None)]
     if typing.get_origin(kind) is tuple:
-        parts = typing.get_args(kind)
-        settings["nargs"] = "*" if parts[-1] is Ellipsis else len(parts)
-        kind = parts[0]
+        kind, *more = typing.get_args(kind)
+        settings["nargs"] = "*" if more[-1] is Ellipsis else 1 + len(more)
 
     def convert(text: str) -> Any:
-        if is_optional and text.lower() == "none":
-            return None
-        value = kind(text)
+        value = None if is_optional and text.lower() == "none" else kind(text)
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(text)
         return value
 
     convert.__name__ = kind.__name__  # argparse names it: "invalid int value: 'x'"
-    choices = field.metadata["choices"]
-    metavar = {int: "N", float: "X", Path: "PATH", str: "TEXT"}[kind]
-    settings["metavar"] = "{" + ",".join(map(str, choices)) + "}" if choices else metavar
-    group.add_argument(flag_of(field.name), type=convert, choices=choices, **settings)
+    if choices := field.metadata["choices"]:
+        settings |= {"choices": choices, "metavar": "{" + ",".join(map(str, choices)) + "}"}
+    else:
+        settings["metavar"] = {int: "N", float: "X", Path: "PATH", str: "TEXT"}[kind]
+    group.add_argument(flag_of(field.name), type=convert, **settings)
 
 
 def parse(
@@ -134,42 +116,43 @@ def parse(
     """
     style = argparse.RawDescriptionHelpFormatter
     parser = _Parser(description=description, formatter_class=style, allow_abbrev=False)
-    kinds, group = typing.get_type_hints(cls), parser
-    for field in _options(cls):
+    options, kinds, group = _options(cls), typing.get_type_hints(cls), parser
+    chosen = _Parser(add_help=False, allow_abbrev=False)
+    chosen.add_argument("--preset", default=options[0].default, choices=list(presets) or None)
+    preset = presets[chosen.parse_known_args(list(argv))[0].preset] if presets else Preset("", {})
+    for field in options:
         if field.metadata["group"]:
             group = parser.add_argument_group(field.metadata["group"])
         if field.name == "preset":
-            about = "; ".join(f"{name}: {preset.help}" for name, preset in presets.items())
-            text = f"start from these values ({about}) (default: {field.default})".replace("%", "%%")
+            about = "".join(f"; {name}: {preset.help}" for name, preset in presets.items())
+            text = f"what the other options start from{about}; --preset NAME --help shows its values"
             group.add_argument(
-                "--preset", default=field.default, choices=list(presets), metavar="NAME", help=text
+                "--preset", default=field.default, metavar="NAME", help=text.replace("%", "%%")
             )
         else:
-            _add_option(group, field, kinds[field.name], presets)
+            _add_option(group, field, kinds[field.name], preset.overrides.get(field.name, field.default))
     given, unknown = parser.parse_known_args(list(argv))
     if unknown:
         known = [flag for action in parser._actions for flag in action.option_strings]
         close = difflib.get_close_matches(unknown[0].split("=")[0].replace("_", "-"), known, n=1)
-        raise UserError(
-            f"unknown option {unknown[0]}" + (f"; did you mean {close[0]}?" if close else " (see --help)")
-        )
+        remedy = f"; did you mean {close[0]}?" if close else " (see --help)"
+        raise UserError(f"unknown option {unknown[0]}{remedy}")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
-    overrides = presets[values["preset"]].overrides if "preset" in values else {}
-    config = cls(**{**overrides, **values})
-    _check_bounds(config)
+    config = cls(**{**preset.overrides, **values})
+    for field in options:
+        _check_bounds(field, getattr(config, field.name))
     if hasattr(config, "check"):
         config.check()
     return config
 
 
-def _check_bounds(config: Any) -> None:
-    for field in _options(config):
-        value = getattr(config, field.name)
-        for number in value if isinstance(value, tuple) else (value,):
-            for name, bound in field.metadata["bounds"].items():
-                holds, said = BOUNDS[name]
-                if number is not None and not holds(number, bound):
-                    raise UserError(f"{flag_of(field.name)} must be {said} {bound}, not {number}")
+def _check_bounds(field: dataclasses.Field, value: Any) -> None:
+    for number in value if isinstance(value, tuple) else (value,):
+        for name, bound in field.metadata["bounds"].items():
+            if number is not None and not BOUNDS[name](number, bound):
+                raise UserError(
+                    f"{flag_of(field.name)} must be {name.replace('_', ' ')} {bound}, not {number}"
+                )
 
 
 def to_json(config: Any) -> dict[str, Any]:

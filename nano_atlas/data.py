@@ -17,7 +17,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +169,16 @@ def _gold_answer(record: dict[str, Any], where: str) -> str | None:
     if not answer.strip():
         raise UserError(f"{where}: the field {field!r} ends before its answer")
     return answer.strip()
+
+
+def problems_of_step(problems: Sequence[Problem], step: int, per_step: int, seed: int) -> list[Problem]:
+    """The problems of a training step: every problem once per epoch, in an order given by (seed, epoch)."""
+    chosen = []
+    for index in range(step * per_step, (step + 1) * per_step):
+        epoch, place = divmod(index, len(problems))
+        order = random.Random(derive_seed(seed, "epoch", epoch)).sample(range(len(problems)), len(problems))
+        chosen.append(replace(problems[order[place]], id=f"{problems[order[place]].id}@{epoch}"))
+    return chosen
 
 
 # ------------------------------------------------------------------------------------------------------------ examples

@@ -22,20 +22,16 @@ from nano_atlas.schedule import Call, Script, ask
 from nano_atlas.seats import Generation, Reply
 
 SeedOf = Callable[..., int]  # (kind, id of the problem, ...) -> seed of one call
-Grade = Callable[
-    [str, Reply], Script
-]  # (kind of answer, reply) -> a script that returns an Attempt, or what has its `score`
+Grade = Callable[[str, Reply], Script]  # (kind of answer, reply) -> an Attempt, or what else has a `score`
 
 
 @dataclass(frozen=True)
 class EpisodeConfig:
     """How the two models talk; lengths in tokens."""
 
-    probe_tokens: int = option(
-        500, "longest student approach (tokens; 0: no probe)", group="sampling", at_least=0
-    )
-    teaching_tokens: int = option(4096, "longest teacher completion, thinking included (tokens)", above=0)
-    answer_tokens: int = option(4096, "longest student answer, alone or guided (tokens)", above=0)
+    probe_tokens: int = option(500, "longest approach (0: no probe)", group="sampling (tokens)", at_least=0)
+    teaching_tokens: int = option(4096, "longest completion of the teacher, thinking included", above=0)
+    answer_tokens: int = option(4096, "longest answer of the student, alone or guided", above=0)
     temperature: tuple[float, float] = option((0.7, 0.7), "of student and teacher (0: greedy)", at_least=0)
     top_p: float = 1.0  # nucleus mass of both; log-probs for training need 1
 
@@ -103,6 +99,20 @@ class Episode:
 # ------------------------------------------------------------------------------------------------------------ the script
 
 
+def episode(
+    problem: Problem,
+    config: EpisodeConfig,
+    rewards: RewardConfig,
+    seed: SeedOf,
+    count_tokens: Callable[[str], int],
+    baselines: int = 1,
+    group_size: int = 1,
+) -> Script:
+    """From the question to the rewards of `group_size` teachings -> list[Episode]."""
+    alone = yield from sketch(problem, config, seed, baselines)
+    return (yield from teach(alone, config, rewards, seed, count_tokens, group_size))
+
+
 def sketch(
     problem: Problem, config: EpisodeConfig, seed: SeedOf, baselines: int = 1, grade: Grade | None = None
 ) -> Script:
@@ -160,28 +170,28 @@ def guide(
     grade: Grade | None = None,
 ) -> Script:
     """The student's answer with each teaching -> list[Attempt]; without a teaching its own answer stands (that of sample i)."""
-    problem, generation = (
-        sketch.problem,
-        Generation(config.answer_tokens, config.student_temperature, config.top_p),
-    )
-    grade = grade or by_gold_answer(problem)
+    problem, grade = sketch.problem, grade or by_gold_answer(sketch.problem)
+    generation = Generation(config.answer_tokens, config.student_temperature, config.top_p)
     attempts = [sketch.baselines[i % len(sketch.baselines)] for i in range(len(teachings))]
     told = [i for i, teaching in enumerate(teachings) if teaching is not None]
-    replies = yield from ask(
-        *(
-            Call(
-                "student",
-                "guided",
-                protocol.guided_messages(problem.question, teachings[i]),
-                generation,
-                seed("guided", problem.id, i),
-            )
-            for i in told
-        )
-    )
+    calls = []
+    for i in told:
+        messages = protocol.guided_messages(problem.question, teachings[i])
+        calls.append(Call("student", "guided", messages, generation, seed("guided", problem.id, i)))
+    replies = yield from ask(*calls)
     for i, (reply,) in zip(told, replies):
         attempts[i] = yield from grade("guided", reply)
     return attempts
+
+
+def answer(problem: Problem, config: EpisodeConfig, seed: SeedOf, group_size: int) -> Script:
+    """The control without a teacher: the policy answers by itself, and is rewarded for being right -> list[Episode]."""
+    generation = Generation(config.answer_tokens, config.teacher_temperature, config.top_p)
+    asked = protocol.baseline_messages(problem.question), generation, seed("alone", problem.id), group_size
+    (replies,) = yield from ask(Call("teacher", "alone", *asked))
+    attempts = [attempt(reply, problem.answer) for reply in replies]
+    alone = Sketch(problem, "", 0, attempts)
+    return [Episode(alone, "", reply, "", 0, own, False, own.score) for reply, own in zip(replies, attempts)]
 
 
 def seeds(seed: Any) -> SeedOf:

@@ -101,47 +101,37 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 def read_jsonl(
     path: Path | str, bad: list[str] | None = None, is_journal: bool = False
-) -> Iterator[tuple[int, dict[str, Any]]]:
+) -> Iterator[tuple[int, dict]]:
     """Yield (line number from 1, object) for each line that is not blank.
 
-    is_journal: the file is written by a `Journal`; a last line without its line break is not a record yet, and no error.
+    is_journal: a `Journal` may be writing the file; a last line without its line break is not a record yet, and no error.
     Raises UserError for a file that is missing or empty, and for a line that is not UTF-8, not JSON or not an object; with a list
     `bad`, the complaint about such a line is added to it instead, and the line left out.
     """
-    path = Path(path)
+    path, is_empty = Path(path), True
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    is_empty = True
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             if raw.isspace() or (is_journal and not raw.endswith(b"\n")):
                 continue
             is_empty = False
             try:
-                record = _parse_line(raw, number, f"{path}:{number}")
-            except UserError as error:
-                if bad is None:
-                    raise
-                bad.append(str(error))
-                continue
-            yield number, record
+                record, fault = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8")), None
+                if not isinstance(record, dict):
+                    fault = f"a JSON {type(record).__name__}, but each line must be an object, {{...}}"
+            except UnicodeDecodeError as error:
+                fault = f"not UTF-8 (byte {error.start} of the line); save the file as UTF-8"
+            except json.JSONDecodeError as error:
+                fault = f"not JSON ({error.msg} at column {error.colno}); each line must be one JSON object, {{...}}"
+            if fault is None:
+                yield number, record
+            elif bad is None:
+                raise UserError(f"{path}:{number}: {fault}")
+            else:
+                bad.append(f"{path}:{number}: {fault}")
     if is_empty:
         raise UserError(f"{path}: empty; it should have one JSON object per line")
-
-
-def _parse_line(raw: bytes, number: int, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where}: not UTF-8 (byte {error.start} of the line); save the file as UTF-8"
-        ) from None
-    except json.JSONDecodeError as error:
-        remedy = "each line must be one complete JSON object, {...}"
-        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}); {remedy}") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: a JSON {type(record).__name__}, but each line must be an object, {{...}}")
-    return record
 
 
 def _to_line(record: Mapping[str, Any]) -> bytes:
@@ -168,22 +158,14 @@ class Journal:
         try:
             fcntl.flock(
                 self._file, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # the system releases it when the process ends, in any way
+            )  # the system releases it when the process ends
         except OSError:
             self._file.close()
             raise UserError(
-                f"{path}: another process is writing it; wait for its end, or choose another --out"
+                f"{path}: another process writes it; wait for its end, or choose another --out"
             ) from None
-        self._cut_torn_line()
-
-    def _cut_torn_line(self) -> None:
-        end = self._file.seek(0, os.SEEK_END)
-        last = b""
-        while end > 0 and b"\n" not in last:  # backwards, because the file may be large
-            start = max(0, end - 2**16)
-            self._file.seek(start)
-            last, end = self._file.read(end - start) + last, start
-        self._file.truncate(self._file.seek(0, os.SEEK_END) - len(last.rpartition(b"\n")[2]))
+        self._file.seek(0)
+        self._file.truncate(sum(len(line) for line in self._file if line.endswith(b"\n")))
 
     def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """(line number, record) of all that is in the file. Raises UserError for a damaged line."""
@@ -194,6 +176,11 @@ class Journal:
         self._file.write(b"".join(map(_to_line, records)))
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def keep(self, lines: int) -> None:
+        """Drop all but the first lines."""
+        self._file.seek(0)
+        self._file.truncate(sum(len(self._file.readline()) for _ in range(lines)))
 
     def close(self) -> None:
         self._file.close()
@@ -206,74 +193,50 @@ class Journal:
 
 
 class RunLog:
-    """What a run measured: one record `{"step": 12, "loss": 1.5, ...}` per line of `directory/filename`, and on Weights & Biases
-    where a project is named.
+    """What a run measured: a record `{"step": 12, "loss": 1.5, ...}` per line, and on Weights & Biases where a project is named.
 
     A run that continues after `resumed_step` computes the later steps again, so their records are dropped first: every step is in
-    the file once. `config` goes to wandb only. Of several ranks the first alone writes.
-    Raises UserError when the file is damaged, or when a wandb project is named but wandb is not installed.
+    the file once. Of several ranks the first alone writes. Raises UserError when the file is damaged.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        resumed_step: int = 0,
-        *,
-        filename: str = "metrics.jsonl",
-        wandb: str = "",
-        config: Any = None,
-    ):
-        self.path = Path(directory) / filename
+    def __init__(self, path: Path, resumed_step: int = 0, wandb: str = "", config: Any = None):
         self._journal = self._wandb = None
         if rank() > 0:
             return
-        self._journal = Journal(self.path)
-        records = list(self._journal.records())
-        if faulty := [number for number, record in records if "step" not in record]:
+        self._journal = Journal(path)
+        steps = [record.get("step") for _, record in self._journal.records()]
+        if None in steps:
             raise UserError(
-                f"{self.path}:{faulty[0]}: not a metrics record; fix or delete the file, or use --restart"
+                f"{path}:{steps.index(None) + 1}: no metrics record; fix or delete the file, or use --restart"
             )
-        kept = [record for _, record in records if record["step"] <= resumed_step]
-        if len(kept) < len(records):
-            self._journal.close()
-            write_jsonl(self.path, kept)
-            self._journal = Journal(self.path)
+        self._journal.keep(sum(step <= resumed_step for step in steps))
         if wandb:
             try:
                 import wandb as weights_and_biases
             except ImportError:
-                raise UserError(
-                    "--wandb needs a package: pip install wandb, or leave the option out"
-                ) from None
-            id_file = self.path.with_name(
-                "wandb_run.txt"
-            )  # so that a continued run goes on in the same graph
+                raise UserError("--wandb needs a package: pip install wandb, or leave it out") from None
+            id_file = path.with_name("wandb_run.txt")  # so that a continued run goes on in the same graph
             if resumed_step == 0 or not id_file.exists():
                 id_file.write_text(uuid.uuid4().hex)
-            name = self.path.resolve().parent.name
-            self._wandb = weights_and_biases.init(
-                project=wandb, name=name, id=id_file.read_text(), resume="allow", config=config
-            )
+            options = {"project": wandb, "name": path.resolve().parent.name, "config": config}
+            self._wandb = weights_and_biases.init(**options, id=id_file.read_text(), resume="allow")
 
     def log(self, step: int, **metrics: Any) -> None:
-        """Write one record: floats to 6 significant digits, or null if not finite; a metric that is None is left out."""
-        record = {name: _rounded(value) for name, value in metrics.items() if value is not None}
+        """Write one record: floats to 6 significant digits, or null if not finite."""
+        record = {name: _rounded(value) for name, value in metrics.items()}
         if self._journal is not None:
             self._journal.append([{"step": step, **record}])
         if self._wandb is not None:
             self._wandb.log(record, step=step)
 
-    def close(self) -> None:
-        if self._journal is not None:
-            self._journal.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        if self._journal is not None:
+            self._journal.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
 
 def _rounded(value: Any) -> Any:

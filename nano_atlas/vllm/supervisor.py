@@ -1,10 +1,10 @@
-"""Runs a command and ends it, with all its descendants, once the process that wanted it is gone. Needs nothing but Python.
+"""Runs a command, and ends it and all its descendants once the process that wanted it is gone. Needs nothing but Python.
 
     python -I supervisor.py DIRECTORY COMMAND ...
 
-The parent holds the other end of standard input. However the parent ends, by kill -9 too, the system closes that pipe; then the
-command's process group is ended and DIRECTORY ("" for none) is deleted. A byte on the pipe ends the command and spares the
-directory. (A death signal set in the server alone would miss the engine, which is a child of the server.)
+The parent holds the other end of standard input. However the parent ends, even by kill -9, the system closes that pipe; then the
+command's process group is killed and DIRECTORY ("" for none) is deleted. A byte on the pipe ends the command and spares the
+directory. (A death signal set on the server alone would miss the engine, which is a child of the server.)
 """
 
 import os
@@ -13,31 +13,25 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from contextlib import suppress
 
-PATIENCE = 10.0  # seconds between asking the group to end and ending it
-
-
-def signal_group(leader: int, number: int) -> None:
-    try:
-        os.killpg(leader, number)
-    except ProcessLookupError:
-        pass  # all of the group has ended already
+PATIENCE = 10.0  # seconds between asking the command to end and killing its group
 
 
 def main() -> int:
     directory, *command = sys.argv[1:]
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
-    while child.poll() is None and not select.select([0], [], [], 0.2)[0]:
-        pass
-    is_alone = child.poll() is None and not os.read(0, 1)
-    if child.poll() is None:
-        signal_group(child.pid, signal.SIGTERM)
-        deadline = time.monotonic() + PATIENCE
-        while child.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-    signal_group(child.pid, signal.SIGKILL)  # an orphaned engine would keep its memory and its cores
-    if directory and is_alone:
+    is_orphan = False
+    while child.poll() is None:
+        if select.select([0], [], [], 0.2)[0]:
+            is_orphan = not os.read(0, 1)
+            child.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(PATIENCE)
+            break
+    with suppress(ProcessLookupError):  # all have ended already
+        os.killpg(child.pid, signal.SIGKILL)  # an orphaned engine would keep its memory and its cores
+    if directory and is_orphan:
         shutil.rmtree(directory, ignore_errors=True)
     return child.wait()
 

@@ -1,8 +1,7 @@
 """The trainer's weights on their way to a vLLM server, and the proof that they have arrived.
 
-Two ways, with the same three steps (`stage` on the trainer's side, `load` per server, and the server's own reset of its caches):
-`FileTransfer` writes a checkpoint that the server reads again, `NcclTransfer` broadcasts from GPU to GPU. After each, `Parity`
-compares the log-probs of one sequence.
+Two ways with the same two steps, `stage` on the trainer's side and `load` per server: `FileTransfer` writes a checkpoint that the
+server reads again, `NcclTransfer` broadcasts from GPU to GPU. After each, `Parity` compares the log-probs of one sequence.
 """
 
 import random
@@ -26,8 +25,8 @@ PROBE_TOKENS = 64
 class FileTransfer:
     """A checkpoint in `folder`, best on shared memory, which servers of the same machine (or file system) read again.
 
-    A tied head is in it twice. Otherwise vLLM on a CPU gets new blocks under an old head: it packs a tied head when it starts, and
-    `reload_weights` packs it anew only where it meets `lm_head.weight`. It says nothing about it.
+    A tied head is in it twice. Otherwise vLLM on a CPU silently keeps the old head: it packs a tied head when it starts, and
+    `reload_weights` packs it anew only where it meets `lm_head.weight`.
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer):
@@ -38,24 +37,24 @@ class FileTransfer:
         try:  # a file per tensor: never two of them in host memory
             save_model(self.folder, model, self.tokenizer, max_shard_bytes=0, repeat_tied_head=True)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot write the weights for the server to {self.folder} ({error}); make room there, or name "
-                            "another place with --sync-dir. The run continues from its last state") from error  # fmt: skip
+            raise UserError(f"cannot write the weights for the server to {self.folder} ({error}); make room there. The run "
+                            "continues from its last state") from error  # fmt: skip
 
     def load(self, client: Client) -> None:
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
         try:
             client.request("POST", "/collective_rpc", body, tries=1)
         except ServerLost as lost:
-            raise ServerLost(f"{client.url} could not load the weights: it must serve a model of the same shape and see {self.folder}. "
-                             f"Its log says more; start it anew ({lost})") from lost  # fmt: skip
+            raise ServerLost(f"{client.url} could not load the weights: it must serve a model of the same shape and see "
+                             f"{self.folder}; its log says more ({lost})") from lost  # fmt: skip
 
 
 class NcclTransfer:
     """vLLM's own weight transfer: a broadcast from the policy's GPU to the server's workers, no file in between.
 
     Written against the trainer-side classes of vLLM 0.32 (`vllm/distributed/weight_transfer/nccl_engine.py`). **Not run with NCCL
-    itself**: that takes two GPUs. The tests run all else with a real server, and broadcasts that go through a TCP store. The server
-    must be started with `--weight-transfer-config '{"backend": "nccl"}'`.
+    itself**, which takes two GPUs; the tests run the rest with a real server, and broadcast through a TCP store. The server must be
+    started with `--weight-transfer-config '{"backend": "nccl"}'`.
     """
 
     def __init__(self):
@@ -77,10 +76,7 @@ class NcclTransfer:
 
     def _connect(self, client: Client) -> object:
         from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient, ParamMeta, WeightSource
-        from vllm.distributed.weight_transfer.nccl_engine import (
-            NCCLTrainerInitInfo,
-            NCCLTrainerWeightTransferEngine,
-        )
+        from vllm.distributed.weight_transfer import nccl_engine as nccl
         from vllm.utils.network_utils import get_ip, get_open_port
 
         transfer = self
@@ -93,15 +89,12 @@ class NcclTransfer:
                 return with_tied_head(full_parameters(transfer.model), transfer.model.config)
 
         workers = client.request("GET", "/get_world_size")["world_size"]
-        info = NCCLTrainerInitInfo(
+        info = nccl.NCCLTrainerInitInfo(
             rank=0, master_address=get_ip(), master_port=get_open_port(), world_size=1 + workers
         )
-        torch.cuda.set_device(
-            self.model.head_weight.device
-        )  # the communicator is opened on the current device
-        return NCCLTrainerWeightTransferEngine.trainer_init(
-            info, client=HTTPVLLMWeightSyncClient(client.url), source=Source()
-        )
+        torch.cuda.set_device(self.model.head_weight.device)  # on which the communicator is opened
+        http = HTTPVLLMWeightSyncClient(client.url)
+        return nccl.NCCLTrainerWeightTransferEngine.trainer_init(info, client=http, source=Source())
 
 
 @torch.no_grad()
@@ -116,9 +109,9 @@ def sequence_logprobs(model: Transformer, token_ids: list[int]) -> Tensor:
 class Parity:
     """Compares trainer and server on a fixed sequence after each sync, and says which of the two is stale.
 
-    The first comparison measures what their kernels differ by (float32: 1e-6 nats; bfloat16: some 1e-2); later ones may come to
-    `FACTOR` times that, at least to `FLOOR`. A server that gives bit for bit what it gave before is stale sooner: as soon as the
-    trainer has moved by a hundredth of that since.
+    The first comparison measures what their kernels differ by (float32: 1e-6 nats; bfloat16: some 1e-2). Later ones may come to
+    `FACTOR` times that, at least to `FLOOR`. A server that gives bit for bit what it gave before is stale as soon as the trainer
+    has moved by a hundredth of that since.
     """
 
     FACTOR, FLOOR = 5.0, 1e-4
@@ -127,9 +120,8 @@ class Parity:
         """largest_start: what the first comparison may come to (mean over tokens, nats)."""
         self.token_ids = random.Random(0).choices(range(vocab_size), k=PROBE_TOKENS)
         self.limit, self._is_first = largest_start, True
-        self.before: dict[
-            str, tuple[Tensor, Tensor]
-        ] = {}  # by server: the trainer's and its log-probs when its last changed
+        # per server: the trainer's and the server's log-probs when the latter last changed
+        self.before: dict[str, tuple[Tensor, Tensor]] = {}
 
     def check(self, url: str, trainer: Tensor, server: Tensor) -> float:
         """The mean absolute difference in nats. Raises UserError where it is too large."""
@@ -137,18 +129,15 @@ class Parity:
         old_trainer, old_server = self.before.get(url, (trainer, server))
         is_same = torch.equal(server, old_server)
         is_unmoved = is_same and (trainer - old_trainer).abs().mean().item() > self.limit / 100
-        to_old = (server - old_trainer).abs().mean().item()
         if is_unmoved or not difference <= self.limit:
-            if is_unmoved or to_old < difference:
+            if is_unmoved or (server - old_trainer).abs().mean().item() < difference:
                 cause = "the server still has the weights from before the last update: it is stale"
             elif url in self.before:
-                cause = "the server has neither the present nor the previous weights; some are stale (on a CPU, a tied head)"
+                cause = "the server has neither the present nor the previous weights (on a CPU: a tied head is stale)"
             else:
                 cause = "the server has another model, or one trained further"
-            raise UserError(
-                f"{url} and the trainer differ by {difference:.2g} nats a token on the same sequence, where "
-                f"{self.limit:.2g} are allowed: {cause}. The run continues from its last state, with a new server"
-            )
+            raise UserError(f"{url} and the trainer differ by {difference:.2g} nats a token on the same sequence, where "
+                            f"{self.limit:.2g} are allowed: {cause}. The run continues from its last state")  # fmt: skip
         if url not in self.before or not is_same:
             self.before[url] = trainer, server
         if self._is_first:
