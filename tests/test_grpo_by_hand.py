@@ -10,7 +10,8 @@ import copy
 import pytest
 import torch
 
-from nano_atlas.batching import Sample, UpdateConfig, update
+import train_grpo
+from nano_atlas.batching import Sample
 from nano_atlas.model import ModelConfig, PackedAttention, Transformer
 from nano_atlas.optim import MasterAdamW
 from nano_atlas.reward import step_advantages, teaching_reward
@@ -39,7 +40,7 @@ def token_logprobs(model, prompt, completion):
 
 
 def by_hand(policy, reference, sampler_logprobs):
-    """Two updates on one batch; returns loss and length of the gradient of each."""
+    """Two updates on one batch; returns for each the loss, the length of the gradient, and the share of clipped tokens."""
     # 1. Reward of a teaching: what the student gained, more for a brief one; harm costs double.
     rewards_PG = [[(guided - alone) * (1 + 100 / (100 + tokens)) if guided > alone else 2.0 * (guided - alone)
                    for alone, guided, tokens in outcomes_G] for outcomes_G in OUTCOMES_PG]  # fmt: skip
@@ -53,14 +54,15 @@ def by_hand(policy, reference, sampler_logprobs):
         anchor = [token_logprobs(reference, *sequence) for sequence in sequences]
     parameters = list(policy.parameters())
     means, squares = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
-    history = []
+    history, n_tokens = [], sum(len(teaching) for _, teaching in sequences)
     for step in range(1, UPDATES + 1):
-        loss = 0.0
+        loss, n_clipped = 0.0, 0
         for i, sequence in enumerate(sequences):
             logprobs = token_logprobs(policy, *sequence)
             # 3. Probability ratio to the policy that the batch started from, clipped.
             ratio = (logprobs - old[i]).exp()
             gain = torch.minimum(ratio * advantages[i], ratio.clamp(1 - CLIP, 1 + CLIP) * advantages[i])
+            n_clipped += (gain < ratio * advantages[i]).sum().item()
             # 4. The sampler's log-probs are never quite the trainer's: weigh by their ratio, truncated.
             importance = (old[i] - sampler_logprobs[i]).exp().clamp(max=IMPORTANCE_CAP)
             # 5. KL to the reference, estimated from the sampled token (k3).
@@ -70,7 +72,7 @@ def by_hand(policy, reference, sampler_logprobs):
             loss = loss + (BETA * kl - importance * gain).mean() / len(sequences)
         gradients = torch.autograd.grad(loss, parameters)
         norm = sum(gradient.square().sum() for gradient in gradients).sqrt()
-        history.append((loss.item(), norm.item()))
+        history.append((loss.item(), norm.item(), n_clipped / n_tokens))
         with torch.no_grad():  # 7. AdamW with a gradient of length 1 at most; matrices decay.
             for p, gradient, mean, square in zip(parameters, gradients, means, squares):
                 gradient = gradient * min(1.0, CLIP_NORM / norm)
@@ -103,12 +105,11 @@ def test_a_step_of_training_is_the_step_written_out_by_hand(tokens_per_batch):
         sampler_logprobs = [
             token_logprobs(start, *sequence) + error for sequence, error in zip(sequences, errors)
         ]
-    (loss, first_norm), (_, second_norm) = by_hand(
-        expected, copy.deepcopy(reference).double(), sampler_logprobs
-    )
+    first, second = by_hand(expected, copy.deepcopy(reference).double(), sampler_logprobs)
 
-    config = UpdateConfig(teacher_temperature=TEMPERATURE, beta=BETA, importance_cap=IMPORTANCE_CAP, updates_per_batch=UPDATES,
-                          tokens_per_batch=tokens_per_batch, max_logp_diff=1.0)  # fmt: skip
+    config = train_grpo.Config(temperature=(0.7, TEMPERATURE), beta=BETA, clip=(CLIP, CLIP), updates_per_batch=UPDATES,
+                               tokens_per_batch=tokens_per_batch, max_logp_diff=1.0)  # fmt: skip
+    assert train_grpo.IMPORTANCE_CAP == IMPORTANCE_CAP
     optimizer = MasterAdamW(policy, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, clip_norm=CLIP_NORM)
     rewards = [[teaching_reward(*outcome) for outcome in group] for group in OUTCOMES_PG]
     advantages = [advantage for group in step_advantages(rewards) for advantage in group]
@@ -116,13 +117,14 @@ def test_a_step_of_training_is_the_step_written_out_by_hand(tokens_per_batch):
         Sample(Rollout(tuple(prompt), teaching, logprobs.tolist(), "stop", 0), advantage)
         for (prompt, teaching), logprobs, advantage in zip(sequences, sampler_logprobs, advantages)
     ]
-    metrics = update(config, policy, reference, optimizer, samples, RATE)
+    metrics = train_grpo.update(config, policy, reference, optimizer, samples, RATE)
 
-    assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
-    assert metrics["grad_norm"] == pytest.approx((first_norm + second_norm) / 2, rel=1e-4)
+    assert metrics["loss"] == pytest.approx(first[0], rel=1e-4)
+    for name, index in (("grad_norm", 1), ("clip_ratio", 2)):
+        assert metrics[name] == pytest.approx((first[index] + second[index]) / UPDATES, rel=1e-4)
     # everything took part: the clip, the cap, the KL, the clipping of the gradient
-    assert metrics["clip_ratio"] > 0 and metrics["sampling/importance_capped"] > 0 and metrics["kl"] > 0.01
-    assert first_norm > CLIP_NORM
+    assert second[2] > 0 and metrics["sampling/importance_capped"] > 0 and metrics["kl"] > 0.01
+    assert first[1] > CLIP_NORM
     before = dict(start.named_parameters())
     for (name, ours), theirs in zip(policy.named_parameters(), expected.parameters(), strict=True):
         assert not torch.equal(ours, before[name]), name
