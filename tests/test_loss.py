@@ -246,7 +246,14 @@ def test_without_grad_and_without_tokens():
 def only(x, rows):
     """The same data of some tokens."""
     short = types.SimpleNamespace(**vars(x))
-    for name in ("targets", "token_weights", "advantages", "old_logprobs", "ref_logprobs", "sampled_logprobs"):
+    for name in (
+        "targets",
+        "token_weights",
+        "advantages",
+        "old_logprobs",
+        "ref_logprobs",
+        "sampled_logprobs",
+    ):
         setattr(short, name, getattr(x, name)[rows])
     short.hidden = x.hidden[rows]
     return short
@@ -276,7 +283,9 @@ def test_a_token_of_weight_zero_counts_for_exactly_nothing():
 )
 def test_grpo_loss_is_that_of_trl(loss_type, mode, monkeypatch):
     trl_imports = pytest.importorskip("trl.import_utils")
-    monkeypatch.setattr(trl_imports, "is_vllm_available", lambda *_, **__: False)  # importing it takes seconds
+    monkeypatch.setattr(
+        trl_imports, "is_vllm_available", lambda *_, **__: False
+    )  # importing it takes seconds
     trl_trainer = pytest.importorskip("trl.trainer.grpo_trainer")
     from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
@@ -434,7 +443,11 @@ def test_inputs_that_do_not_fit_together_are_refused():
         return -logprobs
 
     good = dict(
-        hidden=x.hidden, weight=x.weight, targets=x.targets, token_loss=token_loss, token_weights=x.token_weights
+        hidden=x.hidden,
+        weight=x.weight,
+        targets=x.targets,
+        token_loss=token_loss,
+        token_weights=x.token_weights,
     )
     fused_token_loss(**good)
     for name, value, message in [
