@@ -26,7 +26,6 @@ by the deviation of its group (--advantage-scale; README, "The trap of the devia
 """
 
 import random
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -43,7 +42,7 @@ from tqdm import tqdm
 from nano_atlas import distributed, episode, optim
 from nano_atlas.batching import Sample, completion_logprobs, policy_batches, predicting_states
 from nano_atlas.checkpoint import save_model
-from nano_atlas.config import derive_seed, option, parse, refuse_changes, run_script, to_json
+from nano_atlas.config import derive_seed, option, parse, run_script, to_json
 from nano_atlas.data import Problem, load_problems, problems_of_step
 from nano_atlas.episode import Episode, EpisodeConfig, Sketch
 from nano_atlas.errors import UserError
@@ -52,7 +51,7 @@ from nano_atlas.loss import fused_token_loss
 from nano_atlas.model import Transformer
 from nano_atlas.presets import presets
 from nano_atlas.reward import RewardConfig, step_advantages
-from nano_atlas.runs import RunLog, read_json, write_json
+from nano_atlas.runs import RunLog, read_json
 from nano_atlas.schedule import play
 from nano_atlas.seats import Seat
 from nano_atlas.tokenizer import Tokenizer
@@ -339,16 +338,14 @@ def evaluate(config: Config, seats: Mapping[str, Seat], sketches: Sequence[Sketc
 
 
 def train(config: Config) -> None:
-    state_dir, options_file = config.out / "state", config.out / "options.json"
-    if config.restart and distributed.rank() == 0:
-        shutil.rmtree(config.out, ignore_errors=True)
-    distributed.wait()
-    resumed = optim.latest_training_state(state_dir)
-    if resumed:
-        refuse_changes(config, read_json(options_file), str(config.out))
-        if read_json(resumed / "state.json")["step"] >= config.steps and (config.out / "model").is_dir():
-            print(f"{config.out / 'model'} is already trained; more with --steps, anew with --restart")
-            return
+    resumed = optim.open_run(config)
+    if (
+        resumed
+        and read_json(resumed / "state.json")["step"] >= config.steps
+        and (config.out / "model").is_dir()
+    ):
+        print(f"{config.out / 'model'} is already trained; more with --steps, anew with --restart")
+        return
     problems, held_out = load_data(config)
     is_taught = config.reward == "teaching"
     start, flag = (config.teacher, "--teacher") if is_taught else (config.student, "--student")
@@ -359,22 +356,19 @@ def train(config: Config) -> None:
     distributed.shard(policy)
     reference = load(start, layout.reference, config.dtype, "") if config.beta else None
     tokenizer = Tokenizer.from_directory(start)
-    state_device = None if config.optimizer_device == "auto" else config.optimizer_device
+    where = config.optimizer_device
     optimizer = optim.MasterAdamW(
-        policy, betas=BETAS, weight_decay=0.0, clip_norm=CLIP_NORM, state_device=state_device
+        policy, betas=BETAS, weight_decay=0.0, clip_norm=CLIP_NORM, state_device=where
     )
     record = optim.load_training_state(resumed, optimizer) if resumed else {"step": 0, "best": None}
     first_step, best = record["step"], record["best"]
-    distributed.wait()  # all have read the earlier options
-    if distributed.rank() == 0:
-        write_json(options_file, to_json(config))
     size = f"{config.problems_per_step} x {config.group_size}"
     print(f"{len(problems)} problems, {len(held_out)} held out; {size} completions a step")
 
     bar = {"total": config.steps, "initial": first_step, "unit": "step", "disable": distributed.rank() > 0}
     with (
         ExitStack() as servers,
-        RunLog(config.out / "metrics.jsonl", first_step, wandb=config.wandb, config=to_json(config)) as log,
+        RunLog(config.out / "metrics.jsonl", first_step, config.wandb, to_json(config)) as log,
         RunLog(config.out / "episodes.jsonl", first_step) as episodes,
         tqdm(desc=config.out.name, **bar) as progress,
     ):
@@ -408,7 +402,7 @@ def train(config: Config) -> None:
             progress.set_postfix_str(f"reward {metrics['reward']:.2f}, kl {metrics['kl']:.3f}")
             progress.update()
             if (step + 1) % config.save_every == 0 or is_last:
-                optim.save_training_state(state_dir, optimizer, step + 1, {"best": best})
+                optim.save_training_state(config.out / "state", optimizer, step + 1, best=best)
 
     save_model(config.out / "model", policy, tokenizer)
     print(f"{config.out}: model, best, metrics.jsonl, episodes.jsonl, state")

@@ -1,14 +1,10 @@
-"""Several processes that train one model: FSDP2 under torchrun. In a single process every function here is a no-op.
+"""Several processes that train one model: FSDP2 under torchrun. In a single process every function here does nothing.
 
-    torchrun --nproc-per-node 8 train_grpo.py --preset 80gb ...
-
-All ranks hold the same data and take the same decisions; what differs is who computes what. Each samples its share of the
-conversations (`divide`) and learns from its share of a step's tokens (`shares`), then everyone has everyone's results. Each stores
-its rows of every parameter, gradient and moment (Rajbhandari et al. 2020, arXiv:1910.02054, ZeRO stage 3); whole layers exist
-while they compute. Gradients are summed over the ranks, not averaged: the losses are normalised by the whole step already.
-
-They are summed after each micro-batch, not once per step, because to wait would take an unsharded float32 gradient (33 GB for 8B)
-to save one transfer of three. Rows are cut as FSDP2 cuts them: ceil(rows / N) each, the last ranks fewer or none.
+All ranks hold the same data, take the same decisions, and share the computation: each samples its part of the conversations
+(`divide`) and learns from its part of a step's tokens (`shares`); then all get all results. Each stores its rows of every
+parameter, gradient and moment (Rajbhandari et al. 2020, arXiv:1910.02054, ZeRO stage 3); whole layers exist while they compute.
+Gradients are summed, not averaged, because the losses are already normalised by the whole step: and after each micro-batch,
+because waiting for the last would need an unsharded float32 gradient (33 GB for 8B) to save one transfer of three.
 """
 
 import os
@@ -25,9 +21,7 @@ from torch import Tensor
 from nano_atlas.errors import UserError
 from nano_atlas.model import Transformer
 
-PATIENCE = timedelta(
-    hours=2
-)  # a rank waits this long for the others, who may sample long answers or evaluate
+TIMEOUT = timedelta(hours=2)  # for a collective: the other ranks may be sampling long answers or evaluating
 Item = TypeVar("Item")
 
 
@@ -41,11 +35,11 @@ def size() -> int:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Joins the processes that torchrun started, if it did; all but rank 0 print nothing but errors from here on."""
+    """Joins the processes that torchrun started, if it did. From here on only rank 0 writes to stdout."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "LOCAL_RANK" not in os.environ:
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     if torch.cuda.is_available() and int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if rank() > 0:
@@ -55,27 +49,26 @@ def process_group() -> Iterator[None]:
 
 
 def is_first_failure() -> bool:
-    """Whether this process is the first of the job to fail; the others then fail of its absence, and need not say so."""
+    """Whether this rank is the first of the job to fail. Only that one reports; the others exit silently."""
     if not dist.is_initialized():
         return True
     try:  # torchrun's own store, which outlives the ranks
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(
-            host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10)
-        )
-        return store.add(f"failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+        address, attempt = os.environ["MASTER_ADDR"], os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        port, patience = int(os.environ["MASTER_PORT"]), timedelta(seconds=10)
+        store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=patience)
+        return store.add(f"failures/{attempt}", 1) == 1
     except RuntimeError:
         return True
 
 
 def wait() -> None:
-    """Until all ranks are here: what rank 0 alone writes is then there for all."""
+    """Until all ranks are here: all then see what rank 0 has written."""
     if size() > 1:
         dist.barrier()
 
 
 def device(choice: str, gpus: int | None = None) -> str:
-    """The device that an option names; "auto" is a GPU, a process's own, or the CPU where there is none. Raises UserError."""
+    """The device that an option names; "auto" is the process's GPU, or the CPU if there is none. Raises UserError."""
     gpus = torch.cuda.device_count() if gpus is None else gpus
     if size() > 1 and choice.startswith("cuda"):
         raise UserError(
@@ -93,17 +86,12 @@ def check_gpu(name: str, gpus: int) -> None:
         raise UserError(f"there is no device {name} here ({gpus} GPUs)")
 
 
-# ---- who computes what ----------------------------------------------------------------------------------------------------
-
-
 def shares(sizes: Sequence[int]) -> list[list[int]]:
-    """Items (by index) of each rank: neighbours stay together, and the sizes of all shares are equal, give or take an item."""
+    """Items (by index) of each rank: contiguous, and of equal total size up to one item."""
     result: list[list[int]] = [[] for _ in range(size())]
     before, total = 0, sum(sizes)
     for index, item in enumerate(sizes):
-        result[int((before + item / 2) * len(result) / total)].append(
-            index
-        )  # the rank in whose share its middle lies
+        result[int((before + item / 2) * len(result) / total)].append(index)  # where the item's middle lies
         before += item
     return result
 
@@ -111,7 +99,7 @@ def shares(sizes: Sequence[int]) -> list[list[int]]:
 def in_step(batches: Sequence[Item], filler: Item) -> Iterator[tuple[Item, bool]]:
     """(micro-batch, whether it counts): this rank's own, then `filler` until every rank has run as many.
 
-    Every pass through a sharded model gathers weights and sums gradients, which all ranks do together or wait for ever.
+    A pass through a sharded model is collective: a rank that skips one deadlocks the others.
     """
     most = torch.tensor(len(batches))
     if size() > 1:
@@ -128,47 +116,40 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 class DividedSeat:
-    """A seat on every rank; each asks its own a part of the questions (or rank 0 all of them), and all get all replies."""
+    """A seat on every rank. Each asks its own a part of the questions (or rank 0 all of them), and all get all replies."""
+
+    is_batched = True
 
     def __init__(self, seat, is_first_only: bool):
-        self.seat, self.group = (
-            seat,
-            dist.new_group(backend="gloo", timeout=PATIENCE),
-        )  # its own, so that a thread may ask
+        self.seat = seat
         self.parts = 1 if is_first_only else size()
+        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT)  # its own, so that a thread may ask
 
     def ask(self, questions, progress=None) -> list[list]:
         own = slice(rank(), None, self.parts) if rank() < self.parts else slice(0)
         replies = self.seat.ask(questions[own], progress if rank() == 0 else None)
-        parts: list[list] = [[] for _ in range(size())]
-        dist.all_gather_object(
-            parts, replies, self.group
-        )  # pickled on the way between the ranks; nothing of it is stored
-        return [parts[index % self.parts][index // self.parts] for index in range(len(questions))]
+        gathered: list[list] = [[] for _ in range(size())]
+        dist.all_gather_object(gathered, replies, self.group)  # pickled between the ranks, never stored
+        return [gathered[index % self.parts][index // self.parts] for index in range(len(questions))]
 
     def __getattr__(self, name: str):
         return getattr(self.seat, name)
 
 
 def divide(seat, is_first_only: bool = False):
-    """is_first_only: the seat of the other ranks has nothing to ask, as the server is rank 0's."""
+    """is_first_only: only rank 0's seat can answer, because the server is rank 0's."""
     return DividedSeat(seat, is_first_only) if size() > 1 else seat
-
-
-# ---- sharded parameters -----------------------------------------------------------------------------------------------------
 
 
 def shard(model: Transformer) -> None:
     """Cuts the parameters into rows, in place: float32 from here on, and cast to the model's dtype when they are gathered.
 
-    A group per layer, and one of embedding, final norm and head. The latter stays gathered from the forward to the end of the
-    backward pass, because the loss uses `head_weight` outside of the model.
+    One group per layer, and one of embedding, final norm and head, which stays gathered until the end of the backward pass,
+    because the loss uses `head_weight` outside of the model. FSDP2 gives each rank ceil(rows / N), the last ranks fewer or none.
     """
     if size() == 1:
         return
-    from torch.distributed.device_mesh import (
-        init_device_mesh,
-    )  # here, because these take as long to import as torch itself
+    from torch.distributed.device_mesh import init_device_mesh  # here: they take as long to import as torch
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     model.compute_dtype = model.head_weight.dtype
@@ -176,7 +157,7 @@ def shard(model: Transformer) -> None:
     precision = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32)
     for module in (*model.model.layers, model):
         for parameter in module.parameters():
-            if own_part(parameter) is parameter:
+            if own_part(parameter) is parameter:  # not sharded yet
                 parameter.data = parameter.data.float()
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=module is not model)
         module.set_gradient_divide_factor(1.0)
@@ -195,7 +176,7 @@ def own_rows(whole: Tensor) -> Tensor:
 
 
 def gather_rows(part: Tensor, rows: int) -> Tensor:
-    """The whole tensor, of `rows` rows, of which each rank gives its part."""
+    """The whole tensor, of `rows` rows, from each rank's part. Collective."""
     if size() == 1:
         return part
     padded = part.new_zeros(-(-rows // size()), *part.shape[1:])
@@ -207,7 +188,7 @@ def gather_rows(part: Tensor, rows: int) -> Tensor:
 
 @torch.no_grad()
 def full_parameters(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor) one at a time, in the model's dtype. All ranks must go through all of them, whoever needs them."""
+    """(name, whole tensor) one at a time, in the model's dtype. Collective: all ranks must go through all of them."""
     if model.compute_dtype is None:
         yield from ((name, parameter.detach()) for name, parameter in model.named_parameters())
         return
@@ -224,7 +205,7 @@ def copy_parameters(source: Transformer, target: Transformer) -> None:
 
 
 def whole_copy(model: Transformer) -> Transformer:
-    """An unsharded model to sample from, on the same device, for `copy_parameters` to fill; without torchrun the model itself."""
+    """An unsharded model on the same device, for `copy_parameters` to fill; in a single process the model itself."""
     if size() == 1:
         return model
     copy = Transformer(model.config).to(model.head_weight.device, model.compute_dtype)

@@ -23,28 +23,20 @@ from nano_atlas.seats import EmbeddedSeat, Seat, TokenSeat, is_url, open_seat
 from nano_atlas.tokenizer import Tokenizer
 
 ROLLOUT = re.compile(r"embedded|vllm(?::(cpu|cuda:\d+(?:,\d+)*))?")
+ROLLOUT_HELP = """who samples the policy: embedded (this process), vllm (a server started here, on the last GPU),
+vllm:cuda:6,7 or vllm:cpu (started there), or URLs of running servers; auto: vllm where it is installed and there are two
+GPUs, else embedded"""
 
 
 @dataclass(frozen=True)
 class LayoutConfig:
     device: str = option("auto", "where the policy is trained: cpu, cuda:1", group="layout", resumable=True)
-    optimizer_device: str = option(
-        "auto", "where masters and moments are (12 bytes a parameter); auto: --device", resumable=True
-    )
+    optimizer_device: str = option("auto", "of masters and moments (12 bytes a parameter)", resumable=True)
     dtype: str = option("float32", "of the models; masters are always float32", ["float32", "bfloat16"])
-    gradient_checkpointing: bool = option(
-        False, "recompute activations in the backward pass: less memory, 4/3 the time", resumable=True
-    )
+    gradient_checkpointing: bool = option(False, "recompute activations: less memory, 4/3 the time")
     thinking: bool = option(False, "render prompts with Qwen3's thinking mode; others ignore it")
     cache_rows: int = option(256, "most sequences decoded at once by a sampler here", resumable=True)
-    rollout: tuple[str, ...] = option(
-        ("auto",),
-        "who samples the policy: embedded (this process), vllm (a server started here, on the last GPU), "
-        "vllm:cuda:6,7 or vllm:cpu (started there), or URLs of running servers; "
-        "auto: vllm where it is installed and there are two GPUs, else embedded",
-        group="vLLM",
-        resumable=True,
-    )
+    rollout: tuple[str, ...] = option(("auto",), ROLLOUT_HELP, group="vLLM", resumable=True)
     vllm_args: str = option("", "options for servers started here, as one quoted text", resumable=True)
     overlap: bool = option(False, "sample a step while the one before trains (vLLM only)")
 
@@ -54,14 +46,14 @@ class Layout:
     """Devices, and who samples on them."""
 
     policy: str
-    student: str
+    student: str  # "" where it is an endpoint or there is none
     reference: str
     student_rollout: str  # "embedded" | "vllm" | "endpoint" | "none"
     server: str = ""  # device or devices of the policy's vLLM server, if one is started here
     urls: tuple[str, ...] = ()  # the policy's vLLM servers, if they are running already
 
     def serves_on(self, device: str) -> bool:
-        """Whether the policy's server, started here, uses this GPU."""
+        """Whether the policy's server, if it is started here, uses this GPU."""
         return device in gpus_of(self.server)
 
 
@@ -100,15 +92,14 @@ def choose_layout(config: LayoutConfig, student: str, kl: str, gpus: int | None 
         raise UserError("--overlap needs --rollout vllm: the embedded sampler's weights change in training")
 
     has_full_gpu = is_served and gpus > 1 and is_alone  # vLLM preallocates its GPU's memory
-    student_rollout = "vllm" if has_full_gpu and has_vllm else "embedded"
+    student_device, student_rollout = spare, "vllm" if has_full_gpu and has_vllm else "embedded"
     if not student or is_url(student):
-        student_rollout = "endpoint" if student else "none"
+        student_device, student_rollout = "", "endpoint" if student else "none"
     reference = policy if kl == "exact" or has_full_gpu else spare
     sampler = f"vLLM at {', '.join(urls)}" if urls else f"vLLM on {server}" if server else "this process"
-    place = student if student_rollout == "endpoint" else spare
     print(f"policy: trained on {policy}, sampled by {sampler} ({reason})")
-    print(f"student: {student_rollout} on {place}; reference on {reference}")
-    return Layout(policy, spare, reference, student_rollout, server, urls)
+    print(f"student: {student_rollout} on {student_device or student}; reference on {reference}")
+    return Layout(policy, student_device, reference, student_rollout, server, urls)
 
 
 def load(path: str | Path, device: str, dtype: str, made_by: str) -> Transformer:
@@ -140,13 +131,11 @@ def open_student(config, layout: Layout, stack: ExitStack) -> Seat:
         from nano_atlas.vllm.opening import open_served_student
 
         return open_served_student(config, layout, stack)
-    frozen = load(
-        config.student, layout.student, config.dtype, "name the student's checkpoint with --student"
-    )
+    made_by = "name the student's checkpoint directory with --student"
+    frozen = load(config.student, layout.student, config.dtype, made_by)
     tokenizer = Tokenizer.from_directory(config.student)
-    return distributed.divide(
-        EmbeddedSeat(frozen, tokenizer, thinking=config.thinking, max_rows=config.cache_rows)
-    )
+    seat = EmbeddedSeat(frozen, tokenizer, thinking=config.thinking, max_rows=config.cache_rows)
+    return distributed.divide(seat)
 
 
 class Pipeline:

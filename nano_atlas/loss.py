@@ -111,15 +111,8 @@ def _run(kernel: Callable, *arguments):
         raise ValueError(
             f"environment variable NANO_ATLAS_COMPILE is {setting!r}; use 0, 1 or leave it unset"
         )
-    if setting == "0" or (setting == "" and arguments[0].shape[1] < MIN_COMPILED_VOCABULARY):
-        return kernel(*arguments)
-    try:
-        return _compiled(kernel)(*arguments)
-    except Exception as error:
-        error.add_note(
-            f"in the compiled kernel {kernel.__name__}; NANO_ATLAS_COMPILE=0 does without a compiler"
-        )
-        raise
+    is_compiled = setting == "1" or (setting == "" and arguments[0].shape[1] >= MIN_COMPILED_VOCABULARY)
+    return (_compiled(kernel) if is_compiled else kernel)(*arguments)
 
 
 # ---- the pass over the chunks ----------------------------------------------------------------------------------------------
@@ -127,9 +120,8 @@ def _run(kernel: Callable, *arguments):
 
 def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
     """`hidden @ weight.T`, `[n, V]`, in the buffer, which is resized because the compiler would recompile for a view of it."""
-    options = (
-        {} if buffer.dtype == hidden.dtype else {"out_dtype": buffer.dtype}
-    )  # only CUDA's mm knows out_dtype
+    is_widened = buffer.dtype != hidden.dtype  # float32 of bfloat16, which only CUDA's mm can do
+    options = {"out_dtype": buffer.dtype} if is_widened else {}
     return torch.mm(hidden, weight.T, out=buffer.resize_(len(hidden), len(weight)), **options)
 
 
@@ -142,29 +134,18 @@ def _slices(tokens: int, vocabulary: int, device: torch.device) -> list[slice]:
 
 def _differentiate(
     token_loss: TokenLoss, weights: Tensor, stats: TokenStats, rows: slice
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> list[Tensor | None]:
     """-> sum of the weighted losses [], and its derivatives by log-probs and KL, [n] (None: it does not depend on the KL)."""
     with torch.enable_grad():
-        logprobs = stats.logprobs.detach().requires_grad_()
-        kl = None if stats.kl is None else stats.kl.detach().requires_grad_()
-        losses = token_loss(logprobs, kl, rows)
-        if losses.shape != weights.shape:
-            raise ValueError(
-                f"token_loss must return {tuple(weights.shape)}, one number per token, not {tuple(losses.shape)}"
-            )
-        inputs = [logprobs] if kl is None else [logprobs, kl]
-        gradients = torch.autograd.grad(losses.sum(), inputs, allow_unused=True)
-
-    def weighted(
-        x: Tensor | None,
-    ) -> Tensor | None:  # a plain product with weight 0 would let inf and NaN through
-        return None if x is None else torch.where(weights != 0, weights * x, 0.0)
-
-    return (
-        weighted(losses.detach()).sum(),
-        weighted(gradients[0]),
-        weighted(gradients[-1]) if kl is not None else None,
-    )
+        inputs = [None if x is None else x.detach().requires_grad_() for x in (stats.logprobs, stats.kl)]
+        losses = token_loss(*inputs, rows)
+        if losses.shape != weights.shape:  # a [n, 1] would silently broadcast to [n, n]
+            shapes = tuple(weights.shape), tuple(losses.shape)
+            raise ValueError("token_loss must return {}, one number per token, not {}".format(*shapes))
+        given = [x for x in inputs if x is not None]
+        gradients = torch.autograd.grad(losses.sum(), given, allow_unused=True)
+    weighted = [None if x is None else weights * x for x in (losses.detach(), *gradients)]
+    return [weighted[0].sum(), *weighted[1:], None][:3]
 
 
 @torch.no_grad()
@@ -181,11 +162,8 @@ def _sweep(
     """One pass over the chunks -> loss [] float32, statistics, d loss / d hidden, d loss / d weight (None where not needed)."""
     device, tokens, vocabulary = hidden.device, len(hidden), len(weight)
     chunks = _slices(tokens, vocabulary, device)
-    shape, dtype = (
-        (chunks[0].stop if chunks else 0, vocabulary),
-        torch.float32 if weight.is_cuda else weight.dtype,
-    )
-    buffer = torch.empty(shape, dtype=dtype, device=device)
+    longest, dtype = chunks[0].stop if chunks else 0, torch.float32 if weight.is_cuda else weight.dtype
+    buffer = torch.empty(longest, vocabulary, dtype=dtype, device=device)
     ref_buffer = None if reference is None else torch.empty_like(buffer)
     d_hidden = torch.empty_like(hidden) if needs_gradient[0] else None
     d_weight = torch.zeros_like(weight) if needs_gradient[1] else None
@@ -209,9 +187,7 @@ def _sweep(
         if any(needs_gradient):
             known = (targets[rows], inverse_temperature, stats, *logsumexps, *derivatives)
             _run(_logits_to_gradient_, logits, ref_logits, *known)
-            d_logits = logits.to(
-                hidden.dtype
-            )  # [n, V]; a copy only where the product returned float32 for bfloat16
+            d_logits = logits.to(hidden.dtype)  # [n, V]; a copy only of float32 for bfloat16
         if d_hidden is not None:
             torch.mm(d_logits, weight, out=d_hidden[rows])
         if is_summed_apart:
@@ -226,9 +202,7 @@ def _sweep(
 class _GradientInForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, *arguments):
-        loss, stats, *ctx.gradients = _sweep(
-            hidden, weight, *arguments, needs_gradient=ctx.needs_input_grad[:2]
-        )
+        loss, stats, *ctx.gradients = _sweep(hidden, weight, *arguments, ctx.needs_input_grad[:2])
         ctx.mark_non_differentiable(*(x for x in stats if x is not None))
         return loss, *stats
 
@@ -236,29 +210,9 @@ class _GradientInForward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_loss: Tensor, *_):
         if ctx.gradients is None:
-            raise RuntimeError(
-                "the fused loss keeps its gradient for one backward pass only; compute the loss again"
-            )
+            raise RuntimeError("the fused loss keeps its gradient for one backward pass; compute it again")
         gradients, ctx.gradients = ctx.gradients, None  # handed on, not copied: [V, D] is large
         return *(None if gradient is None else gradient.mul_(d_loss) for gradient in gradients), *[None] * 5
-
-
-def _check(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, reference: Reference | None
-) -> None:
-    shapes = [tuple(x.shape) for x in (hidden, weight, targets)]
-    if [len(shape) for shape in shapes] != [2, 2, 1] or shapes[0] != (*shapes[2], shapes[1][1]):
-        raise ValueError(f"expected hidden [N, D], weight [V, D] and targets [N], not {shapes}")
-    if hidden.dtype != weight.dtype or hidden.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(
-            f"hidden ({hidden.dtype}) and weight ({weight.dtype}) must both be float32 or both bfloat16"
-        )
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, not {temperature}")
-    if reference is not None and [len(x) for x in reference] != [len(hidden), len(weight)]:
-        raise ValueError(
-            "reference must be hidden states [N, D_ref] and a head [V, D_ref] with the policy's N and V"
-        )
 
 
 # ---- what others call ------------------------------------------------------------------------------------------------------
@@ -278,17 +232,20 @@ def fused_token_loss(
 
     hidden `[N, D]` (float32 or bfloat16), weight `[V, D]` (same dtype; may be the tied embedding), targets `[N]` int64, any
     valid id where the weight is 0. token_loss maps (logprobs, kl, rows) of one chunk, float32 `[n]`, to losses `[n]`, element by
-    element; `rows` says which tokens they are. token_weights `[N]`: a weight of 0 makes a token count for exactly nothing.
-    Logits of policy and reference are divided by temperature.
+    element; `rows` says which tokens they are. Logits of policy and reference are divided by temperature.
 
     Returns the loss, `[]` float32, differentiable once by hidden and weight, and the statistics of all N tokens, detached.
     Raises ValueError for shapes and dtypes that do not fit together.
     """
-    _check(hidden, weight, targets, temperature, reference)
-    if token_weights.shape != targets.shape:  # a [N, 1] would silently broadcast to [N, N]
+    shapes = [tuple(x.shape) for x in (hidden, weight, targets, token_weights)]
+    if (
+        shapes[0] != (*shapes[2], shapes[1][-1]) or shapes[2] != shapes[3]
+    ):  # a [N, 1] would silently broadcast
         raise ValueError(
-            f"token_weights must be {tuple(targets.shape)}, one per token, not {tuple(token_weights.shape)}"
+            f"expected hidden [N, D], weight [V, D], targets and token_weights [N], not {shapes}"
         )
+    if hidden.dtype != weight.dtype or hidden.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"hidden ({hidden.dtype}), weight ({weight.dtype}) must both be float32 or bfloat16")
     arguments = (hidden, weight, targets, temperature, reference, token_loss, token_weights)
     if not torch.is_grad_enabled():
         return _sweep(*arguments)[:2]
@@ -300,20 +257,11 @@ def token_stats(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    *,
     temperature: float = 1.0,
     reference: Reference | None = None,
 ) -> TokenStats:
-    """What each token's distribution says, without gradient; arguments and errors as in `fused_token_loss`."""
-    _check(hidden, weight, targets, temperature, reference)
+    """What each token's distribution says, without gradient; arguments as in `fused_token_loss`."""
     return _sweep(hidden, weight, targets, temperature, reference)[1]
-
-
-def sft_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor
-) -> tuple[Tensor, TokenStats]:
-    """Weighted cross-entropy, `sum_t w_t * -log p(y_t)`; arguments as in `fused_token_loss`."""
-    return fused_token_loss(hidden, weight, targets, lambda logprobs, kl, rows: -logprobs, token_weights)
 
 
 def batch_loss(model: Transformer, batch: "Batch", target_tokens: int) -> Tensor:
@@ -322,4 +270,7 @@ def batch_loss(model: Transformer, batch: "Batch", target_tokens: int) -> Tensor
     attention = PackedAttention(batch.lengths, batch.input_ids.device)
     hidden = model(batch.input_ids, attention.positions, attention)  # [N, D]
     weights = torch.full_like(batch.targets, 1 / target_tokens, dtype=torch.float32)
-    return sft_loss(hidden[batch.target_positions], model.head_weight, batch.targets, weights)[0]
+    hidden = hidden[batch.target_positions]
+    return fused_token_loss(
+        hidden, model.head_weight, batch.targets, lambda logprobs, *_: -logprobs, weights
+    )[0]

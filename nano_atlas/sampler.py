@@ -2,11 +2,11 @@
 
 1. Requests become samples in a waiting line; those with the same prompt stand together.
 2. Samples enter free rows of the batch. A prompt runs through the model once (`RecordingAttention`), however many samples share
-   it; its keys and values are copied to each row, save for its last token, which is the first input of decoding.
-3. A decoding step feeds one token per row, attends to the row's cache (`CachedAttention`), draws the next one (`draw_tokens`).
+   it. Its keys and values are copied to each row, except those of its last token, which is the first input of decoding.
+3. A decoding step feeds one token per row, attends to the row's cache (`CachedAttention`), and draws the next (`draw_tokens`).
 4. Finished rows leave at once, the last rows move into the gaps, waiting samples enter.
 
-What a request yields depends on the weights, its prompt, parameters and seed and the sample's index, not on the batch around:
+What a request yields depends on the weights, its prompt, parameters and seed and the sample's index, not on the batch around it:
 each sample inverts the cumulative distribution at its own uniform numbers (Philox keyed by seed and index). Only float noise is
 left: products round differently at another batch size, which can flip a draw within about 1e-6 of a token's border.
 
@@ -29,9 +29,7 @@ from nano_atlas.distributed import copy_parameters
 from nano_atlas.errors import UserError
 from nano_atlas.model import ModelConfig, PackedAttention, Transformer
 
-PREFILL_TOKENS = (
-    8192  # at most this many prompt tokens go through the model at once (a longer prompt goes alone)
-)
+PREFILL_TOKENS = 8192  # prompt tokens that go through the model at once (a longer prompt goes alone)
 
 
 @dataclass(frozen=True)
@@ -40,9 +38,7 @@ class SamplingParams:
 
     max_tokens: int  # of the completion, the stop token included
     temperature: float = 1.0  # 0: the most likely token
-    top_p: float = (
-        1.0  # nucleus (Holtzman et al. 2020, arXiv:1904.09751): the fewest tokens with at least this mass
-    )
+    top_p: float = 1.0  # nucleus (Holtzman et al. 2020, arXiv:1904.09751): fewest tokens with this mass
     stop_token_ids: tuple[int, ...] = ()  # the sample ends with, and includes, the first of these
 
 
@@ -56,13 +52,14 @@ class Request:
 
 @dataclass
 class Rollout:
-    """One sample: exactly the ids the model saw and drew."""
+    """One sample: exactly the ids the model saw and drew.
+
+    `logprobs` are in nats, float32: the log-softmax of logits / temperature (at temperature 0: of the logits), before top_p.
+    """
 
     prompt_ids: tuple[int, ...]
-    completion_ids: list[int]  # includes the stop token where finish_reason is "stop"
-    logprobs: list[
-        float
-    ]  # nats, float32: log-softmax of logits / temperature before top_p (at temperature 0: of the logits)
+    completion_ids: list[int]  # includes the stop token if finish_reason is "stop"
+    logprobs: list[float]
     finish_reason: str  # "stop" | "length"
     weight_version: int  # of the weights that drew it
 
@@ -88,11 +85,10 @@ def draw_tokens(
         mass_before = sorted_probs.cumsum(-1) - sorted_probs
         threshold = sorted_probs.masked_fill(mass_before >= top_p, torch.inf).amin(-1, keepdim=True)
         probs = probs.masked_fill((probs < threshold) & (top_p < 1), 0)
-    # float64: rounding must not lead to tokens of probability zero. Out of range are only NaN logits, reported by the caller.
+    # float64: rounding must not lead to tokens of probability zero. Only NaN logits go out of range; the caller reports them.
     cumulative = probs.cumsum(-1, dtype=torch.float64)
-    tokens = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True).clamp_(
-        max=logits.shape[-1] - 1
-    )
+    tokens = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)
+    tokens = tokens.clamp_(max=logits.shape[-1] - 1)
     if is_greedy is not None:
         tokens = torch.where(is_greedy, logits.argmax(-1, keepdim=True), tokens)
     return tokens.squeeze(1), all_logprobs.gather(1, tokens).squeeze(1)
@@ -103,10 +99,8 @@ class RecordingAttention(PackedAttention):
 
     def __init__(self, lengths: Sequence[int], config: ModelConfig, dtype: torch.dtype, device: torch.device):
         super().__init__(lengths, device)
-        heads, size = config.num_key_value_heads, config.head_dim
-        self.kv = torch.empty(
-            config.num_hidden_layers, 2, sum(lengths), heads, size, dtype=dtype, device=device
-        )
+        shape = (config.num_hidden_layers, 2, sum(lengths), config.num_key_value_heads, config.head_dim)
+        self.kv = torch.empty(shape, dtype=dtype, device=device)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.kv[layer, 0], self.kv[layer, 1] = k, v
@@ -126,7 +120,7 @@ class CachedAttention:
         self.kv = torch.zeros(layers, 2, rows, heads, slots, config.head_dim, dtype=dtype, device=device)
         self.flat = self.kv.view(
             2 * layers, rows * heads * slots, -1
-        ).unbind()  # k, v of layer 0, k, v of layer 1, ...
+        ).unbind()  # k, v of layer 0, of layer 1, ...
         self.first_slots = torch.arange(rows * heads, device=device).view(rows, heads) * slots
         self.columns = torch.arange(slots, device=device)
 
@@ -141,23 +135,19 @@ class CachedAttention:
         """positions `[R]`: the slot that each of the first R rows fills now and attends up to; longest: their maximum + 1."""
         rows = len(positions)
         self.targets = (self.first_slots[:rows] + positions[:, None]).flatten()
-        is_beyond = self.columns[:longest] > positions[:, None]
-        mask = torch.zeros(rows, longest, dtype=self.kv.dtype, device=self.kv.device).masked_fill_(
-            is_beyond, -torch.inf
-        )
+        mask = torch.zeros(rows, longest, dtype=self.kv.dtype, device=self.kv.device)
+        mask.masked_fill_(self.columns[:longest] > positions[:, None], -torch.inf)
         self.mask = mask[:, None, None]  # [R, 1, 1, longest], added to the scores
         self.views = (
             self.kv[:, :, :rows, :, :longest].flatten(0, 1).unbind()
-        )  # 2 L times [R, H_kv, longest, D_head]
+        )  # 2 L of [R, H_kv, longest, D_head]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.flat[2 * layer].index_copy_(0, self.targets, k.flatten(0, 1))
         self.flat[2 * layer + 1].index_copy_(0, self.targets, v.flatten(0, 1))
+        keys, values = self.views[2 * layer], self.views[2 * layer + 1]
         grouped = q.unflatten(1, (k.shape[1], -1))  # [R, H_kv, H / H_kv, D_head]
-        out = F.scaled_dot_product_attention(
-            grouped, self.views[2 * layer], self.views[2 * layer + 1], attn_mask=self.mask
-        )
-        return out.flatten(1, 2)
+        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.mask).flatten(1, 2)
 
 
 class Sample(NamedTuple):
@@ -175,43 +165,27 @@ class Sample(NamedTuple):
 class Sampler:
     """Generates from `model` as it is at the time of the call.
 
-    max_rows: samples decoded together at most. max_cache_tokens: bound on rows x longest request (prompt + completion), that is
-    on the cache's memory: 2 L H_kv D_head numbers per token (0.14 MB for Qwen3-8B in bf16). steps_per_sync: decoding steps
-    between two looks at what was drawn (1; 8 on a GPU, where looking means waiting); what a row draws past its end is cut.
-    Rollouts carry `weight_version`, which `sync` raises with each update of the weights.
+    max_rows: samples decoded together at most. Each takes 2 L H_kv D_head numbers per token of the longest request (0.14 MB for
+    Qwen3-8B in bf16). steps_per_sync: decoding steps between two looks at what was drawn (1; on a GPU, where looking means
+    waiting, 8); what a row draws past its end is cut. `sync` raises `weight_version`, which is written into the rollouts.
     """
 
-    def __init__(
-        self,
-        model: Transformer,
-        *,
-        max_rows: int = 256,
-        max_cache_tokens: int | None = None,
-        steps_per_sync: int | None = None,
-    ):
-        for name, value in (
-            ("max_rows", max_rows),
-            ("max_cache_tokens", max_cache_tokens),
-            ("steps_per_sync", steps_per_sync),
-        ):
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}: the sampler needs at least 1")
+    def __init__(self, model: Transformer, *, max_rows: int = 256, steps_per_sync: int | None = None):
         self.model, self.weight_version = model, 0
-        self.max_rows, self.max_cache_tokens, self.steps_per_sync = max_rows, max_cache_tokens, steps_per_sync
+        self.max_rows, self.steps_per_sync = max_rows, steps_per_sync
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], progress: str | None = None) -> list[list[Rollout]]:
         """`request.n` rollouts per request, in order; `progress` labels a progress bar. Raises UserError for a bad request."""
         for index, request in enumerate(requests):
-            _check(index, request, self.model.config)
+            if fault := _fault(request, self.model.config):
+                raise UserError(f"the prompt of request {index} {fault}")
         results: list[list[Rollout | None]] = [[None] * request.n for request in requests]
         waiting = _waiting_line(requests)
         if not waiting:
             return results
         batch = _Batch(self, waiting)
-        with tqdm(
-            total=len(waiting), desc=progress, unit="sample", disable=progress is None, leave=False
-        ) as bar:
+        with tqdm(None, progress, len(waiting), leave=False, unit="sample", disable=progress is None) as bar:
             while waiting or batch.samples:
                 batch.admit(waiting)
                 for sample, rollout in batch.decode():
@@ -220,8 +194,9 @@ class Sampler:
         return results
 
     def sync(self, model: Transformer, version: int) -> float:
-        """From now on the weights of `model` are `version`; a sampler elsewhere fetches them, this one has them already, unless
-        `model` is sharded. Returns by how much a sampler elsewhere then differs (nats); here 0.
+        """From now on the weights of `model` are `version`. This sampler has them already, unless `model` is sharded.
+
+        Returns by how much a sampler elsewhere then differs (nats); here 0.
         """
         if model is not self.model:
             copy_parameters(model, self.model)
@@ -229,10 +204,7 @@ class Sampler:
         return 0.0
 
     def rest(self) -> None:
-        """Called when nothing is sampled for a while; a sampler elsewhere on this GPU then frees it."""
-
-    def close(self) -> None:
-        """Called when nothing is sampled any more."""
+        """Called when nothing is sampled for a while; a sampler elsewhere on this GPU then frees its memory."""
 
 
 class _Batch:
@@ -242,33 +214,20 @@ class _Batch:
         self.model, self.weight_version = sampler.model, sampler.weight_version
         self.dtype, self.device = self.model.head_weight.dtype, self.model.head_weight.device
         self.steps_per_sync = sampler.steps_per_sync or (8 if self.device.type == "cuda" else 1)
-
+        self.max_rows = min(sampler.max_rows, len(waiting))
         slots = max(sample.longest for sample in waiting)
-        self.max_rows = min(
-            sampler.max_rows, len(waiting), (sampler.max_cache_tokens or sampler.max_rows * slots) // slots
-        )
-        if self.max_rows == 0:
-            raise UserError(
-                f"max_cache_tokens is {sampler.max_cache_tokens}, too few for a request of {slots}: raise it"
-            )
         self.attention = CachedAttention(self.model.config, self.max_rows, slots, self.dtype, self.device)
 
         longest_completion = max(sample.request.params.max_tokens for sample in waiting)
         most_stops = max(len(sample.request.params.stop_token_ids) for sample in waiting)
         # `token` is the next input and `position` its place (as many slots are filled); `count` tokens have been drawn.
         fields = [(name, "i8") for name in ("token", "position", "count", "max_tokens")]
-        fields += [
-            ("temperature", "f4"),
-            ("top_p", "f4"),
-            ("stop_token_ids", "i8", (most_stops,)),
-        ]  # filled up with -1
+        fields += [("temperature", "f4"), ("top_p", "f4"), ("stop_token_ids", "i8", (most_stops,))]
         per_token = (("uniforms", "f8"), ("completion_ids", "i8"), ("logprobs", "f4"))
         fields += [(name, kind, (longest_completion,)) for name, kind in per_token]
         self.state = np.zeros(self.max_rows, dtype=fields)
         self.samples: list[Sample] = []
-        self.straddling: tuple[tuple[int, ...], Tensor] | None = (
-            None  # prompt some of whose samples still wait, and its prefix
-        )
+        self.awaited: tuple = (None, None)  # a prompt some of whose samples still wait, and its prefix
 
     def admit(self, waiting: deque[Sample]) -> None:
         """Fills free rows from the waiting line, once an eighth of all rows is free (prompts are cheaper by the batch)."""
@@ -282,7 +241,7 @@ class _Batch:
             state["token"], state["position"] = prompt_ids[-1], len(prompt_ids) - 1
             state["count"], state["max_tokens"] = 0, params.max_tokens
             state["temperature"], state["top_p"] = params.temperature, params.top_p
-            state["stop_token_ids"] = -1
+            state["stop_token_ids"] = -1  # no token
             state["stop_token_ids"][: len(params.stop_token_ids)] = params.stop_token_ids
             stream = np.random.Generator(np.random.Philox(key=[sample.request.seed % 2**64, sample.index]))
             state["uniforms"][: params.max_tokens] = stream.random(params.max_tokens)
@@ -293,26 +252,23 @@ class _Batch:
             self.attention.store(slice(row, row + copies[prompt_ids]), prefix)
             row += copies[prompt_ids]
             is_awaited = bool(waiting) and waiting[0].request.prompt_ids == prompt_ids
-            self.straddling = (prompt_ids, prefix.clone()) if is_awaited else None
+            self.awaited = (prompt_ids, prefix.clone()) if is_awaited else (None, None)
 
     def _prefixes(self, prompts: list[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         """Each prompt and the keys and values of its tokens but the last, `[L, 2, T - 1, H_kv, D_head]`, in the given order."""
-        if self.straddling and prompts[0] == self.straddling[0]:
-            yield self.straddling
+        if prompts[0] == self.awaited[0]:
+            yield self.awaited
             prompts = prompts[1:]
         while prompts:
             total = np.cumsum([len(prompt_ids) for prompt_ids in prompts])
             chunk = prompts[: max(1, int((total <= PREFILL_TOKENS).sum()))]
             prompts = prompts[len(chunk) :]
-            prefixes = [
-                prompt_ids[:-1] or prompt_ids for prompt_ids in chunk
-            ]  # never empty; decoding rewrites a lone token
-            attention = RecordingAttention(
-                [len(prefix) for prefix in prefixes], self.model.config, self.dtype, self.device
-            )
+            prefixes = [ids[:-1] or ids for ids in chunk]  # never empty; decoding rewrites a lone token
+            lengths = [len(prefix) for prefix in prefixes]
+            attention = RecordingAttention(lengths, self.model.config, self.dtype, self.device)
             input_ids = torch.tensor([token for prefix in prefixes for token in prefix], device=self.device)
             self.model(input_ids, attention.positions, attention)
-            yield from zip(chunk, attention.kv.split(attention.lengths, dim=2))
+            yield from zip(chunk, attention.kv.split(lengths, dim=2))
 
     def decode(self) -> Iterator[tuple[Sample, Rollout]]:
         """A few steps for every row; then yields those that are finished and moves the last rows into the gaps they leave."""
@@ -322,12 +278,10 @@ class _Batch:
         cells = (
             np.arange(rows)[:, None],
             state["count"][:, None] + np.arange(steps),
-        )  # of fields with a number per token
+        )  # of the fields per token
         tokens, logprobs = self._steps(steps, state["uniforms"][cells])
         if np.isnan(logprobs).any():
-            raise UserError(
-                "the model's logits are NaN: its weights are broken, go back to an earlier checkpoint"
-            )
+            raise UserError("the model's logits are NaN: its weights are broken, use an earlier checkpoint")
         state["completion_ids"][cells], state["logprobs"][cells] = tokens, logprobs
         state["token"] = tokens[:, -1]
         state["position"] += steps
@@ -343,10 +297,8 @@ class _Batch:
             yield sample, Rollout(sample.request.prompt_ids, *drawn, finish_reason, self.weight_version)
 
         remaining = rows - int(is_finished.sum())
-        holes, movers = (
-            is_finished[:remaining].nonzero()[0],
-            (~is_finished[remaining:]).nonzero()[0] + remaining,
-        )
+        holes = is_finished[:remaining].nonzero()[0]
+        movers = (~is_finished[remaining:]).nonzero()[0] + remaining
         for hole, mover in zip(holes.tolist(), movers.tolist()):
             self.attention.move(mover, hole, int(state["position"][mover]))
             state[hole], self.samples[hole] = state[mover], self.samples[mover]
@@ -359,11 +311,8 @@ class _Batch:
             return torch.from_numpy(array.copy()).to(self.device, non_blocking=True)
 
         state = self.state[: len(self.samples)]
-        tokens, positions, longest = (
-            to_device(state["token"]),
-            to_device(state["position"]),
-            int(state["position"].max()) + 1,
-        )
+        tokens, positions = to_device(state["token"]), to_device(state["position"])
+        longest = int(state["position"].max()) + 1
         greedy = state["temperature"][:, None] == 0
         temperature = to_device(np.where(greedy, 1, state["temperature"][:, None]))
         is_greedy = to_device(greedy) if greedy.any() else None
@@ -384,25 +333,17 @@ def _waiting_line(requests: Sequence[Request]) -> deque[Sample]:
     for request_index, request in enumerate(requests):
         samples = [Sample(request_index, index, request) for index in range(request.n)]
         by_prompt.setdefault(request.prompt_ids, []).extend(samples)
-    groups = sorted(
-        by_prompt.values(), key=lambda samples: max((s.longest for s in samples), default=0), reverse=True
-    )
-    return deque(sample for samples in groups for sample in samples)
+    groups = [group for group in by_prompt.values() if group]
+    groups.sort(key=lambda group: max(sample.longest for sample in group), reverse=True)
+    return deque(sample for group in groups for sample in group)
 
 
-def _check(index: int, request: Request, config: ModelConfig) -> None:
-    prompt, params, limit = request.prompt_ids, request.params, config.max_position_embeddings
-    fault = None
+def _fault(request: Request, config: ModelConfig) -> str | None:
+    """Why the model cannot answer a request; None if it can."""
+    prompt, limit, longest = request.prompt_ids, config.max_position_embeddings, request.params.max_tokens
     if not prompt or not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
-        fault = f"has a prompt that is empty or has ids outside 0 ... {config.vocab_size - 1}: use this model's tokenizer"
-    elif request.n < 0 or params.max_tokens < 1:
-        fault = f"asks for n = {request.n} samples of max_tokens = {params.max_tokens}: give at least 0 and 1"
-    elif len(prompt) + params.max_tokens > limit:
-        fault = (
-            f"has {len(prompt)} prompt tokens and max_tokens = {params.max_tokens}, more than the model's "
-        )
-        fault += f"max_position_embeddings = {limit}: lower max_tokens to at most {limit - len(prompt)}, or shorten the prompt"
-    elif not 0 <= params.temperature < np.inf or not 0 < params.top_p <= 1:
-        fault = f"has temperature = {params.temperature}, top_p = {params.top_p}: give at least 0, and a number in (0, 1]"
-    if fault:
-        raise UserError(f"request {index} {fault}")
+        return f"is empty or has ids outside 0 ... {config.vocab_size - 1}: use this model's tokenizer"
+    if not 1 <= longest <= limit - len(prompt):
+        size = f"has {len(prompt)} tokens, max_tokens = {longest} and the model's max_position_embeddings = {limit}"
+        return f"{size}: give max_tokens from 1 to {limit - len(prompt)}, or shorten the prompt"
+    return None

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import httpx
 import torch
@@ -133,61 +133,45 @@ class Client:
         self._http.close()
 
     def request(
-        self,
-        method: str,
-        path: str,
-        body: dict | None = None,
-        *,
-        tries: int | None = None,
-        timeout: float | None = None,
-        choices: int | None = None,
+        self, method: str, path: str, body: dict | None = None, choices: int | None = None, **limits
     ) -> dict:
-        """The server's JSON answer (`{}` where it is empty). choices: how many it must hold.
+        """The server's JSON answer (`{}` where it is empty). choices: how many it must hold; limits: other tries, timeout.
 
         An answer that is not like that, 429, 5xx and transport errors are tried again; then ServerLost is raised with the last
         cause. Any other status is a refusal: UserError at once.
         """
-        cause = ""
-        for attempt in range(tries or self.tries):
+        for attempt in range(limits.get("tries", self.tries)):
             if attempt:
                 time.sleep(min(2.0 ** (attempt - 1), 20.0))
             try:
-                patience = httpx.USE_CLIENT_DEFAULT if timeout is None else timeout
+                patience = limits.get("timeout", httpx.USE_CLIENT_DEFAULT)
                 response = self._http.request(method, self.url + path, json=body, timeout=patience)
-            except (
-                httpx.RequestError
-            ) as error:  # UnsupportedProtocol among them: a wrong address, which no retry can fix
-                is_final = isinstance(error, httpx.UnsupportedProtocol)
-                cause = f"{type(error).__name__}: {error}"
-            except httpx.InvalidURL as error:
-                is_final, cause = True, f"InvalidURL: {error}"
-            else:
                 answer, cause = _read_answer(response, choices)
                 is_final = response.status_code not in (200, 429) and response.status_code < 500
                 if cause is None:
                     return answer
+            except (httpx.RequestError, httpx.InvalidURL) as error:
+                cause = f"{type(error).__name__}: {error}"
+                is_final = isinstance(error, (httpx.InvalidURL, httpx.UnsupportedProtocol))  # a wrong address
             if is_final:
                 break
-        cause = cause.replace(self._key, "***")
-        kind = UserError if is_final else ServerLost
+        cause, kind = cause.replace(self._key, "***"), UserError if is_final else ServerLost
         raise kind(f"{self.url}{path} failed ({cause}); check that the server is up and serves this model")
 
 
 def _read_answer(response: httpx.Response, choices: int | None) -> tuple[dict, str | None]:
     """The answer, and what is wrong with it."""
+    answer, shown = {}, response.text[:300]
     if response.status_code != 200:
-        return {}, f"HTTP {response.status_code}: {response.text[:400]}"
+        return answer, f"HTTP {response.status_code}: {shown}"
     try:
         answer = response.json() if response.content else {}
     except ValueError:
-        return {}, f"not JSON: {response.text[:200]!r}"
+        return answer, f"not JSON: {shown!r}"
     if not isinstance(answer, dict):
-        return {}, f"not a JSON object: {response.text[:200]!r}"
-    found = answer.get("choices")
-    if choices is not None and not (isinstance(found, list) and len(found) == choices):
-        count = len(found) if isinstance(found, list) else "no"
-        return {}, f"{count} choices in the answer, not {choices}: {response.text[:200]}"
-    return answer, None
+        return {}, f"not a JSON object: {shown!r}"
+    found = answer.get("choices") if isinstance(answer.get("choices"), list) else []
+    return answer, None if choices in (None, len(found)) else f"{len(found)} choices, not {choices}: {shown}"
 
 
 class EndpointSeat:
@@ -208,22 +192,16 @@ class EndpointSeat:
         return models[0]["id"]
 
     def complete(
-        self, messages: Sequence[dict], generation: Generation, seed: int, **more: Any
+        self, messages: Sequence[dict], generation: Generation, seed: int, **more
     ) -> tuple[dict, Reply]:
-        """One chat completion: the server's first choice, and the same as a Reply. more: other fields of the request, such as tools."""
-        body = {
-            "model": self.model,
-            "messages": messages,
-            "max_tokens": generation.max_tokens,
-            "seed": seed % 2**31,
-        }
-        body |= {"temperature": generation.temperature, "top_p": generation.top_p, **more}
+        """One chat completion: the server's choice, and the same as a Reply. more: fields of the request, such as tools."""
+        g, body = generation, {"model": self.model, "messages": messages, "seed": seed % 2**31, **more}
+        body |= {"max_tokens": g.max_tokens, "temperature": g.temperature, "top_p": g.top_p}
         answer = self.client.request("POST", "/v1/chat/completions", body, choices=1)
-        choice, usage = answer["choices"][0], answer.get("usage") or {}
-        text, is_truncated = choice["message"].get("content") or "", choice.get("finish_reason") == "length"
-        return choice, Reply(
-            text, usage.get("completion_tokens", 0), is_truncated, None, usage.get("prompt_tokens", 0)
-        )
+        (choice,), usage = answer["choices"], answer.get("usage") or {}
+        text = (choice.get("message") or {}).get("content") or ""
+        read, written = usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)
+        return choice, Reply(text, written, choice.get("finish_reason") == "length", None, read)
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:
         """Each reply is a request of its own: not every server knows `n`, and none counts the tokens of each of n replies."""
@@ -234,10 +212,8 @@ class EndpointSeat:
             return self.complete(question.messages, question.generation, question.seed + place)[1]
 
         with ThreadPoolExecutor(self.client.connections) as pool:
-            made = tqdm(
-                pool.map(one, jobs), total=len(jobs), desc=progress, disable=progress is None, leave=False
-            )
-            replies = iter(list(made))
+            bar = {"total": len(jobs), "desc": progress, "disable": progress is None, "leave": False}
+            replies = iter(list(tqdm(pool.map(one, jobs), **bar)))
         return [list(islice(replies, question.n)) for question in questions]
 
     def count_tokens(self, text: str) -> int:

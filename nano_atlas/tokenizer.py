@@ -1,7 +1,7 @@
 """A checkpoint's tokenizer and chat template, with one guarantee more than usual: text never turns into control tokens.
 
-Where messages hold no special token, `chat_ids` gives exactly the ids of transformers' `apply_chat_template`. Where they do (a
-user who types `<|im_end|>`), that occurrence is encoded as the ordinary text it is, so nobody can close a turn from inside it.
+If messages contain no special token, `chat_ids` gives exactly the ids of transformers' `apply_chat_template`. If they do (a user
+types `<|im_end|>`), it is encoded as ordinary text, so nobody can close a turn from inside it.
 
 Simplified against transformers: one template per tokenizer (the one named `default`), no tools, no multimodal messages.
 """
@@ -9,8 +9,10 @@ Simplified against transformers: one template per tokenizer (the one named `defa
 import json
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import jinja2
@@ -29,9 +31,8 @@ CHATML = """{%- for message in messages %}
 {{- '<|im_start|>assistant\\n' }}
 {%- endif %}"""
 
-PRIVATE_USE = range(
-    0xF0000, 0xFFFFE
-)  # code points without a meaning, which stand in for special tokens while rendering
+PRIVATE_USE = range(0xF0000, 0xFFFFE)  # code points without a meaning, to stand in for special tokens
+NAMED_TOKENS = [f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")]
 
 
 class _Generation(Extension):
@@ -41,34 +42,26 @@ class _Generation(Extension):
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
-        return jinja2.nodes.Scope(
-            parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
-        )
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
+def _raise(message: str):
+    raise jinja2.TemplateError(message)
 
 
 def _compile(template: str, source: str) -> jinja2.Template:
     """The environment of transformers' `apply_chat_template`: same block trimming, same filters and functions, sandboxed."""
-
-    def raise_exception(message: str):
-        raise jinja2.TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson  # jinja's own escapes HTML characters
-    environment.globals["raise_exception"] = raise_exception
+    extensions = [_Generation, loopcontrols]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's own escapes HTML
+    environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     try:
         return environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:
-        raise UserError(
-            f"{source}: the chat template is not valid jinja2, line {error.lineno}: {error.message}"
-        ) from error
+        place = f"line {error.lineno}: {error.message}"
+        raise UserError(f"{source}: the chat template is not valid jinja2, {place}") from error
 
 
 def _token_text(value: str | dict | None) -> str | None:
@@ -85,18 +78,17 @@ def _stored_template(path: Path, config: dict) -> str | None:
         return template
     named = {entry["name"]: entry["template"] for entry in template}
     if "default" not in named:
-        raise UserError(
-            f"{path / 'tokenizer_config.json'} has chat templates {sorted(named)}, but none named 'default'"
-        )
+        file = path / "tokenizer_config.json"
+        raise UserError(f"{file} has chat templates {sorted(named)}, but none named 'default'")
     return named["default"]
 
 
 class Tokenizer:
     """Text and chats to ids and back.
 
-    Made from a checkpoint directory by `from_directory`, or in memory from a `tokenizers.Tokenizer` whose special tokens are
-    registered with it. `eos_ids` are all ids that end a generation (by default that of `eos_token`), `config` is the content of
-    `tokenizer_config.json`, `source` the name that error messages use.
+    Read from a checkpoint directory by `from_directory`, or made from a `tokenizers.Tokenizer` that knows its special tokens.
+    `eos_ids` are all ids that end a generation (default: that of `eos_token`), `pad_id` is the first of them unless given,
+    `config` is the content of `tokenizer_config.json`, `source` the name that error messages use.
     """
 
     def __init__(
@@ -111,84 +103,65 @@ class Tokenizer:
         config: dict | None = None,
         source: str = "tokenizer",
     ):
-        self.backend = backend
+        self.backend, self.chat_template, self.source = backend, chat_template, source
         backend.no_truncation()  # some tokenizer.json files carry the settings of a training run
         backend.no_padding()
         self._lock = threading.Lock()  # around `encode_special_tokens`, which is a state of the backend
-        self.source = source
-        self.chat_template = chat_template
         self._template = _compile(chat_template, source)
-        self.config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-        } | (config or {})
-        self.config |= {
-            key: token for key, token in (("eos_token", eos_token), ("pad_token", pad_token)) if token
-        }
-        self.eos_ids = tuple(eos_ids) or (self._id_of(eos_token, "eos_token"),)
-        self.pad_id = pad_id
+        self.config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        self.config |= config or {}
+        for name, token in (("eos_token", eos_token), ("pad_token", pad_token)):
+            if token and backend.token_to_id(token) is None:
+                raise UserError(f"{source}: {name} {token!r} is not in the vocabulary")
+            self.config |= {name: token} if token else {}
+        self.eos_ids = tuple(eos_ids) or (backend.token_to_id(eos_token),)
         if pad_id is None:
-            self.pad_id = self.eos_ids[0] if pad_token is None else self._id_of(pad_token, "pad_token")
+            pad_id = backend.token_to_id(pad_token) if pad_token else self.eos_ids[0]
+        self.pad_id = pad_id
 
-        special = {
-            token.content: index
-            for index, token in backend.get_added_tokens_decoder().items()
-            if token.special
-        }
-        for index in set(self.eos_ids) - set(
-            special.values()
-        ):  # stored as an ordinary token, yet it ends a text
+        added = backend.get_added_tokens_decoder()
+        special = {token.content: index for index, token in added.items() if token.special}
+        for index in set(self.eos_ids) - set(special.values()):  # ordinary tokens that end a text
             token = backend.id_to_token(index)
             if token is None:
                 raise UserError(f"{source}: the end-of-sequence id {index} is not in the vocabulary")
             backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True)])
             special[token] = index
         self._special_ids = frozenset(special.values())
-        self._special = re.compile(
-            f"({'|'.join(map(re.escape, sorted(special, key=len, reverse=True)))})"
-        )  # longest first
+        longest_first = sorted(special, key=len, reverse=True)
+        self._special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
     @classmethod
     def from_directory(cls, path: str | Path) -> "Tokenizer":
-        """Reads `tokenizer.json` and, where present, `tokenizer_config.json`, `chat_template.jinja`, and the ids that end a
+        """Reads `tokenizer.json` and, if present, `tokenizer_config.json`, `chat_template.jinja`, and the ids that end a
         generation or pad in `generation_config.json` or else `config.json`. Raises UserError naming the file at fault.
         """
         path = Path(path)
-        if not (path / "tokenizer.json").is_file():
-            raise UserError(
-                f"{path} has no tokenizer.json; transformers' AutoTokenizer(...).save_pretrained(...) writes one"
-            )
         try:
             backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
         except Exception as error:  # the library raises nothing more specific
-            raise UserError(f"{path / 'tokenizer.json'} cannot be read: {error}") from error
+            remedy = "transformers' AutoTokenizer(...).save_pretrained(...) writes one"
+            raise UserError(f"{path / 'tokenizer.json'} cannot be read ({error}); {remedy}") from error
         config = read_json(path / "tokenizer_config.json")
         settings = [read_json(path / name) for name in ("generation_config.json", "config.json")]
 
-        def token_id(name: str) -> int | list[int] | None:
-            named = (
-                file[f"{name}_token_id"] for file in settings if file.get(f"{name}_token_id") is not None
-            )
-            token = _token_text(config.get(f"{name}_token"))
-            return next(named, None if token is None else backend.token_to_id(token))
+        def token_ids(name: str) -> list[int]:
+            places = [file.get(f"{name}_token_id") for file in settings]
+            places.append(backend.token_to_id(_token_text(config.get(f"{name}_token")) or ""))
+            found = next((ids for ids in places if ids is not None), [])
+            return found if isinstance(found, list) else [found]
 
-        eos_ids = token_id("eos")
-        eos_ids = list(eos_ids) if isinstance(eos_ids, list) else [] if eos_ids is None else [eos_ids]
-        template = _stored_template(path, config)
+        eos_ids, template = token_ids("eos"), _stored_template(path, config)
         if template is None:
             template, end_of_turn = CHATML, backend.token_to_id("<|im_end|>")
-            if end_of_turn is None and eos_ids:
-                template = CHATML.replace(
-                    "<|im_end|>", backend.id_to_token(eos_ids[0])
-                )  # the only end this model knows
-            elif end_of_turn not in eos_ids:
-                eos_ids.append(end_of_turn)
-        if not eos_ids or None in eos_ids:
-            raise UserError(
-                f"{path} names no end-of-sequence token; add eos_token_id to its generation_config.json"
-            )
-        pad_id = token_id("pad")
-        pad_id = eos_ids[0] if pad_id is None else pad_id
+            if end_of_turn is None and eos_ids:  # the only end that this model knows
+                template = CHATML.replace("<|im_end|>", backend.id_to_token(eos_ids[0]))
+            elif end_of_turn not in (None, *eos_ids):
+                eos_ids = [*eos_ids, end_of_turn]
+        if not eos_ids:
+            remedy = "add eos_token_id to its generation_config.json"
+            raise UserError(f"{path} names no end-of-sequence token; {remedy}")
+        pad_id = (token_ids("pad") + eos_ids)[0]
         return cls(backend, template, eos_ids=eos_ids, pad_id=pad_id, config=config, source=str(path))
 
     def save(self, path: str | Path) -> None:
@@ -213,32 +186,27 @@ class Tokenizer:
         """Ids of plain text: no token is added, and special tokens that occur in it stay text."""
         ids = self._encode(text, specials_are_text=True)
         if not self._special_ids.isdisjoint(ids):
-            raise UserError(
-                f"{self.source}: this vocabulary spells a special token out of ordinary text, in {text[:200]!r}"
-            )
+            fault = "this vocabulary spells a special token out of ordinary text"
+            raise UserError(f"{self.source}: {fault}, in {text[:200]!r}")
         return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
 
-    def chat_ids(
-        self, messages: Sequence[dict], add_generation_prompt: bool = True, **template_kwargs
-    ) -> list[int]:
+    def chat_ids(self, messages: Sequence[dict], add_generation_prompt: bool = True, **options) -> list[int]:
         """Ids of a chat in the checkpoint's format.
 
-        `messages` are `{"role": ..., "content": ...}`; `template_kwargs` go to the template (Qwen3: `enable_thinking=False`).
-        Raises UserError where the template refuses the messages.
+        `messages` are `{"role": ..., "content": ...}`; `options` go to the template (Qwen3: `enable_thinking=False`).
+        Raises UserError if the template refuses the messages.
         """
-        text, special_of = self._render(messages, add_generation_prompt, template_kwargs)
-        if not special_of:
-            return self._encode(text, specials_are_text=False)
+        text, token_of = self._render(messages, add_generation_prompt, options)
         ids, run = [], ""
-        for piece in self._special.split(text):  # text, control token, text, ..., text
-            if special_of.keys().isdisjoint(piece):
+        for piece in self._special.split(text) if token_of else [text]:  # text, control token, text, ...
+            if token_of.keys().isdisjoint(piece):
                 run += piece
                 continue
             ids += self._encode(run, specials_are_text=False)
-            plain = "".join(special_of.get(character, character) for character in piece)
+            plain = "".join(token_of.get(character, character) for character in piece)
             ids += self._encode_after(plain) if ids else self.encode(plain)
             run = ""
         return ids + self._encode(run, specials_are_text=False)
@@ -254,49 +222,30 @@ class Tokenizer:
         return ids[len(newline) :] if ids[: len(newline)] == newline else self.encode(text)
 
     def _render(
-        self, messages: Sequence[dict], add_generation_prompt: bool, kwargs: dict
+        self, messages: Sequence[dict], add_generation_prompt: bool, options: dict
     ) -> tuple[str, dict[str, str]]:
-        """The chat as text in which a private-use character stands for each special token of the input: {character: token}."""
-        character_of: dict[str, str] = {}
+        """The chat as text, and {private-use character: the special token of the input that it stands for}."""
 
-        def free_characters() -> Iterator[str]:  # looked for where one is needed, which is seldom
-            taken = set(json.dumps([list(messages), kwargs], ensure_ascii=False, default=str)) | set(
-                self.chat_template
-            )
-            yield from (chr(code) for code in PRIVATE_USE if chr(code) not in taken)
+        def is_free(character: str) -> bool:
+            given = json.dumps([list(messages), options], ensure_ascii=False, default=str)
+            return character not in given + self.chat_template
 
-        free = free_characters()
-
-        def stand_in(match: re.Match) -> str:
-            if match[0] not in character_of:
-                character_of[match[0]] = next(free)
-            return character_of[match[0]]
+        free = filter(is_free, map(chr, PRIVATE_USE))
+        character_of = defaultdict(lambda: next(free))
 
         def neutral(value):
             if isinstance(value, str):
-                return self._special.sub(stand_in, value)
+                return self._special.sub(lambda match: character_of[match[0]], value)
             if isinstance(value, dict):
                 return {key: neutral(item) for key, item in value.items()}
             return [neutral(item) for item in value] if isinstance(value, list | tuple) else value
 
-        named = (f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask"))
-        variables = {key: _token_text(self.config[key]) for key in named if self.config.get(key) is not None}
-        variables |= {
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-            **neutral(kwargs),
-        }
+        named = {name: _token_text(self.config.get(name)) for name in NAMED_TOKENS}
+        variables = {name: token for name, token in named.items() if token is not None}
+        variables |= {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         try:
-            text = self._template.render(messages=neutral(messages), **variables)
+            text = self._template.render(messages=neutral(messages), **variables | neutral(options))
         except (jinja2.TemplateError, TypeError) as error:
-            raise UserError(
-                f"{self.source}: the chat template cannot render these messages: {error}"
-            ) from error
+            fault = f"the chat template cannot render these messages: {error}"
+            raise UserError(f"{self.source}: {fault}") from error
         return text, {character: token for token, character in character_of.items()}
-
-    def _id_of(self, token: str | None, name: str) -> int:
-        index = None if token is None else self.backend.token_to_id(token)
-        if index is None:
-            raise UserError(f"{self.source}: {name} {token!r} is not in the vocabulary")
-        return index

@@ -1,13 +1,11 @@
 """Checkpoint directories: round trips through transformers, names of the real layouts, faults, memory, atomic replacement."""
 
-import ctypes
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-import types
 from pathlib import Path
 
 import pytest
@@ -175,7 +173,7 @@ def test_broken_directories_are_explained(tmp_path):
     with pytest.raises(UserError, match="no config.json"):
         load_model(tmp_path)
     save_model(tmp_path / "m", tiny_model(), None, max_shard_bytes=60_000)
-    shard = next((tmp_path / "m").glob("model-00002-*"))
+    shard = next((tmp_path / "m").glob("model-00002.*"))
     content = shard.read_bytes()
     shard.write_bytes(content[:-100])
     with pytest.raises(UserError, match=f"{shard.name} is not a complete safetensors file"):
@@ -299,47 +297,20 @@ def test_kill_9_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
         threading.Event().wait(moment)
         process.kill()
         process.wait()
-        weight = load_model(target).head_weight
+        whole = target if target.exists() else target.with_name(".target.old")  # between its two renames
+        weight = load_model(whole).head_weight
         assert any(torch.equal(weight, model.head_weight) for model in models)
     save_model(target, models[1], None)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["0", "1", "target"]
 
 
-def test_readers_always_find_a_directory(tmp_path):
-    """While the directory is replaced a hundred times, a reader never misses it (Linux; elsewhere there is an instant)."""
-    path = tmp_path / "last"
-    write_value(path, 0)
-    if getattr(ctypes.CDLL(None), "renameat2", None) is None:
-        pytest.skip("this system has no renameat2")
-    is_done = threading.Event()
-    absent = []
-
-    def watch():
-        while not is_done.is_set():
-            if not path.exists():
-                absent.append(1)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    for value in range(100):
-        write_value(path, value)
-    is_done.set()
-    watcher.join()
-    assert not absent and value_at(path) == 99
-
-
-def test_without_renameat2_the_swap_takes_three_steps_and_is_mended(tmp_path, monkeypatch):
+def test_a_kill_between_the_two_renames_is_made_good_by_the_next_save(tmp_path):
     path = tmp_path / "last"
     write_value(path, 1)
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: types.SimpleNamespace())
-    write_value(path, 2)
-    assert value_at(path) == 2
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    path.rename(tmp_path / f".replaced-{dead.pid}-last")  # what a kill between the first two steps leaves
+    path.rename(tmp_path / ".last.old")  # what such a kill leaves
     with pytest.raises(KeyboardInterrupt), atomic_directory(path):
         raise KeyboardInterrupt
-    assert value_at(path) == 2
+    assert value_at(path) == 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["last"]
 
 

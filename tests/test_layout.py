@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from nano_atlas import layout
+from nano_atlas import layout as layout_room
 from nano_atlas.config import parse
 from nano_atlas.errors import UserError
 from nano_atlas.layout import Layout, LayoutConfig, choose_layout
-from nano_atlas.vllm.opening import server_memory
+from nano_atlas.vllm.opening import memory_share
 
 FAR = ("http://far", "https://farther")
 
@@ -22,8 +22,8 @@ FAR = ("http://far", "https://farther")
     (1, True, "auto", "dir", ("cuda:0", "cuda:0", "cuda:0", "embedded", "", ())),
     (1, True, "vllm", "dir", ("cuda:0", "cuda:0", "cuda:0", "embedded", "cuda:0", ())),
     (2, True, "auto", "dir", ("cuda:0", "cuda:1", "cuda:0", "vllm", "cuda:1", ())),
-    (2, True, "auto", "", ("cuda:0", "cuda:1", "cuda:0", "none", "cuda:1", ())),
-    (2, True, "auto", "https://far", ("cuda:0", "cuda:1", "cuda:0", "endpoint", "cuda:1", ())),
+    (2, True, "auto", "", ("cuda:0", "", "cuda:0", "none", "cuda:1", ())),
+    (2, True, "auto", "https://far", ("cuda:0", "", "cuda:0", "endpoint", "cuda:1", ())),
     (2, True, "embedded", "dir", ("cuda:0", "cuda:1", "cuda:1", "embedded", "", ())),
     (2, False, "auto", "dir", ("cuda:0", "cuda:1", "cuda:1", "embedded", "", ())),
     (2, False, FAR, "dir", ("cuda:0", "cuda:1", "cuda:0", "embedded", "", FAR)),
@@ -33,7 +33,7 @@ FAR = ("http://far", "https://farther")
 def test_the_layout_follows_from_what_is_there(
     monkeypatch, capsys, gpus, has_vllm, rollout, student, expected
 ):
-    monkeypatch.setattr(layout, "find_spec", lambda name: "found" if has_vllm else None)
+    monkeypatch.setattr(layout_room, "find_spec", lambda name: "found" if has_vllm else None)
     flags = ["--rollout", *([rollout] if isinstance(rollout, str) else rollout)]
     chosen = choose_layout(parse(LayoutConfig, flags, {}, ""), student, "k3", gpus)
     assert dataclasses.astuple(chosen) == expected
@@ -49,12 +49,13 @@ def test_the_policys_gpu_may_be_another_than_the_first():
     assert choose_layout(LayoutConfig(device="cuda", rollout=("vllm",)), "dir", "k3", 1).serves_on("cuda:0")
 
 
-@pytest.mark.parametrize(("student_rollout", "server", "share"), [
-    ("vllm", "cuda:1", 0.45), ("vllm", "cuda:0,1", 0.45), ("vllm", "cuda:2", 0.9), ("embedded", "cuda:1", 0.45),
-    ("none", "cuda:1", 0.9), ("endpoint", "cuda:1", 0.9), ("embedded", "cpu", 0.9),
+@pytest.mark.parametrize(("student", "server", "share"), [
+    ("cuda:1", "cuda:1", 0.45), ("cuda:1", "cuda:0,1", 0.45), ("cuda:1", "cuda:2", 0.9), ("", "cuda:1", 0.9),
 ])  # fmt: skip
-def test_two_models_on_one_gpu_have_half_of_it_each(student_rollout, server, share):
-    assert server_memory(Layout("cuda:3", "cuda:1", "cuda:3", student_rollout, server)) == share
+def test_two_models_on_one_gpu_have_half_of_it_each(student, server, share):
+    layout = Layout("cuda:3", student, "cuda:3", "vllm" if student else "none", server)
+    assert memory_share(layout, server) == share and memory_share(layout, "cuda:3") == 0.35
+    assert memory_share(layout, student) == share
 
 
 @pytest.mark.parametrize(("gpus", "options", "said"), [
@@ -71,7 +72,7 @@ def test_a_layout_that_cannot_be_is_refused(gpus, options, said):
 
 
 def test_under_torchrun_each_rank_has_its_gpu_and_the_servers_gpus_are_named(monkeypatch):
-    monkeypatch.setattr(layout.distributed, "size", lambda: 2)
+    monkeypatch.setattr(layout_room.distributed, "size", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(UserError, match="under torchrun name GPUs .* --rollout vllm:cuda:6,7"):
         choose_layout(LayoutConfig(rollout=("vllm",)), "dir", "k3", 8)

@@ -31,7 +31,7 @@ def backward(model: nn.Module, seed: int, scale: float = 1.0) -> None:
 def test_updates_are_those_of_the_adamw_paper_in_float64():
     model = small_model()
     betas, eps, decay, clip = (0.9, 0.95), 1e-8, 0.1, 0.05
-    optimizer = MasterAdamW(model, betas=betas, eps=eps, weight_decay=decay, clip_norm=clip)
+    optimizer = MasterAdamW(model, betas=betas, weight_decay=decay, clip_norm=clip)
     weights = {name: p.detach().double() for name, p in model.named_parameters()}
     first = {name: torch.zeros_like(w) for name, w in weights.items()}
     second = {name: torch.zeros_like(w) for name, w in weights.items()}
@@ -88,19 +88,6 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_updating_in_chunks_changes_nothing(monkeypatch):
-    models = []
-    for chunk in (2**28, 4):
-        monkeypatch.setattr("nano_atlas.optim.CHUNK_ELEMENTS", chunk)
-        models.append(small_model(torch.bfloat16))
-        optimizer = MasterAdamW(models[-1], state_device="cpu")
-        for seed in (1, 2):
-            backward(models[-1], seed)
-            optimizer.step(0.1)
-    for a, b in zip(models[0].parameters(), models[1].parameters()):
-        assert torch.equal(a, b)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_interrupted_run_ends_with_the_same_bits_as_an_uninterrupted_one(tmp_path, monkeypatch, dtype):
     monkeypatch.setattr("nano_atlas.optim.SHARD_BYTES", 100)  # several files
@@ -119,9 +106,7 @@ def test_an_interrupted_run_ends_with_the_same_bits_as_an_uninterrupted_one(tmp_
     assert len(list(state.glob("*.safetensors"))) > 1
 
     torch.manual_seed(9)
-    second = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).to(
-        dtype
-    )  # other weights to start from
+    second = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)  # with other weights
     optimizer = MasterAdamW(second)
     assert load_training_state(latest_training_state(tmp_path), optimizer) == {
         "step": 3,
@@ -160,7 +145,7 @@ def test_a_state_of_another_model_is_refused_by_the_name_of_the_tensor(tmp_path)
         load_training_state(state, MasterAdamW(wider))
     with pytest.raises(UserError, match=r"missing 3.bias.master, 3.weight.master; .* --restart"):
         load_training_state(state, MasterAdamW(deeper))
-    with pytest.raises(UserError, match=r"unknown tensor for '2.*; .* --restart"):
+    with pytest.raises(UserError, match=r"unknown tensor 2.*; .* --restart"):
         load_training_state(state, MasterAdamW(small_model()[:1]))
     (state / "state-00000.safetensors").write_bytes(b"rubbish")
     with pytest.raises(UserError, match="damaged"):
@@ -175,9 +160,7 @@ def test_a_state_is_safetensors_and_json(tmp_path):
 
 def test_learning_rates():
     cosine = [learning_rate(step, 100, 2.0, 0.1, "cosine") for step in range(100)]
-    assert cosine[0] == pytest.approx(2 / 11) and cosine[9] == pytest.approx(
-        20 / 11
-    )  # rising, and above 0 at once
+    assert cosine[0] == pytest.approx(2 / 11) and cosine[9] == pytest.approx(20 / 11)  # above 0 at once
     assert cosine[10] == 2.0 and cosine[55] == pytest.approx(1.0) and 0 < cosine[99] < 0.01
     linear = [learning_rate(step, 100, 2.0, 0.0, "linear") for step in range(100)]
     assert linear[0] == 2.0 and linear[50] == pytest.approx(1.0) and linear[99] == pytest.approx(0.02)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nano_atlas import distributed
 from nano_atlas.config import derive_seed
-from nano_atlas.layout import Layout
+from nano_atlas.layout import Layout, gpus_of
 from nano_atlas.model import Transformer
 from nano_atlas.seats import TokenSeat
 from nano_atlas.tokenizer import Tokenizer
@@ -32,48 +32,42 @@ def open_served_policy(
         remove = SHARED_MEMORY / f"nano-atlas-{derive_seed(str(config.out.resolve()))}"
         folder = remove / "model"
     files = FileTransfer(folder, tokenizer)
-    server, urls = None, layout.urls if distributed.rank() == 0 else ()
     if layout.server:
         files.stage(policy)  # what the server starts from, and starts from again if it must
+    server, urls = None, layout.urls if distributed.rank() == 0 else ()
     if layout.server and distributed.rank() == 0:
-        memory = 0.35 if is_shared else server_memory(layout)
-        options = server_options(config, layout.server, memory)
-        options += ["--weight-transfer-config", '{"backend": "nccl"}'] if is_nccl else []
+        options = ["--weight-transfer-config", '{"backend": "nccl"}'] if is_nccl else []
         options += ["--enable-sleep-mode"] if is_shared else []
-        log = config.out / "vllm.log"
-        server = VllmServer(
-            folder, log, device=layout.server, dtype=config.dtype, options=options, remove=remove
-        )
+        server = make_server(config, layout, layout.server, folder, "vllm.log", options, remove)
         urls = (stack.enter_context(server).url,)
-    transfer, parity = (
-        NcclTransfer() if is_nccl else files,
-        Parity(policy.config.vocab_size, config.max_logp_diff),
-    )
-    sampler = VllmSampler(urls, server=server, transfer=transfer, parity=parity, shares_gpu=is_shared)
+    parity = Parity(policy.config.vocab_size, config.max_logp_diff)
+    sampler = VllmSampler(urls, server, NcclTransfer() if is_nccl else files, parity, is_shared)
     stack.callback(sampler.close)
     difference = sampler.sync(policy, version)
-    print(
-        f"weights by {'NCCL' if is_nccl else 'file'}; trainer and server differ by {difference:.1e} nats a token"
-    )
+    print(f"weights by {'NCCL' if is_nccl else 'file'}; the server differs by {difference:.1e} nats a token")
     return distributed.divide(TokenSeat(sampler, tokenizer, thinking=config.thinking), is_first_only=True)
 
 
 def open_served_student(config, layout: Layout, stack: ExitStack) -> TokenSeat:
     """The student's seat on a server of its own."""
-    options = server_options(config, layout.student, server_memory(layout))
-    log, device = config.out / "vllm_student.log", layout.student
-    server = VllmServer(Path(config.student), log, device=device, dtype=config.dtype, options=options)
-    sampler = VllmSampler([stack.enter_context(server).url], server=server)
+    directory = Path(config.student)
+    server = make_server(config, layout, layout.student, directory, "vllm_student.log")
+    sampler = VllmSampler([stack.enter_context(server).url], server)
     stack.callback(sampler.close)
-    return TokenSeat(sampler, Tokenizer.from_directory(config.student), thinking=config.thinking)
+    return TokenSeat(sampler, Tokenizer.from_directory(directory), thinking=config.thinking)
 
 
-def server_memory(layout: Layout) -> float:
-    """Share of a GPU's memory that a server takes for weights and KV cache: half where both models share the GPU."""
-    is_beside = layout.student_rollout in ("vllm", "embedded") and layout.serves_on(layout.student)
-    return 0.45 if is_beside else 0.9
+def make_server(
+    config, layout: Layout, device: str, model: Path, log: str, options=(), remove=None
+) -> VllmServer:
+    """A server that is not started yet. The user's --vllm-args come last and override the others."""
+    memory = ["--gpu-memory-utilization", str(memory_share(layout, device))] if device != "cpu" else []
+    options = [*memory, *options, *shlex.split(config.vllm_args)]
+    return VllmServer(model, config.out / log, device, config.dtype, options, remove)
 
 
-def server_options(config, device: str, memory: float) -> list[str]:
-    limit = ["--gpu-memory-utilization", str(memory)] if device.startswith("cuda") else []
-    return limit + shlex.split(config.vllm_args)
+def memory_share(layout: Layout, device: str) -> float:
+    """The part of a GPU's memory that a server takes for weights and KV cache, beside the trainer, the student or nobody."""
+    if layout.policy in gpus_of(device):
+        return 0.35
+    return 0.45 if layout.serves_on(layout.student) else 0.9

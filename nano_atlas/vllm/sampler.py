@@ -23,6 +23,7 @@ from nano_atlas.seats import Client, ServerLost
 from nano_atlas.vllm.server import VllmServer
 from nano_atlas.vllm.sync import FileTransfer, NcclTransfer, Parity, sequence_logprobs
 
+CONNECTIONS = 64  # requests under way per server
 TIMEOUT = 600.0  # seconds within which a server must answer one request
 RECOVERIES = 2  # within one call, before giving up
 Result = TypeVar("Result")
@@ -32,16 +33,20 @@ class VllmSampler:
     """Samples from vLLM servers that hold the policy's weights (`transfer` and `parity` given) or a frozen model's (neither).
 
     urls: the servers, which take turns; none on ranks of torchrun that only take part in gathering the weights. server: the one
-    that was started here and may be restarted. connections: requests under way per server. timeout: seconds for one request.
-    shares_gpu: the server sleeps between `rest` and its next use. Raises UserError where a server is not as this needs it.
+    that was started here and may be restarted. shares_gpu: the servers sleep between `rest` and their next use. Raises UserError
+    where a server is not as this needs it.
     """
 
     def __init__(
-        self, urls: Sequence[str], *, server: VllmServer | None = None, transfer: FileTransfer | NcclTransfer | None = None,
-        parity: Parity | None = None, connections: int = 64, timeout: float = TIMEOUT, shares_gpu: bool = False,
-    ):  # fmt: skip
+        self,
+        urls: Sequence[str],
+        server: VllmServer | None = None,
+        transfer: FileTransfer | NcclTransfer | None = None,
+        parity: Parity | None = None,
+        shares_gpu: bool = False,
+    ):
         self.server, self.transfer, self.parity, self.shares_gpu = server, transfer, parity, shares_gpu
-        self.clients = [Client(url, connections=connections, timeout=timeout) for url in urls]
+        self.clients = [Client(url, connections=CONNECTIONS, timeout=TIMEOUT) for url in urls]
         self.models = {client.url: served_model(client) for client in self.clients}
         self.weight_version, self.is_asleep = 0, False
         self._run = uuid.uuid4().hex[:8]  # two trainers at one server notice each other
@@ -53,16 +58,25 @@ class VllmSampler:
         Where a server is lost and can be replaced, or turns out to have had other weights, all requests are sent again.
         """
 
+        needed = max((len(r.prompt_ids) + r.params.max_tokens for r in requests), default=0)
+        context = min((model["max_model_len"] for model in self.models.values()), default=needed)
+        if needed > context:  # vLLM would shorten the answers
+            raise UserError(
+                f"{needed} tokens do not fit into the server's context of {context} (--max-model-len)"
+            )
+
         def sample() -> list[list[Rollout]]:
-            self._confirm_version()
-            pool = ThreadPoolExecutor(max(1, sum(client.connections for client in self.clients)))
+            for client in self._changed():
+                self._load(client)
+            pool = ThreadPoolExecutor(max(1, CONNECTIONS * len(self.clients)))
             try:
                 answers = pool.map(self._ask, requests, cycle(self.clients))
                 bar = tqdm(answers, progress, len(requests), unit="prompt", disable=not progress, leave=False)
                 groups = list(bar)
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)  # after a loss nobody waits for the rest
-            self._confirm_version()
+            if changed := self._changed():
+                raise ServerLost(f"{changed[0].url} was restarted, or another run uses it")
             return groups
 
         return self._with_recovery(sample)
@@ -71,7 +85,7 @@ class VllmSampler:
         params = request.params
         count = request.n if params.temperature else 1  # vLLM refuses groups of greedy samples
         body = {
-            "model": self.models[client.url], "prompt": list(request.prompt_ids), "n": count, "seed": request.seed % 2**62,
+            "model": self.models[client.url]["id"], "prompt": list(request.prompt_ids), "n": count, "seed": request.seed % 2**62,
             "max_tokens": params.max_tokens, "temperature": params.temperature, "top_p": params.top_p, "top_k": 0,
             "min_p": 0.0, "repetition_penalty": 1.0, "logprobs": 0, "return_token_ids": True,
             "stop_token_ids": list(params.stop_token_ids), "ignore_eos": True,  # those given stop it, and no others
@@ -114,42 +128,42 @@ class VllmSampler:
     def tag(self) -> str:
         return f"{self._run}-{self.weight_version}"
 
-    def _confirm_version(self) -> None:
-        for client in self.clients if self.transfer else ():
-            found = client.request("GET", "/weight_info").get("weight_version")
-            if found != self.tag:
-                raise ServerLost(f"{client.url} was restarted or another run uses it: it has weights {found}")
+    def _changed(self) -> list[Client]:
+        """The servers that have not our present weights."""
+        clients = self.clients if self.transfer else []
+        return [
+            client
+            for client in clients
+            if client.request("GET", "/weight_info")["weight_version"] != self.tag
+        ]
 
     def prompt_logprobs(self, client: Client, token_ids: list[int]) -> Tensor:
         """The server's log-probs `[T - 1]` of each token but the first given those before it, at temperature 1; nats."""
-        body = {"model": self.models[client.url], "prompt": token_ids, "max_tokens": 1, "prompt_logprobs": 0}
+        body = {
+            "model": self.models[client.url]["id"],
+            "prompt": token_ids,
+            "max_tokens": 1,
+            "prompt_logprobs": 0,
+        }
         answer = client.request("POST", "/v1/completions", body, choices=1)
         scored = zip(answer["choices"][0]["prompt_logprobs"][1:], token_ids[1:], strict=True)
         return torch.tensor([entry[str(token)]["logprob"] for entry, token in scored])
 
-    def _with_recovery(self, action: Callable[[], Result]) -> Result:
-        """Runs `action`. Where a server is lost meanwhile, brings it back with the present weights and runs it anew."""
-        for _ in range(RECOVERIES):
-            try:
-                return self._awake(action)
-            except ServerLost as lost:
-                if isinstance(self.transfer, NcclTransfer):  # the trainer's weights may have moved on
-                    raise UserError(f"{lost}. The run continues from its last state") from lost
-                if not (self.server or self.transfer):
-                    raise
-                tqdm.write(f"recovering: {lost}")
-            if self.server:
-                self.server.restart()  # reads the checkpoint of the last sync, or the frozen model
-                self.is_asleep = False
-            for client in self.clients if self.transfer else ():
-                self._load(client)
-        return self._awake(action)
-
-    def _awake(self, action: Callable[[], Result]) -> Result:
-        for client in self.clients if self.is_asleep else ():
-            client.request("POST", "/wake_up")
-        self.is_asleep = False
-        return action()
+    def _with_recovery(self, action: Callable[[], Result], recoveries: int = RECOVERIES) -> Result:
+        """Runs `action`, which sees to the weights, and runs it anew where a server is lost meanwhile."""
+        try:
+            for client in self.clients if self.is_asleep else ():
+                client.request("POST", "/wake_up")
+            self.is_asleep = False
+            return action()
+        except ServerLost as lost:
+            if not recoveries or not (self.server or self.transfer):
+                raise
+            tqdm.write(f"recovering: {lost}")
+        if self.server:
+            self.server.restart()  # reads the checkpoint of the last sync, or the frozen model
+            self.is_asleep = False
+        return self._with_recovery(action, recoveries - 1)
 
     def rest(self) -> None:
         """Frees the GPU that is shared with the trainer until the next call, by vLLM's sleep mode."""
@@ -163,12 +177,12 @@ class VllmSampler:
             client.close()
 
 
-def served_model(client: Client) -> str:
-    """The name of the server's model. Raises UserError where the server is not started as `VllmServer` starts it."""
-    name = client.request("GET", "/v1/models")["data"][0]["id"]
+def served_model(client: Client) -> dict:
+    """`id` and `max_model_len` of the server's model. Raises UserError where it is not started as `VllmServer` does."""
+    (model, *_) = client.request("GET", "/v1/models")["data"]
     with suppress(UserError, KeyError):
         config = client.request("GET", "/server_info?config_format=json")["vllm_config"]
         if config["model_config"]["logprobs_mode"] == "processed_logprobs":  # raw ones are of temperature 1
-            return name
-    raise UserError(f"start {client.url} with VLLM_SERVER_DEV_MODE=1 and --logprobs-mode processed_logprobs, for weights and "
-                    "log-probs as training needs them; on a CPU also with --no-enable-chunked-prefill")  # fmt: skip
+            return model
+    flags = "VLLM_SERVER_DEV_MODE=1 and --logprobs-mode processed_logprobs (on a CPU, --no-enable-chunked-prefill)"
+    raise UserError(f"start {client.url} with {flags}: training needs it to exchange weights and log-probs")

@@ -1,18 +1,18 @@
 """The trainer's weights on their way to a vLLM server, and the proof that they have arrived.
 
-Two ways with the same two steps, `stage` on the trainer's side and `load` per server: `FileTransfer` writes a checkpoint that the
-server reads again, `NcclTransfer` broadcasts from GPU to GPU. After each, `Parity` compares the log-probs of one sequence.
+Two ways with the same steps, `stage` on the trainer's side and `load` per server: `FileTransfer` writes a checkpoint that the server
+reads again, `NcclTransfer` broadcasts from GPU to GPU. After each, `Parity` compares the log-probs of one sequence.
 """
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from nano_atlas.checkpoint import save_model, with_tied_head
-from nano_atlas.distributed import full_parameters
+from nano_atlas.checkpoint import save_model
 from nano_atlas.errors import UserError
 from nano_atlas.loss import token_stats
 from nano_atlas.model import PackedAttention, Transformer
@@ -37,20 +37,19 @@ class FileTransfer:
         try:  # a file per tensor: never two of them in host memory
             save_model(self.folder, model, self.tokenizer, max_shard_bytes=0, repeat_tied_head=True)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot write the weights for the server to {self.folder} ({error}); make room there. The run "
-                            "continues from its last state") from error  # fmt: skip
+            raise UserError(f"cannot write the server's weights to {self.folder}: {error}") from error
 
     def load(self, client: Client) -> None:
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
         try:
             client.request("POST", "/collective_rpc", body, tries=1)
         except ServerLost as lost:
-            raise ServerLost(f"{client.url} could not load the weights: it must serve a model of the same shape and see "
-                             f"{self.folder}; its log says more ({lost})") from lost  # fmt: skip
+            advice = f"it must serve a model of the same shape and see {self.folder}; its log says more"
+            raise ServerLost(f"{client.url} could not load the weights: {advice} ({lost})") from lost
 
 
 class NcclTransfer:
-    """vLLM's own weight transfer: a broadcast from the policy's GPU to the server's workers, no file in between.
+    """vLLM's own weight transfer: a broadcast from the policy's GPU to the workers of one server, no file in between.
 
     Written against the trainer-side classes of vLLM 0.32 (`vllm/distributed/weight_transfer/nccl_engine.py`). **Not run with NCCL
     itself**, which takes two GPUs; the tests run the rest with a real server, and broadcast through a TCP store. The server must be
@@ -58,43 +57,38 @@ class NcclTransfer:
     """
 
     def __init__(self):
-        self.model: Transformer | None = None
-        self.engines: dict[str, object] = {}  # one process group per server
+        self.engine: Any = None
+        self.staged: Transformer | None = None
 
     def stage(self, model: Transformer) -> None:
-        self.model = model
+        """model: the same each time."""
+        self.staged = model
 
+    @torch.no_grad()
     def load(self, client: Client) -> None:
+        """Once per `stage`, because the trainer's weights move on. Raises UserError where they do not get there."""
         import requests  # through which vLLM's own client talks to the server
 
+        if self.staged is None:
+            raise UserError(f"{client.url} lost weights that went by NCCL; continue from the last state")
         try:
-            if client.url not in self.engines:
-                self.engines[client.url] = self._connect(client)
-            self.engines[client.url].send_weights()
+            self.engine = self.engine or self._connect(client, self.staged)
+            self.staged = None
+            self.engine.send_weights()
         except requests.RequestException as error:
-            raise ServerLost(f"{client.url} did not take the weights: {error}; its log says more") from error
+            raise UserError(f"{client.url} did not take the weights: {error}; its log says more") from error
 
-    def _connect(self, client: Client) -> object:
-        from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient, ParamMeta, WeightSource
+    def _connect(self, client: Client, model: Transformer) -> Any:
+        from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient, ModuleSource
         from vllm.distributed.weight_transfer import nccl_engine as nccl
         from vllm.utils.network_utils import get_ip, get_open_port
 
-        transfer = self
-
-        class Source(WeightSource):
-            def metadata(self):
-                return [ParamMeta(name, weight.dtype, tuple(weight.shape)) for name, weight in self]
-
-            def __iter__(self):
-                return with_tied_head(full_parameters(transfer.model), transfer.model.config)
-
-        workers = client.request("GET", "/get_world_size")["world_size"]
-        info = nccl.NCCLTrainerInitInfo(
-            rank=0, master_address=get_ip(), master_port=get_open_port(), world_size=1 + workers
-        )
-        torch.cuda.set_device(self.model.head_weight.device)  # on which the communicator is opened
-        http = HTTPVLLMWeightSyncClient(client.url)
-        return nccl.NCCLTrainerWeightTransferEngine.trainer_init(info, client=http, source=Source())
+        ranks = 1 + client.request("GET", "/get_world_size")["world_size"]
+        place = {"master_address": get_ip(), "master_port": get_open_port()}
+        info = nccl.NCCLTrainerInitInfo(rank=0, world_size=ranks, **place)
+        torch.cuda.set_device(model.head_weight.device)  # on which the communicator is opened
+        ends = {"client": HTTPVLLMWeightSyncClient(client.url), "source": ModuleSource(model)}
+        return nccl.NCCLTrainerWeightTransferEngine.trainer_init(info, **ends)
 
 
 @torch.no_grad()
@@ -119,27 +113,31 @@ class Parity:
     def __init__(self, vocab_size: int, largest_start: float):
         """largest_start: what the first comparison may come to (mean over tokens, nats)."""
         self.token_ids = random.Random(0).choices(range(vocab_size), k=PROBE_TOKENS)
-        self.limit, self._is_first = largest_start, True
+        self.limit = largest_start
         # per server: the trainer's and the server's log-probs when the latter last changed
         self.before: dict[str, tuple[Tensor, Tensor]] = {}
 
     def check(self, url: str, trainer: Tensor, server: Tensor) -> float:
         """The mean absolute difference in nats. Raises UserError where it is too large."""
-        difference = (server - trainer).abs().mean().item()
+        difference = distance(server, trainer)
         old_trainer, old_server = self.before.get(url, (trainer, server))
         is_same = torch.equal(server, old_server)
-        is_unmoved = is_same and (trainer - old_trainer).abs().mean().item() > self.limit / 100
+        is_unmoved = is_same and distance(trainer, old_trainer) > self.limit / 100
         if is_unmoved or not difference <= self.limit:
-            if is_unmoved or (server - old_trainer).abs().mean().item() < difference:
-                cause = "the server still has the weights from before the last update: it is stale"
-            elif url in self.before:
-                cause = "the server has neither the present nor the previous weights (on a CPU: a tied head is stale)"
-            else:
-                cause = "the server has another model, or one trained further"
-            raise UserError(f"{url} and the trainer differ by {difference:.2g} nats a token on the same sequence, where "
-                            f"{self.limit:.2g} are allowed: {cause}. The run continues from its last state")  # fmt: skip
+            is_stale = is_unmoved or distance(server, old_trainer) < difference
+            found = (
+                "the weights from before"
+                if is_stale
+                else "other weights (on a CPU, perhaps an old tied head)"
+            )
+            said = f"{difference:.2g} nats a token on the same sequence ({self.limit:.2g} are allowed)"
+            raise UserError(f"{url} and the trainer differ by {said}: the server has {found}")
+        if not self.before:
+            self.limit = min(self.limit, max(self.FLOOR, self.FACTOR * difference))
         if url not in self.before or not is_same:
             self.before[url] = trainer, server
-        if self._is_first:
-            self.limit, self._is_first = min(self.limit, max(self.FLOOR, self.FACTOR * difference)), False
         return difference
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    return (ours - theirs).abs().mean().item()
