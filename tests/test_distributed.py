@@ -65,7 +65,7 @@ def runs(place, tmp_path_factory) -> Path:
     for count, names in ((2, (*PLAN[2], "relay-1")), (3, (*PLAN[3], "relay-2", "fails"))):
         store, running = processes(count, place, out / str(count), names)
         said, complaints = zip(*(process.communicate(timeout=600) for process in running))
-        assert "model:" in said[0] and not any(said[1:])  # only rank 0 talks
+        assert "metrics.jsonl, state" in said[0] and not any(said[1:])  # only rank 0 talks
         codes = sorted(process.returncode for process in running)
         assert codes == ([0, 0] if count == 2 else [1, 1, 2]), complaints
         errors = [
@@ -84,14 +84,14 @@ def assert_same(first: Path, second: Path, tolerance: float = 1e-5) -> None:
     for a, b in zip(ours, theirs):
         assert {"loss", "grad_norm", "lr"} <= a.keys() & b.keys()
         for key in a.keys() & b.keys():
-            if "second" not in key and not key.startswith(("padding", "sampling/", "idle/")):
+            if "second" not in key and not key.startswith(("padding", "sampling/")):
                 assert a[key] == pytest.approx(b[key], rel=10 * tolerance, abs=tolerance), (a["step"], key)
     if "bfloat16" in first.name:  # whose noise becomes steps of full length in Adam's first
         return
     weights, expected = (load_file(path / "model/model.safetensors") for path in (first, second))
     assert weights.keys() == expected.keys()
-    # Some thirty weights of the untied model have gradients of almost nothing, whose rounding Adam's first steps (1e-2 each) enlarge.
-    close = 5e-4 if "sft-untied" in second.name else tolerance
+    # A few weights have gradients of almost nothing, whose rounding Adam's first steps (1e-2 of SFT, 3e-3 of GRPO) enlarge.
+    close = 5e-4 if "sft-untied" in second.name else 5 * tolerance
     for name, tensor in expected.items():
         torch.testing.assert_close(weights[name], tensor, rtol=tolerance, atol=close, msg=name)
 

@@ -58,15 +58,13 @@ def run(monkeypatch, capsys):
 def test_every_script_runs_a_checkpoint_made_by_transformers_on_gsm8k(tmp_path, run):
     base, sft, grpo, live, second = (tmp_path / name for name in ("base", "sft", "grpo", "live", "second"))
     make_checkpoint(base)
-    tasks = tmp_path / "tasks.jsonl"
-    tasks.write_text("".join(line + "\n" for line in GSM8K.read_text().splitlines()[:6]))
-    problems = lines(tasks)
+    problems = lines(GSM8K)
     demonstrations = tmp_path / "demonstrations.jsonl"
     demonstrations.write_text("".join(json.dumps({
         "problem_text": p["question"], "student_approach": "Add everything.", "teacher_diagnosis": "It must be checked.",
         "teacher_teaching": "Work out one quantity after the other."}) + "\n" for p in problems))  # fmt: skip
 
-    machine = ("--preset", "24gb", "--device", "cpu", "--dtype", "float32")
+    machine = ("--preset", "own", "--device", "cpu")
     sizes = ("--steps", 4, "--lr", 1e-2, "--tokens-per-step", 2048, "--tokens-per-batch", 1024)
     run(
         "train_sft.py",
@@ -98,23 +96,22 @@ def test_every_script_runs_a_checkpoint_made_by_transformers_on_gsm8k(tmp_path, 
         *lengths,
     )
     policy = (*machine, "--student", base, *sizes)
-    given = ("--problems", tasks, "--held-out", 0.25)
-    run("train_grpo.py", *policy, *given, "--teacher", sft / "model", "--out", grpo)
+    run("train_grpo.py", *policy, "--problems", GSM8K, "--teacher", sft / "model", "--out", grpo)
     records = lines(grpo / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2] and "eval/student_accuracy" in records[-1]
     assert max(record["sampling/logp_diff_max"] for record in records) < 1e-4
 
-    pair = ("--student", base, "--teacher", grpo / "model", "--tasks", tasks)
+    pair = ("--student", base, "--teacher", grpo / "model", "--tasks", GSM8K)
     run("runtime_loop.py", "--preset", "own", *pair, "--out", live, *lengths)
     assert [trace["task"] for trace in lines(live / "traces.jsonl")] == [p["question"] for p in problems]
     exported = tmp_path / "traces.jsonl"
     run("runtime_loop.py", "--preset", "own", "--out", live, "--export", exported)
     assert len(lines(exported)) == len(problems)
 
-    run("train_grpo.py", *policy, "--traces", exported, "--teacher", grpo / "model", "--out", second)
+    run("train_grpo.py", *policy, "--problems", exported, "--teacher", grpo / "model", "--out", second)
     assert len(lines(second / "metrics.jsonl")) == 2
 
     teachers = (f"sft={sft / 'model'}", f"grpo={second / 'model'}")
-    given = ("--bench", "gsm8k", "--data", tasks, "--student", base, "--teacher", *teachers)
+    given = ("--bench", "gsm8k", "--data", GSM8K, "--student", base, "--teacher", *teachers)
     table = run("eval.py", "--preset", "own", *given, "--full", "--out", tmp_path / "eval", *lengths)
-    assert "gsm8k: 6 tasks" in table and "shuffled grpo" in table and "untrained" in table
+    assert "gsm8k: 12 tasks" in table and "shuffled grpo" in table and "untrained" in table

@@ -110,7 +110,7 @@ def test_a_step_of_training_is_the_step_written_out_by_hand(tokens_per_batch):
     config = train_grpo.Config(temperature=(0.7, TEMPERATURE), beta=BETA, clip=(CLIP, CLIP), updates_per_batch=UPDATES,
                                tokens_per_batch=tokens_per_batch, max_logp_diff=1.0)  # fmt: skip
     assert train_grpo.IMPORTANCE_CAP == IMPORTANCE_CAP
-    optimizer = MasterAdamW(policy, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, clip_norm=CLIP_NORM)
+    optimizer = MasterAdamW(policy, betas=BETAS, weight_decay=WEIGHT_DECAY, clip_norm=CLIP_NORM)
     rewards = [[teaching_reward(*outcome) for outcome in group] for group in OUTCOMES_PG]
     advantages = [advantage for group in step_advantages(rewards) for advantage in group]
     samples = [
