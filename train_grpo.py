@@ -2,7 +2,6 @@
 
     python train_grpo.py                                                            # CPU: the nano world's teacher
     python train_grpo.py --preset qwen3-1.7b-80gb --problems gsm8k.jsonl            # or traces of runtime_loop.py
-    python train_grpo.py --reward exact ...           # the control without a teacher: the policy's own answers
     torchrun --nproc-per-node 8 train_grpo.py --preset qwen3-8b-2gpu --optimizer-device auto ...   # eight GPUs
 
 One step (the loop in `train`):
@@ -12,9 +11,8 @@ One step (the loop in `train`):
     update       gradient on the teacher's sampled tokens, each after the very prompt it was sampled from; prompts get none
     sync         the sampler gets the new weights
 
-    OUT/model, OUT/best     the teacher at the end, and where it did best on the held-out problems
-    OUT/metrics.jsonl       one record per step           OUT/episodes.jsonl    samples of whole episodes
-    OUT/state               what the same command continues from
+OUT gets model and best (the teacher at the end, and where it did best on held-out problems), metrics.jsonl (a record per step),
+episodes.jsonl (samples of whole episodes) and state, from which the same command continues.
 
 What lies where (nano_atlas/layout.py): on --device the policy (weights, gradients) and, unless --optimizer-device says otherwise,
 AdamW's float32 masters and moments; with one GPU the frozen student and reference beside them, with two on the second. Under
@@ -58,8 +56,7 @@ from nano_atlas.tokenizer import Tokenizer
 
 NANO_PROBLEMS = 4096  # whatever --steps is: a run that is continued for longer keeps its problems
 WARMUP = 0.03  # share of the steps over which the learning rate rises
-BETAS = (0.9, 0.999)
-CLIP_NORM = 1.0  # longest gradient (global norm); a longer one is scaled down to it
+ADAMW = {"betas": (0.9, 0.999), "weight_decay": 0.0, "clip_norm": 1.0}
 IMPORTANCE_CAP = 2.0  # largest weight p_trainer / p_sampler of a token
 HELD_OUT = 0.05  # largest share of the problems kept for evaluation
 EPISODES_PER_STEP = 2  # written to episodes.jsonl
@@ -118,16 +115,10 @@ class Config(LayoutConfig, RewardConfig, EpisodeConfig, GrpoConfig, RunConfig):
 # ----------------------------------------------------------------------------------------------------- rollout, advantages
 
 
-@dataclass
-class Batch:
-    """What one step trains on."""
-
-    groups: list[list[Episode]]  # P groups of G; `reply.rollout` has the sampled ids and log-probs
-    metrics: dict[str, float]
-
-
-def roll_out(config: Config, seats: Mapping[str, Seat], problems: Sequence[Problem], step: int) -> Batch:
-    """One step's episodes with rewards and advantages. The seats are "student" and "teacher", the policy."""
+def roll_out(
+    config: Config, seats: Mapping[str, Seat], problems: Sequence[Problem], step: int
+) -> tuple[list[list[Episode]], dict[str, float]]:
+    """One step's P groups of G episodes with rewards and advantages, and metrics. seats: "student", and the policy as "teacher"."""
     started, seed = time.perf_counter(), episode.seeds((config.seed, "step", step))
     chosen = problems_of_step(problems, step, config.problems_per_step, config.seed)
     if config.reward == "exact":
@@ -143,7 +134,7 @@ def roll_out(config: Config, seats: Mapping[str, Seat], problems: Sequence[Probl
     metrics = episode.teaching_metrics(sum(groups, []))
     metrics["reward_std"] = sum(map(stdev, rewards_PG)) / len(rewards_PG)
     metrics["zero_variance_ratio"] = sum(min(r_G) == max(r_G) for r_G in rewards_PG) / len(rewards_PG)
-    return Batch(groups, metrics | {"seconds/rollout": time.perf_counter() - started})
+    return groups, metrics | {"seconds/rollout": time.perf_counter() - started}
 
 
 # ----------------------------------------------------------------------------------------------------------------- the loss
@@ -339,11 +330,8 @@ def evaluate(config: Config, seats: Mapping[str, Seat], sketches: Sequence[Sketc
 
 def train(config: Config) -> None:
     resumed = optim.open_run(config)
-    if (
-        resumed
-        and read_json(resumed / "state.json")["step"] >= config.steps
-        and (config.out / "model").is_dir()
-    ):
+    done = read_json(resumed / "state.json")["step"] if resumed else 0
+    if done >= config.steps and (config.out / "model").is_dir():
         print(f"{config.out / 'model'} is already trained; more with --steps, anew with --restart")
         return
     problems, held_out = load_data(config)
@@ -356,10 +344,7 @@ def train(config: Config) -> None:
     distributed.shard(policy)
     reference = load(start, layout.reference, config.dtype, "") if config.beta else None
     tokenizer = Tokenizer.from_directory(start)
-    where = config.optimizer_device
-    optimizer = optim.MasterAdamW(
-        policy, betas=BETAS, weight_decay=0.0, clip_norm=CLIP_NORM, state_device=where
-    )
+    optimizer = optim.MasterAdamW(policy, **ADAMW, state_device=config.optimizer_device)
     record = optim.load_training_state(resumed, optimizer) if resumed else {"step": 0, "best": None}
     first_step, best = record["step"], record["best"]
     size = f"{config.problems_per_step} x {config.group_size}"
@@ -386,9 +371,9 @@ def train(config: Config) -> None:
         for step in range(first_step, config.steps):
             is_last = step + 1 == config.steps
             rate = optim.learning_rate(step, config.steps, config.lr, WARMUP, config.schedule)
-            batch, is_fresh = rollouts.take(step)
-            samples = [Sample(one.reply.rollout, one.advantage) for group in batch.groups for one in group]
-            metrics = batch.metrics | update(config, policy, reference, optimizer, samples, rate, is_fresh)
+            (groups, metrics), is_fresh = rollouts.take(step)
+            samples = [Sample(one.reply.rollout, one.advantage) for group in groups for one in group]
+            metrics |= update(config, policy, reference, optimizer, samples, rate, is_fresh)
             metrics["sampling/parity"] = rollouts.sync(policy, step + 1)
 
             if sketches and config.eval_every and ((step + 1) % config.eval_every == 0 or is_last):
@@ -396,7 +381,7 @@ def train(config: Config) -> None:
                 if best is None or metrics["eval/reward"] > best:
                     best = metrics["eval/reward"]
                     save_model(config.out / "best", policy, tokenizer)
-            for group in batch.groups[:EPISODES_PER_STEP]:
+            for group in groups[:EPISODES_PER_STEP]:
                 episodes.log(step + 1, **episode.episode_record(group[0]))
             log.log(step + 1, **metrics, lr=rate, skipped_steps=optimizer.skipped_steps)
             progress.set_postfix_str(f"reward {metrics['reward']:.2f}, kl {metrics['kl']:.3f}")

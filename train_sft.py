@@ -47,9 +47,7 @@ from nano_atlas.runs import RunLog, checkpoint_digest, files_digest, read_json, 
 from nano_atlas.tokenizer import Tokenizer
 
 WARMUP = 0.05  # share of the steps over which the learning rate rises; then it falls as a cosine
-BETAS = (0.9, 0.95)
 NANO_DEMONSTRATIONS = 900
-CLIP_NORM = 1.0  # longest gradient (global norm); a longer one is scaled down to it
 
 
 @dataclass(frozen=True)
@@ -176,8 +174,8 @@ def train(config: Config, resumed: Path | None) -> None:
 
     model = load(config)
     device, rank = model.head_weight.device, distributed.rank()
-    decay, where = config.weight_decay, config.optimizer_device
-    optimizer = MasterAdamW(model, betas=BETAS, weight_decay=decay, clip_norm=CLIP_NORM, state_device=where)
+    where = config.optimizer_device
+    optimizer = MasterAdamW(model, weight_decay=config.weight_decay, state_device=where)
     first_step = load_training_state(resumed, optimizer)["step"] if resumed else 0
     bar = {"total": total_steps, "initial": first_step, "unit": "step", "disable": rank > 0}
     with (

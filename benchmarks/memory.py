@@ -3,10 +3,9 @@
     python -m benchmarks.memory --policy Qwen/Qwen3-8B --student Qwen/Qwen3-4B --gpus 2 8 16
 
 One GPU trains and samples. Of two, the second samples with vLLM, and the optimizer's state is on the host. Of more, each holds 1/N
-of the policy (`torchrun`, FSDP2) beside the whole frozen models and a copy to sample from. Generation and update take turns: the
-KV cache is gone when gradients come. Not counted: CUDA's context (about 1 GB) and what the allocator cannot reuse.
-tests/test_memory.py holds the counts against real tensors, but for the fused loss on a GPU and FSDP2's buffers, which follow from
-the sources. All is for bfloat16 but `b`, bytes per number of weights and activations, which may be 4.
+of the policy (`torchrun`, FSDP2), the whole frozen models and a copy to sample from. Generation and update take turns: the KV cache
+is gone when gradients come. Not counted: CUDA's context (about 1 GB) and what the allocator cannot reuse. tests/test_memory.py
+compares with real tensors, except the fused loss on a GPU and FSDP2's buffers. b: bytes of a number (2: bfloat16).
 """
 
 import sys
@@ -15,39 +14,30 @@ from dataclasses import dataclass
 
 from nano_atlas.checkpoint import read_config
 from nano_atlas.config import option, parse, run_script
-from nano_atlas.errors import UserError
 from nano_atlas.loss import CHUNK_ELEMENTS, MAX_CHUNK_TOKENS
 from nano_atlas.model import ModelConfig
 
-# hidden and intermediate size, layers, heads, tied embedding; from their config.json
-QWEN3 = {
+QWEN3 = {  # hidden and intermediate size, layers, heads, tied embedding; from their config.json
     "Qwen/Qwen3-0.6B": (1024, 3072, 28, 16, True), "Qwen/Qwen3-1.7B": (2048, 6144, 28, 16, True),
     "Qwen/Qwen3-4B": (2560, 9728, 36, 32, True), "Qwen/Qwen3-8B": (4096, 12288, 36, 32, False),
     "Qwen/Qwen3-14B": (5120, 17408, 40, 40, False), "Qwen/Qwen3-32B": (5120, 25600, 64, 64, False),
 }  # fmt: skip
 CARD = 81_559 * 2**20  # bytes of an H100 of "80 GB"
 VLLM_SHARE = 0.9  # of a card that only serves
-DURING_GENERATION, DURING_UPDATE = (
-    ("KV cache",),
-    ("gradients", "activations", "fused loss", "gathered by FSDP2"),
-)
+DURING_UPDATE = ("gradients", "activations", "fused loss", "gathered by FSDP2")
 
 
 def known_config(name: str) -> ModelConfig:
     """A Qwen3 by its name, or what is in a checkpoint directory. Raises UserError."""
     if name not in QWEN3:
         return read_config(name)
-    width, intermediate, layers, heads, is_tied = QWEN3[name]
-    return ModelConfig(
-        "qwen3", 151936, width, intermediate, layers, heads, 8, 128, tie_word_embeddings=is_tied, qk_norm=True
-    )
+    *sizes, is_tied = QWEN3[name]
+    return ModelConfig("qwen3", 151936, *sizes, 8, 128, tie_word_embeddings=is_tied, qk_norm=True)
 
 
 def layer_parameters(c: ModelConfig) -> int:
     q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    matrices = (
-        2 * c.hidden_size * (q + k) + 3 * c.hidden_size * c.intermediate_size
-    )  # q, o; k, v; gate, up, down
+    matrices = 2 * c.hidden_size * (q + k) + 3 * c.hidden_size * c.intermediate_size
     return matrices + 2 * c.hidden_size + c.attention_bias * (q + 2 * k) + c.qk_norm * 2 * c.head_dim
 
 
@@ -65,13 +55,9 @@ def layer_activations(c: ModelConfig, b: int = 2) -> int:
     q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     floats = (
         8 if b == 2 else 4
-    )  # a norm's input in float32; of bfloat16 two copies, one for the square and one for the product
-    norms = 2 * c.hidden_size * (floats + b + b) + c.qk_norm * (q + k) * (
-        floats + b
-    )  # and the normalised product; and the output
-    return (
-        norms + b * (q + k + k + q) + 4 * b * c.intermediate_size
-    )  # q, k, v, attended; gate, silu(gate), up, their product
+    )  # a norm's float32 input; of bfloat16 two copies, for the square and the product
+    norms = 2 * c.hidden_size * (floats + b + b) + c.qk_norm * (q + k) * (floats + b)
+    return norms + b * 2 * (q + k) + 4 * b * c.intermediate_size  # q, k, v, attended; gate, silu, up, product
 
 
 def activations(c: ModelConfig, tokens: int, is_checkpointed: bool, b: int = 2) -> int:
@@ -86,126 +72,75 @@ def kv_cache(c: ModelConfig, rows: int, slots: int, b: int = 2) -> int:
     return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * b * rows * slots
 
 
-def training(
-    c: ModelConfig,
-    tokens: int,
-    *,
-    b: int = 2,
-    ranks: int = 1,
-    is_checkpointed: bool = True,
-    is_offloaded: bool = False,
-) -> dict[str, int]:
-    """{item: bytes} on each rank; tokens: of a micro-batch."""
-    total, layer, root, head = (
-        parameters(c),
-        layer_parameters(c),
-        root_parameters(c),
-        c.vocab_size * c.hidden_size,
-    )
-    chunk, wider = min(tokens, MAX_CHUNK_TOKENS, CHUNK_ELEMENTS["cuda"] // c.vocab_size), b if b < 4 else 0
+def training(c: ModelConfig, tokens: int, b=2, ranks=1, is_offloaded=False) -> dict[str, int]:
+    """{item: bytes} on each rank, with gradient checkpointing; tokens: of a micro-batch."""
+    total, layer, root = parameters(c), layer_parameters(c), root_parameters(c)
+    chunk = min(tokens, MAX_CHUNK_TOKENS, CHUNK_ELEMENTS["cuda"] // c.vocab_size)
+    logits, sums = (
+        (4 + b, b + 4) if b < 4 else (4, b)
+    )  # bytes of an element of the logits, of the head's gradient
+    head, masters = c.vocab_size * c.hidden_size, 12 if b == 2 and ranks == 1 else 8
     items = {
         "policy": (b if ranks == 1 else 4) * total // ranks,  # sharded they are the float32 masters
-        "masters, moments": 0 if is_offloaded else (12 if b == 2 and ranks == 1 else 8) * total // ranks,
+        "masters, moments": 0 if is_offloaded else masters * total // ranks,
         "gradients": 4 * total // ranks,  # summed in float32 over the micro-batches
-        "activations": activations(c, tokens, is_checkpointed, b),
-        # a chunk of float32 logits and its gradient in b bytes; d hidden; d weight, which of bfloat16 is summed in float32
-        "fused loss": chunk * c.vocab_size * (4 + wider)
-        + tokens * c.hidden_size * b
-        + head * (b + (4 if wider else 0)),
+        "activations": activations(c, tokens, True, b),
+        "fused loss": chunk * c.vocab_size * logits + tokens * c.hidden_size * b + head * sums,
     }
-    if (
-        ranks > 1
-    ):  # weights of the root and of two layers (one is fetched ahead), gradients, input of the largest reduce-scatter
+    if ranks > 1:  # weights and gradients of the root and of two layers, input of the largest reduce-scatter
         items["gathered by FSDP2"] = b * (root + 2 * layer) + b * (root + layer) + 4 * max(root, layer)
     return items
 
 
-def grpo(
-    policy: ModelConfig, student: ModelConfig, gpus: int, rows: int, slots: int, tokens: int
-) -> dict[str, dict[str, int]]:
-    """{kind of GPU: {item: bytes}}; rows x slots: of the embedded sampler's cache."""
+def grpo(policy: ModelConfig, student: ModelConfig, gpus: int, rows: int, slots: int, tokens: int) -> dict:
+    """-> {kind of GPU: {item: bytes}}; rows x slots: of the embedded sampler's cache."""
     train = training(policy, tokens, ranks=gpus if gpus > 2 else 1, is_offloaded=gpus == 2)
-    copy, reference, learner = ({name: 2 * parameters(c)} for name, c in (
-        ("sampler's copy", policy), ("reference", policy), ("student", student)))  # fmt: skip
+    copy, reference = {"sampler's copy": 2 * parameters(policy)}, {"reference": 2 * parameters(policy)}
+    learner = {"student": 2 * parameters(student)}
     if gpus == 2:
-        rest = int(VLLM_SHARE * CARD) - sum((copy | learner).values())
-        return {"2 GPUs: trainer": train | reference, "2 GPUs: vLLM": copy | learner | {"KV cache": rest}}
-    cache = {"KV cache": max(kv_cache(c, rows, slots) for c in (policy, student))}
-    return {
-        f"{gpus} GPUs" if gpus > 1 else "1 GPU": train
-        | (copy if gpus > 1 else {})
-        | reference
-        | learner
-        | cache
-    }
+        rest = {"KV cache": int(VLLM_SHARE * CARD) - sum((copy | learner).values())}
+        return {"2 GPUs: trainer": train | reference, "2 GPUs: vLLM": copy | learner | rest}
+    learner["KV cache"] = max(kv_cache(c, rows, slots) for c in (policy, student))
+    return {f"{gpus} GPUs": train | reference | (copy if gpus > 1 else {}) | learner}
 
 
 def peak(items: dict[str, int]) -> int:
-    generation, update = (
-        sum(items.get(name, 0) for name in names) for names in (DURING_GENERATION, DURING_UPDATE)
-    )
-    return sum(items.values()) - min(generation, update)
+    update = sum(items.get(name, 0) for name in DURING_UPDATE)
+    return sum(items.values()) - min(update, items.get("KV cache", 0))
 
 
 def gigabytes(size: float) -> str:
     return f"{size / 1e9:.1f}" if size < 9.95e9 else f"{size / 1e9:.0f}"
 
 
-def needs(
-    policy: str,
-    student: str = "",
-    gpus: int = 1,
-    rows: int = 0,
-    slots: int = 0,
-    tokens: int = 8192,
-    host: bool = False,
-) -> str:
-    """For the help text of a preset; host: the optimizer's state is elsewhere."""
-    c = known_config(policy)
-    taught = (
-        grpo(c, known_config(student), gpus, rows, slots, tokens)
-        if student
-        else {"": training(c, tokens, is_offloaded=host)}
-    )
-    rest = f", {gigabytes(12 * parameters(c))} GB of optimizer state" if host or gpus == 2 else ""
-    return " and ".join(f"{gigabytes(peak(items))} GB" for items in taught.values()) + rest
-
-
 @dataclass(frozen=True)
 class Config:
     policy: str = option("Qwen/Qwen3-8B", "model that is trained: a Qwen3 by name, or a checkpoint directory")
     student: str = option("Qwen/Qwen3-4B", "model that is taught, likewise")
-    gpus: tuple[int, ...] = option((2, 8, 16), "numbers of GPUs")
-    tokens_per_batch: int = option(8192, "tokens in one micro-batch")
-    cache_rows: int = option(16, "sequences that the embedded sampler decodes at once")
-    sequence_tokens: int = option(8192, "longest prompt and completion together, in tokens")
-
-    def check(self) -> None:
-        if min(*self.gpus, self.tokens_per_batch, self.cache_rows, self.sequence_tokens) < 1:
-            raise UserError("--gpus, --tokens-per-batch, --cache-rows and --sequence-tokens must be above 0")
+    gpus: tuple[int, ...] = option((2, 8, 16), "numbers of GPUs", above=0)
+    tokens_per_batch: int = option(8192, "tokens in one micro-batch", above=0)
+    cache_rows: int = option(16, "sequences that the embedded sampler decodes at once", above=0)
+    sequence_tokens: int = option(8192, "longest prompt and completion together (tokens)", above=0)
 
 
 def table(config: Config) -> str:
     """Markdown: GB (10^9 bytes) per GPU."""
     policy, student = known_config(config.policy), known_config(config.student)
     rows, slots, tokens = config.cache_rows, config.sequence_tokens, config.tokens_per_batch
-    columns = {
-        name: items
-        for gpus in config.gpus
-        for name, items in grpo(policy, student, gpus, rows, slots, tokens).items()
-    }
-    names = dict.fromkeys(name for items in columns.values() for name in items)
+    columns: dict[str, dict[str, int]] = {}
+    for gpus in config.gpus:
+        columns |= grpo(policy, student, gpus, rows, slots, tokens)
     lines = [["GB per GPU", *columns], ["---", *["---:"] * len(columns)]]
-    lines += [
-        [name, *(gigabytes(items[name]) if items.get(name) else "" for items in columns.values())]
-        for name in names
-    ]
-    lines += [["**peak**", *(f"**{gigabytes(peak(items))}**" for items in columns.values())]]
+    for name in dict.fromkeys(sum(map(list, columns.values()), [])):
+        cells = (gigabytes(items[name]) if items.get(name) else "" for items in columns.values())
+        lines.append([name, *cells])
+    lines.append(["**peak**", *(f"**{gigabytes(peak(items))}**" for items in columns.values())])
+    sizes = activations(policy, tokens, False), kv_cache(policy, 1, slots), 12 * parameters(policy)
+    whole, cache, state = map(gigabytes, sizes)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + (
-        f"\n\nAn 80 GB card has {gigabytes(CARD)} GB. Activations of {tokens:,} tokens with gradient checkpointing; without, "
-        f"{gigabytes(activations(policy, tokens, False))} GB. One sequence of {slots:,} tokens has "
-        f"{gigabytes(kv_cache(policy, 1, slots))} GB of KV cache. Masters and moments of 2 GPUs, "
-        f"{gigabytes(12 * parameters(policy))} GB, are on the host.")  # fmt: skip
+        f"\n\nAn 80 GB card has {gigabytes(CARD)} GB. Activations of {tokens:,} tokens with gradient checkpointing; without, {whole} GB. "
+        f"One sequence of {slots:,} tokens has {cache} GB of KV cache. Masters and moments of 2 GPUs, {state} GB, are on the host."
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

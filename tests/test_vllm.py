@@ -203,7 +203,7 @@ def test_vllm_loads_and_scores_as_we_do(server):
     sampler = VllmSampler([server.url])
     ids = byte_tokenizer().chat_ids(MESSAGES)
     scored = sampler.prompt_logprobs(sampler.clients[0], ids)
-    body = {"model": sampler.models[server.url]["id"], "messages": MESSAGES, "add_generation_prompt": True}
+    body = {"messages": MESSAGES, "add_generation_prompt": True}
     assert sampler.clients[0].request("POST", "/tokenize", body)["tokens"] == ids
     expected = token_logprobs(random_model(1), ids)
     assert expected.std() > 0.5  # a uniform model would agree with anything
@@ -308,11 +308,11 @@ def test_weights_that_another_run_has_put_there_are_noticed_and_replaced(server,
 
 def test_requests_that_cannot_be_served_are_refused(server):
     sampler = sampler_at(server, random_model(2))
-    with pytest.raises(UserError, match="520 tokens do not fit into the server's context of 512"):
+    with pytest.raises(UserError, match="520 tokens exceed the server's context of 512"):
         sampler.generate([Request((1,) * 20, SamplingParams(500))])
     with pytest.raises(UserError, match="HTTP 400.*out of vocabulary"):
         sampler.generate([Request((10**6,), SamplingParams(5))])
-    with pytest.raises(UserError, match="http://127.0.0.1:9/v1/models failed"):
+    with pytest.raises(UserError, match="http://127.0.0.1:9 must be a running vLLM server, started with"):
         VllmSampler(["http://127.0.0.1:9"])
 
 
@@ -407,14 +407,12 @@ def test_a_server_killed_during_a_sync_comes_back_with_the_new_weights(server, m
     )
 
 
-def test_weights_of_another_shape_are_refused_by_name(server, tmp_path, monkeypatch):
+def test_weights_of_another_shape_are_refused(server, tmp_path, monkeypatch):
     """The very last: such a server has lost its weights."""
     wide = random_model(0, width=64)
     transfer = FileTransfer(tmp_path / "model", byte_tokenizer())
     sampler = VllmSampler([server.url], transfer=transfer, parity=Parity(wide.config.vocab_size, 0.1))
-    with pytest.raises(
-        UserError, match="could not load the weights: it must serve a model of the same shape"
-    ):
+    with pytest.raises(UserError, match="/collective_rpc failed .* serves this model"):
         sampler.sync(wide, 0)
     broadcast_by_store(monkeypatch)
     sampler.transfer = NcclTransfer()

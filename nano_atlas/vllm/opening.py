@@ -57,9 +57,7 @@ def open_served_student(config, layout: Layout, stack: ExitStack) -> TokenSeat:
     return TokenSeat(sampler, Tokenizer.from_directory(directory), thinking=config.thinking)
 
 
-def make_server(
-    config, layout: Layout, device: str, model: Path, log: str, options=(), remove=None
-) -> VllmServer:
+def make_server(config, layout: Layout, device, model: Path, log: str, options=(), remove=None) -> VllmServer:
     """A server that is not started yet. The user's --vllm-args come last and override the others."""
     memory = ["--gpu-memory-utilization", str(memory_share(layout, device))] if device != "cpu" else []
     options = [*memory, *options, *shlex.split(config.vllm_args)]

