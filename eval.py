@@ -49,7 +49,7 @@ from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
 from nano_atlas.reward import RewardConfig
 from nano_atlas.runs import digest
-from nano_atlas.runtime.deploy import evaluation_options, with_deployment
+from nano_atlas.runtime.deploy import with_deployment
 from nano_atlas.schedule import Script, play
 from nano_atlas.seats import Reply, Seat
 
@@ -99,7 +99,7 @@ def main() -> None:
 
         tau2.main(argv)
         return
-    config = parse(Config, argv, with_deployment(presets("eval"), argv, evaluation_options), __doc__)
+    config = parse(Config, with_deployment(argv, is_evaluation=True), presets("eval"), __doc__)
     if not config.tables:
         run(config)
     report, stored = arms.stored_report(config.out, Config)
