@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nano_atlas.checkpoint import in_shards
 from nano_atlas.config import refuse_changes, to_json
-from nano_atlas.distributed import gather_rows, own_part, own_rows, rank, size, sum_over_ranks, wait
+from nano_atlas.distributed import device, gather_rows, own_part, own_rows, rank, size, sum_over_ranks, wait
 from nano_atlas.errors import UserError
 from nano_atlas.runs import atomic_directory, read_json, write_json
 
@@ -60,6 +60,9 @@ class MasterAdamW:
         clip_norm: float = 1.0,
         state_device: torch.device | str = "auto",
     ):
+        state_device = (
+            "auto" if state_device == "auto" else device(str(state_device))
+        )  # UserError if not there
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.weights = {name: own_part(p) for name, p in self.parameters.items()}  # this rank's rows
         self.masters = {name: _master(weight, state_device) for name, weight in self.weights.items()}
