@@ -205,9 +205,7 @@ def validate(session: Session, config: LaneConfig, kind: str, given: Attempt) ->
     session.trials.append(Trial(kind, given.text, given.answer, given.tokens, given.is_truncated, verdict))
 
 
-def verdict_on(
-    session: Session, config: LaneConfig, kind: str, given: Attempt | Trial, *seed: object
-) -> Script:
+def verdict_on(session: Session, config: LaneConfig, kind: str, given: Attempt | Trial, *seed: Any) -> Script:
     guidance = "" if kind == "alone" else "\n".join(session.teachings)
     seed = (session.seed, session.id, *seed)
     return (yield from judge(session.task, given, config, seed, session.approach, guidance))
