@@ -34,9 +34,8 @@ SKILLS_PER_TASK = 3
 PLAYBOOK_SIZE = 50  # most entries in force; beyond it the one with the least effect goes
 WITHHELD = 0.2  # share of matching sessions in which an entry is withheld
 LONGEST_TEXT = 200  # characters of a cue or an imperative
-PARTICULARS = (
-    r"\d{4}-\d\d-\d\d|\b\d{4,}\b|https?:|[\w.]*/[\w./]+|\w+@\w+|[A-Z]{2,}-\d+"  # dates, ids, addresses, paths
-)
+# dates, ids, addresses, paths
+PARTICULARS = r"\d{4}-\d\d-\d\d|\b\d{4,}\b|https?:|[\w.]*/[\w./]+|\w+@\w+|[A-Z]{2,}-\d+"
 SKILL_REQUEST = (
     "This guidance worked well. Write what is worth remembering for *similar* tasks, at most two entries, as JSON: "
     '{"entries": [{"cue": {"type": "keyword" or "regex", "pattern": "..."}, "action": {"imperative": "...", "strategy": null}}]}. '
