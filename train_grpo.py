@@ -2,7 +2,6 @@
 
     python train_grpo.py                                                            # CPU: the nano world's teacher
     python train_grpo.py --preset qwen3-1.7b-80gb --problems gsm8k.jsonl            # or traces of runtime_loop.py
-    python train_grpo.py --reward exact ...           # the control without a teacher: the policy's own answers
     torchrun --nproc-per-node 8 train_grpo.py --preset qwen3-8b-2gpu --optimizer-device auto ...   # eight GPUs
 
 One step (the loop in `train`):
@@ -12,9 +11,8 @@ One step (the loop in `train`):
     update       gradient on the teacher's sampled tokens, each after the very prompt it was sampled from; prompts get none
     sync         the sampler gets the new weights
 
-    OUT/model, OUT/best     the teacher at the end, and where it did best on the held-out problems
-    OUT/metrics.jsonl       one record per step           OUT/episodes.jsonl    samples of whole episodes
-    OUT/state               what the same command continues from
+OUT gets model and best (the teacher at the end, and where it did best on held-out problems), metrics.jsonl (a record per step),
+episodes.jsonl (samples of whole episodes) and state, from which the same command continues.
 
 What lies where (nano_atlas/layout.py): on --device the policy (weights, gradients) and, unless --optimizer-device says otherwise,
 AdamW's float32 masters and moments; with one GPU the frozen student and reference beside them, with two on the second. Under
@@ -26,7 +24,6 @@ by the deviation of its group (--advantage-scale; README, "The trap of the devia
 """
 
 import random
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -43,7 +40,7 @@ from tqdm import tqdm
 from nano_atlas import distributed, episode, optim
 from nano_atlas.batching import Sample, completion_logprobs, policy_batches, predicting_states
 from nano_atlas.checkpoint import save_model
-from nano_atlas.config import derive_seed, option, parse, refuse_changes, run_script, to_json
+from nano_atlas.config import derive_seed, option, parse, run_script, to_json
 from nano_atlas.data import Problem, load_problems, problems_of_step
 from nano_atlas.episode import Episode, EpisodeConfig, Sketch
 from nano_atlas.errors import UserError
@@ -52,15 +49,14 @@ from nano_atlas.loss import fused_token_loss
 from nano_atlas.model import Transformer
 from nano_atlas.presets import presets
 from nano_atlas.reward import RewardConfig, step_advantages
-from nano_atlas.runs import RunLog, read_json, write_json
+from nano_atlas.runs import RunLog, read_json
 from nano_atlas.schedule import play
 from nano_atlas.seats import Seat
 from nano_atlas.tokenizer import Tokenizer
 
 NANO_PROBLEMS = 4096  # whatever --steps is: a run that is continued for longer keeps its problems
 WARMUP = 0.03  # share of the steps over which the learning rate rises
-BETAS = (0.9, 0.999)
-CLIP_NORM = 1.0  # longest gradient (global norm); a longer one is scaled down to it
+ADAMW = {"betas": (0.9, 0.999), "weight_decay": 0.0, "clip_norm": 1.0}
 IMPORTANCE_CAP = 2.0  # largest weight p_trainer / p_sampler of a token
 HELD_OUT = 0.05  # largest share of the problems kept for evaluation
 EPISODES_PER_STEP = 2  # written to episodes.jsonl
@@ -119,16 +115,10 @@ class Config(LayoutConfig, RewardConfig, EpisodeConfig, GrpoConfig, RunConfig):
 # ----------------------------------------------------------------------------------------------------- rollout, advantages
 
 
-@dataclass
-class Batch:
-    """What one step trains on."""
-
-    groups: list[list[Episode]]  # P groups of G; `reply.rollout` has the sampled ids and log-probs
-    metrics: dict[str, float]
-
-
-def roll_out(config: Config, seats: Mapping[str, Seat], problems: Sequence[Problem], step: int) -> Batch:
-    """One step's episodes with rewards and advantages. The seats are "student" and "teacher", the policy."""
+def roll_out(
+    config: Config, seats: Mapping[str, Seat], problems: Sequence[Problem], step: int
+) -> tuple[list[list[Episode]], dict[str, float]]:
+    """One step's P groups of G episodes with rewards and advantages, and metrics. seats: "student", and the policy as "teacher"."""
     started, seed = time.perf_counter(), episode.seeds((config.seed, "step", step))
     chosen = problems_of_step(problems, step, config.problems_per_step, config.seed)
     if config.reward == "exact":
@@ -144,7 +134,7 @@ def roll_out(config: Config, seats: Mapping[str, Seat], problems: Sequence[Probl
     metrics = episode.teaching_metrics(sum(groups, []))
     metrics["reward_std"] = sum(map(stdev, rewards_PG)) / len(rewards_PG)
     metrics["zero_variance_ratio"] = sum(min(r_G) == max(r_G) for r_G in rewards_PG) / len(rewards_PG)
-    return Batch(groups, metrics | {"seconds/rollout": time.perf_counter() - started})
+    return groups, metrics | {"seconds/rollout": time.perf_counter() - started}
 
 
 # ----------------------------------------------------------------------------------------------------------------- the loss
@@ -339,16 +329,11 @@ def evaluate(config: Config, seats: Mapping[str, Seat], sketches: Sequence[Sketc
 
 
 def train(config: Config) -> None:
-    state_dir, options_file = config.out / "state", config.out / "options.json"
-    if config.restart and distributed.rank() == 0:
-        shutil.rmtree(config.out, ignore_errors=True)
-    distributed.wait()
-    resumed = optim.latest_training_state(state_dir)
-    if resumed:
-        refuse_changes(config, read_json(options_file), str(config.out))
-        if read_json(resumed / "state.json")["step"] >= config.steps and (config.out / "model").is_dir():
-            print(f"{config.out / 'model'} is already trained; more with --steps, anew with --restart")
-            return
+    resumed = optim.open_run(config)
+    done = read_json(resumed / "state.json")["step"] if resumed else 0
+    if done >= config.steps and (config.out / "model").is_dir():
+        print(f"{config.out / 'model'} is already trained; more with --steps, anew with --restart")
+        return
     problems, held_out = load_data(config)
     is_taught = config.reward == "teaching"
     start, flag = (config.teacher, "--teacher") if is_taught else (config.student, "--student")
@@ -359,22 +344,16 @@ def train(config: Config) -> None:
     distributed.shard(policy)
     reference = load(start, layout.reference, config.dtype, "") if config.beta else None
     tokenizer = Tokenizer.from_directory(start)
-    state_device = None if config.optimizer_device == "auto" else config.optimizer_device
-    optimizer = optim.MasterAdamW(
-        policy, betas=BETAS, weight_decay=0.0, clip_norm=CLIP_NORM, state_device=state_device
-    )
+    optimizer = optim.MasterAdamW(policy, **ADAMW, state_device=config.optimizer_device)
     record = optim.load_training_state(resumed, optimizer) if resumed else {"step": 0, "best": None}
     first_step, best = record["step"], record["best"]
-    distributed.wait()  # all have read the earlier options
-    if distributed.rank() == 0:
-        write_json(options_file, to_json(config))
     size = f"{config.problems_per_step} x {config.group_size}"
     print(f"{len(problems)} problems, {len(held_out)} held out; {size} completions a step")
 
     bar = {"total": config.steps, "initial": first_step, "unit": "step", "disable": distributed.rank() > 0}
     with (
         ExitStack() as servers,
-        RunLog(config.out / "metrics.jsonl", first_step, wandb=config.wandb, config=to_json(config)) as log,
+        RunLog(config.out / "metrics.jsonl", first_step, config.wandb, to_json(config)) as log,
         RunLog(config.out / "episodes.jsonl", first_step) as episodes,
         tqdm(desc=config.out.name, **bar) as progress,
     ):
@@ -392,9 +371,9 @@ def train(config: Config) -> None:
         for step in range(first_step, config.steps):
             is_last = step + 1 == config.steps
             rate = optim.learning_rate(step, config.steps, config.lr, WARMUP, config.schedule)
-            batch, is_fresh = rollouts.take(step)
-            samples = [Sample(one.reply.rollout, one.advantage) for group in batch.groups for one in group]
-            metrics = batch.metrics | update(config, policy, reference, optimizer, samples, rate, is_fresh)
+            (groups, metrics), is_fresh = rollouts.take(step)
+            samples = [Sample(one.reply.rollout, one.advantage) for group in groups for one in group]
+            metrics |= update(config, policy, reference, optimizer, samples, rate, is_fresh)
             metrics["sampling/parity"] = rollouts.sync(policy, step + 1)
 
             if sketches and config.eval_every and ((step + 1) % config.eval_every == 0 or is_last):
@@ -402,13 +381,13 @@ def train(config: Config) -> None:
                 if best is None or metrics["eval/reward"] > best:
                     best = metrics["eval/reward"]
                     save_model(config.out / "best", policy, tokenizer)
-            for group in batch.groups[:EPISODES_PER_STEP]:
+            for group in groups[:EPISODES_PER_STEP]:
                 episodes.log(step + 1, **episode.episode_record(group[0]))
             log.log(step + 1, **metrics, lr=rate, skipped_steps=optimizer.skipped_steps)
             progress.set_postfix_str(f"reward {metrics['reward']:.2f}, kl {metrics['kl']:.3f}")
             progress.update()
             if (step + 1) % config.save_every == 0 or is_last:
-                optim.save_training_state(state_dir, optimizer, step + 1, {"best": best})
+                optim.save_training_state(config.out / "state", optimizer, step + 1, best=best)
 
     save_model(config.out / "model", policy, tokenizer)
     print(f"{config.out}: model, best, metrics.jsonl, episodes.jsonl, state")

@@ -16,7 +16,6 @@ later, `<thinking>..</thinking><teaching>..</teaching>` after the student's appr
 of its own; a step is measured in tokens; on one GPU the optimizer's state may live on another or in host memory.
 """
 
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 from nano_atlas import distributed
 from nano_atlas.checkpoint import is_checkpoint, load_model, save_model
-from nano_atlas.config import derive_seed, option, parse, refuse_changes, run_script, to_json
+from nano_atlas.config import derive_seed, option, parse, run_script, to_json
 from nano_atlas.data import (
     Example,
     collate,
@@ -38,25 +37,17 @@ from nano_atlas.data import (
     padding_share,
     shuffle_epoch,
     steps_per_epoch,
-)  # fmt: skip
+)
 from nano_atlas.errors import UserError
 from nano_atlas.loss import batch_loss
 from nano_atlas.model import PackedAttention, Transformer
-from nano_atlas.optim import (
-    MasterAdamW,
-    latest_training_state,
-    learning_rate,
-    load_training_state,
-    save_training_state,
-)  # fmt: skip
+from nano_atlas.optim import MasterAdamW, learning_rate, load_training_state, open_run, save_training_state
 from nano_atlas.presets import presets
-from nano_atlas.runs import RunLog, checkpoint_digest, files_digest, read_json, write_json, write_jsonl
+from nano_atlas.runs import RunLog, checkpoint_digest, files_digest, read_json, write_jsonl
 from nano_atlas.tokenizer import Tokenizer
 
 WARMUP = 0.05  # share of the steps over which the learning rate rises; then it falls as a cosine
-BETAS = (0.9, 0.95)
 NANO_DEMONSTRATIONS = 900
-CLIP_NORM = 1.0  # longest gradient (global norm); a longer one is scaled down to it
 
 
 @dataclass(frozen=True)
@@ -108,12 +99,7 @@ class Config:
 # --------------------------------------------------------------------------------------------------------------- setup
 
 
-def load(config: Config) -> tuple[Transformer, Tokenizer]:
-    if not is_checkpoint(config.model):
-        fetch = f"hf download {config.model} --local-dir {config.model}"
-        raise UserError(f"no model at {config.model}; fetch one with `{fetch}`, or name another with --model")
-    if config.optimizer_device != "auto":
-        distributed.device(config.optimizer_device)
+def load(config: Config) -> Transformer:
     model = load_model(config.model, getattr(torch, config.dtype), distributed.device(config.device))
     model.recompute_activations = config.gradient_checkpointing
     if config.compile:
@@ -122,7 +108,7 @@ def load(config: Config) -> tuple[Transformer, Tokenizer]:
         for layer in model.model.layers:
             layer.compile(dynamic=True)
     distributed.shard(model)
-    return model, Tokenizer.from_directory(config.model)
+    return model
 
 
 def load_data(config: Config, tokenizer: Tokenizer) -> tuple[list[Example], list[Example]]:
@@ -140,13 +126,6 @@ def load_data(config: Config, tokenizer: Tokenizer) -> tuple[list[Example], list
     if config.eval_data:
         held_out += load_examples(config.eval_data, tokenizer, config.max_length, thinking=config.thinking)[0]
     return learned, held_out
-
-
-def data_digest(config: Config) -> str:
-    for path in (*config.data, *config.eval_data):
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; --data and --eval-data must name JSONL files")
-    return files_digest((*config.data, *config.eval_data))
 
 
 # ---------------------------------------------------------------------------------------------------------------- loop
@@ -173,96 +152,71 @@ def evaluate(
     return distributed.sum_over_ranks(loss).item()
 
 
-def train(config: Config) -> None:
-    state_dir, options_file = config.out / "state", config.out / "options.json"
-    data_hash = data_digest(config)
-    if config.restart and distributed.rank() == 0:
-        for directory in (state_dir, config.out / "model"):
-            shutil.rmtree(directory, ignore_errors=True)
-    distributed.wait()
-    resumed = latest_training_state(state_dir)
-    record = read_json(resumed / "state.json") if resumed else {}
-    if resumed:
-        saved_options = to_json(Config()) | read_json(options_file)  # what was no option then had its default
-        refuse_changes(config, saved_options, str(config.out))
-        if record["data"] != data_hash:
-            names = ", ".join(map(str, config.data))
-            raise UserError(
-                f"{config.out} was trained on other contents of {names}; choose another --out, or --restart"
-            )
-        is_longer = any(saved_options[name] != getattr(config, name) for name in ("steps", "epochs"))
-        if record["is_finished"] and not is_longer and (config.out / "model").is_dir():
-            print(f"{config.out / 'model'} is already trained ({record['step']} steps)")
-            return
-
-    model, tokenizer = load(config)
-    device = model.head_weight.device
+def train(config: Config, resumed: Path | None) -> None:
+    """resumed: the training state to continue from."""
+    if not is_checkpoint(config.model):
+        fetch = f"hf download {config.model} --local-dir {config.model}"
+        raise UserError(f"no model at {config.model}; fetch one with `{fetch}`, or name another with --model")
+    tokenizer = Tokenizer.from_directory(config.model)
     learned, held_out = load_data(config, tokenizer)
+    data_digest = files_digest((*config.data, *config.eval_data))
     lengths = [len(example.input_ids) - 1 for example in learned]
     epoch_steps = steps_per_epoch(lengths, config.tokens_per_step)
     total_steps = config.steps or config.epochs * epoch_steps
-    print(
-        f"{len(learned)} examples, {sum(lengths):,} tokens, {epoch_steps} steps per epoch; {len(held_out)} held out"
-    )
-    state_device = None if config.optimizer_device == "auto" else config.optimizer_device
-    optimizer = MasterAdamW(
-        model, betas=BETAS, weight_decay=config.weight_decay, clip_norm=CLIP_NORM, state_device=state_device
-    )
-    first_step = load_training_state(resumed, optimizer)["step"] if resumed else 0
-    distributed.wait()  # all have read the earlier options
-    if distributed.rank() == 0:
-        write_json(options_file, to_json(config))
+    print(f"{len(learned)} examples, {sum(lengths):,} tokens, {total_steps} steps; {len(held_out)} held out")
+    if resumed:
+        record = read_json(resumed / "state.json")
+        if record["data"] != data_digest:
+            raise UserError(f"{config.out} was trained on other data; choose another --out, or use --restart")
+        if record["step"] >= total_steps and (config.out / "model").is_dir():
+            print(f"{config.out / 'model'} is already trained")
+            return
 
-    is_quiet = distributed.rank() > 0
+    model = load(config)
+    device, rank = model.head_weight.device, distributed.rank()
+    where = config.optimizer_device
+    optimizer = MasterAdamW(model, weight_decay=config.weight_decay, state_device=where)
+    first_step = load_training_state(resumed, optimizer)["step"] if resumed else 0
+    bar = {"total": total_steps, "initial": first_step, "unit": "step", "disable": rank > 0}
     with (
-        RunLog(config.out / "metrics.jsonl", first_step, wandb=config.wandb, config=to_json(config)) as log,
-        tqdm(
-            total=total_steps, initial=first_step, unit="step", desc=config.out.name, disable=is_quiet
-        ) as progress,
+        RunLog(config.out / "metrics.jsonl", first_step, config.wandb, to_json(config)) as log,
+        tqdm(desc=config.out.name, **bar) as progress,
     ):
         for step in range(first_step, total_steps):
-            started = time.perf_counter()
+            started, is_last = time.perf_counter(), step + 1 == total_steps
             epoch, index = divmod(step, epoch_steps)
             if index == 0 or step == first_step:
                 plan = shuffle_epoch(lengths, config.tokens_per_step, config.seed, epoch, config.shuffle)
-            examples = [learned[i] for i in plan[index]]
-            step_lengths = [lengths[i] for i in plan[index]]
-            batches, target_tokens = (
-                micro_batches(step_lengths, config.tokens_per_batch),
-                count_targets(examples),
-            )
-            loss = torch.zeros((), device=device)
-            for documents, is_own in distributed.in_step(batches[distributed.rank()], [0]):
+            examples, step_lengths = [learned[i] for i in plan[index]], [lengths[i] for i in plan[index]]
+            batches = micro_batches(step_lengths, config.tokens_per_batch)
+            targets, loss = count_targets(examples), torch.zeros((), device=device)
+            for documents, is_own in distributed.in_step(batches[rank], [0]):
                 batch = collate([examples[i] for i in documents], device)
-                partial_loss = batch_loss(model, batch, target_tokens) * is_own
+                partial_loss = batch_loss(model, batch, targets) * is_own
                 partial_loss.backward()
                 loss += partial_loss.detach()
             distributed.sum_over_ranks(loss)
             rate = learning_rate(step, total_steps, config.lr, WARMUP, "cosine")
             metrics = {"loss": loss.item(), "lr": rate, "grad_norm": optimizer.step(rate)}
+            speed = sum(step_lengths) / (time.perf_counter() - started)
+
+            if held_out and ((step + 1) % config.eval_every == 0 or is_last):
+                metrics["eval_loss"] = evaluate(model, held_out, config.tokens_per_batch, device)
             metrics |= {
                 "epoch": (step + 1) / epoch_steps,
                 "tokens": sum(step_lengths),
-                "target_tokens": target_tokens,
+                "target_tokens": targets,
             }
-            metrics["tokens_per_second"] = sum(step_lengths) / (time.perf_counter() - started)
+            metrics |= {"tokens_per_second": speed, "skipped_steps": optimizer.skipped_steps}
             metrics["padding_share"] = padding_share(sum(batches, []), step_lengths)
-
-            is_last = step + 1 == total_steps
-            if held_out and ((step + 1) % config.eval_every == 0 or is_last):
-                metrics["eval_loss"] = evaluate(model, held_out, config.tokens_per_batch, device)
-            log.log(step + 1, **metrics, skipped_steps=optimizer.skipped_steps)
-            progress.set_postfix_str(
-                f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s"
-            )
+            log.log(step + 1, **metrics)
+            progress.set_postfix_str(f"loss {metrics['loss']:.3f}, {speed:,.0f} tokens/s")
             progress.update()
             if (step + 1) % config.save_every == 0 or is_last:
-                save_training_state(
-                    state_dir, optimizer, step + 1, {"data": data_hash, "is_finished": is_last}
-                )
+                save_training_state(config.out / "state", optimizer, step + 1, data=data_digest)
 
     save_model(config.out / "model", model, tokenizer)
-    print(f"model: {config.out / 'model'}   metrics: {config.out / 'metrics.jsonl'}")
+    print(f"{config.out}: model, metrics.jsonl, state")
 
 
 def write_nano_demonstrations(config: Config, path: Path) -> None:
@@ -280,13 +234,13 @@ def write_nano_demonstrations(config: Config, path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, sys.argv[1:] if argv is None else argv, presets("train_sft"), __doc__)
     print(f"{config.preset}: {presets('train_sft')[config.preset].help}", flush=True)
+    resumed = open_run(config)
     if not config.data:  # only the nano preset may leave them out
         config = replace(config, data=(config.out / "demonstrations.jsonl",))
-        is_new = config.restart or not latest_training_state(config.out / "state")
-        if distributed.rank() == 0 and is_new:
+        if distributed.rank() == 0 and not resumed:
             write_nano_demonstrations(config, config.data[0])
         distributed.wait()
-    train(config)
+    train(config, resumed)
 
 
 if __name__ == "__main__":

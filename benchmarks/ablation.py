@@ -1,10 +1,9 @@
 """What each choice of the method is worth, and what each fault of the published code costs: one table, one figure.
 
     python train_sft.py                              # first, the nano world's teacher and its demonstrations
-    python -m benchmarks.ablation                    # every row with three seeds; the same command continues an interrupted run
-    python -m benchmarks.ablation --rows default KL --seeds 0 1 2 3 4
+    python -m benchmarks.ablation                    # every row with three seeds; the same command continues
+    python -m benchmarks.ablation --rows default "advantage scale" --student DIR --teacher DIR --out runs/ablation-2
     python -m benchmarks.ablation --table --figure ablation.svg      # only show what is there
-    python -m benchmarks.ablation --rows default "advantage scale" --student DIR --teacher DIR --out runs/ablation-2    # of another student
 
 Each run is GRPO from the same SFT checkpoint with one thing changed, evaluated greedily on held-out tasks of all three domains. A seed
 fixes the order of the problems and all samples; the student and, except in the rows on SFT, the teacher's SFT checkpoint are the same
@@ -22,13 +21,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
+
 import train_grpo
 from benchmarks.jobs import ROOT, Job, call, markdown, run_jobs
 from nano_atlas import layout, protocol, stats, world
 from nano_atlas.config import option, parse, run_script
 from nano_atlas.episode import EpisodeConfig, episode, seeds, teaching_metrics
 from nano_atlas.optim import latest_training_state
-from nano_atlas.presets import NANO, NANO_LENGTHS, presets
+from nano_atlas.presets import NANO, presets
 from nano_atlas.reward import RewardConfig
 from nano_atlas.runs import read_json, read_jsonl, write_json, write_jsonl
 from nano_atlas.schedule import play
@@ -102,9 +103,6 @@ def probe_and_baselines_for_each_teaching() -> patch:
     return patch.multiple(train_grpo, episode=copies, play=play_copies)
 
 
-# ------------------------------------------------------------------------------------------------------------------ rows
-
-
 @dataclass(frozen=True)
 class Row:
     section: str
@@ -158,9 +156,6 @@ class Config:
         return self.out / row.key / str(seed)
 
 
-# ------------------------------------------------------------------------------------------------------------------ runs
-
-
 def teacher_before_grpo(row: Row, seed: int, config: Config) -> Path:
     if row.demonstrations is None:
         return config.teacher
@@ -176,36 +171,28 @@ def teacher_before_grpo(row: Row, seed: int, config: Config) -> Path:
 
 
 def run_one(row: Row, seed: int, config: Config) -> None:
-    teacher, out = teacher_before_grpo(row, seed, config), config.place(row, seed) / "grpo"
-    argv = ["--student", config.student, "--teacher", teacher, "--out", out, "--seed", seed, "--steps", config.steps,
-            "--eval-every", 0, "--restart", *row.flags.split()]  # fmt: skip
+    place, teacher = config.place(row, seed), teacher_before_grpo(row, seed, config)
+    argv = ["--student", config.student, "--teacher", teacher, "--out", place / "grpo", "--seed", seed,
+            "--steps", config.steps, "--eval-every", 0, "--restart", *row.flags.split()]  # fmt: skip
     grpo = parse(train_grpo.Config, [str(word) for word in argv], presets("train_grpo"), "")
     if row.fault:
-        grpo = replace(grpo, max_logp_diff=1e9)  # the check that stops such a run
+        grpo = replace(grpo, max_logp_diff=1e9)  # no check stops such a run
     with row.fault() if row.fault else nullcontext():
         train_grpo.train(grpo)
-    greedy = EpisodeConfig(**NANO_LENGTHS | {"probe_tokens": grpo.probe_tokens}).greedy()
     record = {"row": row.key, "seed": seed, "steps": config.steps}
-    write_json(
-        config.place(row, seed) / "result.json", record | evaluate(out / "model", config.student, greedy)
-    )
+    write_json(place / "result.json", record | evaluate(place / "grpo/model", config.student, grpo.greedy()))
 
 
 def evaluate(teacher: Path, student: Path, greedy: EpisodeConfig) -> dict:
     """Correctness on each held-out task, alone and guided; the protocol is the right one, whatever the training did."""
     seats = {"student": open_seat(str(student)), "teacher": open_seat(str(teacher))}
-    record, count_tokens = {}, seats["teacher"].count_tokens
+    record, options = {}, (greedy, RewardConfig(), seeds("ablation"), seats["teacher"].count_tokens)
     for domain, count in TASKS.items():
         problems = world.held_out(domain, count, "ablation")
-        scripts = [
-            episode(problem, greedy, RewardConfig(), seeds("ablation"), count_tokens) for problem in problems
-        ]
-        episodes = [one for (one,) in play(scripts, seats)]
-        record[domain] = {
-            "alone": [round(one.sketch.baseline_accuracy) for one in episodes],
-            "guided": [int(one.guided.is_correct) for one in episodes],
-            **teaching_metrics(episodes),
-        }
+        episodes = [one for (one,) in play([episode(problem, *options) for problem in problems], seats)]
+        alone = [round(one.sketch.baseline_accuracy) for one in episodes]
+        guided = [int(one.guided.is_correct) for one in episodes]
+        record[domain] = {"alone": alone, "guided": guided, **teaching_metrics(episodes)}
     return record
 
 
@@ -215,9 +202,6 @@ def job(row: Row, seed: int, config: Config) -> Job:
     argv = ["--one", row.key, "--seeds", seed, "--steps", config.steps, "--out", config.out,
             "--student", config.student, "--teacher", config.teacher]  # fmt: skip
     return Job(place / "result.json", lambda: call(place / "log.txt", 1, "-m", "benchmarks.ablation", *argv))
-
-
-# ----------------------------------------------------------------------------------------------------------------- table
 
 
 def results(row: Row, out: Path) -> list[dict]:
@@ -231,30 +215,23 @@ def accuracies(row: Row, out: Path) -> list[float]:
 
 def table(rows: list[Row], out: Path) -> str:
     """One line per row; every number is a mean over seeds, the bracket behind accuracy its smallest and largest seed."""
-    head = (
-        "changed|to|seeds|math, guided|against default|not worse|tokens taught|malformed|telecom|crm".split(
-            "|"
-        )
-    )
+    head = "changed | to | seeds | math, guided | against default | not worse | tokens taught | malformed | telecom | crm"
     default = {record["seed"]: record["math"]["guided"] for record in results(ROWS[0], out)}
     lines = []
     for row in rows:
-        found, right = results(row, out), accuracies(row, out)
-        if not found:
-            lines.append([row.section, row.name, 0, "not run", *[""] * 6])
+        if not (found := results(row, out)):
             continue
-        shared = [record for record in found if record["seed"] in default and row != ROWS[0]]
-        pairs = [zip(record["math"]["guided"], default[record["seed"]], strict=True) for record in shared]
-        changes = [statistics.mean(by_seed) for by_seed in zip(*([g - d for g, d in pair] for pair in pairs))]
+        right, shared = accuracies(row, out), [r for r in found if r["seed"] in default and row != ROWS[0]]
+        changes = [np.subtract(record["math"]["guided"], default[record["seed"]]) for record in shared]
 
-        def mean(domain: str, name: str) -> float:
-            return statistics.mean(record[domain][name] for record in found)
+        def mean(name: str, domain: str = "math", unit: int = 100) -> float:
+            return unit * statistics.mean(record[domain][name] for record in found)
 
         lines.append([
             row.section, row.name, len(found), f"{statistics.mean(right):.1f} [{min(right):.1f}, {max(right):.1f}]",
-            stats.mean_in_points(changes) if changes else "", f"{100 * mean('math', 'non_degradation_rate'):.1f}",
-            f"{mean('math', 'teaching_length_mean'):.0f}", f"{100 * mean('math', 'malformed_rate'):.1f}",
-            *(f"{100 * mean(domain, 'student_accuracy'):.1f}" for domain in ("telecom", "crm")),
+            stats.mean_in_points(np.mean(changes, axis=0)) if changes else "", f"{mean('non_degradation_rate'):.1f}",
+            f"{mean('teaching_length_mean', unit=1):.0f}", f"{mean('malformed_rate'):.1f}",
+            f"{mean('student_accuracy', 'telecom'):.1f}", f"{mean('student_accuracy', 'crm'):.1f}",
         ])  # fmt: skip
     return markdown(head, lines, texts=2)
 
@@ -276,9 +253,8 @@ def figure(rows: list[Row], out: Path, path: Path) -> None:
         axes.axvline(statistics.mean(found[ROWS[0]]), color="black", linewidth=0.8, linestyle=":")
         axes.axvline(alone, color="grey", linewidth=0.8)
         axes.annotate("student alone", (alone, -0.9), color="grey", ha="left", fontsize=8)
-    labels = [f"{row.section}: {row.name}" for row in found]
-    axes.set(yticks=range(len(found)), yticklabels=labels, ylim=(len(found) - 0.5, -1.3))
-    axes.set_xlabel("accuracy on 500 held-out math tasks, guided (%)")
+    axes.set(yticks=range(len(found)), yticklabels=[f"{row.section}: {row.name}" for row in found])
+    axes.set(xlabel="accuracy on 500 held-out math tasks, guided (%)", ylim=(len(found) - 0.5, -1.3))
     axes.grid(axis="x", alpha=0.3)
     canvas.savefig(path, metadata={"Date": None})
 

@@ -1,31 +1,35 @@
 """How much of the sampler's own speed an evaluation keeps: 500 tasks of the nano world, all arms.
 
-    python benchmarks/bench_eval.py                               # checkpoints of `python train_sft.py` under runs/nano
-    python benchmarks/bench_eval.py --chunk 256                   # what writing more often costs
+    python -m benchmarks.bench_eval                               # checkpoints of `python train_sft.py` under runs/nano
+    python -m benchmarks.bench_eval --chunk 256                   # what writing more often costs
 
 An evaluation is run, and every request that it makes of a model is kept. Then each model gets all of its requests in one call of
 its sampler, as if no answer depended on another: as many tokens at the sampler's own speed. Prompts that the evaluation had to send in
-different calls differ in their first token there, so that the one call does not save reading them again. Both take turns; CPU time is
-counted, because it says more than the clock on a machine that is shared.
+different calls differ in their first token there, so that the one call does not save reading them again. Times are CPU times.
 """
 
-import argparse
-import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
-from operator import truediv
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import eval as evaluation
+from nano_atlas import answers, world
+from nano_atlas.benches.results import STUDENT, TaskLog
+from nano_atlas.config import option, parse, run_script
+from nano_atlas.presets import presets
+from nano_atlas.sampler import Request
 
 
-import eval as evaluation  # noqa: E402
-from nano_atlas import protocol, world  # noqa: E402
-from nano_atlas.benches.results import TaskLog  # noqa: E402
-from nano_atlas.config import parse  # noqa: E402
-from nano_atlas.sampler import Request  # noqa: E402
+@dataclass(frozen=True)
+class Config:
+    student: str = option(str(world.STUDENT), "checkpoint directory")
+    teacher: tuple[str, ...] = option(("sft=runs/nano/teacher-sft/model",), "NAME=DIRECTORY, one or more")
+    tasks: int = option(500, "of the math domain", above=0)
+    chunk: int = option(evaluation.CHUNK, "answers per arm between two writes", above=0)
+    rounds: int = option(5, "evaluations, and calls of the sampler alone", above=0)
 
 
 class Kept:
@@ -37,72 +41,50 @@ class Kept:
     def generate(self, requests, progress=None):
         rollouts = self.sampler.generate(requests)
         for request, group in zip(requests, rollouts):
-            for rollout in group:
-                params = replace(
-                    request.params, max_tokens=len(rollout.completion_ids), stop_token_ids=()
-                )  # just as long again
-                self.requests.append(
-                    Request((self.calls, *request.prompt_ids[1:]), params, seed=len(self.requests))
-                )
-                self.tokens += params.max_tokens
+            for rollout in group:  # just as long again
+                length = len(rollout.completion_ids)
+                params = replace(request.params, max_tokens=length, stop_token_ids=())
+                ids = self.calls, *request.prompt_ids[1:]
+                self.requests.append(Request(ids, params, seed=len(self.requests)))
+                self.tokens += length
         self.calls += 1
         return rollouts
 
 
+def cpu_seconds(work, *arguments) -> float:
+    start = time.process_time()
+    work(*arguments)
+    return time.process_time() - start
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--student", default=str(world.STUDENT))
-    parser.add_argument("--teacher", nargs="*", default=["sft=runs/nano/teacher-sft/model"])
-    parser.add_argument("--tasks", type=int, default=500)
-    parser.add_argument("--chunk", type=int, default=evaluation.PRESETS["nano"].overrides["chunk"])
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
+    options = parse(Config, sys.argv[1:], {}, __doc__)
+    evaluation.CHUNK = options.chunk
     tasks = {"math": world.held_out("math", options.tasks, 0)}
-    evaluated, alone = [], []
+    evaluated, alone = [], []  # CPU seconds
     for round in range(options.rounds):
-        with tempfile.TemporaryDirectory() as folder:
-            argv = [
-                "--student",
-                options.student,
-                "--teacher",
-                *options.teacher,
-                "--chunk",
-                str(options.chunk),
-                "--out",
-                folder,
-            ]
-            config = parse(evaluation.Config, argv, evaluation.PRESETS, "")
-            seats = {
-                name: config.open(spec, None)
-                for name, spec in {"student": config.student, **config.teachers}.items()
-            }
+        with tempfile.TemporaryDirectory() as folder, TaskLog(Path(folder, "tasks.jsonl")) as log:
+            argv = ["--student", options.student, "--teacher", *options.teacher, "--out", folder]
+            config = parse(evaluation.Config, argv, presets("eval"), "")
+            seats = {STUDENT: config.open(config.student)}
+            seats |= {name: config.open(spec) for name, spec in config.teachers.items()}
             for seat in seats.values():
                 seat.sampler = Kept(seat.sampler)
-            log = TaskLog(Path(folder, "tasks.jsonl"))
-            start = time.process_time()
-            evaluation.evaluate(
-                config, tasks, log, protocol.is_correct, lambda: seats["student"], seats.__getitem__
-            )
-            evaluated.append(time.process_time() - start)
-            log.close()
-            start = time.process_time()
-            for seat in seats.values():
-                seat.sampler.sampler.generate(seat.sampler.requests)
-            alone.append(time.process_time() - start)
-            tokens, calls = (
-                sum(getattr(seat.sampler, name) for seat in seats.values()) for name in ("tokens", "calls")
-            )
-            print(
-                f"round {round}: {tokens:,} tokens in {calls} calls; CPU time of the evaluation {evaluated[-1]:.1f} s, "
-                f"of the sampler alone {alone[-1]:.1f} s: {100 * alone[-1] / evaluated[-1]:.1f} %"
-            )
+            kept = [seat.sampler for seat in seats.values()]
+            work = evaluation.evaluate, config, tasks, log, answers.is_correct, seats.__getitem__
+            evaluated.append(cpu_seconds(*work))
+            alone.append(sum(cpu_seconds(sampler.sampler.generate, sampler.requests) for sampler in kept))
+        tokens, calls = sum(sampler.tokens for sampler in kept), sum(sampler.calls for sampler in kept)
+        print(
+            f"round {round}: {tokens:,} tokens in {calls} calls; CPU time of the evaluation {evaluated[-1]:.1f} s, "
+            f"of the sampler alone {alone[-1]:.1f} s: {100 * alone[-1] / evaluated[-1]:.1f} %"
+        )
+    share = median(100 * mine / whole for mine, whole in zip(alone, evaluated))
+    fastest = 100 * min(alone) / min(evaluated)
     print(
-        f"of the sampler's own throughput the evaluation keeps {100 * statistics.median(map(truediv, alone, evaluated)):.1f} % (median), "
-        f"{100 * min(alone) / min(evaluated):.1f} % by the fastest of each"
+        f"of the sampler's throughput the evaluation keeps {share:.1f} % (median), {fastest:.1f} % by the fastest"
     )
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

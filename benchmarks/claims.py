@@ -31,35 +31,41 @@ class Claim:
     measure: str  # a key of MEASURES
 
 
+def _percent(rate: float | None) -> str:
+    return "–" if rate is None else f"{100 * rate:.1f} %"
+
+
 def _accuracy(score: Row) -> str:
-    error = (
-        f" [{100 * score['interval'][0]:.1f}, {100 * score['interval'][1]:.1f}]"
-        if score["interval"]
-        else (f" ± {100 * score['error']:.1f}" if score["error"] is not None else "")
+    spread = ""
+    if score["interval"]:
+        spread = " [{:.1f}, {:.1f}]".format(*(100 * bound for bound in score["interval"]))
+    elif score["error"] is not None:
+        spread = f" ± {100 * score['error']:.1f}"
+    return f"{100 * score['accuracy']:.1f}{spread} %"
+
+
+def _gain(alone: Row, arm: Row) -> str:
+    return in_points(arm["versus_student"]["delta"], arm["versus_student"]["interval"]) + " points"
+
+
+def _non_degradation(alone: Row, arm: Row) -> str:
+    of_all, of_right = (arm["versus_student"][f"non_degradation{of}"] for of in ("", "_correct"))
+    return f"{_percent(of_all)} of all tasks, {_percent(of_right)} of those right alone"
+
+
+def _tokens(alone: Row, arm: Row) -> str:
+    student, everyone = (
+        100 * (arm[name] / max(alone["student_tokens"], 1) - 1) for name in ("student_tokens", "all_tokens")
     )
-    return f"{100 * score['accuracy']:.1f}{error} %"
+    return f"student {student:+.1f} %, with probe and teacher {everyone:+.1f} %"
 
 
 MEASURES: dict[str, Callable[[Row, Row], str]] = {  # of the student alone and the arm in question
-    "gain": lambda alone, arm: (
-        f"{in_points(arm['versus_student']['delta'], arm['versus_student']['interval'])} points"
-    ),
+    "gain": _gain,
     "accuracy": lambda alone, arm: f"{_accuracy(arm)}, alone {_accuracy(alone)}",
-    "completion": lambda alone, arm: (
-        f"{100 * arm['completion']:.1f} %, alone {100 * alone['completion']:.1f} %"
-    ),
-    "non-degradation": lambda alone, arm: (
-        f"{100 * arm['versus_student']['non_degradation']:.1f} % of all tasks"
-        + (
-            ""
-            if arm["versus_student"]["non_degradation_correct"] is None
-            else f", {100 * arm['versus_student']['non_degradation_correct']:.1f} % of those right alone"
-        )
-    ),
-    "tokens": lambda alone, arm: (
-        f"student {100 * (arm['student_tokens'] / max(alone['student_tokens'], 1) - 1):+.1f} %, "
-        f"with probe and teacher {100 * (arm['all_tokens'] / max(alone['student_tokens'], 1) - 1):+.1f} %"
-    ),
+    "completion": lambda alone, arm: f"{_percent(arm['completion'])}, alone {_percent(alone['completion'])}",
+    "non-degradation": _non_degradation,
+    "tokens": _tokens,
 }
 
 MATHS = ("nano", "gsm8k", "aime25")
@@ -82,56 +88,42 @@ CLAIMS = (
 
 def claims_table(files: list[Path]) -> str:
     """Markdown: a row per claim and domain measured. Raises UserError for a file that is no results.json of eval.py."""
-    found = []
-    for path in files:
-        results = read_json(path)
-        if not {"run", "scores"} <= results.keys():
-            raise UserError(f"{path}: not a results.json of eval.py")
-        found.append((path, results))
     lines = [
         "| claim | published | where it comes from | measured here | n | controls, the same measure | file |",
         "|---|---|---|---|---|---|---|",
     ]
+    found = {path: read_json(path) for path in files}
+    for path, results in found.items():
+        if not {"run", "scores"} <= results.keys():
+            raise UserError(f"{path}: not a results.json of eval.py")
     for claim in CLAIMS:
-        rows = [
-            row
-            for path, results in found
-            if results["run"]["config"]["bench"] in claim.benches
-            for row in _measured(claim, path, results)
-        ]
+        rows = [row for path, results in found.items() for row in _measured(claim, path, results)]
         for row in rows or [("not measured", "", "", "")]:
             lines.append(f"| {' | '.join((claim.text, claim.published, claim.source, *row))} |")
     return "\n".join(lines)
 
 
 def _measured(claim: Claim, path: Path, results: Row) -> list[tuple[str, str, str, str]]:
+    """Per domain, of the last teacher, the one that the controls are made of: value, number of tasks, controls, file."""
     measure, config, rows = MEASURES[claim.measure], results["run"]["config"], []
+    if config["bench"] not in claim.benches:
+        return []
     for domain in dict.fromkeys(score["domain"] for score in results["scores"]):
         scores = {score["arm"]: score for score in results["scores"] if score["domain"] == domain}
         taught = [arm for arm in scores if arm not in (STUDENT, *config["control"])]
-        if STUDENT not in scores or not taught:
-            continue
-        alone, controls = scores[STUDENT], [arm for arm in config["control"] if arm in scores]
-        for arm in taught[-1:]:  # the last teacher, the one that the controls are made of
-            against = "; ".join(f"{name}: {measure(alone, scores[name])}" for name in controls)
-            rows.append(
-                (
-                    f"{domain}, {arm}: {measure(alone, scores[arm])}",
-                    str(scores[arm]["tasks"]),
-                    against or "none",
-                    str(path),
-                )
-            )
+        if STUDENT in scores and taught:
+            alone, last = scores[STUDENT], taught[-1]
+            controls = [name for name in config["control"] if name in scores]
+            against = "; ".join(f"{name}: {measure(alone, scores[name])}" for name in controls) or "none"
+            value = f"{domain}, {last}: {measure(alone, scores[last])}"
+            rows.append((value, str(scores[last]["tasks"]), against, str(path)))
     return rows
 
 
 def main() -> None:
     if any(argument.startswith("-") for argument in sys.argv[1:]):
         raise UserError("usage: python -m benchmarks.claims RESULTS.json ...")
-    for path in map(Path, sys.argv[1:]):
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; eval.py writes results.json into its --out")
-    print(claims_table([Path(argument) for argument in sys.argv[1:]]))
+    print(claims_table(list(map(Path, sys.argv[1:]))))
 
 
 if __name__ == "__main__":

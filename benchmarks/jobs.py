@@ -51,7 +51,8 @@ def call(log: Path, threads: int, *command: object) -> None:
         subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, env=environment, check=True)
 
 
-def markdown(head: Sequence[str], rows: Iterable[Sequence[object]], texts: int) -> str:
-    """A Markdown table; its first `texts` columns are text, the others numbers."""
-    rule = ["---" if column < texts else "--:" for column in range(len(head))]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, rule, *rows))
+def markdown(head: str, rows: Iterable[Sequence[object]], texts: int = 1) -> str:
+    """A Markdown table; head: names of columns with " | " between them, of which the first `texts` are text, the others numbers."""
+    columns = head.split(" | ")
+    rule = ["---" if column < texts else "--:" for column in range(len(columns))]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (columns, rule, *rows))

@@ -4,12 +4,11 @@
     python -m benchmarks.online --teacher runs/nano/teacher-grpo/model --out runs/nano/online-grpo
 
     fixed         the teacher is always asked in the same style
-    strategies    a bandit chooses among the styles and learns from every reward (nano_atlas/runtime/strategies.py)
-    skills        always the same style, but entries of a playbook may choose another (nano_atlas/runtime/playbook.py)
+    strategies    a bandit chooses among the styles and learns from every reward (nano_atlas/runtime/learning.py)
+    skills        always the same style, but entries of a playbook may choose another
 
-Weights never change. Each arm works through the same tasks of one domain and then, with what it has learned, through those of
-another; `new` works through the second domain alone. The skill writer, for which the nano world has no model, is a rule: where
-guidance went as far as the thing that is asked for, it proposes to be detailed in all problems with such a rule.
+Weights never change. Each arm works through the same tasks of one domain and then, with what it has learned, of another; `new` works
+through the second domain alone. The nano world has no model that writes skills; a rule stands in for it (`write_skills`).
 """
 
 import json
@@ -26,6 +25,7 @@ from nano_atlas import protocol, world
 from nano_atlas.config import option, parse, refuse_changes, run_script, to_json
 from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
+from nano_atlas.presets import presets
 from nano_atlas.runs import read_json, replace_text, write_json
 from nano_atlas.stats import mean_in_points
 
@@ -39,17 +39,15 @@ ARMS = {
 @dataclass(frozen=True)
 class Config:
     teacher: str = option("runs/nano/teacher-sft/model", "checkpoint of the teacher", group="experiment")
-    domains: tuple[str, ...] = option(("math", "telecom"), "first and second domain", list(world.DOMAINS))
-    tasks: int = option(256, "tasks of each domain")
-    seeds: int = option(3, "runs of each arm, each with its own tasks and choices", resumable=True)
-    window: int = option(64, "tasks per column of the table", resumable=True)
+    domains: tuple[str, str] = option(("math", "telecom"), "first and second domain", list(world.DOMAINS))
+    tasks: int = option(256, "tasks of each domain, a multiple of --window", above=0)
+    seeds: int = option(3, "runs of each arm, each with its own tasks and choices", above=0, resumable=True)
+    window: int = option(64, "tasks per column of the table", above=0, resumable=True)
     out: Path = option(Path("runs/nano/online"), "directory of the results")
 
     def check(self) -> None:
-        if len(self.domains) != 2 or min(self.tasks, self.seeds, self.window) < 1 or self.tasks % self.window:
-            raise UserError(
-                "--domains takes two, --tasks must be a multiple of --window, and all numbers at least 1"
-            )
+        if self.tasks % self.window:
+            raise UserError("--tasks must be a multiple of --window")
 
 
 def write_skills(prompt: str, metadata: dict) -> str:
@@ -58,9 +56,8 @@ def write_skills(prompt: str, metadata: dict) -> str:
     told = re.fullmatch(r"To find (\w+), work out (?:.*, )?(\w+)\.", session["guidance"])
     if not told or told[1] != told[2]:
         return '{"entries": []}'
-    entry = {"cue": {"type": "keyword", "pattern": "Each is the one it names"}, "action": {"imperative": "", "strategy": "detailed"},
-             "scope": {"category": "reinforcement"}}  # fmt: skip
-    return json.dumps({"entries": [entry]})
+    cue = {"type": "keyword", "pattern": "Each is the one it names"}
+    return json.dumps({"entries": [{"cue": cue, "action": {"imperative": "", "strategy": "detailed"}}]})
 
 
 def work(config: Config, arm: str, seed: int, tasks: Sequence[Problem], name: str) -> list[dict]:
@@ -69,9 +66,8 @@ def work(config: Config, arm: str, seed: int, tasks: Sequence[Problem], name: st
     if not path.exists():
         out = config.out / f"{name}-{seed}"
         argv = ["--teacher", config.teacher, "--out", str(out), "--seed", str(seed), *ARMS[arm]]
-        run = parse(runtime_loop.Config, argv, runtime_loop.PRESETS, "")
-        outcomes = runtime_loop.run(run, tasks, runtime_loop.open_seats(run))
-        keys = ("learning_key", "baseline", "guided", "reward", "strategy", "skills")
+        outcomes = runtime_loop.run(parse(runtime_loop.Config, argv, presets("runtime_loop"), ""), tasks)
+        keys = ("baseline", "guided")
         write_json(path, {"outcomes": [{key: getattr(outcome, key) for key in keys} for outcome in outcomes]})
         shutil.rmtree(out)
     return read_json(path)["outcomes"]
@@ -81,37 +77,21 @@ def table(config: Config, results: dict[str, list[list[dict]]]) -> str:
     """Guided accuracy (%) of each window of tasks, over all seeds; then the difference of the last half of a domain to `fixed`."""
     first, second = config.domains
     starts = range(0, config.tasks, config.window)
-    columns = [
-        f"{domain} {start + 1}–{start + config.window}" for domain in config.domains for start in starts
-    ]
-    lines = [
-        "| | " + " | ".join(columns) + f" | last half, {first}: Δ to fixed | {second}: Δ to new |",
-        "| --- |" + " ---: |" * (len(columns) + 2),
-    ]
+    columns = [f"{domain} {n + 1}–{n + config.window}" for domain in config.domains for n in starts]
+    heads = [*columns, f"last half, {first}: Δ to fixed", f"{second}: Δ to new"]
+    lines = [f"| | {' | '.join(heads)} |", "| --- |" + " ---: |" * len(heads)]
+    half = slice(config.tasks // 2, config.tasks)
     for arm, runs in results.items():
-        is_new = arm.startswith("new")
-        cells = [""] * (len(columns) // 2) if is_new else []
-        size = len(runs[0])
-        cells += [
-            f"{100 * fmean(o['guided'] for run in runs for o in run[start : start + config.window]):.1f}"
-            for start in range(0, size, config.window)
-        ]
-        half = slice(config.tasks // 2, config.tasks)
-        cells.append(
-            ""
-            if is_new or arm == "fixed"
-            else difference([run[half] for run in results["fixed"]], [run[half] for run in runs])
-        )
-        fresh = results.get(f"new, {arm}")
-        cells.append(difference(fresh, [run[config.tasks :] for run in runs]) if fresh else "")
+        windows = [slice(start, start + config.window) for start in range(0, len(runs[0]), config.window)]
+        cells = [f"{100 * fmean(o['guided'] for run in runs for o in run[w]):.1f}" for w in windows]
+        cells = [""] * (len(columns) - len(cells)) + cells + ["", ""]
+        if f"new, {arm}" in results:
+            cells[-2] = difference([run[half] for run in results["fixed"]], [run[half] for run in runs])
+            cells[-1] = difference(results[f"new, {arm}"], [run[config.tasks :] for run in runs])
         lines.append(f"| {arm} | {' | '.join(cells)} |")
-    alone = [o["baseline"] for run in results["fixed"] for o in run]
-    count = len(alone) // len(results["fixed"])
-    lines += [
-        "",
-        f"Student alone {100 * fmean(alone):.1f} %. {config.seeds} seeds, {count} tasks each; Δ in points, 95 % interval over tasks.",
-    ]
-    return "\n".join(lines)
+    alone = [outcome["baseline"] for run in results["fixed"] for outcome in run]
+    note = f"Student alone {100 * fmean(alone):.1f} %. {config.seeds} seeds, {2 * config.tasks} tasks each"
+    return "\n".join([*lines, "", f"{note}; Δ in points, 95 % interval over tasks."])
 
 
 def difference(before: list[list[dict]], after: list[list[dict]]) -> str:

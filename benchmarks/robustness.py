@@ -30,6 +30,7 @@ from nano_atlas.seats import Generation, Question, Seat, open_seat
 from nano_atlas.stats import in_points
 
 SHIPPED = "shipped"
+HELP = ("alone", "half a plan", "whole plan", "another's plan")
 HEADROOM = 0.05  # accuracy; a share of less than that says nothing
 OTHERS = {  # options of pretrain.py
     "another seed": "--seed 3",
@@ -50,9 +51,6 @@ class Config:
     out: Path = option(Path("runs/robustness"), "directory of the runs")
     table: bool = option(False, "only print the tables of what is there")
     measure: tuple[Path, ...] = option((), "only measure these students by the help they get")
-
-
-# ------------------------------------------------------------------------------------------------------------------ runs
 
 
 @dataclass(frozen=True)
@@ -94,9 +92,6 @@ def main_path(run: Run, config: Config) -> Job:
     return Job(place / "whole-plan.json", work, run.threads)
 
 
-# -------------------------------------------------------------------------------------------------------------- students
-
-
 def is_right(student: Seat, taught: Sequence[tuple[world.Task, str | None]]) -> list[bool]:
     """Whether the student solves each task, greedily, with what it is told (None: nothing)."""
     greedy = Generation(120, temperature=0.0)
@@ -118,17 +113,10 @@ def measure(student: Seat, domain: str, count: int) -> dict[str, float]:
     """Accuracy (0 to 1) on full-size problems, by the help that the student gets."""
     tasks = world.tasks(domain, count, "measure")
     plans = [world.plan(task.chain) for task in tasks]
-    told = {
-        "alone": [None] * count,
-        "half a plan": [world.plan(task.chain, world.opening(task.chain)) for task in tasks],
-        "whole plan": plans,
-        "another's plan": plans[-1:] + plans[:-1],
-    }
+    halves = [world.plan(task.chain, world.opening(task.chain)) for task in tasks]
+    told = dict(zip(HELP, ([None] * count, halves, plans, plans[-1:] + plans[:-1])))
     right = iter(is_right(student, [pair for texts in told.values() for pair in zip(tasks, texts)]))
     return {kind: sum(islice(right, count)) / count for kind in told}
-
-
-# ---------------------------------------------------------------------------------------------------------------- tables
 
 
 def read(run: Run, out: Path) -> dict[str, dict] | None:
@@ -150,7 +138,7 @@ def read(run: Run, out: Path) -> dict[str, dict] | None:
 
 def table(runs: list[Run], out: Path) -> str:
     """One line per run and domain."""
-    head = "student|seed|threads|domain|alone|SFT|GRPO|whole plan|GRPO − SFT|recovered|shuffled".split("|")
+    head = "student | seed | threads | domain | alone | SFT | GRPO | whole plan | GRPO − SFT | recovered | shuffled"
     rows = []
     for run in runs:
         for domain, row in (read(run, out) or {}).items():
@@ -163,7 +151,9 @@ def table(runs: list[Run], out: Path) -> str:
 
 def summary(runs: list[Run], out: Path) -> str:
     """One line per student and domain: median over its runs, smallest and largest in brackets."""
-    head = "student|domain|runs|alone|SFT|GRPO|whole plan|GRPO − SFT|lowest interval|recovered".split("|")
+    head = (
+        "student | domain | runs | alone | SFT | GRPO | whole plan | GRPO − SFT | lowest interval | recovered"
+    )
 
     def spread(rows: list[dict], name: str, unit: str = "") -> str:
         values = [100 * row[name] for row in rows if row[name] is not None]
@@ -188,9 +178,9 @@ def main() -> None:
     config = parse(Config, sys.argv[1:], {}, __doc__)
     for student in config.measure:
         seat = open_seat(str(student))
-        rows = {domain: measure(seat, domain, config.tasks) for domain in world.DOMAINS}
-        shares = [[domain, *(f"{100 * share:.1f}" for share in row.values())] for domain, row in rows.items()]
-        print(markdown([str(student), *rows["math"]], shares, texts=1))
+        shares = {domain: measure(seat, domain, config.tasks).values() for domain in world.DOMAINS}
+        rows = [[domain, *(f"{100 * share:.1f}" for share in row)] for domain, row in shares.items()]
+        print(markdown(" | ".join([str(student), *HELP]), rows))
     if config.measure:
         return
     runs = [

@@ -52,6 +52,7 @@ CHECKPOINT_FILES = {
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
 }  # fmt: skip
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+Named = Iterable[tuple[str, Tensor]]
 
 
 def config_from_dict(values: dict, source: str = "config.json") -> ModelConfig:
@@ -73,9 +74,7 @@ def config_from_dict(values: dict, source: str = "config.json") -> ModelConfig:
     for field, supported in {**ONLY, **FAMILIES[kind].only}.items():
         if values.get(field) not in supported:
             shown = " or ".join(map(repr, supported))
-            raise UserError(
-                f"{source}: {field}={values[field]!r} is not supported for {kind}; only {shown} is"
-            )
+            raise UserError(f"{source}: {field}={values[field]!r} is not supported; only {shown} is")
     if set(values.get("layer_types") or ()) - {"full_attention"}:
         raise UserError(f"{source}: layer_types may only contain full_attention, not {values['layer_types']}")
 
@@ -101,10 +100,8 @@ def config_from_dict(values: dict, source: str = "config.json") -> ModelConfig:
 def _rope(values: dict, source: str) -> tuple[float, Llama3RopeScaling | None]:
     """Base and scaling of the rotary embedding from either style of configuration, or from both if they agree."""
     rope = dict(values.get("rope_parameters") or {})
-    for field, value in {
-        "rope_theta": values.get("rope_theta"),
-        **(values.get("rope_scaling") or {}),
-    }.items():
+    old = {"rope_theta": values.get("rope_theta")} | (values.get("rope_scaling") or {})
+    for field, value in old.items():
         if value is not None and rope.setdefault(field, value) != value:
             styles = "rope_parameters and rope_scaling or rope_theta"
             raise UserError(f"{source}: {styles} disagree on {field}; remove one of them")
@@ -214,9 +211,7 @@ def _read(stored: dict[str, tuple[Path, list[int]]], name: str) -> Tensor:
         return tensors.get_tensor(name)
 
 
-def with_tied_head(
-    weights: Iterable[tuple[str, Tensor]], config: ModelConfig
-) -> Iterator[tuple[str, Tensor]]:
+def with_tied_head(weights: Named, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """The named weights of a model, and once more the embedding as lm_head.weight if the two are tied."""
     for name, weight in weights:
         yield name, weight
@@ -224,7 +219,7 @@ def with_tied_head(
             yield HEAD, weight.clone()  # a safetensors file must not hold the same memory twice
 
 
-def in_shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: float) -> Iterator[dict[str, Tensor]]:
+def in_shards(tensors: Named, max_bytes: float) -> Iterator[dict[str, Tensor]]:
     """The named tensors in host memory, in groups of at most `max_bytes` (a larger tensor alone), one file each."""
     shard: dict[str, Tensor] = {}
     for name, tensor in tensors:

@@ -10,13 +10,11 @@ learned. Three kinds of lines become examples, told apart by their fields:
 Nothing is ever truncated: an example that is too long is left out, counted and reported. Every error names file and line.
 """
 
-import functools
-import hashlib
 import json
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,10 @@ import torch
 from torch import Tensor
 
 from nano_atlas import protocol
+from nano_atlas.answers import extract_answer
+from nano_atlas.config import derive_seed
 from nano_atlas.errors import UserError
-from nano_atlas.runs import replacing
+from nano_atlas.runs import read_jsonl
 from nano_atlas.tokenizer import Tokenizer
 
 QUESTION_FIELDS = ("problem_text", "question", "problem", "prompt", "input")
@@ -34,77 +34,12 @@ ANSWER_FIELDS = ("ground_truth", "answer", "solution")
 DEMONSTRATION_FIELDS = ("problem_text", "student_approach", "teacher_diagnosis", "teacher_teaching")
 
 
-def derive_seed(*parts: Any) -> int:
-    """A 63-bit seed that depends on all parts, the same on every machine: `derive_seed(config.seed, "rollouts", step)`.
-
-    Randomness that is a function of (seed, step) has no state, so a resumed run needs none restored.
-    """
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
-
-
-# ------------------------------------------------------------------------------------------------------------- reading
-
-
-def read_jsonl(path: Path | str, bad: list[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number from 1, object) for each line that is not blank.
-
-    Raises UserError for a file that is missing or empty, and for a line that is not UTF-8, not JSON or not an object; with a list
-    `bad`, the complaint about such a line is added to it instead, and the line left out.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    is_empty = True
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if raw.isspace():
-                continue
-            is_empty = False
-            try:
-                record = _parse_line(raw, number, f"{path}:{number}")
-            except UserError as error:
-                if bad is None:
-                    raise
-                bad.append(str(error))
-                continue
-            yield number, record
-    if is_empty:
-        raise UserError(f"{path}: empty; it should have one JSON object per line")
-
-
-def _parse_line(raw: bytes, number: int, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where}: not UTF-8 (byte {error.start} of the line); save the file as UTF-8"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where}: not JSON ({error.msg} at column {error.colno}); "
-            "each line must be one complete JSON object, {...}"
-        ) from None
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: a JSON {type(record).__name__}, but each line must be an object, {{...}}")
-    return record
-
-
-def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Write one object per line; the file appears under its name only when it is complete."""
-    with replacing(path) as file:
-        file.writelines(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
-
-
 def _text(record: dict[str, Any], field: str, where: str) -> str:
-    value = record[field]
+    value = record.get(field)
     if not isinstance(value, str) or not value.strip():
-        raise UserError(
-            f"{where}: the field {field!r} must be a non-empty text, not {json.dumps(value)[:60]}"
-        )
+        shown = json.dumps(value)[:60]
+        raise UserError(f"{where}: the field {field!r} must be a non-empty text, not {shown}")
     return value
-
-
-# ------------------------------------------------------------------------------------------------------------ problems
 
 
 @dataclass(frozen=True)
@@ -119,53 +54,76 @@ def load_problems(
     path: Path | str, *, needs_answer: bool = True, bad: list[str] | None = None
 ) -> list[Problem]:
     """Read problems in any of the usual layouts: GSM8K and AIME {question|problem, answer}, Arc's RL file {prompt,
-    ground_truth}, {problem_text|input, solution}. The gold answer is what follows GSM8K's `####`, the inside of `<solution>` or
-    `\\boxed{}`, or else the whole text; numbers are taken as their text. Without an `id` a problem is called after its line,
-    `test:17`.
+    ground_truth}, {problem_text|input, solution}, and session traces of this runtime or of atlas-sdk {task, ...}.
+
+    Without an `id` a problem is called after its line, `test:17`. A trace is left out, and how many were is printed, if its
+    session failed, is not approved or has no ground truth, or if its task has been there before.
 
     Raises UserError for a line without question, without answer (unless `needs_answer` is off), or with an id seen before; with a
     list `bad`, the complaint is added to it instead, and the line left out.
     """
     problems: dict[str, Problem] = {}
-    lines: dict[str, int] = {}
+    left_out: Counter[str] = Counter()
+    traced: set[tuple] = set()
     for number, record in read_jsonl(path, bad):
-        where = f"{path}:{number}"
+        where, name = f"{path}:{number}", f"{Path(path).stem}:{number}"
         try:
-            problem = _problem(record, where, f"{Path(path).stem}:{number}", needs_answer)
+            if "task" in record and not record.keys() & set(QUESTION_FIELDS):
+                record, reason = _from_trace(record, name, needs_answer)
+                task = record["question"], record["answer"]
+                if reason or task in traced:
+                    left_out[reason or "the same task again"] += 1
+                    continue
+                traced.add(task)
+            problem = _problem(record, where, name, needs_answer)
             if problem.id in problems:
-                raise UserError(
-                    f"{where}: the id {problem.id!r} is that of line {lines[problem.id]} too; ids must differ"
-                )
+                raise UserError(f"{where}: an earlier line has the id {problem.id!r} too; ids must differ")
+            problems[problem.id] = problem
         except UserError as error:
             if bad is None:
                 raise
             bad.append(str(error))
-            continue
-        lines[problem.id] = number
-        problems[problem.id] = problem
+    if left_out:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        if not problems:
+            raise UserError(f"{path}: no trace here makes a problem ({reasons})")
+        print(f"{path}: {len(problems)} problems; traces left out: {reasons}")
     return list(problems.values())
+
+
+def _from_trace(trace: dict[str, Any], name: str, needs_answer: bool) -> tuple[dict[str, Any], str | None]:
+    """(a problem's record, why it is left out if it is). atlas-sdk keeps a ground truth in the metadata only."""
+    metadata = trace.get("session_metadata") or {}
+    merged = {key: value for part in (metadata, trace) for key, value in part.items() if value is not None}
+    answer = str(merged.get("ground_truth", "")).strip() or None
+    reasons = {
+        f"session {merged.get('status')}": merged.get("status", "succeeded") != "succeeded",
+        f"review {merged.get('review_status')}": merged.get("review_status", "approved") != "approved",
+        "no ground truth": needs_answer and answer is None,
+    }
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    named = {"id": merged.get("session_id", name), "domain": merged.get("learning_key", "")}
+    return {"question": trace["task"], "answer": answer, **named}, reason
 
 
 def _problem(record: dict[str, Any], where: str, name: str, needs_answer: bool) -> Problem:
     question = next((field for field in QUESTION_FIELDS if field in record), None)
     if question is None:
         raise UserError(f"{where}: no question; one of the fields {', '.join(QUESTION_FIELDS)} must hold it")
-    answer = _gold_answer(record, where)
-    if answer is None and needs_answer:
-        raise UserError(f"{where}: no gold answer; one of the fields {', '.join(ANSWER_FIELDS)} must hold it")
-    return Problem(
-        str(record.get("id", name)), _text(record, question, where), answer, str(record.get("domain", ""))
-    )
-
-
-def _gold_answer(record: dict[str, Any], where: str) -> str | None:
     field = next((field for field in ANSWER_FIELDS if record.get(field) is not None), None)
-    if field is None:
-        return None
-    if isinstance(record[field], (int, float)) and not isinstance(record[field], bool):
+    if field is None and needs_answer:
+        raise UserError(f"{where}: no gold answer; one of the fields {', '.join(ANSWER_FIELDS)} must hold it")
+    answer = None if field is None else _gold_answer(record, field, where)
+    name, domain = str(record.get("id", name)), str(record.get("domain", ""))
+    return Problem(name, _text(record, question, where), answer, domain)
+
+
+def _gold_answer(record: dict[str, Any], field: str, where: str) -> str:
+    """What follows GSM8K's `####`, the inside of `<solution>` or `\\boxed{}`, or else the whole text; a number as its text."""
+    if type(record[field]) in (int, float):
         return str(record[field])
     text = _text(record, field, where)
-    answer = text.rpartition("####")[2] if "####" in text else protocol.extract_answer(text) or text
+    answer = text.rpartition("####")[2] if "####" in text else extract_answer(text) or text
     if not answer.strip():
         raise UserError(f"{where}: the field {field!r} ends before its answer")
     return answer.strip()
@@ -179,9 +137,6 @@ def problems_of_step(problems: Sequence[Problem], step: int, per_step: int, seed
         order = random.Random(derive_seed(seed, "epoch", epoch)).sample(range(len(problems)), len(problems))
         chosen.append(replace(problems[order[place]], id=f"{problems[order[place]].id}@{epoch}"))
     return chosen
-
-
-# ------------------------------------------------------------------------------------------------------------ examples
 
 
 @dataclass(frozen=True)
@@ -217,63 +172,47 @@ def make_examples(
     record: dict[str, Any], tokenizer: Tokenizer, where: str, *, thinking: bool = False
 ) -> list[Example]:
     """The example of one line (several if the chat template rewrites earlier turns, see `_chat_examples`)."""
-    render = functools.partial(tokenizer.chat_ids, enable_thinking=thinking)
     if "messages" in record:
-        return _chat_examples(_messages(record, "messages", where), 0, render, tokenizer.eos_ids, where)
-    if "problem_text" in record or "teacher_teaching" in record:
-        missing = [field for field in DEMONSTRATION_FIELDS if field not in record]
-        if missing:
-            raise UserError(
-                f"{where}: a demonstration needs the fields {', '.join(DEMONSTRATION_FIELDS)}; "
-                f"missing: {', '.join(missing)}"
-            )
-        question, approach, diagnosis, teaching = (
-            _text(record, field, where) for field in DEMONSTRATION_FIELDS
-        )
+        messages, first = _messages(record, "messages", where), 0
+    elif "problem_text" in record or "teacher_teaching" in record:
+        question, approach, *target = (_text(record, field, where) for field in DEMONSTRATION_FIELDS)
         style = {"style": _text(record, "strategy", where)} if "strategy" in record else {}
-        messages = protocol.teacher_messages(question, approach, **style)
-        target = {"role": "assistant", "content": protocol.teacher_target(diagnosis, teaching)}
-        return _chat_examples([*messages, target], len(messages), render, tokenizer.eos_ids, where)
-    if "prompt" in record and "completion" in record:
+        prompt = protocol.teacher_messages(question, approach, **style)
+        answer = {"role": "assistant", "content": protocol.teacher_target(*target)}
+        messages, first = [*prompt, answer], len(prompt)
+    elif "prompt" in record and "completion" in record:
         if isinstance(record["prompt"], str):
-            prompt = tokenizer.encode(_text(record, "prompt", where))
-            completion = tokenizer.encode(_text(record, "completion", where)) + [tokenizer.eos_ids[0]]
-            return [Example(prompt + completion, [False] * len(prompt) + [True] * len(completion))]
-        messages = _messages(record, "prompt", where)
-        completion = _messages(record, "completion", where)
-        return _chat_examples(messages + completion, len(messages), render, tokenizer.eos_ids, where)
-    raise UserError(
-        f"{where}: the fields {', '.join(record)} make no training example; expected "
-        f"{', '.join(DEMONSTRATION_FIELDS)}; or messages; or prompt and completion"
-    )
+            prompt_ids = tokenizer.encode(_text(record, "prompt", where))
+            completion_ids = tokenizer.encode(_text(record, "completion", where)) + [tokenizer.eos_ids[0]]
+            is_target = [False] * len(prompt_ids) + [True] * len(completion_ids)
+            return [Example(prompt_ids + completion_ids, is_target)]
+        prompt = _messages(record, "prompt", where)
+        messages, first = prompt + _messages(record, "completion", where), len(prompt)
+    else:
+        expected = f"{', '.join(DEMONSTRATION_FIELDS)}; or messages; or prompt and completion"
+        raise UserError(f"{where}: {', '.join(record)} make no training example; expected {expected}")
+    return _chat_examples(messages, first, tokenizer, where, thinking)
 
 
 def _messages(record: dict[str, Any], field: str, where: str) -> protocol.Messages:
-    messages = record[field]
+    messages, shape = record[field], '{"role": "...", "content": "..."}'
     if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where}: {field!r} must be a non-empty list of messages")
+        raise UserError(f"{where}: {field!r} must be a non-empty list of {shape}")
     for index, message in enumerate(messages):
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        ):
-            raise UserError(
-                f'{where}: {field!r}[{index}] must be {{"role": "...", "content": "..."}} with texts as values'
-            )
+        texts = [message.get(key) for key in ("role", "content")] if isinstance(message, dict) else [None]
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{where}: {field!r}[{index}] must be {shape} with texts as values")
     return messages
 
 
 def _chat_examples(
-    messages: protocol.Messages,
-    first: int,
-    render: Callable[..., list[int]],
-    eos_ids: Sequence[int],
-    where: str,
+    messages: protocol.Messages, first: int, tokenizer: Tokenizer, where: str, thinking: bool
 ) -> list[Example]:
     """Learn the assistant turns from index `first` on, each exactly as it would be generated: after the prompt of that turn.
 
-    The mask comes from rendering prefixes, never from searching for markers: what the template writes for `messages[:turn + 1]`
+    The mask comes from rendering prefixes, not from searching for markers: what the template writes for `messages[:turn + 1]`
     beyond the generation prompt of `messages[:turn]`, up to the end-of-turn token, is learned. Usually each turn continues the
-    text before it and the whole chat is one example. Some templates rewrite earlier turns (Qwen3 drops their reasoning); such a
+    text before it, and the whole chat is one example. Where a template rewrites earlier turns (Qwen3 drops their reasoning), a
     turn starts an example of its own.
     """
     turns = [index for index in range(first, len(messages)) if messages[index]["role"] == "assistant"]
@@ -281,27 +220,19 @@ def _chat_examples(
         raise UserError(f"{where}: no assistant message to learn from")
     examples: list[Example] = []
     for turn in turns:
-        prompt = render(messages[:turn], add_generation_prompt=True)
-        text = render(messages[: turn + 1], add_generation_prompt=False)
-        if text[: len(prompt)] != prompt:
-            raise UserError(
-                f"{where}: message {turn}: the chat template does not continue its own generation prompt with "
-                "the answer, so there is no telling which tokens to learn; mend it or use prompt/completion texts"
-            )
+        prompt = tokenizer.chat_ids(messages[:turn], enable_thinking=thinking)
+        text = tokenizer.chat_ids(messages[: turn + 1], False, enable_thinking=thinking)
         # A template may write a line break after the end of the turn; it is never generated, so it is not learned either.
-        end = next((i + 1 for i in range(len(text) - 1, len(prompt) - 1, -1) if text[i] in eos_ids), None)
-        if end is None:
-            raise UserError(
-                f"{where}: message {turn}: the chat template ends no turn with an end token ({list(eos_ids)})"
-            )
+        ends = [i + 1 for i in range(len(prompt), len(text)) if text[i] in tokenizer.eos_ids]
+        if text[: len(prompt)] != prompt or not ends:
+            fault = "does not continue its own generation prompt with the answer and an end token"
+            remedy = "fix it, or use prompt and completion texts"
+            raise UserError(f"{where}: message {turn}: the chat template {fault}; {remedy}")
         continues = examples and text[: len(examples[-1].input_ids)] == examples[-1].input_ids
         known = examples.pop() if continues else Example([], [])
         masked = known.is_target + [False] * (len(prompt) - len(known.is_target))
-        examples.append(Example(text[:end], masked + [True] * (end - len(prompt))))
+        examples.append(Example(text[: ends[-1]], masked + [True] * (ends[-1] - len(prompt))))
     return examples
-
-
-# ------------------------------------------------------------------------------------------------------------- batches
 
 
 @dataclass(frozen=True)
@@ -315,17 +246,12 @@ class Batch:
 
 
 def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
-    lengths = [len(example.input_ids) - 1 for example in examples]
     is_target = torch.tensor([flag for example in examples for flag in example.is_target[1:]])
+    input_ids = torch.tensor([token for example in examples for token in example.input_ids[:-1]])
     next_ids = torch.tensor([token for example in examples for token in example.input_ids[1:]])
-    return Batch(
-        input_ids=torch.tensor([token for example in examples for token in example.input_ids[:-1]]).to(
-            device
-        ),
-        lengths=lengths,
-        target_positions=is_target.nonzero()[:, 0].to(device),
-        targets=next_ids[is_target].to(device),
-    )
+    lengths = [len(example.input_ids) - 1 for example in examples]
+    positions, targets = is_target.nonzero()[:, 0], next_ids[is_target]
+    return Batch(input_ids.to(device), lengths, positions.to(device), targets.to(device))
 
 
 def count_targets(examples: Iterable[Example]) -> int:
@@ -335,9 +261,8 @@ def count_targets(examples: Iterable[Example]) -> int:
 def pack(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
     """Group documents (by index) into micro-batches whose padded view, rows x longest, has at most `tokens_per_batch` tokens.
 
-    Longest first, so that each batch holds documents of similar length and the attention kernel sees little padding. Bounding
-    the padded view bounds the real tokens too, and one long document among many short ones cannot blow it up. A document beyond
-    the budget is a batch of its own.
+    Longest first, so that a batch holds documents of similar length and the attention kernel sees little padding. A document
+    beyond the budget is a batch of its own.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -360,8 +285,7 @@ def steps_per_epoch(lengths: Sequence[int], tokens_per_step: int) -> int:
 def shuffle_epoch(
     lengths: Sequence[int], tokens_per_step: int, seed: int, epoch: int, is_shuffled: bool = True
 ) -> list[list[int]]:
-    """The documents (by index) of each optimizer step of an epoch: each document once, in an order given by (seed, epoch),
-    or in their own where `is_shuffled` is off.
+    """The documents (by index) of each optimizer step of an epoch: each once, in an order given by (seed, epoch) or in their own.
 
     Every epoch has the same number of steps with the same number of documents (give or take one), `tokens_per_step` tokens each
     on average. Documents are grouped by length only *within* a step, so no step sees only short or only long ones.

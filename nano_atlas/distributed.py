@@ -71,9 +71,7 @@ def device(choice: str, gpus: int | None = None) -> str:
     """The device that an option names; "auto" is the process's GPU, or the CPU if there is none. Raises UserError."""
     gpus = torch.cuda.device_count() if gpus is None else gpus
     if size() > 1 and choice.startswith("cuda"):
-        raise UserError(
-            f"device {choice}: each of torchrun's processes has a GPU of its own; use auto or cpu"
-        )
+        raise UserError(f"{choice}: each of torchrun's processes has a GPU of its own; use auto or cpu")
     if choice == "auto":
         choice = f"cuda:{os.environ['LOCAL_RANK'] if size() > 1 else 0}" if gpus else "cpu"
     if choice.startswith("cuda"):

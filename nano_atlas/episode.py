@@ -10,7 +10,7 @@ problem, so the teachings compete from the same state and the reward carries no 
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 from nano_atlas import protocol
@@ -22,7 +22,7 @@ from nano_atlas.schedule import Call, Script, ask
 from nano_atlas.seats import Generation, Reply
 
 SeedOf = Callable[..., int]  # (kind, id of the problem, ...) -> seed of one call
-Grade = Callable[[str, Reply], Script]  # (kind of answer, reply) -> an Attempt, or what else has a `score`
+CountTokens = Callable[[str], int]  # length of a text in the teacher's tokens
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,10 @@ class EpisodeConfig:
     @property
     def teacher_temperature(self) -> float:
         return self.temperature[1]
+
+    @property
+    def answering(self) -> Generation:
+        return Generation(self.answer_tokens, self.student_temperature, self.top_p)
 
     def greedy(self) -> Self:
         """The same without chance."""
@@ -104,31 +108,28 @@ def episode(
     config: EpisodeConfig,
     rewards: RewardConfig,
     seed: SeedOf,
-    count_tokens: Callable[[str], int],
-    baselines: int = 1,
-    group_size: int = 1,
+    count: CountTokens,
+    samples: int,
+    size: int,
 ) -> Script:
-    """From the question to the rewards of `group_size` teachings -> list[Episode]."""
-    alone = yield from sketch(problem, config, seed, baselines)
-    return (yield from teach(alone, config, rewards, seed, count_tokens, group_size))
+    """From the question to the rewards of `size` teachings, against `samples` answers alone -> list[Episode]."""
+    alone = yield from sketch(problem, config, seed, samples)
+    return (yield from teach(alone, config, rewards, seed, count, size))
 
 
-def sketch(
-    problem: Problem, config: EpisodeConfig, seed: SeedOf, baselines: int = 1, grade: Grade | None = None
-) -> Script:
-    """The student alone -> Sketch. With `probe_tokens` 0 the approach is empty."""
+def sketch(problem: Problem, config: EpisodeConfig, seed: SeedOf, samples: int = 1) -> Script:
+    """The student alone -> Sketch, with `samples` answers. With `probe_tokens` 0 the approach is empty."""
     probe = Generation(config.probe_tokens, config.student_temperature, config.top_p)
-    alone = Generation(config.answer_tokens, config.student_temperature, config.top_p)
-    question, grade = problem.question, grade or by_gold_answer(problem)
-    calls = [Call("student", "probe", protocol.probe_messages(question), probe, seed("probe", problem.id))]
-    answering = protocol.baseline_messages(question), alone, seed("alone", problem.id), baselines
-    calls = (calls if config.probe_tokens else []) + [Call("student", "alone", *answering)]
+    calls = []
+    if config.probe_tokens:
+        messages = protocol.probe_messages(problem.question)
+        calls.append(Call("student", "probe", messages, probe, seed("probe", problem.id)))
+    messages = protocol.baseline_messages(problem.question)
+    calls.append(Call("student", "alone", messages, config.answering, seed("alone", problem.id), samples))
     *probes, answers = yield from ask(*calls)
     approach = probes[0][0] if probes else Reply("", 0, False)
-    graded = []
-    for answer in answers:
-        graded.append((yield from grade("alone", answer)))
-    return Sketch(problem, approach.text, approach.tokens, graded)
+    baselines = [attempt(reply, problem.answer) for reply in answers]
+    return Sketch(problem, approach.text, approach.tokens, baselines)
 
 
 def teach(
@@ -136,14 +137,13 @@ def teach(
     config: EpisodeConfig,
     rewards: RewardConfig,
     seed: SeedOf,
-    count_tokens: Callable[[str], int],
+    count_tokens: CountTokens,
     group_size: int = 1,
     style: str = "adaptive",
-    grade: Grade | None = None,
 ) -> Script:
     """`group_size` teachings, the student's answer with each, and their rewards -> list[Episode].
 
-    style: a key of protocol.TEACHING_STYLES, or a sentence. count_tokens: length of a teaching in the teacher's tokens.
+    style: a key of protocol.TEACHING_STYLES, or a sentence.
     """
     problem = sketch.problem
     messages = protocol.teacher_messages(problem.question, sketch.approach, style)
@@ -151,7 +151,7 @@ def teach(
     call = Call("teacher", "teaching", messages, generation, seed("teach", problem.id), group_size)
     (replies,) = yield from ask(call)
     teachings = [protocol.parse_teaching(reply.text) for reply in replies]
-    attempts = yield from guide(sketch, teachings, config, seed, grade)
+    attempts = yield from guide(sketch, teachings, config, seed)
     episodes = []
     for reply, told, guided in zip(replies, teachings, attempts):
         length = 0 if told is None else count_tokens(told)
@@ -162,26 +162,20 @@ def teach(
     return episodes
 
 
-def guide(
-    sketch: Sketch,
-    teachings: Sequence[str | None],
-    config: EpisodeConfig,
-    seed: SeedOf,
-    grade: Grade | None = None,
-) -> Script:
+def guide(sketch: Sketch, teachings: Sequence[str | None], config: EpisodeConfig, seed: SeedOf) -> Script:
     """The student's answer with each teaching -> list[Attempt]; without a teaching its own answer stands (that of sample i)."""
-    problem, grade = sketch.problem, grade or by_gold_answer(sketch.problem)
-    generation = Generation(config.answer_tokens, config.student_temperature, config.top_p)
-    attempts = [sketch.baselines[i % len(sketch.baselines)] for i in range(len(teachings))]
-    told = [i for i, teaching in enumerate(teachings) if teaching is not None]
-    calls = []
-    for i in told:
-        messages = protocol.guided_messages(problem.question, teachings[i])
-        calls.append(Call("student", "guided", messages, generation, seed("guided", problem.id, i)))
-    replies = yield from ask(*calls)
-    for i, (reply,) in zip(told, replies):
-        attempts[i] = yield from grade("guided", reply)
-    return attempts
+    problem, calls = sketch.problem, []
+    for i, told in enumerate(teachings):
+        if told is not None:
+            messages = protocol.guided_messages(problem.question, told)
+            calls.append(Call("student", "guided", messages, config.answering, seed("guided", problem.id, i)))
+    replies = iter((yield from ask(*calls)))
+    return [
+        sketch.baselines[i % len(sketch.baselines)]
+        if told is None
+        else attempt(next(replies)[0], problem.answer)
+        for i, told in enumerate(teachings)
+    ]
 
 
 def answer(problem: Problem, config: EpisodeConfig, seed: SeedOf, group_size: int) -> Script:
@@ -197,14 +191,6 @@ def answer(problem: Problem, config: EpisodeConfig, seed: SeedOf, group_size: in
 def seeds(seed: Any) -> SeedOf:
     """Seeds that depend on `seed` and on the call alone, so that an answer does not depend on the batch around it."""
     return lambda *call: derive_seed(seed, *call)
-
-
-def by_gold_answer(problem: Problem) -> Grade:
-    def grade(kind: str, reply: Reply) -> Script:
-        yield from ()  # asks nobody
-        return attempt(reply, problem.answer)
-
-    return grade
 
 
 def attempt(reply: Reply, gold: str | None) -> Attempt:
@@ -256,19 +242,7 @@ def teaching_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
 
 def episode_record(episode: Episode) -> dict:
     """A whole episode as JSON values, for people to read."""
-    sketch, problem = episode.sketch, episode.sketch.problem
-    return {
-        "id": problem.id,
-        "question": problem.question,
-        "answer": problem.answer,
-        "approach": sketch.approach,
-        "baselines": [attempt.text for attempt in sketch.baselines],
-        "baseline_accuracy": sketch.baseline_accuracy,
-        "completion": episode.reply.text,
-        "teaching": episode.teaching or "",
-        "guided": episode.guided.text,
-        "is_correct": episode.guided.is_correct,
-        "is_leak": episode.is_leak,
-        "reward": episode.reward,
-        "advantage": episode.advantage,
-    }
+    sketch, values = asdict(episode.sketch), asdict(episode)
+    del values["sketch"], values["reply"]
+    values |= {"baseline_accuracy": episode.sketch.baseline_accuracy, "completion": episode.reply.text}
+    return {**sketch.pop("problem"), **sketch, **values}

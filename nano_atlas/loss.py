@@ -58,9 +58,7 @@ class TokenStats(NamedTuple):
 Reference = tuple[Tensor, Tensor]  # its hidden states [N, D_ref] and head [V, D_ref]
 
 
-def _chunk_stats(
-    logits: Tensor, ref_logits: Tensor | None, target_logits: Tensor, inverse_temperature: Tensor
-):
+def _chunk_stats(logits, ref_logits, target_logits, inverse_temperature):
     """-> TokenStats of the chunk, log-sum-exp [n], and the reference's log-sum-exp [n] (None without reference)."""
     scores = logits.float() * inverse_temperature
     top = scores.amax(-1)
@@ -80,16 +78,8 @@ def _chunk_stats(
 
 
 def _logits_to_gradient_(
-    logits: Tensor,
-    ref_logits: Tensor | None,
-    targets: Tensor,
-    inverse_temperature: Tensor,
-    stats: TokenStats,
-    logsumexp: Tensor,
-    ref_logsumexp: Tensor | None,
-    d_logprobs: Tensor,
-    d_kl: Tensor | None,
-) -> None:
+    logits, ref_logits, targets, inverse_temperature, stats, logsumexp, ref_logsumexp, d_logprobs, d_kl
+):
     """Overwrites the logits with d loss / d logits. d_logprobs, d_kl: derivatives of the loss, [n]."""
     logprobs = logits.float() * inverse_temperature - logsumexp[:, None]  # [n, V]
     per_probability = -d_logprobs[:, None]
@@ -132,9 +122,7 @@ def _slices(tokens: int, vocabulary: int, device: torch.device) -> list[slice]:
     return [slice(start, min(start + length, tokens)) for start in range(0, tokens, length)]
 
 
-def _differentiate(
-    token_loss: TokenLoss, weights: Tensor, stats: TokenStats, rows: slice
-) -> list[Tensor | None]:
+def _differentiate(token_loss: TokenLoss, weights: Tensor, stats: TokenStats, rows: slice) -> tuple:
     """-> sum of the weighted losses [], and its derivatives by log-probs and KL, [n] (None: it does not depend on the KL)."""
     with torch.enable_grad():
         inputs = [None if x is None else x.detach().requires_grad_() for x in (stats.logprobs, stats.kl)]
@@ -145,29 +133,22 @@ def _differentiate(
         given = [x for x in inputs if x is not None]
         gradients = torch.autograd.grad(losses.sum(), given, allow_unused=True)
     weighted = [None if x is None else weights * x for x in (losses.detach(), *gradients)]
-    return [weighted[0].sum(), *weighted[1:], None][:3]
+    return weighted[0].sum(), weighted[1], weighted[2] if stats.kl is not None else None
 
 
 @torch.no_grad()
 def _sweep(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    temperature: float,
-    reference: Reference | None,
-    token_loss: TokenLoss | None = None,
-    token_weights: Tensor | None = None,
-    needs_gradient: tuple[bool, bool] = (False, False),
-) -> tuple[Tensor, TokenStats, Tensor | None, Tensor | None]:
+    hidden, weight, targets, temperature, reference, token_loss=None, token_weights=None, needs=(False, False)
+):
     """One pass over the chunks -> loss [] float32, statistics, d loss / d hidden, d loss / d weight (None where not needed)."""
     device, tokens, vocabulary = hidden.device, len(hidden), len(weight)
     chunks = _slices(tokens, vocabulary, device)
     longest, dtype = chunks[0].stop if chunks else 0, torch.float32 if weight.is_cuda else weight.dtype
     buffer = torch.empty(longest, vocabulary, dtype=dtype, device=device)
     ref_buffer = None if reference is None else torch.empty_like(buffer)
-    d_hidden = torch.empty_like(hidden) if needs_gradient[0] else None
-    d_weight = torch.zeros_like(weight) if needs_gradient[1] else None
-    is_summed_apart = needs_gradient[1] and weight.dtype != torch.float32 and len(chunks) > 1
+    d_hidden = torch.empty_like(hidden) if needs[0] else None
+    d_weight = torch.zeros_like(weight) if needs[1] else None
+    is_summed_apart = needs[1] and weight.dtype != torch.float32 and len(chunks) > 1
     d_weight_sum = torch.zeros_like(weight, dtype=torch.float32) if is_summed_apart else None
     # a tensor, because the compiler would make a new kernel for each temperature that comes as a number
     inverse_temperature = torch.full((), 1.0 / temperature, device=device)
@@ -184,7 +165,7 @@ def _sweep(
             continue
         chunk_loss, *derivatives = _differentiate(token_loss, token_weights[rows].float(), stats, rows)
         loss += chunk_loss
-        if any(needs_gradient):
+        if any(needs):
             known = (targets[rows], inverse_temperature, stats, *logsumexps, *derivatives)
             _run(_logits_to_gradient_, logits, ref_logits, *known)
             d_logits = logits.to(hidden.dtype)  # [n, V]; a copy only of float32 for bfloat16

@@ -1,10 +1,8 @@
 """The dense decoder family of Llama 3.x, Mistral, Qwen2.5 and Qwen3, over flat lists of tokens.
 
-Every tensor in here is *flat*: `N` tokens, whichever documents they belong to. What a token may attend to is not the model's
-business but that of the `attention` object it is called with, so one `Transformer` serves packed training (`PackedAttention`
-below), cached decoding (`sampler.py`) and scoring, and no computation is ever spent on padding.
-
-Names of modules and parameters are those of the Hugging Face checkpoints, so loading is a mapping by name (`checkpoint.py`).
+Every tensor here is *flat*: `N` tokens, whichever documents they belong to. The `attention` object that the model is called with
+decides what a token may attend to. So one `Transformer` serves packed training (`PackedAttention`), cached decoding (`sampler.py`)
+and scoring, and no computation is spent on padding. Names of modules and parameters are those of the Hugging Face checkpoints.
 
 Simplified against the originals: no dropout, no sliding window, no mixture of experts (such configurations are refused).
 """
@@ -155,9 +153,7 @@ class Transformer(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.recompute_activations = False  # gradient checkpointing, one layer at a time
-        self.compute_dtype: torch.dtype | None = (
-            None  # of a sharded model, whose parameters are float32 (distributed.py)
-        )
+        self.compute_dtype: torch.dtype | None = None  # of a sharded model (its parameters are float32)
 
     @property
     def head_weight(self) -> Tensor:
@@ -196,8 +192,8 @@ class Transformer(nn.Module):
 class PackedAttention:
     """Causal attention inside each of B documents that lie end to end in one flat batch of `N = sum(lengths)` tokens.
 
-    Only the attention kernel sees a padded view `[B, L_max]`; because the padding is on the right and attention is causal, no
-    real token ever looks at it and no mask is needed. Group documents of similar length to keep that view tight.
+    Only the attention kernel sees a padded view `[B, L_max]`. The padding is on the right and attention is causal, so no real
+    token looks at it and no mask is needed. Group documents of similar length to keep that view tight.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu"):
@@ -207,10 +203,8 @@ class PackedAttention:
         starts = counts.cumsum(0) - counts
         rows = torch.repeat_interleave(torch.arange(len(counts)), counts)
         positions = torch.arange(int(counts.sum())) - starts[rows]
-        self.positions = positions.to(device)  # [N] position of each token in its document
-        self.slots = (rows * self.longest + positions).to(
-            device
-        )  # [N] place of each token in the flattened padded view
+        self.positions = positions.to(device)  # [N] of each token in its document
+        self.slots = (rows * self.longest + positions).to(device)  # [N] of each token in the flat padded view
         self.is_rectangular = int(counts.sum()) == len(counts) * self.longest
 
     def pad(self, x: Tensor) -> Tensor:
@@ -226,17 +220,16 @@ class PackedAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = self.pad(q), self.pad(k), self.pad(v)
-        return self.unpad(
-            F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        )
+        is_grouped = q.shape[1] != k.shape[1]
+        return self.unpad(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped))
 
 
 class SharedPromptAttention:
     """Attention of several completions to one prompt that is computed only once, as GRPO's groups need it.
 
-    The flat batch holds all prompts end to end, then all completions end to end; completion r continues the prompt number
-    `prompt_of[r]`. Prompts are ordinary packed documents. A completion's token attends to its whole prompt and, causally, to its
-    own completion. With G completions of a long prompt this saves (G - 1) / G of the prompt's work in every other layer.
+    The flat batch holds all prompts end to end, then all completions end to end; completion r continues prompt `prompt_of[r]`.
+    Prompts are ordinary packed documents. A completion's token attends to its whole prompt and, causally, to its own completion.
+    With G completions of a long prompt this saves (G - 1) / G of the prompt's work outside of attention.
     """
 
     def __init__(
@@ -251,27 +244,25 @@ class SharedPromptAttention:
         self.prompt_of = torch.tensor(prompt_of, device=device)
         lengths = torch.tensor(prompt_lengths, device=device)[self.prompt_of]  # [R]
         counts = torch.tensor(completion_lengths, device=device)
-        self.positions = torch.cat(
-            (self.prompts.positions, self.completions.positions + lengths.repeat_interleave(counts))
-        )
+        continued = self.completions.positions + lengths.repeat_interleave(counts)
+        self.positions = torch.cat((self.prompts.positions, continued))
         sees_prompt = torch.arange(self.prompts.longest, device=device) < lengths[:, None]  # [R, P_max]
         size = self.completions.longest
         sees_own = torch.ones(size, size, dtype=torch.bool, device=device).tril()  # [C_max, C_max]
-        self.mask = torch.cat(  # [R, 1, C_max, P_max + C_max]
-            (sees_prompt[:, None].expand(-1, size, -1), sees_own.expand(len(prompt_of), -1, -1)), dim=-1
-        )[:, None]
+        sees = sees_prompt[:, None].expand(-1, size, -1), sees_own.expand(len(prompt_of), -1, -1)
+        self.mask = torch.cat(sees, dim=-1)[:, None]  # [R, 1, C_max, P_max + C_max]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         split = len(self.prompts.positions)
         on_prompts = self.prompts(layer, q[:split], k[:split], v[:split])
         if self.completions.longest == 0:
             return on_prompts
-        keys, values = (
-            torch.cat((self.prompts.pad(x[:split])[self.prompt_of], self.completions.pad(x[split:])), dim=2)
-            for x in (k, v)
-        )  # [R, H_kv, P_max + C_max, D_head]
-        queries = self.completions.pad(q[split:])
-        out = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=self.mask, enable_gqa=q.shape[1] != k.shape[1]
-        )
+
+        def joined(x: Tensor) -> Tensor:
+            """[N, H_kv, D_head] -> [R, H_kv, P_max + C_max, D_head]"""
+            prompts, completions = self.prompts.pad(x[:split]), self.completions.pad(x[split:])
+            return torch.cat((prompts[self.prompt_of], completions), dim=2)
+
+        queries, is_grouped = self.completions.pad(q[split:]), q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(queries, joined(k), joined(v), self.mask, enable_gqa=is_grouped)
         return torch.cat((on_prompts, self.completions.unpad(out)))

@@ -9,7 +9,7 @@ sum: 16. Masters and moments may live on another device. Of a model sharded over
 import math
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nano_atlas.checkpoint import in_shards
-from nano_atlas.distributed import gather_rows, own_part, own_rows, rank, size, sum_over_ranks
+from nano_atlas.config import refuse_changes, to_json
+from nano_atlas.distributed import device, gather_rows, own_part, own_rows, rank, size, sum_over_ranks, wait
 from nano_atlas.errors import UserError
 from nano_atlas.runs import atomic_directory, read_json, write_json
 
@@ -45,9 +46,9 @@ def learning_rate(step: int, total: int, peak: float, warmup_fraction: float, sc
 class MasterAdamW:
     """AdamW with decoupled weight decay (Loshchilov and Hutter 2019), float32 state, and clipping by the global norm.
 
-    Matrices decay; vectors (norm weights, biases) do not. `state_device` holds masters and moments (default: beside each
-    parameter). Gradients of low-precision parameters are summed in float32: each backward pass adds its gradient to the sum at
-    once, so only one low-precision gradient exists at a time and `parameter.grad` stays None.
+    Matrices decay; vectors (norm weights, biases) do not. `state_device` holds masters and moments ("auto": beside each parameter).
+    Gradients of low-precision parameters are summed in float32, each as soon as the backward pass has it, so that only one
+    low-precision gradient exists at a time; `parameter.grad` stays None.
     """
 
     def __init__(
@@ -57,8 +58,11 @@ class MasterAdamW:
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 1e-4,
         clip_norm: float = 1.0,
-        state_device: torch.device | str | None = None,
+        state_device: torch.device | str = "auto",
     ):
+        state_device = (
+            "auto" if state_device == "auto" else device(str(state_device))
+        )  # UserError if not there
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.weights = {name: own_part(p) for name, p in self.parameters.items()}  # this rank's rows
         self.masters = {name: _master(weight, state_device) for name, weight in self.weights.items()}
@@ -135,17 +139,32 @@ class MasterAdamW:
             self.adamws[name].state[master][kind] = own.to(master.device, copy=True)
 
 
-def _master(weight: Tensor, device: torch.device | str | None) -> Tensor:
+def _master(weight: Tensor, device: torch.device | str) -> Tensor:
     """The weight itself if it is float32 on the right device, else a copy that is."""
-    device = torch.device(device or weight.device)
+    device = weight.device if device == "auto" else torch.device(device)
     is_master = weight.dtype == torch.float32 and weight.device == device
     return weight if is_master else nn.Parameter(weight.detach().to(device, torch.float32))
 
 
-def save_training_state(
-    root: Path, optimizer: MasterAdamW, step: int, extra: Mapping[str, Any], keep: int = 1
-) -> Path:
-    """Write `root/step-00000120/` (safetensors and state.json) and delete all but the newest `keep` states.
+def open_run(config: Any) -> Path | None:
+    """Start or continue the run in `config.out`: the newest complete state there, or None.
+
+    With `config.restart` the directory is emptied first. Raises UserError where it was started with other options.
+    """
+    if config.restart and rank() == 0:
+        shutil.rmtree(config.out, ignore_errors=True)
+    wait()
+    state, options = max((config.out / "state").glob("step-*"), default=None), config.out / "options.json"
+    if state:
+        refuse_changes(config, read_json(options), str(config.out))
+    wait()  # all have read the earlier options
+    if rank() == 0:
+        write_json(options, to_json(config))
+    return state
+
+
+def save_training_state(root: Path, optimizer: MasterAdamW, step: int, **extra: Any) -> None:
+    """Write `root/step-00000120/` (safetensors and state.json) and delete the older states.
 
     The directory appears under its name only when it is complete, so an interrupted save leaves the one before. Weights are
     stored once, as masters. No random generator has a state to store: each draw's seed is derived from (seed, step).
@@ -154,19 +173,13 @@ def save_training_state(
     tensors = optimizer.state_tensors()
     if rank() > 0:
         deque(tensors, maxlen=0)  # takes part in gathering; rank 0 writes
-        return target
+        return
     with atomic_directory(target) as folder:
         for number, shard in enumerate(in_shards(tensors, SHARD_BYTES)):
             save_file(shard, folder / f"state-{number:05d}.safetensors")
         write_json(folder / "state.json", {"step": step, "skipped_steps": optimizer.skipped_steps, **extra})
-    for old in sorted(Path(root).glob("step-*"))[:-keep]:
+    for old in sorted(Path(root).glob("step-*"))[:-1]:
         shutil.rmtree(old)
-    return target
-
-
-def latest_training_state(root: Path) -> Path | None:
-    """The newest complete state under `root`, or None."""
-    return max(Path(root).glob("step-*"), default=None)
 
 
 def load_training_state(state: Path, optimizer: MasterAdamW) -> dict[str, Any]:

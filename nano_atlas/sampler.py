@@ -118,9 +118,7 @@ class CachedAttention:
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
         # Zeros, not `empty`: a masked slot still takes part in 0 * value and must be finite.
         self.kv = torch.zeros(layers, 2, rows, heads, slots, config.head_dim, dtype=dtype, device=device)
-        self.flat = self.kv.view(
-            2 * layers, rows * heads * slots, -1
-        ).unbind()  # k, v of layer 0, of layer 1, ...
+        self.flat = self.kv.view(2 * layers, rows * heads * slots, -1).unbind()  # k, v of each layer
         self.first_slots = torch.arange(rows * heads, device=device).view(rows, heads) * slots
         self.columns = torch.arange(slots, device=device)
 
@@ -138,9 +136,8 @@ class CachedAttention:
         mask = torch.zeros(rows, longest, dtype=self.kv.dtype, device=self.kv.device)
         mask.masked_fill_(self.columns[:longest] > positions[:, None], -torch.inf)
         self.mask = mask[:, None, None]  # [R, 1, 1, longest], added to the scores
-        self.views = (
-            self.kv[:, :, :rows, :, :longest].flatten(0, 1).unbind()
-        )  # 2 L of [R, H_kv, longest, D_head]
+        # keys and values of each layer: 2 L times [R, H_kv, longest, D_head]
+        self.views = self.kv[:, :, :rows, :, :longest].flatten(0, 1).unbind()
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.flat[2 * layer].index_copy_(0, self.targets, k.flatten(0, 1))
@@ -275,10 +272,8 @@ class _Batch:
         rows = len(self.samples)
         state = self.state[:rows]
         steps = min(self.steps_per_sync, int((state["max_tokens"] - state["count"]).min()))
-        cells = (
-            np.arange(rows)[:, None],
-            state["count"][:, None] + np.arange(steps),
-        )  # of the fields per token
+        columns = state["count"][:, None] + np.arange(steps)
+        cells = np.arange(rows)[:, None], columns  # of the fields with a number per token
         tokens, logprobs = self._steps(steps, state["uniforms"][cells])
         if np.isnan(logprobs).any():
             raise UserError("the model's logits are NaN: its weights are broken, use an earlier checkpoint")

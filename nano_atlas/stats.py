@@ -15,8 +15,6 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
 
     Unlike p ± z·SE it stays inside [0, 1] and keeps its width at rates near 0 or 1, where leak and harm rates live.
     """
-    if not 0 <= successes <= trials or trials == 0:
-        raise ValueError(f"{successes} successes in {trials} trials")
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     rate, spread = successes / trials, z * z / trials
     centre = (rate + spread / 2) / (1 + spread)
@@ -29,17 +27,15 @@ def paired_bootstrap(
 ) -> tuple[float, float]:
     """Percentile interval of the mean of `differences`, one per task (Efron 1979, Ann. Stat. 7).
 
-    Tasks are drawn with replacement, both arms of a task together, so what makes a task hard for both arms cancels. The mean of
-    a resample depends only on how often each *value* was drawn, and those counts are multinomial: drawing them directly is the
-    same bootstrap with three numbers per resample for right/wrong answers, instead of one per task.
+    Tasks are drawn with replacement, both arms of a task together, so what makes a task hard for both arms cancels. The mean of a
+    resample depends only on how often each *value* was drawn, and those counts are multinomial, so they are drawn directly.
     """
     values, counts = np.unique(np.asarray(differences, dtype=np.float64), return_counts=True)
-    if not len(values):
-        raise ValueError("no differences")
+    total = counts.sum()
     drawn = np.random.default_rng(seed).multinomial(
-        counts.sum(), counts / counts.sum(), size=resamples
+        total, counts / total, size=resamples
     )  # [resamples, values]
-    low, high = np.quantile(drawn @ values / counts.sum(), [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(drawn @ values / total, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 
@@ -55,23 +51,13 @@ def mean_in_points(differences: Sequence[float]) -> str:
 
 
 def mcnemar(improved: int, degraded: int) -> float:
-    """Two-sided exact p-value of McNemar's test: were the tasks that changed as likely to change for the worse?
+    """Two-sided exact p-value of McNemar's test: are tasks that change as likely to change for the worse as for the better?
 
-    improved, degraded: tasks right in one arm only. Tasks equal in both arms say nothing about the difference and do not enter.
+    improved, degraded: tasks right in one arm only; tasks equal in both arms do not enter.
     """
     changed = improved + degraded
     tail = sum(math.comb(changed, k) for k in range(min(improved, degraded) + 1))
     return min(1.0, 2 * tail / 2**changed)
-
-
-def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Unbiased estimate of the chance that at least one of k samples is right (Chen et al. 2021, arXiv:2107.03374).
-
-    The share of the k-subsets of the samples that hold a right one: 1 - C(n - c, k) / C(n, k).
-    """
-    if not 1 <= k <= samples or not 0 <= correct <= samples:
-        raise ValueError(f"pass@{k} from {correct} right of {samples} samples")
-    return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
 def pass_hat_k(samples: int, correct: int, k: int) -> float:
@@ -81,10 +67,15 @@ def pass_hat_k(samples: int, correct: int, k: int) -> float:
     return math.comb(correct, k) / math.comb(samples, k)
 
 
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """pass@k: unbiased estimate of the chance that one of k samples is right (Chen et al. 2021, arXiv:2107.03374)."""
+    return 1 - pass_hat_k(samples, samples - correct, k)  # not all of them are wrong
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Mean and its standard error s / sqrt(n), s with n - 1 in the denominator; the error of a single value is NaN.
 
-    For avg@n the values are the means of each task's samples: tasks are the independent draws, samples of one task are not.
+    For avg@n the values are the means of each task's samples: tasks are independent draws, samples of one task are not.
     """
     array = np.asarray(values, dtype=np.float64)
     error = float(array.std(ddof=1) / math.sqrt(len(array))) if len(array) > 1 else math.nan

@@ -77,5 +77,5 @@ def test_other_files_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="x.json: not a results.json"):
         claims.claims_table([other])
     monkeypatch.setattr(sys, "argv", ["claims", str(tmp_path / "none.json")])
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="none.json: not a results.json"):
         claims.main()

@@ -3,39 +3,24 @@
 import json
 
 import pytest
-from conftest import SMALL
 
 from benchmarks import compounding
 from nano_atlas.errors import UserError
 
+TRAIN = (
+    "--problems-per-step 2 --group-size 4 --baseline-samples 2 --tokens-per-batch 2000 --temperature 1.0 0.8"
+)
+TUNE = "--preset own --steps 1 --device cpu --held-out 0"
+
 
 def test_all_arms_are_made_and_measured_once(place, tmp_path, monkeypatch, capsys):
-    small = {
-        name: value
-        for name, value in SMALL.items()
-        if name not in ("steps", "eval_every", "held_out", "probe_tokens", "teaching_tokens", "answer_tokens")
-    }
-    train = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in small.items())
+    chat = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "<solution>1</solution>"}]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        compounding,
-        "right_answers",
-        lambda config, number: (
-            [  # this student knows no mathematics
-                [
-                    {"role": "user", "content": "1?"},
-                    {"role": "assistant", "content": "<solution>1</solution>"},
-                ]
-            ]
-            * (4 * number)
-        ),
-    )
-    options = {"student": place / "student", "teacher": place / "teacher", "rounds": 1, "tasks": 4, "steps": 1, "held_out": 6, "probe_tokens": 3,
-               "teaching_tokens": 6, "answer_tokens": 6, "train_options": train, "tune_options": "--preset 24gb --steps 1 --device cpu --dtype float32 "
-               "--no-compile --held-out 0", "out": "out"}  # fmt: skip
-    argv = ["compounding"] + [
-        part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))
-    ]
+    # This student knows no mathematics, so it has no right answers to learn from.
+    monkeypatch.setattr(compounding, "right_answers", lambda config, number: [chat] * (4 * number))
+    options = {"student": place / "student", "teacher": place / "teacher", "rounds": 1, "tasks": 4, "steps": 1, "held_out": 6,
+               "train_options": TRAIN, "tune_options": TUNE, "out": "out"}  # fmt: skip
+    argv = ["compounding"] + [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     monkeypatch.setattr("sys.argv", argv)
     compounding.main()
     said = capsys.readouterr().out

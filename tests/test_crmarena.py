@@ -7,6 +7,7 @@ import pytest
 
 import eval as evaluation
 from nano_atlas import protocol
+from nano_atlas.answers import extract_answer
 from nano_atlas.benches import crmarena
 from nano_atlas.benches.arms import SAME_BUDGET, SHUFFLED, TWO_VOTES, UNTRAINED
 from nano_atlas.benches.results import STUDENT, read_results
@@ -101,7 +102,7 @@ def test_a_student_that_only_queries_is_stopped():
     ((reply,),) = crmarena.QueryingSeat(agent, lambda text: ("x" * 9999, True)).ask(
         [Question(protocol.baseline_messages("agent 0"), Generation(9), 0)]
     )
-    assert agent.calls == crmarena.TURNS == reply.tokens and protocol.extract_answer(reply.text) is None
+    assert agent.calls == crmarena.TURNS == reply.tokens and extract_answer(reply.text) is None
     assert len(agent.asked[-1][-1]["content"]) < crmarena.SHOWN_CHARACTERS + 50
 
 
@@ -125,38 +126,36 @@ def test_tasks_are_read_by_kind_and_what_cannot_be_scored_is_counted(tasks_file,
     assert "1 tasks left out" in capsys.readouterr().out
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"idx": 1, "task": "x"}\n')
-    with pytest.raises(UserError, match="bad.jsonl:1: .*query, answer, reward_metric"):
+    with pytest.raises(UserError, match="bad.jsonl:1: .*answer, query, reward_metric"):
         crmarena.load_tasks(bad, None)
 
 
-def test_the_command_prints_the_floor_beside_recall_and_precision(tasks_file, tmp_path, monkeypatch, capsys):
+def test_the_command_prints_the_floor_beside_accuracy_and_found_violations(
+    tasks_file, tmp_path, monkeypatch, capsys
+):
     agent = Agent()
     monkeypatch.setattr(evaluation.Config, "open", lambda *_: agent)
     argv = ["eval.py", "--preset", "own", "--bench", "crmarena", "--data", str(tasks_file), "--student", "http://s", "--teacher",
             "grpo=http://t", "--out", str(tmp_path / "out")]  # fmt: skip
     monkeypatch.setattr(sys, "argv", argv)
-    for name in crmarena.ACCOUNT:
+    for name in crmarena.ACCOUNT.values():
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UserError, match=", ".join(crmarena.ACCOUNT)):
+    with pytest.raises(UserError, match=", ".join(crmarena.ACCOUNT.values())):
         evaluation.main()
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(crmarena, "salesforce", lambda: query)
     evaluation.main()
     printed = capsys.readouterr().out
-    table = [
-        [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in printed.splitlines()
-        if line.startswith("|")
-    ]
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     rows = {row[0]: row[1:] for row in table[-8:]}
-    assert rows["student alone"] == ["4", "100.0", "100.0", "100.0"]
+    assert rows["student alone"] == ["4", "100.0", "100.0"]
     assert rows["grpo"] == [
         "4",
         "50.0",
         "100.0",
-        "33.3",
-    ]  # strict: two of three innocents accused, and the error saves the third
-    assert rows["floor: always None"] == ["4", "75.0", "0.0", "–"]
-    results, _ = read_results(tmp_path / "out/tasks.jsonl")
+    ]  # strict: accuses two of three innocents; the error saves the third
+    assert rows["floor: always None"] == ["4", "75.0", "0.0"]
+    results = read_results(tmp_path / "out/tasks.jsonl")
     assert {arm for arm, *_ in results} == {STUDENT, "grpo", SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET}
     assert not any("ka0001" in json.dumps(messages[0]) for messages in agent.asked)

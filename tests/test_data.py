@@ -9,22 +9,21 @@ import tokenizers
 import torch
 
 from nano_atlas import protocol
+from nano_atlas.config import derive_seed
 from nano_atlas.data import (
     Example,
     Problem,
     collate,
-    derive_seed,
     load_examples,
     load_problems,
     make_examples,
     pack,
     padding_share,
-    read_jsonl,
     shuffle_epoch,
     steps_per_epoch,
-    write_jsonl,
 )
 from nano_atlas.errors import UserError
+from nano_atlas.runs import read_jsonl, write_jsonl
 from nano_atlas.tokenizer import Tokenizer
 
 # Rewrites earlier turns, as Qwen3's template does: only the last message keeps its (here empty) reasoning block.
@@ -80,7 +79,7 @@ def test_lines_are_numbered_as_in_an_editor_and_blank_ones_and_a_byte_order_mark
 @pytest.mark.parametrize(
     "lines, said",
     [
-        ([{}, '{"a": '], r"a.jsonl:2: not JSON .* each line must be one complete JSON object"),
+        ([{}, '{"a": '], r"a.jsonl:2: not JSON .* each line must be one JSON object"),
         ([{}, "[1]"], r"a.jsonl:2: a JSON list, but each line must be an object"),
         ([{}, {}, b'{"a": "\xff"}'], r"a.jsonl:3: not UTF-8 .* save the file as UTF-8"),
         (["", ""], r"a.jsonl: empty; it should have one JSON object per line"),
@@ -137,7 +136,7 @@ def test_the_usual_layouts_of_problems_are_read(tmp_path, record, problem):
         ),
         (
             [{"question": "x?", "answer": "1", "id": 1}, {"question": "y?", "answer": "1", "id": "1"}],
-            r"p.jsonl:2: the id '1' is that of line 1",
+            r"p.jsonl:2: an earlier line has the id '1' too",
         ),
     ],
 )
@@ -150,6 +149,40 @@ def test_tasks_of_the_runtime_need_no_answer(tmp_path):
     assert load_problems(write(tmp_path / "p.jsonl", {"question": "x?"}), needs_answer=False) == [
         Problem("p:1", "x?", None)
     ]
+
+
+def trace(task: str, **changes) -> dict:
+    """With the keys that atlas-sdk's jsonl_writer gives a session; it keeps a ground truth in the metadata only."""
+    metadata = {"session_id": 7, "status": "succeeded", "ground_truth": 42, "learning_key": "k"} | changes
+    steps = {"plan": {"steps": []}, "steps": [], "session_reward": {"score": 0.9}, "final_answer": "42"}
+    return {"task": task, "session_metadata": metadata, "review_status": "approved", **steps}
+
+
+def test_traces_become_problems_and_what_does_not_is_counted(tmp_path, capsys):
+    path = write(
+        tmp_path / "t.jsonl",
+        trace("6 times 7?"),
+        trace("6 times 7?", session_id=8),
+        trace("?", status="failed"),
+        trace("?", ground_truth=None),
+        trace("?") | {"review_status": "quarantined"},
+        trace("half of 84?", session_id=None, ground_truth=None)
+        | {"ground_truth": "42", "learning_key": "math"},
+    )
+    assert load_problems(path) == [
+        Problem("7", "6 times 7?", "42", "k"),
+        Problem("t:6", "half of 84?", "42", "math"),
+    ]
+    said = "t.jsonl: 2 problems; traces left out: 1 the same task again, 1 session failed, 1 no ground truth, 1 review quarantined"
+    assert said in capsys.readouterr().out
+    sample = {
+        "session_id": 1,
+        "task": "One",
+        "steps": [{"reward": {"process": 1.0}}],
+    }  # as in their sample file
+    with pytest.raises(UserError, match=r"no trace here makes a problem \(1 no ground truth\)"):
+        load_problems(write(tmp_path / "sample.jsonl", sample))
+    assert load_problems(tmp_path / "sample.jsonl", needs_answer=False) == [Problem("1", "One", None)]
 
 
 # ----------------------------------------------------------------------------------------------------------- loss mask
@@ -236,11 +269,11 @@ def test_prompt_and_completion_are_taken_as_they_are_or_as_messages():
     [
         (
             {"text": "a"},
-            r"a:7: the fields text make no training example; expected problem_text, .* or prompt and completion",
+            r"a:7: text make no training example; expected problem_text, .* or prompt and completion",
         ),
         (
             {"problem_text": "a", "student_approach": "b", "teacher_teaching": "c"},
-            r"a:7: .* missing: teacher_diagnosis",
+            r"a:7: the field 'teacher_diagnosis' must be a non-empty text, not null",
         ),
         (
             {"problem_text": "a", "student_approach": "", "teacher_diagnosis": "c", "teacher_teaching": "c"},
@@ -312,7 +345,5 @@ def test_an_epoch_is_a_permutation_cut_into_steps_of_the_asked_size_and_depends_
 
 def test_a_derived_seed_is_the_same_everywhere_and_differs_with_every_part():
     assert derive_seed(1, "rollouts", 2) == 7975693295772203131
-    assert (
-        len({derive_seed(1, "a", 2), derive_seed(1, "b", 2), derive_seed(1, "a", 3), derive_seed(2, "a", 2)})
-        == 4
-    )
+    seeds = [derive_seed(*parts) for parts in ((1, "a", 2), (1, "b", 2), (1, "a", 3), (2, "a", 2))]
+    assert len(set(seeds)) == 4

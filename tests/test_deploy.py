@@ -2,18 +2,11 @@
 
 import pytest
 
-import eval as evaluation
 import runtime_loop
-from nano_atlas import world
-from nano_atlas.config import Preset, parse
+from nano_atlas.config import parse
 from nano_atlas.errors import UserError
-from nano_atlas.runtime.deploy import (
-    Deployed,
-    evaluation_options,
-    read_deployment,
-    with_deployment,
-    write_deployment,
-)
+from nano_atlas.presets import presets
+from nano_atlas.runtime.deploy import DeployConfig, read_deployment, with_deployment, write_deployment
 
 EXCERPT = """# atlas-sdk runtime config excerpt
 teacher:
@@ -31,69 +24,57 @@ def file(tmp_path):
     return path
 
 
-def config_of(*argv):
-    return parse(runtime_loop.Config, argv, with_deployment(runtime_loop.PRESETS, argv), "")
-
-
-def test_the_excerpt_of_the_overview_page_works_as_it_stands(file):
-    assert read_deployment(file) == {"teacher": Deployed("/models/atlas-teacher-grpo", None, 0.2, None)}
-    config = config_of("--deploy", str(file))
-    assert (config.teacher, config.teacher_temperature, config.student) == (
-        "/models/atlas-teacher-grpo",
-        0.2,
-        str(world.STUDENT),
-    )
-
-
-def test_flags_override_the_file_and_the_file_the_preset(file):
-    assert config_of(f"--deploy={file}", "--teacher-temperature", "0.9").teacher_temperature == 0.9
-    assert (
-        config_of("--preset", "own", "--deploy", str(file), "--tasks", "t", "--student", "s").teacher
-        == "/models/atlas-teacher-grpo"
-    )
-    assert with_deployment({"p": Preset("", {"teacher": "x"})}, [])["p"].overrides == {"teacher": "x"}
+def test_the_excerpt_of_the_overview_page_works_and_flags_override_it(file):
+    argv = with_deployment([f"--deploy={file}", "--student", "s"])
+    assert argv[:2] == ["--teacher", "/models/atlas-teacher-grpo"]
+    config = parse(runtime_loop.Config, argv, presets("runtime_loop"), "")
+    assert (config.teacher, config.temperature) == ("/models/atlas-teacher-grpo", (0.7, 0.2))
+    assert (config.student, config.deploy) == ("s", file)
+    argv = with_deployment(["--temperature", "0", "0.9", "--deploy", str(file)])
+    assert parse(runtime_loop.Config, argv, presets("runtime_loop"), "").temperature == (0.0, 0.9)
+    assert with_deployment(["--student", "s"]) == ["--student", "s"]
 
 
 def test_the_evaluation_reads_the_same_file(file):
-    argv = ["--deploy", str(file)]
-    config = parse(evaluation.Config, argv, with_deployment(evaluation.PRESETS, argv, evaluation_options), "")
+    import eval as evaluation
+
+    argv = with_deployment(["--deploy", str(file)], is_evaluation=True)
+    config = parse(evaluation.Config, argv, presets("eval"), "")
     assert config.teachers == {"deployed": "/models/atlas-teacher-grpo"} and config.temperature == 0.0
 
 
 @pytest.mark.parametrize(
-    ("llm", "spec"),
+    ("llm", "flags"),
     [
         (
             "{provider: openai, api_base: 'http://h:1', model: m, max_output_tokens: 9}",
-            Deployed("http://h:1", "m", None, 9),
+            ["--student", "http://h:1#m", "--answer-tokens", "9"],
         ),
-        ("{provider: http, model: 'http://h/run#text'}", Deployed("post+http://h/run#text")),
-        ("{provider: python, model: 'mine:agent'}", Deployed("mine:agent")),
+        ("{provider: openai, api_base: 'http://h:1'}", ["--student", "http://h:1"]),
+        ("{provider: http, model: 'http://h/run#text'}", ["--student", "post+http://h/run#text"]),
+        (
+            "{provider: python, model: 'mine:agent', temperature: 0}",
+            ["--student", "mine:agent", "--temperature", "0", "0.7"],
+        ),
     ],
 )
-def test_every_provider(file, llm, spec):
+def test_every_provider(file, llm, flags):
     file.write_text(f"student:\n  llm: {llm}\n")
-    assert read_deployment(file) == {"student": spec}
-    if spec.max_output_tokens:
-        config = config_of("--deploy", str(file))
-        assert (config.student, config.student_model, config.answer_tokens) == ("http://h:1", "m", 9)
+    assert with_deployment(["--deploy", str(file)])[: len(flags)] == flags
 
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("teacher: [", "not YAML"),
-        ("teacher:\n", "must be a section"),
-        ("", "must be a section"),
-        ("judge: {llm: {}}", "judge: unknown; there are student, teacher"),
-        (
-            "teacher: {llm: {provider: huggingface, model: m, temprature: 1}}",
-            r"teacher\.llm\.temprature: unknown",
-        ),
-        ("teacher: {llm: {provider: xai, model: m}}", "'xai' is unknown"),
-        ("teacher: {llm: {provider: huggingface}}", "model: provider huggingface needs it"),
-        ("teacher: {llm: {provider: huggingface, model: m, api_base: u}}", "belongs to provider openai"),
-        ("teacher: {llm: {provider: huggingface, model: m, temperature: hot}}", "'hot' is not a number"),
+        ("teacher: [", "ParserError"),
+        ("teacher:\n", "not a deployment file"),
+        ("", "not a deployment file"),
+        ("teacher: {model: m}", "KeyError: 'llm'"),
+        ("judge: {llm: {provider: python, model: m}}", "judge: .*'judge'.* is unknown"),
+        ("teacher: {llm: {provider: python, model: m, temprature: 1}}", "teacher: .*temprature.* is unknown"),
+        ("teacher: {llm: {provider: xai, model: m}}", "teacher: xai is unknown"),
+        ("teacher: {llm: {provider: huggingface}}", "KeyError: 'model'"),
+        ("teacher: {llm: {provider: http, model: m, api_base: u}}", "teacher: .*api_base.* is unknown"),
     ],
 )
 def test_mistakes_are_named_with_their_place(file, text, complaint):
@@ -105,4 +86,18 @@ def test_mistakes_are_named_with_their_place(file, text, complaint):
 def test_a_promoted_teacher_takes_the_place_of_the_old_one_alone(file):
     file.write_text(EXCERPT + "student: {llm: {provider: python, model: 'mine:agent'}}\n")
     write_deployment(file, "runs/new/model")
-    assert read_deployment(file) == {"teacher": Deployed("runs/new/model"), "student": Deployed("mine:agent")}
+    seats = read_deployment(file)
+    assert {name: seat["spec"] for name, seat in seats.items()} == {
+        "teacher": "runs/new/model",
+        "student": "mine:agent",
+    }
+    assert "temperature" not in seats["teacher"]
+
+
+def test_an_address_beyond_this_machine_needs_a_key(monkeypatch):
+    monkeypatch.delenv("NANO_ATLAS_API_KEY", raising=False)
+    DeployConfig(serve=0).check()
+    with pytest.raises(UserError, match="NANO_ATLAS_API_KEY"):
+        DeployConfig(serve=0, host="0.0.0.0").check()
+    monkeypatch.setenv("NANO_ATLAS_API_KEY", "s3cret")
+    DeployConfig(serve=0, host="0.0.0.0").check()

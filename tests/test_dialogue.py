@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from statistics import mean
 
 import pytest
 
@@ -16,14 +17,14 @@ pytest.importorskip("tau2.orchestrator")
 
 from tau2.agent.llm_agent import LLMAgent, LLMSoloAgent  # noqa: E402
 from tau2.data_model.message import AssistantMessage, UserMessage  # noqa: E402
-from tau2.data_model.simulation import Results, TerminationReason  # noqa: E402
+from tau2.data_model.simulation import Results, SimulationRun  # noqa: E402
 from tau2.metrics.agent_metrics import compute_metrics  # noqa: E402
 from tau2.runner import build_environment, get_tasks  # noqa: E402
 from tau2.utils import DATA_DIR, llm_utils  # noqa: E402
 
 import eval as evaluation  # noqa: E402
 from nano_atlas.benches import dialogue, tau2  # noqa: E402
-from nano_atlas.benches.dialogue import Model, Turn, simulate  # noqa: E402
+from nano_atlas.benches.dialogue import simulate  # noqa: E402
 from nano_atlas.benches.results import STUDENT, read_results  # noqa: E402
 from nano_atlas.episode import EpisodeConfig  # noqa: E402
 from nano_atlas.errors import UserError  # noqa: E402
@@ -33,27 +34,31 @@ if not (DATA_DIR / "tau2/domains/telecom/tasks.json").exists():
     pytest.skip("TAU2_DATA_DIR holds no telecom data", allow_module_level=True)
 
 TASKS = get_tasks("telecom", task_split_name="base")
-EVERY = len(TASKS) if os.environ.get("TAU2_ALL") else 12  # all 114 on demand; else some of each kind
-SOME = TASKS[:: len(TASKS) // EVERY]
+IS_WHOLE = bool(
+    os.environ.get("TAU2_ALL")
+)  # all 114 on demand; else some of each kind, two of which want a transfer
+SOME = TASKS if IS_WHOLE else TASKS[::12]
 
 
 class Script:
-    """A model that says `turns` one after the other, the last one for ever, and remembers what it was shown."""
+    """A seat that says `messages` one after the other, the last one for ever, and remembers what it was shown."""
 
-    def __init__(self, *turns: Turn):
-        self.turns, self.shown = list(turns), []
+    def __init__(self, *messages: dict):
+        self.messages, self.shown = list(messages), []
 
-    def say(self, messages, tools, tool_choice, seed):
+    def complete(self, messages, generation, seed, **tools):
         self.shown.append(json.dumps([messages, tools]))
-        return self.turns.pop(0) if len(self.turns) > 1 else self.turns[0]
+        said = self.messages.pop(0) if len(self.messages) > 1 else self.messages[0]
+        return {"message": said}, Reply(said.get("content") or "", 5, False, prompt_tokens=3)
 
 
-def text(words: str) -> Turn:
-    return Turn(words, [], 3, 5)
+def text(words: str) -> dict:
+    return {"content": words}
 
 
-def call(name: str, arguments: dict | str) -> Turn:
-    return Turn("", [(name, arguments if isinstance(arguments, str) else json.dumps(arguments))], 3, 5)
+def call(name: str, arguments: dict | str) -> dict:
+    arguments = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    return {"tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
 
 
 def gold_scripts(task, is_solo: bool) -> tuple[Script, Script | None]:
@@ -73,9 +78,12 @@ def gold_scripts(task, is_solo: bool) -> tuple[Script, Script | None]:
     return Script(*turns["assistant"], text("?")), Script(*turns["user"], text("###STOP###"))
 
 
-def reward(task, student: Script, user: Script | None, guide=None, **options) -> float:
-    simulation, _ = simulate(task, "telecom", student, user, guide, trial=0, seed=1, max_steps=200, **options)
-    return simulation.reward_info.reward
+def play(task, student, user=None, guide=None, max_steps=200):
+    return simulate(task, "telecom", student, user, Generation(50), guide, 1, max_steps)
+
+
+def reward(task, student: Script, user: Script | None, guide=None) -> float:
+    return play(task, student, user, guide)[0]["reward_info"]["reward"]
 
 
 @pytest.mark.parametrize("is_solo", [False, True], ids=["user", "solo"])
@@ -91,14 +99,11 @@ def test_gold_actions_score_everything_and_trivial_policies_the_floors(is_solo):
     transfer = call("transfer_to_human_agents", {"summary": "?"})
     nothing = [reward(task, Script(end), user()) for task in SOME]
     transferred = [reward(task, Script(transfer, end), user()) for task in SOME]
-    assert sum(nothing) == 0
-    assert [tau2.intent(task.id, "") == "service_issue" for task, r in zip(SOME, transferred) if r] == [
-        True
-    ] * int(sum(transferred))
-    if EVERY == len(TASKS):
-        assert sum(transferred) == 20
-    for tool, rewards in ((None, nothing), ("transfer_to_human_agents", transferred)):
-        assert [dialogue.floor_reward(task, "telecom", tool, is_solo) for task in SOME] == rewards
+    assert sum(nothing) == 0 and sum(transferred) == (20 if IS_WHOLE else 2)
+    assert all(tau2.intent(task.id, "") == "service_issue" for task, r in zip(SOME, transferred) if r)
+    floors = {"do nothing": nothing, "always transfer": transferred}
+    expected = {f"floor: {name}": f"{100 * mean(rewards):.2f} %" for name, rewards in floors.items()}
+    assert dialogue.floors(SOME, "telecom", is_solo) == expected
 
 
 # ---------------------------------------------------------------------------------------------------- what is in the prompts
@@ -173,7 +178,11 @@ def test_without_guidance_requests_are_those_of_the_official_agent(monkeypatch):
             _, state = agent.generate_next_message(message, state)
 
     with recorded_server() as (url, ours):
-        talk(dialogue.GuidedAgent(tools, policy, llm=Model(EndpointSeat(url), Generation(50))))
+        talk(
+            dialogue.GuidedAgent(
+                tools, policy, llm=EndpointSeat(url), llm_args={"generation": Generation(50)}
+            )
+        )
     with recorded_server() as (url, official):
         monkeypatch.setattr("tau2.agent.llm_agent.generate", llm_utils.generate)
         talk(LLMAgent(tools, policy, llm="openai/m", llm_args={"api_base": url, "api_key": "EMPTY"}))
@@ -264,7 +273,7 @@ def test_without_a_tag_nothing_is_injected():
     student, user = gold_scripts(TASKS[0], False)
     plain, other = gold_scripts(TASKS[0], False)
     guide = dialogue.teacher_guide(Recorder("plan"), Recorder("no tag"), EpisodeConfig())
-    _, told = simulate(TASKS[0], "telecom", student, user, guide, trial=0, seed=1, max_steps=200)
+    _, told = play(TASKS[0], student, user, guide)
     reward(TASKS[0], plain, other)
     assert told.teaching is None and told.teacher_text == "no tag" and student.shown == plain.shown
 
@@ -284,63 +293,48 @@ BROKEN = {
 @pytest.mark.parametrize("is_solo", [False, True], ids=["user", "solo"])
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_messages_are_failed_simulations(name, is_solo):
-    turn, reason = BROKEN[name]
-    user = None if is_solo else Script(text("help"))
-    simulation, _ = simulate(TASKS[0], "telecom", Script(turn), user, None, trial=2, seed=1, max_steps=30)
-    assert (simulation.termination_reason.value, simulation.reward_info.reward, simulation.trial) == (
-        reason,
-        0.0,
-        2,
-    )
-    assert simulation.model_validate_json(simulation.model_dump_json()) and (
-        simulation.info or reason == "too_many_errors"
-    )
+    message, reason = BROKEN[name]
+    simulation, _ = play(TASKS[0], Script(message), None if is_solo else Script(text("help")), max_steps=30)
+    assert (simulation["termination_reason"], simulation["reward_info"]["reward"]) == (reason, 0.0)
+    assert SimulationRun.model_validate(simulation)
     if reason == "agent_error":
-        assert simulation.info["usage"] == {
-            "prompt_tokens": turn.prompt_tokens,
-            "completion_tokens": turn.tokens,
-        }
+        assert simulation["info"]["usage"] == {"prompt_tokens": 3, "completion_tokens": 5}
 
 
 def test_a_broken_user_is_a_failed_simulation_and_says_whose_fault():
-    simulation, _ = simulate(
-        TASKS[0], "telecom", Script(text("hi")), Script(text("")), None, trial=0, seed=1, max_steps=9
-    )
-    assert simulation.termination_reason == TerminationReason.USER_ERROR
+    simulation, _ = play(TASKS[0], Script(text("hi")), Script(text("")), max_steps=9)
+    assert simulation["termination_reason"] == "user_error"
 
 
 def test_thoughts_reach_neither_user_nor_history():
-    student, user = (
-        Script(text("<think>SECRET</think> Restart it.")),
-        Script(text("<think>PRIVATE</think>help"), text("ok"), text("###STOP###")),
-    )
-    simulation, _ = simulate(TASKS[0], "telecom", student, user, None, trial=0, seed=1, max_steps=30)
-    assert "Restart it." in user.shown[-1] and not any(
-        "SECRET" in shown for shown in student.shown + user.shown
-    )
-    assert (
-        not any("PRIVATE" in shown for shown in student.shown)
-        and "SECRET" not in simulation.model_dump_json()
-    )
+    student = Script(text("<think>SECRET</think> Restart it."))
+    user = Script(text("<think>PRIVATE</think>help"), text("ok"), text("###STOP###"))
+    simulation, _ = play(TASKS[0], student, user, max_steps=30)
+    assert "Restart it." in user.shown[-1]
+    shown = json.dumps([student.shown, user.shown, simulation])
+    assert "SECRET" not in shown and "PRIVATE" not in shown
 
 
-@pytest.mark.parametrize("status, message, reason", [
-    (500, "boom", TerminationReason.INFRASTRUCTURE_ERROR),
-    (400, "maximum context length is 10", TerminationReason.CONTEXT_WINDOW_EXCEEDED),
+TOO_LONG = UserError("HTTP 400: maximum context length is 10")
+
+
+@pytest.mark.parametrize("error, reason, is_guided", [
+    (UserError("HTTP 500: boom"), "infrastructure_error", False),
+    (TOO_LONG, "context_window_exceeded", False),
+    (TOO_LONG, "infrastructure_error", True),  # the teacher's context says nothing about the student
+    (ZeroDivisionError("what tau2 makes of it"), "unexpected_error", False),
 ])  # fmt: skip
-def test_a_seat_that_fails_ends_the_dialogue_with_its_reason(status, message, reason):
+def test_a_seat_that_fails_ends_the_dialogue_with_its_reason(error, reason, is_guided):
     class Gone:
-        def say(self, *_):
-            raise UserError(f"HTTP {status}: {message}")
+        def complete(self, *_, **__):
+            raise error
 
-    simulation, _ = simulate(
-        TASKS[0], "telecom", Gone(), Script(text("hi")), None, trial=0, seed=1, max_steps=9
-    )
-    assert (
-        simulation.termination_reason == reason
-        and message in simulation.info["failure"]
-        and simulation.reward_info.reward == 0
-    )
+        ask = complete
+
+    guide = dialogue.teacher_guide(Gone(), Gone(), EpisodeConfig()) if is_guided else None
+    simulation, _ = play(TASKS[0], Gone(), Script(text("hi")), guide)
+    assert simulation["termination_reason"] == reason and simulation["reward_info"]["reward"] == 0
+    assert str(error) in simulation["info"]["failure"]
 
 
 # --------------------------------------------------------------------------------------------------------- the command as a whole
@@ -348,45 +342,44 @@ def test_a_seat_that_fails_ends_the_dialogue_with_its_reason(status, message, re
 
 def test_the_command_from_seats_to_tables_and_tau2s_own_metrics(tmp_path, monkeypatch, capsys):
     """Gold replay with a teacher, nothing alone: every number of the report follows, and tau2 scores the files alike."""
-    tickets = {task.ticket: task for task in TASKS}  # several tasks share one; here it must tell them apart
-    tasks = [TASKS[0], *[task for task in tickets.values() if "mms_issue" in task.id][:2]]
+    tasks = [TASKS[0], next(t for t in TASKS if "mms_issue" in t.id and t.ticket != TASKS[0].ticket)]
     monkeypatch.setattr(tau2, "load_tasks", lambda config: tasks)
-    says = {"http://s": "I look", "http://t": "<teaching>Do it.</teaching>"}
-    monkeypatch.setattr(tau2.ArmsConfig, "open", lambda self, spec, model: Recorder(says[spec]))
-    deaths = [7]
+    deaths = [4]  # while the student is alone
 
-    class ByTask:
+    class ByTask(Recorder):
         """Does nothing unless told to; then replays the gold actions of the task whose ticket is at hand."""
 
-        def say(self, messages, tools, tool_choice, seed):
+        def complete(self, messages, generation, seed, **tools):
             deaths[0] -= 1
             if deaths[0] == 0:
                 raise KeyboardInterrupt
             prompt = messages[0]["content"]
             task = next(task for task in tasks if task.ticket in prompt)
-            if "Do it." not in prompt:
-                return call("done", {})
-            return gold_scripts(task, True)[0].turns[sum(m["role"] == "assistant" for m in messages)]
+            said = call("done", {})
+            if "Do it." in prompt:
+                said = gold_scripts(task, True)[0].messages[sum(m["role"] == "assistant" for m in messages)]
+            return {"message": said}, Reply("", 5, False)
 
-    monkeypatch.setattr(dialogue, "Model", lambda *_: ByTask())
-    argv = ["eval.py", "--bench", "tau2", "--mode", "solo", "--student", "http://s", "--teacher", "grpo=http://t", "--trials", "2",
-            "--out", str(tmp_path), "--workers", "2", "--control", "untrained"]  # fmt: skip
+    seats = {"http://s": ByTask("I look"), "http://t": Recorder("<teaching>Do it.</teaching>")}
+    monkeypatch.setattr(tau2.Config, "open", lambda self, spec: seats[spec])
+    argv = ["eval.py", "--bench", "tau2", "--user", "solo", "--student", "http://s", "--teacher", "grpo=http://t", "--trials", "2",
+            "--out", str(tmp_path), "--workers", "2"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(KeyboardInterrupt):
         evaluation.main()
-    before = len(read_results(tmp_path / "tasks.jsonl")[0])
+    before = len(read_results(tmp_path / "tasks.jsonl"))
     evaluation.main()  # continues
-    results, _ = read_results(tmp_path / "tasks.jsonl")
-    assert 0 < before < len(results) == 3 * 2 * 3
+    results = read_results(tmp_path / "tasks.jsonl")
+    assert 0 < before < len(results) == 4 * 2 * 2
     assert Counter((arm, r.attempt.is_correct) for (arm, *_), r in results.items()) == {
-        (STUDENT, False): 6,
-        ("grpo", True): 6,
-        ("untrained", False): 6,
+        (STUDENT, False): 4,
+        ("grpo", True): 4,
+        ("shuffled", True): 4,  # of these teachings, one is as good as another
+        ("untrained", False): 4,
     }
+    assert len(seats["http://t"].asked) == 4  # once per dialogue of its own, and never for the shuffled
     printed = capsys.readouterr().out
-    assert (
-        "### mms_issue: 2 tasks" in printed and "grpo: persona" in printed and "do nothing 0.00 %" in printed
-    )
+    assert "### mms_issue: 1 tasks" in printed and "PERSONA" in printed and "do nothing 0.00 %" in printed
     for arm, expected in ((STUDENT, 0.0), ("grpo", 1.0)):
         official = Results.load(tmp_path / f"tau2-{arm}.json")
         metrics = compute_metrics(official)
@@ -394,8 +387,3 @@ def test_the_command_from_seats_to_tables_and_tau2s_own_metrics(tmp_path, monkey
     with pytest.raises(UserError, match="--trials 2 -> 3"):
         monkeypatch.setattr(sys, "argv", [*argv, "--trials", "3"])
         evaluation.main()
-    monkeypatch.setattr(
-        sys, "argv", ["eval.py", "--bench", "tau2", "--out", str(tmp_path), "--view", tasks[1].id]
-    )
-    evaluation.main()
-    assert "[teaching] Do it." in capsys.readouterr().out

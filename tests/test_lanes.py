@@ -6,15 +6,18 @@ from dataclasses import replace
 
 import pytest
 
-from nano_atlas.data import Problem, derive_seed
+from nano_atlas.answers import last_json
+from nano_atlas.config import derive_seed
+from nano_atlas.data import Problem
+from nano_atlas.episode import Attempt, EpisodeConfig, seeds, sketch, teach
 from nano_atlas.errors import UserError
-from nano_atlas.protocol import ANSWER_FORMAT, PROBE_REQUEST, last_json, parse_plan
+from nano_atlas.protocol import ANSWER_FORMAT, PROBE_REQUEST
+from nano_atlas.reward import RewardConfig
 from nano_atlas.runtime import judges
-from nano_atlas.runtime.capability import choose_lane, lane_of, read_choice
-from nano_atlas.runtime.guard import GuardConfig, Trial, choose_trial, degradation_bound
+from nano_atlas.runtime.guard import Trial, choose_trial, degradation_bound
 from nano_atlas.runtime.judges import JudgeConfig, Verdict, hold_consistent, read_sample
-from nano_atlas.runtime.lanes import LaneConfig, Session, run_session
-from nano_atlas.runtime.sessions import drive
+from nano_atlas.runtime.lanes import PLAN_REQUEST, LaneConfig, Session, choose_lane, parse_plan, run_session
+from nano_atlas.schedule import drive, play
 from nano_atlas.seats import Reply
 
 TASK = Problem("t", "What is {6} times 7?", "42", "math")
@@ -29,13 +32,15 @@ class Seat:
         self.rule, self.prompts, self.temperatures = rule, [], []
 
     def ask(self, questions, progress=None):
-        ((messages, generation, seed, _),) = questions
+        return [[self.reply(*question)] for question in questions]
+
+    def reply(self, messages, generation, seed, n):
         self.prompts.append(messages[-1]["content"])
         self.temperatures.append(generation.temperature)
         text = self.rule(messages[-1]["content"], seed)
         if text is None:
             raise UserError("HTTP 503")
-        return [[Reply(text, len(text.split()), False, None, 3)]]
+        return Reply(text, len(text.split()), False, None, 3)
 
 
 def finish(script, **seats):
@@ -43,11 +48,12 @@ def finish(script, **seats):
     return result
 
 
+def words(text) -> int:
+    return len(text.split())
+
+
 def run(lane, task=TASK, config=LaneConfig(), **seats) -> Session:
-    session = Session("s", task, 1, lane=lane)
-    return finish(
-        run_session(session, replace(config, lane=lane), [], lambda text: len(text.split())), **seats
-    )
+    return finish(run_session(Session("s", task, 1, lane=lane), config, words), **seats)
 
 
 def answer(text) -> str:
@@ -55,23 +61,13 @@ def answer(text) -> str:
 
 
 def student(right_if=()):
-    """Right where the prompt holds one of the words; its plan has three steps, of which the third needs the others."""
+    """Right where the prompt holds one of the words; its plan has three steps."""
 
     def rule(prompt, seed):
         if PROBE_REQUEST in prompt:
             return "I would add."
-        if "as JSON" in prompt:
-            steps = [
-                {"id": name, "description": f"do {name}", "depends_on": needs}
-                for name, needs in (("a", []), ("b", []), ("c", ["a", "b"]))
-            ]
-            return "Here: " + json.dumps({"steps": steps})
-        if "one step of a plan" in prompt:
-            fields = json.loads(prompt[prompt.index("{") :])
-            return answer(
-                f"{fields['step']} after {sorted(fields['results_so_far'])}"
-                + " better" * len(fields["guidance"])
-            )
+        if PLAN_REQUEST in prompt:
+            return 'Here: {"steps": ["do a", {"description": "do b"}, "do c"]}'
         return answer("42" if any(word in prompt for word in right_if) else "41")
 
     return Seat(rule)
@@ -109,6 +105,22 @@ def test_paired_teaches_once_and_rewards_the_gain():
     assert session.chosen == 1 and session.reward == pytest.approx(1 + 100 / 101)
 
 
+@pytest.mark.parametrize(
+    "completion", ["<teaching>HELP</teaching>", "<teaching>It is 42.</teaching>", "no tag"]
+)
+def test_paired_is_an_episode_of_training(completion):
+    """The same prompts in the same order, and the same reward, from the scripts that training plays."""
+    ours = {"student": student(["HELP"]), "teacher": Seat(lambda prompt, seed: completion)}
+    theirs = {"student": student(["HELP"]), "teacher": Seat(lambda prompt, seed: completion)}
+    session = run("paired", **ours)
+    (alone,) = play([sketch(TASK, EpisodeConfig(), seeds(0))], theirs)
+    ((episode,),) = play([teach(alone, EpisodeConfig(), RewardConfig(), seeds(0), words)], theirs)
+    assert session.reward == episode.reward and session.is_leak is episode.is_leak
+    assert {name: seat.prompts for name, seat in ours.items()} == {
+        name: seat.prompts for name, seat in theirs.items()
+    }
+
+
 def test_retries_carry_all_guidance_and_show_the_teacher_the_failed_answer():
     guide, pupil = (
         teacher("<teaching>first</teaching>", "no tag", "<teaching>second</teaching>", "never asked"),
@@ -135,49 +147,12 @@ def test_coach_reviews_the_plan_and_the_student_gets_plan_and_review():
     guide, pupil = teacher("<teaching>HELP: skip b</teaching>"), student(["HELP"])
     session = run("coach", student=pupil, teacher=guide)
     assert [trial.kind for trial in session.trials] == ["alone", "coached"] and session.chosen == 1
-    plan = "1. do a\n2. do b\n3. do c (after 1, 2)"
+    plan = "1. do a\n2. do b\n3. do c"
     assert f"Student's approach: {plan}" in guide.prompts[0]
     assert (
         pupil.prompts[-1]
         == f"{TASK.question}\n\nYour plan: {plan}\n\nTeacher's guidance: HELP: skip b\n\n{ANSWER_FORMAT}"
     )
-
-
-def test_escalate_carries_out_steps_after_those_they_need_and_rewards_each():
-    def judge(prompt, seed):
-        fields = json.loads(prompt[prompt.rindex("\n{\n") :])
-        is_poor = fields["step"] == "do b" and "better" not in fields["result"]
-        return verdict_json(0.2 if is_poor else 0.9, guidance="try harder" if is_poor else "")
-
-    pupil = student(["do c after"])
-    session = run(
-        "escalate",
-        config=LaneConfig(retries=2, judge="judge", judge_temperatures=(0.2,)),
-        student=pupil,
-        teacher=teacher("<teaching>fine</teaching>"),
-        judge=Seat(judge),
-    )
-    assert [(s["output"], s["attempts"], s["verdict"].score) for s in session.steps] == [
-        ("do a after []", 1, 0.9),
-        ("do b after [] better", 2, 0.9),
-        ("do c after ['1', '2']", 1, 0.9),
-    ]
-    assert (
-        session.trials[-1].kind == "stepwise"
-        and session.trials[-1].verdict.score == 1.0
-        and session.chosen == 1
-    )
-    assert "Your plan: 1. do a" in next(
-        prompt for prompt in pupil.prompts if "Teacher's guidance: fine" in prompt
-    )
-
-
-def test_without_a_judge_the_teacher_judges_the_steps():
-    def rule(prompt, seed):
-        return verdict_json(0.3) if "You judge" in prompt else "<teaching>fine</teaching>"
-
-    session = run("escalate", student=student(), teacher=Seat(rule))
-    assert [step["verdict"].score for step in session.steps] == [pytest.approx(0.3)] * 3
 
 
 def test_a_fault_ends_the_lane_but_what_was_reached_counts():
@@ -192,21 +167,21 @@ def test_a_fault_ends_the_lane_but_what_was_reached_counts():
     }
 
 
-def test_a_plan_survives_what_models_write():
-    assert [
-        s["depends_on"]
-        for s in parse_plan(
-            '{"steps": [{"description": "x", "depends_on": [1, 2, 9]}, {"description": "y", "depends_on": [1]}]}'
-        )
-    ] == [[], [1]]
-    assert parse_plan("Just {do} it.") == [{"id": 1, "description": "Just {do} it.", "depends_on": []}]
-    assert len(parse_plan(json.dumps({"steps": [{"description": "s"}] * 99}))) == 16
-    assert [
-        s["id"]
-        for s in parse_plan(
-            '```{"steps": [null, {"description": ""}, {"description": "z", "depends_on": null}]}```'
-        )
-    ] == [1]
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("Just {do} it.", ["Just {do} it."]),
+        ('{"steps": []}', ['{"steps": []}']),
+        ('{"steps": 3}', ['{"steps": 3}']),
+        (
+            '```{"steps": [null, {"description": ""}, {"description": "z", "more": null}, "  y"]}```',
+            ["z", "y"],
+        ),
+        (json.dumps({"steps": ["s"] * 99}), ["s"] * 16),
+    ],
+)
+def test_a_plan_survives_what_models_write(text, steps):
+    assert parse_plan(text) == steps
 
 
 def test_the_last_fitting_object_counts_wherever_it_stands():
@@ -221,50 +196,21 @@ def test_the_last_fitting_object_counts_wherever_it_stands():
 
 
 @pytest.mark.parametrize(
-    ("confidence", "lane"),
-    [(0.85, "auto"), (0.84, "paired"), (0.65, "paired"), (0.35, "coach"), (0.34, "escalate")],
-)
-def test_the_published_thresholds(confidence, lane):
-    assert lane_of(confidence) == lane
-
-
-@pytest.mark.parametrize(
     ("record", "lane"),
     [
         ([], "paired"),
         ([1.0] * 20, "auto"),
         ([1.0] * 7 + [0.0] * 3, "paired"),
         ([1.0, 0.0], "coach"),
-        ([0.0] * 5, "escalate"),
+        ([0.0] * 5, "coach"),
     ],
 )
-def test_without_a_probe_the_record_decides(record, lane):
-    assert decide(record)["mode"] == lane
-
-
-def decide(record, lane="adaptive", probe=None):
-    return finish(choose_lane(TASK.question, record, lane, probe is not None, 0), probe=probe)
-
-
-@pytest.mark.parametrize(
-    ("reply", "lane"),
-    [
-        ('{"mode": "coach", "confidence": 0.99}', "coach"),
-        ('{"mode": "warp", "confidence": 0.9}', "auto"),
-        ("no idea", "escalate"),
-        (None, "escalate"),
-    ],
-)
-def test_a_probe_decides_and_where_it_cannot_the_record_does(reply, lane):
-    probe = Seat(lambda prompt, seed: reply)
-    choice = decide([0.0] * 9, probe=probe)
-    assert choice["mode"] == lane and '"sessions": 9' in probe.prompts[0]
-    assert choice["by"] == ("record" if lane == "escalate" else "probe")
+def test_the_record_decides_by_the_published_thresholds(record, lane):
+    assert choose_lane(record)["mode"] == lane
 
 
 def test_lane_forces_the_lane():
-    assert decide([1.0] * 30, "coach") == {"mode": "coach", "confidence": None, "by": "--lane"}
-    assert read_choice('{"confidence": "high"}') == {}
+    assert choose_lane([1.0] * 30, "coach") == {"mode": "coach", "confidence": None, "by": "--lane"}
 
 
 # ------------------------------------------------------------------------------------------------------------- judges
@@ -291,9 +237,12 @@ def by_answer(right=0.9, wrong=0.2):
 def test_each_judge_is_asked_at_three_temperatures_and_only_where_it_applies():
     session = judged(by_answer())
     asked = [event["event"] for event in session.events if event["actor"] == "judge"]
-    assert {
-        name: asked.count(f"judge: {name}") for name in judges.ANSWER_JUDGES + judges.TEACHING_JUDGES
-    } == {"accuracy": 6, "process": 6, "diagnostic": 6, "helpfulness": 3}
+    assert {name: asked.count(f"judge: {name}") for name in judges.JUDGES} == {
+        "accuracy": 6,
+        "process": 6,
+        "diagnostic": 6,
+        "helpfulness": 3,
+    }
     assert sorted(set(session.judge.temperatures)) == [0.2, 0.5, 0.8]
     assert session.trials[0].verdict.score == pytest.approx(0.2) and session.trials[
         1
@@ -303,41 +252,38 @@ def test_each_judge_is_asked_at_three_temperatures_and_only_where_it_applies():
     )  # x helpfulness
 
 
-def test_judges_that_are_left_out_are_not_asked_and_do_not_count():
-    session = judged(by_answer(), replace(JUDGED, judges=("accuracy",)))
-    assert {event["event"] for event in session.events if event["actor"] == "judge"} == {"judge: accuracy"}
-    assert session.reward == pytest.approx(0.7 * (1 + 100 / 101))
+@pytest.fixture
+def accuracy_alone(monkeypatch):
+    monkeypatch.setattr(judges, "JUDGES", {"accuracy": judges.JUDGES["accuracy"]})
 
 
 @pytest.mark.parametrize(
-    ("samples", "options", "is_escalated"),
+    ("samples", "is_escalated"),
     [
-        ((0.5, 0.5, 0.5), {}, False),
-        ((0.3, 0.5, 0.9), {}, True),
-        ((0.3, 0.5, 0.9), {"judge_deviation": 0.5}, False),
-        ((0.5, 0.5, (0.5, 0.4)), {}, True),
-        ((0.5, 0.5, (0.5, 0.4)), {"judge_uncertainty": 0.5}, False),
-        ((None, "junk", 0.5), {}, False),
-        ((None, "junk", "{}"), {}, True),
+        ((0.5, 0.5, 0.5), False),
+        ((0.3, 0.5, 0.9), True),
+        ((0.5, 0.5, (0.5, 0.4)), True),
+        ((None, "junk", 0.5), False),
+        ((None, "junk", "{}"), True),
     ],
 )
-def test_the_large_judge_decides_where_the_small_ones_disagree_or_are_unsure(samples, options, is_escalated):
+def test_the_large_judge_decides_where_the_small_ones_disagree_or_are_unsure(
+    samples, is_escalated, accuracy_alone
+):
     replies = iter(samples)
 
     def small(prompt, seed):
         sample = next(replies)
-        return (
-            sample
-            if sample is None or isinstance(sample, str)
-            else verdict_json(*sample)
-            if isinstance(sample, tuple)
-            else verdict_json(sample)
-        )
+        if sample is None or isinstance(sample, str):
+            return sample
+        return verdict_json(*sample) if isinstance(sample, tuple) else verdict_json(sample)
 
     large = Seat(lambda prompt, seed: verdict_json(0.77))
-    config = JudgeConfig(judge="x", large_judge="y", judges=("accuracy",), **options)
-    exhibit = judges.Exhibit(OPEN, "text", "41")
-    verdict = finish(judges.judge(exhibit, config, 0), **{"judge": Seat(small), "large judge": large})
+    config = JudgeConfig(judge="x", large_judge="y")
+    verdict = finish(
+        judges.judge(OPEN, Attempt("text", "41", False, 1, False), config, 0),
+        **{"judge": Seat(small), "large judge": large},
+    )
     assert verdict.judges[0]["escalated"] is is_escalated and len(large.prompts) == is_escalated
     numbers = [s[0] if isinstance(s, tuple) else s for s in samples if isinstance(s, (float, tuple))]
     assert verdict.score == pytest.approx(0.77 if is_escalated else sum(numbers) / len(numbers))
@@ -352,6 +298,12 @@ def test_an_outage_of_the_judges_is_unscored_and_never_a_zero():
         "unscored" in session.trials[0].verdict.rationale
         and "HTTP 503" in session.trials[0].verdict.rationale
     )
+
+
+def test_an_outage_of_the_answers_judges_alone_is_unscored_too():
+    session = judged(lambda prompt, seed: verdict_json(0.9) if "see what matters" in prompt else None)
+    assert session.reward is None and session.fault is None and session.chosen == 0
+    assert [b["score"] for b in session.trials[0].verdict.judges] == [None, None, 0.9]
 
 
 def test_guardrails_between_judges():
@@ -382,7 +334,8 @@ def test_guardrails_between_judges():
     ],
 )
 def test_what_is_no_verdict_is_named(text):
-    assert isinstance(read_sample(text, 0.2), str) or read_sample(text, 0.2)["score"] == 1.0
+    sample = read_sample([Reply(text, 1, False)], 0.2)
+    assert isinstance(sample, str) or sample["score"] == 1.0
 
 
 def test_texts_of_the_student_cannot_end_their_field_in_a_judges_prompt():
@@ -433,9 +386,7 @@ def test_with_a_verifier_the_returned_answer_is_never_below_the_students_own():
 def test_a_judged_answer_must_be_above_the_students_own_by_its_noise():
     assert choose_trial([trial(0.5, "judges"), trial(0.5, "judges")]) == 0
     assert choose_trial([trial(0.5, "judges", 0.1), trial(0.7, "judges", 0.1)]) == 0  # 0.2 < 1.645 x 0.141
-    assert (
-        choose_trial([trial(0.5, "judges", 0.1), trial(0.7, "judges", 0.1)], confidence=0.9) == 1
-    )  # 0.2 > 1.282 x 0.141
+    assert choose_trial([trial(0.5, "judges", 0.1), trial(0.75, "judges", 0.1)]) == 1  # 0.25 > 1.645 x 0.141
     assert (
         choose_trial([trial(0.5, "judges"), trial(None, "judges")])
         == choose_trial([trial(None, "judges"), trial(0.9, "judges")])
@@ -443,7 +394,7 @@ def test_a_judged_answer_must_be_above_the_students_own_by_its_noise():
     )
 
 
-def test_harm_by_a_noisy_judge_is_bounded_and_the_bound_is_measured_by_new_judgements():
+def test_harm_by_a_noisy_judge_is_bounded_and_the_bound_is_measured_by_new_judgements(accuracy_alone):
     """True scores are 0.5 alone and 0.4 with an adversarial teacher; the judge's samples scatter by 0.25 around them."""
 
     def noisy(prompt, seed):
@@ -453,7 +404,7 @@ def test_harm_by_a_noisy_judge_is_bounded_and_the_bound_is_measured_by_new_judge
     pupil = lambda prompt, seed: (
         "plan" if PROBE_REQUEST in prompt else answer("harmed" if "HARM" in prompt else "own")
     )  # noqa: E731
-    config = LaneConfig(judge="judge", judges=("accuracy",), audit=1.0)
+    config = LaneConfig(judge="judge", audit=1.0)
     returned, audited = 0, []
     for index in range(150):
         session = Session(f"s{index}", OPEN, 0, lane="paired")
@@ -462,7 +413,7 @@ def test_harm_by_a_noisy_judge_is_bounded_and_the_bound_is_measured_by_new_judge
             "teacher": teacher("<teaching>HARM</teaching>"),
             "judge": Seat(noisy),
         }
-        finish(run_session(session, replace(config, lane="paired"), [], len), **seats)
+        finish(run_session(session, config, len), **seats)
         returned += session.chosen != 0
         audited += [session.audited_gain] * (session.audited_gain is not None)
     naive = sum(
@@ -482,11 +433,9 @@ def test_the_bound_is_wilsons():
     assert bound == pytest.approx(
         (p + z * z / (2 * n) + z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5) / (1 + z * z / n)
     )
-    with pytest.raises(UserError, match="--confidence"):
-        GuardConfig(confidence=0.2).check()
 
 
-def test_audit_draws_its_share():
+def test_audit_draws_its_share(accuracy_alone):
     counts = [0, 0]
     for index in range(60):
         for which, share in enumerate((0.5, 0.0)):
@@ -496,32 +445,21 @@ def test_audit_draws_its_share():
                 "teacher": teacher("<teaching>HELP</teaching>"),
                 "judge": Seat(by_answer()),
             }
-            finish(
-                run_session(
-                    session,
-                    replace(
-                        JUDGED, audit=share, judges=("accuracy",), judge_temperatures=(0.2,), lane="paired"
-                    ),
-                    [],
-                    len,
-                ),
-                **seats,
-            )
+            finish(run_session(session, replace(JUDGED, audit=share), words), **seats)
             counts[which] += session.audited_gain is not None
     assert 18 < counts[0] < 42 and counts[1] == 0
 
 
-def test_accept_and_judge_tokens(monkeypatch):
-    lengths = []
-    original = Seat.ask
-    monkeypatch.setattr(
-        Seat,
-        "ask",
-        lambda self, q, **more: lengths.append(q[0].generation.max_tokens) or original(self, q, **more),
-    )
+def test_a_judged_answer_is_valid_from_a_score_on(monkeypatch):
     for accept, teachings in ((0.7, 1), (0.95, 2)):
+        monkeypatch.setattr(judges, "ACCEPT", accept)
         guide = teacher(*["<teaching>HELP</teaching>"] * 2)
-        config = replace(JUDGED, accept=accept, retries=1, judge_tokens=77, judges=("accuracy",))
-        run("paired", OPEN, config, student=student(["HELP"]), teacher=guide, judge=Seat(by_answer()))
+        run(
+            "paired",
+            OPEN,
+            replace(JUDGED, retries=1),
+            student=student(["HELP"]),
+            teacher=guide,
+            judge=Seat(by_answer()),
+        )
         assert len(guide.prompts) == teachings
-    assert 77 in lengths

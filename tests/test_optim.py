@@ -2,19 +2,16 @@
 
 import json
 import math
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from nano_atlas.config import option
 from nano_atlas.errors import UserError
-from nano_atlas.optim import (
-    MasterAdamW,
-    latest_training_state,
-    learning_rate,
-    load_training_state,
-    save_training_state,
-)
+from nano_atlas.optim import MasterAdamW, learning_rate, load_training_state, open_run, save_training_state
 
 
 def small_model(dtype=torch.float32) -> nn.Module:
@@ -102,17 +99,14 @@ def test_an_interrupted_run_ends_with_the_same_bits_as_an_uninterrupted_one(tmp_
     for seed in range(3):
         backward(first, seed)
         optimizer.step(0.01)
-    state = save_training_state(tmp_path, optimizer, 3, {"epoch": 0})
+    save_training_state(tmp_path, optimizer, 3, epoch=0)
+    state = tmp_path / "step-00000003"
     assert len(list(state.glob("*.safetensors"))) > 1
 
     torch.manual_seed(9)
     second = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)  # with other weights
     optimizer = MasterAdamW(second)
-    assert load_training_state(latest_training_state(tmp_path), optimizer) == {
-        "step": 3,
-        "skipped_steps": 0,
-        "epoch": 0,
-    }
+    assert load_training_state(state, optimizer) == {"step": 3, "skipped_steps": 0, "epoch": 0}
     for seed in range(3, 6):
         backward(second, seed)
         optimizer.step(0.01)
@@ -120,25 +114,43 @@ def test_an_interrupted_run_ends_with_the_same_bits_as_an_uninterrupted_one(tmp_
         assert torch.equal(a, b)
 
 
-def test_only_the_newest_states_are_kept_and_an_incomplete_one_is_never_seen(tmp_path, monkeypatch):
+def test_only_the_newest_state_is_kept_and_an_incomplete_one_is_never_seen(tmp_path, monkeypatch):
     model = small_model()
     optimizer = MasterAdamW(model)
-    assert latest_training_state(tmp_path / "nothing") is None
-    for step in (9, 10, 11):
-        save_training_state(tmp_path, optimizer, step, {}, keep=2)
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000010", "step-00000011"]
+    for step in (9, 10):
+        save_training_state(tmp_path / "state", optimizer, step)
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-00000010"]
 
     def killed(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nano_atlas.optim.write_json", killed)
-    with pytest.raises(KeyboardInterrupt):
-        save_training_state(tmp_path, optimizer, 12, {}, keep=2)
-    assert latest_training_state(tmp_path).name == "step-00000011"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("nano_atlas.optim.write_json", killed)
+        save_training_state(tmp_path / "state", optimizer, 11)
+    assert open_run(RunConfig(tmp_path)) == tmp_path / "state" / "step-00000010"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    out: Path = option(Path("runs"), "where", resumable=True)
+    lr: float = option(0.1, "what is computed")
+    steps: int = option(9, "how long", resumable=True)
+    restart: bool = option(False, "start over", resumable=True)
+
+
+def test_a_run_continues_with_the_options_it_was_started_with_or_starts_over(tmp_path):
+    config = RunConfig(tmp_path)
+    assert open_run(config) is None
+    save_training_state(tmp_path / "state", MasterAdamW(small_model()), 1)
+    assert open_run(replace(config, steps=12)) == tmp_path / "state" / "step-00000001"
+    with pytest.raises(UserError, match=r"other options: --lr 0.1 -> 0.2"):
+        open_run(replace(config, lr=0.2))
+    assert open_run(replace(config, lr=0.2, restart=True)) is None
 
 
 def test_a_state_of_another_model_is_refused_by_the_name_of_the_tensor(tmp_path):
-    state = save_training_state(tmp_path, MasterAdamW(small_model()), 1, {})
+    save_training_state(tmp_path, MasterAdamW(small_model()), 1)
+    state = tmp_path / "step-00000001"
     wider = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3))
     deeper = nn.Sequential(*small_model(), nn.Linear(3, 3))
     with pytest.raises(UserError, match=r"0.weight.master has shape \[5, 6\]; .* --restart"):
@@ -153,7 +165,8 @@ def test_a_state_of_another_model_is_refused_by_the_name_of_the_tensor(tmp_path)
 
 
 def test_a_state_is_safetensors_and_json(tmp_path):
-    state = save_training_state(tmp_path, MasterAdamW(small_model()), 1, {"seed": 4})
+    save_training_state(tmp_path, MasterAdamW(small_model()), 1, seed=4)
+    state = tmp_path / "step-00000001"
     assert {path.suffix for path in state.iterdir()} == {".safetensors", ".json"}
     assert json.loads((state / "state.json").read_text())["seed"] == 4
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from nano_atlas.runtime.experience import Experience, ExperienceConfig
-from nano_atlas.runtime.playbook import Entry, Playbook, SkillConfig, read_entries
+from nano_atlas.runtime import learning
+from nano_atlas.runtime.learning import Entry, Experience, Playbook, read_entries
 from nano_atlas.runtime.traces import Outcome
 
 
@@ -14,22 +14,22 @@ def proposal(pattern="hard", imperative="Name the first step.", kind="keyword", 
 
 
 def read(*proposals, secret="42") -> list[dict]:
-    return read_entries("Here: " + json.dumps({"entries": proposals}), "math", "s1", secret)
+    return read_entries("Here: " + json.dumps({"entries": proposals}), secret)
 
 
-def playbook(*proposals, **options) -> Playbook:
-    book = Playbook(SkillConfig(**options))
+def playbook(*proposals) -> Playbook:
+    book = Playbook()
     book.add([entry for p in proposals for entry in read(p)])
     return book
 
 
-def observe(book: Playbook, sessions: int, rewards=None, hits: bool = True, name: str = "s") -> None:
+def observe(book: Playbook, sessions: int, rewards=None, hits: bool = True) -> None:
     """rewards: (with, without); the entry is used in every other session."""
     (entry,) = book.entries.values()
     for index in range(sessions):
         if entry.id in book.entries:
             used = [entry.id] if hits and index % 2 == 0 else []
-            book.learn(f"{name}{index}", [entry.id] if hits else [], used, rewards and rewards[index % 2])
+            book.learn([entry.id] if hits else [], used, rewards and rewards[index % 2])
 
 
 @pytest.mark.parametrize("bad", [
@@ -37,51 +37,44 @@ def observe(book: Playbook, sessions: int, rewards=None, hits: bool = True, name
     proposal(imperative=""), proposal(imperative="long " * 60), proposal(imperative="It is 42."), proposal(imperative="As on 2026-01-02."),
     proposal(imperative="See /etc/hosts."), proposal("INC-123")])  # fmt: skip
 def test_gates_stop_one_entry_and_not_the_others(bad):
-    assert [entry["action"]["imperative"] for entry in read(bad, proposal())] == ["Name the first step."]
+    assert [entry["imperative"] for entry in read(bad, proposal())] == ["Name the first step."]
 
 
-def test_an_entry_knows_where_it_comes_from_and_equal_ones_are_one():
+@pytest.mark.parametrize("reply", ["no JSON", '{"entries": 3}', '{"entries": [{"cue": {}, "action": []}]}'])
+def test_a_reply_without_entries_is_none(reply):
+    assert read_entries(reply, None) == []
+
+
+def test_equal_entries_are_one_and_unknown_strategies_are_dropped():
     (entry,) = read(proposal(strategy="concise"))
-    assert entry["provenance"] == {"session_id": "s1"} and entry["scope"] == {
-        "category": "reinforcement",
-        "learning_key": "math",
-    }
-    assert entry["action"] == {"imperative": "Name the first step.", "strategy": "concise"}
-    assert read(proposal(strategy="no such"))[0]["action"]["strategy"] is None
+    assert (entry["imperative"], entry["strategy"]) == ("Name the first step.", "concise")
+    for unknown in ("no such", ["concise"]):
+        assert read(proposal(strategy=unknown))[0]["strategy"] is None
     assert len(playbook(proposal(), proposal()).entries) == 1
-    assert read_entries("no JSON", "k", "s", None) == []
 
 
 def test_cues_are_looked_for_in_the_text():
-    assert Entry("e", {"type": "keyword", "pattern": "Hard"}, {}, {}).matches("a hard task")
-    assert Entry("e", {"type": "regex", "pattern": r"chain of \d+"}, {}, {}).matches("A Chain of 7")
-    assert not Entry("e", {"type": "keyword", "pattern": ".*"}, {}, {}).matches("anything")
+    assert Entry("e", "keyword", "Hard", None, None).matches("a hard task")
+    assert Entry("e", "regex", r"chain of \d+", None, None).matches("A Chain of 7")
+    assert not Entry("e", "keyword", ".*", None, None).matches("anything")
 
 
-def test_use_is_limited_in_number_and_length_and_withheld_in_a_fifth_of_the_matches():
-    texts = [proposal(imperative=f"Do {'abcdef'[i] * 100}.") for i in range(6)]
-    counts = [
-        len(playbook(*texts, skills_per_task=n, skill_characters=c).retrieve("hard", 1)[0])
-        for n, c in ((2, 1000), (9, 320), (9, 0))
-    ]
-    assert counts == [2, 3, 0]
+def test_use_is_limited_in_number_and_withheld_in_a_fifth_of_the_matches():
+    book = playbook(*[proposal(imperative=f"Do {letter}.") for letter in "abcdef"])
+    assert len(book.retrieve("hard", 1)[0]) == 3
     used = sum(bool(playbook(proposal()).retrieve("hard", seed)[0]) for seed in range(400))
     assert 280 < used < 360
     assert playbook(proposal()).retrieve("easy", 1) == ([], [])
 
 
-def test_the_best_known_effect_comes_first():
-    book = playbook(
-        proposal(imperative="good"),
-        proposal(imperative="unknown"),
-        proposal(imperative="bad"),
-        skills_per_task=1,
-    )
+def test_the_best_known_effect_comes_first(monkeypatch):
+    monkeypatch.setattr(learning, "SKILLS_PER_TASK", 1)
+    book = playbook(proposal(imperative="good"), proposal(imperative="unknown"), proposal(imperative="bad"))
     good, unknown, bad = book.entries
     for reward, names in ((1.0, [good]), (0.0, [])):
-        book.learn(f"s{reward}", [good], names, reward)
+        book.learn([good], names, reward)
     for reward, names in ((0.0, [bad]), (1.0, [])):
-        book.learn(f"t{reward}", [bad], names, reward)
+        book.learn([bad], names, reward)
     chosen = [book.retrieve("hard", seed)[0][0].id for seed in range(30)]
     assert (
         chosen.count(good) > 15
@@ -106,32 +99,29 @@ def test_what_changes_nothing_goes_if_it_is_mostly_adopted_and_what_only_one_tas
     book = playbook(proposal())
     (entry,) = book.entries.values()
     for index in range(12):
-        book.learn(f"s{index}", [entry.id], [entry.id] if index % 3 else [], 0.5)
+        book.learn([entry.id], [entry.id] if index % 3 else [], 0.5)
     assert not book.entries
     book = playbook(proposal())
     (entry,) = book.entries.values()
-    for index in range(25):
-        book.learn(
-            "the same task" if index % 5 == 0 else f"s{index}", [entry.id] if index % 5 == 0 else [], [], None
-        )
+    for index in range(20):
+        book.learn([entry.id] if index == 5 else [], [], None)
     assert not book.entries
 
 
-def test_pruned_entries_do_not_come_back_and_the_size_is_limited():
+def test_pruned_entries_do_not_come_back_and_the_size_is_limited(monkeypatch):
+    monkeypatch.setattr(learning, "PLAYBOOK_SIZE", 3)
     book = playbook(proposal())
     observe(book, 10, (0.0, 1.0))
     book.add(read(proposal()))
     assert not book.entries
-    assert (
-        len(playbook(*[proposal(imperative=f"Do {word}.") for word in "abcde"], playbook_size=3).entries) == 3
-    )
+    assert len(playbook(*[proposal(imperative=f"Do {word}.") for word in "abcde"]).entries) == 3
 
 
 def test_sessions_beside_the_one_that_found_a_skill_do_not_count_against_it():
     """They could not use it; counted as sessions that it does not match, a batch of them would prune it for ever."""
-    experience = Experience(ExperienceConfig(skill_writer="writer"))
+    experience = Experience(["adaptive"])
     experience.learn(
-        *(Outcome(f"s{index}", learned=read(proposal()) if index == 0 else []) for index in range(40))
+        [Outcome(f"s{index}", learned=read(proposal()) if index == 0 else []) for index in range(40)]
     )
     (entry,) = experience.playbook.entries.values()
     assert entry.sessions_observed == 0

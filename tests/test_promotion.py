@@ -4,7 +4,6 @@ import json
 import subprocess
 
 import pytest
-from conftest import SMALL
 
 import runtime_loop
 from nano_atlas.data import Problem
@@ -17,6 +16,10 @@ from nano_atlas.runtime.traces import read_traces
 from nano_atlas.seats import Reply
 from nano_atlas.stats import paired_bootstrap
 
+TRAIN = (
+    "--device cpu --steps 1 --problems-per-step 2 --group-size 4 --baseline-samples 2 --eval-every 0 --tokens-per-batch 600 "
+    "--probe-tokens 3 --teaching-tokens 6 --answer-tokens 6 --temperature 1.0 0.8 --lr 0.003"
+)
 PROBLEMS = [Problem(f"p{i}", f"Problem {i}.", "1", "math") for i in range(200)]
 
 
@@ -56,52 +59,27 @@ class Teacher:
         (100, 60, 0.05, False),
     ],
 )
-def test_a_new_teacher_is_promoted_only_if_it_is_not_worse(old, new, margin, is_promoted):
-    decision = compare(
-        Student(), Teacher(old), Teacher(new), PROBLEMS, EpisodeConfig(), margin, ("old", "new")
-    )
+def test_a_new_teacher_is_promoted_only_if_it_is_not_worse(old, new, margin, is_promoted, monkeypatch):
+    monkeypatch.setattr(promotion, "MARGIN", margin)
+    seats = [Student(), Teacher(old), Teacher(new)]
+    decision = compare(seats, PROBLEMS, EpisodeConfig(), ("old", "new"))
     assert decision.is_promoted is is_promoted and decision.teacher == ("new" if is_promoted else "old")
     assert (decision.old, decision.new, decision.alone) == (old / 200, new / 200, 0.0)
     differences = [float(i < new) - float(i < old) for i in range(200)]
     assert decision.interval == paired_bootstrap(differences, confidence=0.9)
-    assert (
-        is_promoted is (decision.interval[0] >= -margin)
-        and f"{(new - old) / 2:+.1f} points" in decision.reason
-    )
+    assert is_promoted is (decision.interval[0] >= -margin)
+    assert f"{(new - old) / 2:+.1f} points" in decision.reason
 
 
 @pytest.fixture
 def rounds(place, tmp_path, monkeypatch):
     """`python runtime_loop.py --rounds 2` over the small checkpoints of the GRPO tests."""
     monkeypatch.chdir(tmp_path)
-    train = " ".join(
-        f"--{name.replace('_', '-')} {value}"
-        for name, value in (SMALL | {"steps": 1, "eval_every": 0, "held_out": 0.0}).items()
-    )
-    lengths = ["--probe-tokens", "3", "--teaching-tokens", "6", "--answer-tokens", "6"]
-    monkeypatch.setattr(
-        "sys.argv",
-        [
-            "runtime_loop.py",
-            "--preset",
-            "own",
-            "--tasks",
-            str(place / "problems.jsonl"),
-            "--student",
-            str(place / "student"),
-            "--teacher",
-            str(place / "teacher"),
-            "--rounds",
-            "2",
-            "--held-out",
-            str(place / "problems.jsonl"),
-            "--train-options",
-            train,
-            "--out",
-            "live",
-            *lengths,
-        ],
-    )
+    options = {"tasks": place / "problems.jsonl", "student": place / "student", "teacher": place / "teacher", "rounds": 2,
+               "held_out": place / "problems.jsonl", "train_options": TRAIN, "out": "live", "probe_tokens": 3, "teaching_tokens": 6,
+               "answer_tokens": 6}  # fmt: skip
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    monkeypatch.setattr("sys.argv", ["runtime_loop.py", "--preset", "own", *flags])
     return tmp_path / "live"
 
 
@@ -114,8 +92,9 @@ def test_two_rounds_for_real_and_again_nothing(rounds, place, monkeypatch, capsy
     assert first["teacher"] in (str(place / "teacher"), "live/round-1/grpo/model")
     for number, teacher in ((1, str(place / "teacher")), (2, first["teacher"])):
         traces = list(read_traces(rounds / f"round-{number}/runtime/traces.jsonl"))
-        assert len(traces) == 4 and {trace["session_metadata"]["teacher"] for trace in traces} == {teacher}
-    assert read_deployment(rounds / "deploy.yaml")["teacher"].spec == second["teacher"]
+        assert len(traces) == 4
+        assert {trace["session_metadata"]["teacher"] for _, trace in traces} == {teacher}
+    assert read_deployment(rounds / "deploy.yaml")["teacher"]["spec"] == second["teacher"]
     said = capsys.readouterr().out
     assert "round 2: " in said and second["reason"] in said
 

@@ -1,71 +1,60 @@
-"""Drift against a straight formula, and decisions that survive."""
-
-import random
-import statistics
+"""Decisions on sessions that survive, and what they let through to the export."""
 
 import pytest
 
 from nano_atlas.errors import UserError
-from nano_atlas.runtime.review import Drift, read_reviews, record_reviews
+from nano_atlas.runs import Journal
+from nano_atlas.runtime.review import Selection, export_traces, read_reviews, record_reviews, show_sessions
+from nano_atlas.runtime.traces import read_traces
 
 
-def after(rewards, reward):
-    drift = Drift()
-    for value in rewards:
-        drift.add("math", value)
-    return drift.assess("math", reward)
+@pytest.fixture
+def directory(tmp_path):
+    """Of three sessions, the last of which is pending."""
+    with Journal(tmp_path / "traces.jsonl") as journal:
+        for name, review in (("abc1", "approved"), ("abd2", "approved"), ("xyz3", "pending")):
+            outcome = {"session_id": name, "lane": "paired", "review": review, "reward": 1.5}
+            journal.append([{"outcome": outcome, "task": f"Task \u2028 {name}?", "ground_truth": "\ud800"}])
+    return tmp_path
 
 
-def test_scores_are_those_of_the_last_fifty_without_the_session_itself():
-    rewards = [random.Random(1).gauss(0.5, 0.2) for _ in range(80)] + [
-        random.Random(i).gauss(0.5, 0.2) for i in range(50)
-    ]
-    found = after(rewards, 2.0)
-    last = rewards[-50:]
-    middle = statistics.median(last)
-    assert found["z"] == pytest.approx((2.0 - statistics.fmean(last)) / statistics.pstdev(last))
-    assert found["mad_z"] == pytest.approx(
-        (2.0 - middle) / (1.4826 * statistics.median(abs(r - middle) for r in last))
-    )
-    assert found["drift_alert"] and found["samples"] == 50 and not after(rewards, 0.5)["drift_alert"]
-
-
-def test_too_few_sessions_no_reward_and_other_kinds_give_no_alarm():
-    assert after([0.5] * 4, 9.0) is None and after([0.5] * 9, None) is None
-    drift = Drift()
-    for _ in range(9):
-        drift.add("crm", 0.5)
-        drift.add("crm", None)
-    assert drift.assess("math", 0.5) is None
-    assert drift.assess("crm", 9.0) == {
-        "z": None,
-        "mad_z": None,
-        "samples": 9,
-        "drift_alert": False,
-    }  # no spread, no scale
-
-
-def test_where_most_rewards_are_equal_the_others_are_no_alarm():
-    usual = [0.92, 0.92, 0.93, 1.85, 0.92, 0.0] * 8
-    assert (
-        after(usual, 1.85)["mad_z"] is None
-        and not after(usual, 1.85)["drift_alert"]
-        and after(usual, -2.0)["drift_alert"]
-    )
-
-
-def test_the_latest_decision_counts_and_an_unclear_name_decides_nothing(tmp_path):
-    path, known = tmp_path / "reviews.jsonl", ["abc1", "abd2", "xyz3"]
-    assert record_reviews(path, ("abc", "x"), known, "quarantined", "odd", "t0") == ["abc1", "xyz3"]
-    record_reviews(path, ("abc1",), known, "approved", "", "t1")
-    for names, complaint in ((("ab",), "2 sessions begin like this"), (("xyz3", "no"), "no such session")):
+def test_the_latest_decision_counts_and_an_unclear_name_decides_nothing(directory):
+    assert record_reviews(directory, ("abc", "x"), "quarantined", "odd") == ["abc1", "xyz3"]
+    record_reviews(directory, ("abc1",), "approved", "")
+    for names, complaint in ((("ab",), "2 sessions begin like this"), (("xyz3", "no"), "no sessions begin")):
         with pytest.raises(UserError, match=complaint):
-            record_reviews(path, names, known, "approved", "", "t2")
-    assert {name: (review.status, review.note) for name, review in read_reviews(path).items()} == {
-        "abc1": ("approved", ""),
-        "xyz3": ("quarantined", "odd"),
-    }
-    with path.open("ab") as file:
+            record_reviews(directory, names, "approved", "")
+    decided = {name: (review["status"], review["note"]) for name, review in read_reviews(directory).items()}
+    assert decided == {"abc1": ("approved", ""), "xyz3": ("quarantined", "odd")}
+    with (directory / "reviews.jsonl").open("ab") as file:
         file.write(b'{"torn')
-    record_reviews(path, ("abd",), known, "approved", "", "t3")
-    assert len(read_reviews(path)) == 3 and read_reviews(tmp_path / "none.jsonl") == {}
+    assert len(read_reviews(directory)) == 2
+    record_reviews(directory, ("abd",), "approved", "")
+    assert len(read_reviews(directory)) == 3
+
+
+def test_what_is_exported_and_shown_follows_the_decisions(directory):
+    source, target = directory / "traces.jsonl", directory / "export.jsonl"
+    assert list(show_sessions(directory, "pending")) == ["xyz3  reward +1.500  paired  Task xyz3?"]
+    assert export_traces(source, target, Selection()) == (2, 3)
+    record_reviews(directory, ("abc1",), "quarantined", "a leak")
+    record_reviews(directory, ("xyz3",), "approved", "checked by hand")
+    assert list(show_sessions(directory, "pending")) == []
+    assert list(show_sessions(directory, "approved"))[1].endswith("Task xyz3?  checked by hand")
+    assert export_traces(source, target, Selection()) == (2, 3)
+    (_, first), (outcome, trace) = read_traces(target)
+    assert "review_notes" not in first and first["ground_truth"] == "\ud800"
+    assert (outcome.review, trace["review_status"], trace["review_notes"]) == ("approved",) * 2 + (
+        "checked by hand",
+    )
+
+
+def test_an_export_that_would_be_empty_leaves_the_file_that_is_there(directory):
+    source, target = directory / "traces.jsonl", directory / "export.jsonl"
+    export_traces(source, target, Selection())
+    before = target.read_bytes()
+    with pytest.raises(UserError, match="none of its 3 traces is selected"):
+        export_traces(source, target, Selection(min_reward=9.0))
+    assert target.read_bytes() == before
+    with pytest.raises(UserError, match="the trace file itself"):
+        export_traces(source, source, Selection())

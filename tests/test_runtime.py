@@ -16,11 +16,13 @@ import pytest
 
 import runtime_loop
 from nano_atlas import world
-from nano_atlas.data import Problem, derive_seed
+from nano_atlas.config import derive_seed
+from nano_atlas.data import Problem, load_problems
 from nano_atlas.errors import UserError
 from nano_atlas.protocol import ANSWER_FORMAT, PROBE_REQUEST, TEACHING_STYLES, baseline_messages
-from nano_atlas.runtime.export import export_traces
-from nano_atlas.runtime.traces import problems_from_traces, read_traces
+from nano_atlas.runtime import learning
+from nano_atlas.runtime.review import export_traces
+from nano_atlas.runtime.traces import read_traces
 from nano_atlas.seats import Reply
 from runtime_loop import Config, session_ids
 
@@ -93,16 +95,20 @@ def run(config, tasks, student, teacher, **others):
     return runtime_loop.run(config, tasks, {"student": student, "teacher": teacher, **others})
 
 
+def traces_at(path) -> list[dict]:
+    return [trace for _, trace in read_traces(Path(path))]
+
+
 def traces_of(config: Config) -> list[dict]:
-    return list(read_traces(config.out / "traces.jsonl"))
+    return traces_at(config.out / "traces.jsonl")
 
 
 def timeless(records: list) -> list:
-    """Traces, or outcomes, without the times, and without the checksum that depends on them."""
+    """Traces, or outcomes, without the times."""
     for trace in records:
         if isinstance(trace, dict):
             del trace["session_metadata"]["created_at"], trace["session_metadata"]["completed_at"]
-            del trace["outcome"]["created_at"], trace["crc32"]
+            del trace["outcome"]["created_at"]
     return [record if isinstance(record, dict) else replace(record, created_at="") for record in records]
 
 
@@ -115,11 +121,10 @@ def test_every_task_leaves_one_trace_and_the_traces_train_the_next_teacher(confi
     assert all(outcome.guided == outcome.returned == 1.0 for outcome in outcomes)
     assert [trace["task"] for trace in traces_of(config)] == [task.question for task in TASKS]
     assert all(trace["final_answer"] == trace["ground_truth"] for trace in traces_of(config))
-    problems, left_out = problems_from_traces(config.out / "traces.jsonl")
+    problems = load_problems(config.out / "traces.jsonl")
     assert [(p.question, p.answer, p.domain) for p in problems] == [
         (t.question, t.answer, t.domain) for t in TASKS
     ]
-    assert not left_out
 
 
 def test_metrics_and_summary_say_what_happened(config):
@@ -158,6 +163,7 @@ def in_a_process_that_dies(function) -> int:
     return child.exitcode
 
 
+@pytest.mark.processes
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_a_run_killed_again_and_again_equals_one_that_was_never_interrupted(config):
     class Mortal(Student):
@@ -184,21 +190,22 @@ def test_a_run_killed_again_and_again_equals_one_that_was_never_interrupted(conf
     assert (config.out / "metrics.jsonl").read_text() == (whole.out / "metrics.jsonl").read_text()
 
 
+@pytest.mark.processes
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
 def test_a_kill_in_the_middle_of_a_write_loses_no_trace_and_doubles_none(config, share):
-    path, append = config.out / "traces.jsonl", runtime_loop.TraceWriter.append
+    path, append = config.out / "traces.jsonl", runtime_loop.Journal.append
 
-    def torn(writer, traces):
+    def torn(journal, records):
         """The first batch is written as usual; of the second only a share of the bytes reaches the disk before the kill."""
         before = path.stat().st_size
-        append(writer, traces)
-        if before:
+        append(journal, records)
+        if before and journal.path == path:
             os.truncate(path, before + round(share * (path.stat().st_size - before)))
             os.kill(os.getpid(), signal.SIGKILL)
 
     def killed():
-        runtime_loop.TraceWriter.append = torn  # in the child process only
+        runtime_loop.Journal.append = torn  # in the child process only
         run(config, TASKS, Student(), StyledTeacher())
 
     assert in_a_process_that_dies(killed) == -9
@@ -220,7 +227,7 @@ def test_new_weights_under_an_old_name_are_noticed(config, tmp_path):
         (teacher / "model.safetensors").write_bytes(content)
         if content == b"one":
             run(config, TASKS[:4], Student(), Teacher())
-    with pytest.raises(UserError, match="other weights of the teacher"):
+    with pytest.raises(UserError, match="other weights of the student or the teacher"):
         run(config, TASKS, Student(), Teacher())
 
 
@@ -257,7 +264,7 @@ def test_one_directory_holds_one_experiment_unless_restarted(config):
     runtime_loop.set_aside(config.out)
     run(replace(config, teacher="another"), TASKS[:2], Student(), Teacher())
     assert len(traces_of(config)) == 2
-    assert len(list(read_traces(config.out / "traces.1.jsonl"))) == 3  # nothing is ever deleted
+    assert len(traces_at(config.out / "traces.jsonl.1")) == 3  # nothing is ever deleted
 
 
 # ----------------------------------------------------------------------------------------------------------- non-degradation
@@ -328,7 +335,7 @@ def test_failed_sessions_are_recorded_and_the_same_command_tries_those_alone_aga
     outcomes = run(config, TASKS, student, Teacher())
     assert {outcome.status for outcome in outcomes} == {"succeeded"} and len(student.prompts) == 3 * 6
     assert export_traces(config.out / "traces.jsonl", tmp_path / "export.jsonl", config) == (23, 29)
-    assert len(problems_from_traces(tmp_path / "export.jsonl")[0]) == 23
+    assert len(load_problems(tmp_path / "export.jsonl")) == 23
 
 
 def test_a_failed_teacher_costs_the_help_and_not_the_answer(config):
@@ -345,7 +352,7 @@ def test_a_failed_teacher_costs_the_help_and_not_the_answer(config):
     assert traces_of(config)[0]["final_answer"] == "gold0"
 
 
-# ------------------------------------------------------------------------------------------------------------- lanes, drift
+# ------------------------------------------------------------------------------------------------------------- lanes, review
 
 
 def test_lanes_follow_the_students_record_and_the_trace_says_why(config):
@@ -358,43 +365,26 @@ def test_lanes_follow_the_students_record_and_the_trace_says_why(config):
     )
 
 
-def test_a_reward_out_of_line_makes_its_session_pending_until_it_is_approved(config, monkeypatch, capsys):
-    class Turncoat(Teacher):
-        """Helps with more and more words, so that rewards have a spread, until it harms at the end."""
-
-        def reply(self, prompt, seed):
-            number = int(prompt.split()[1])
-            return f"<teaching>{'HARM' if number == 21 else 'HELP' + ' more' * (number % 5)}</teaching>"
-
-    outcomes = run(config, TASKS[:22], Student(), Turncoat())
-    assert [i for i, o in enumerate(outcomes) if o.review == "pending"] == [21]
-    drift = traces_of(config)[21]["session_metadata"]["drift"]
-    assert drift["drift_alert"] and drift["z"] < -3 and drift["samples"] == 20
-
+def test_people_approve_and_quarantine_sessions_by_the_beginnings_of_their_ids(config, monkeypatch, capsys):
+    first, second, *_ = run(replace(config, require_approval=True), TASKS[:4], Student(), Teacher())
     source, target = config.out / "traces.jsonl", config.out / "export.jsonl"
-    assert export_traces(source, target, config) == (21, 22)
-    name = outcomes[21].session_id
 
     def command(*options):
         monkeypatch.setattr("sys.argv", ["runtime_loop.py", "--out", str(config.out), *options])
         runtime_loop.main()
         return capsys.readouterr().out
 
-    assert name in command("--show", "pending") and "reward -2.000" in command("--show", "pending")
-    command("--approve", name[:10], "--note", "the teacher was to blame")
-    assert name not in command("--show", "pending") and "the teacher was to blame" in command(
-        "--show", "approved"
-    )
-    command("--quarantine", outcomes[0].session_id)
-    with pytest.raises(UserError, match="session nobody: no such session"):
-        command("--approve", outcomes[1].session_id, "nobody")
-    assert export_traces(source, target, config) == (21, 22)
-    exported = {t["session_metadata"]["session_id"]: t for t in read_traces(target)}
-    assert (
-        outcomes[0].session_id not in exported
-        and exported[name]["review_notes"] == "the teacher was to blame"
-    )
-    assert problems_from_traces(target)[1] == {}  # the decision is in the exported record too
+    assert first.session_id in command("--show", "pending") and "reward +" in command("--show", "pending")
+    command("--approve", first.session_id[:10], second.session_id, "--note", "looked at")
+    assert first.session_id not in command("--show", "pending")
+    assert "looked at" in command("--show", "approved")
+    command("--quarantine", second.session_id)
+    with pytest.raises(UserError, match="session nobody: no sessions"):
+        command("--approve", first.session_id, "nobody")
+    assert export_traces(source, target, config) == (1, 4)
+    (exported,) = traces_at(target)
+    assert exported["session_metadata"]["session_id"] == first.session_id
+    assert exported["review_notes"] == "looked at"
 
 
 def test_with_require_approval_nothing_is_exported_before_it(config):
@@ -426,6 +416,7 @@ class Obedient(Teacher):
         return f"<teaching>{'HELP' if 'Say HELP.' in prompt or lucky else 'Well.'}</teaching>"
 
 
+@pytest.mark.processes
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_skills_are_learned_from_sessions_that_went_well_used_and_rebuilt_from_the_traces(config):
     tasks = [Problem(f"t{i}", f"Task {i} is hard.", "x", "math") for i in range(60)]
@@ -519,7 +510,7 @@ def command(monkeypatch, tmp_path):
         "".join(json.dumps({"id": t.id, "question": t.question, "answer": t.answer}) + "\n" for t in TASKS)
     )
     seats = {"student": Student, "teacher": StyledTeacher}
-    monkeypatch.setattr(runtime_loop, "open_agent", lambda spec, **options: seats[spec]())
+    monkeypatch.setattr(runtime_loop, "open_agent", lambda spec, *where: seats[spec]())
     monkeypatch.chdir(tmp_path)
 
     def call(*options):
@@ -533,13 +524,13 @@ def command(monkeypatch, tmp_path):
 def test_run_continue_and_export_from_the_command_line(command, capsys):
     command("--batch", "8")
     command("--batch", "8")
-    assert len(list(read_traces("out/traces.jsonl"))) == 23
+    assert len(traces_at("out/traces.jsonl")) == 23
     command("--export", "hard.jsonl", "--min-gain", "1")
-    assert "of 23 traces; next: python train_grpo.py --traces hard.jsonl" in capsys.readouterr().out
-    selected = list(read_traces("hard.jsonl"))
+    assert "of 23 traces, for train_grpo.py --problems hard.jsonl" in capsys.readouterr().out
+    selected = traces_at("hard.jsonl")
     assert selected and all(trace["reward_summary"]["gain"] == 1 for trace in selected)
     assert selected == [
-        trace for trace in read_traces("out/traces.jsonl") if trace["reward_summary"]["gain"] == 1
+        trace for trace in traces_at("out/traces.jsonl") if trace["reward_summary"]["gain"] == 1
     ]
 
 
@@ -575,29 +566,26 @@ def test_skip_bad_leaves_out_malformed_lines_and_shows_them(command, capsys):
         file.write('{broken\n{"answer": "1"}\n{"id": "t3", "question": "again"}\n{"question": "fine"}\n')
     command("--skip-bad")
     said = capsys.readouterr().out
-    assert (
-        "left out 3 malformed lines" in said and "tasks.jsonl:26: the id 't3' is that of line 4 too" in said
-    )
-    assert len(list(read_traces("out/traces.jsonl"))) == 24
+    assert "left out 3 malformed lines" in said and "tasks.jsonl:26: " in said and "'t3'" in said
+    assert len(traces_at("out/traces.jsonl")) == 24
 
 
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--min-gain", "1"], "for --export FILE"),
-        (["--export", "x.jsonl", "--since", "yesterday"], "--since yesterday: not a date"),
+        (["--min-gain", "1"], "for --export and --rounds"),
+        (["--export", "x.jsonl", "--since", "yesterday"], "--since yesterday: "),
         (["--export", "x.jsonl", "--approve", "abc"], "--export and --approve are different things"),
-        (["--note", "fine"], "--note says why"),
-        (["--large-judge", "http://localhost:1"], "need --judge"),
-        (["--judge", "judge", "--judges", "helpfulness"], "needs accuracy or process"),
-        (["--audit", "2"], "--audit between 0 and 1"),
-        (["--timeout", "0"], "--timeout above 0"),
+        (["--export", "x.jsonl", "--restart"], "--restart and --export are different things"),
+        (["--large-judge", "http://localhost:1"], "needs --judge"),
+        (["--strategies"], "--strategies needs at least one"),
+        (["--audit", "2"], "--audit must be at most 1"),
+        (["--batch", "0"], "--batch must be above 0"),
         (["--rounds", "99"], "at least as many tasks"),
-        (["--serve", "70000"], "port from 0 to 65535"),
-        (["--serve", "0", "--host", "0.0.0.0"], "set a key in NANO_ATLAS_API_KEY"),
-        (["--batch", "0"], "at least 1"),
-        (["--export", "x.jsonl", "--restart"], "set aside"),
+        (["--serve", "70000"], "--serve must be at most 65535"),
+        (["--serve", "0", "--host", "0.0.0.0"], "NANO_ATLAS_API_KEY"),
         (["--batchsize", "3"], "did you mean --batch"),
+        (["--preset", "own", "--student", "none"], "--preset own needs --student"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(command, options, complaint):
@@ -605,24 +593,9 @@ def test_options_that_make_no_sense_are_refused(command, options, complaint):
         command(*options)
 
 
-def test_without_any_teacher_the_error_says_how_to_get_one(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="train_grpo.py"):
-        runtime_loop.find_teacher()
-
-
-def test_before_grpo_the_sft_teacher_is_used_and_that_is_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for place in reversed(runtime_loop.NANO_TEACHERS):
-        Path(place).mkdir(parents=True)
-        Path(place, "config.json").write_text("{}")
-        assert runtime_loop.find_teacher() == place
-        assert ("before GRPO" in capsys.readouterr().out) == ("sft" in place)
-
-
 def test_the_nano_tasks_are_not_the_ones_that_evaluation_holds_out(tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr(runtime_loop, "open_agent", lambda spec, **options: None)
+    monkeypatch.setattr(runtime_loop, "open_agent", lambda spec, *where: None)
     monkeypatch.setattr(runtime_loop, "run", lambda config, tasks, seats: given.extend(tasks))
     monkeypatch.setattr(runtime_loop, "summary", lambda outcomes: "")
     monkeypatch.setattr(
@@ -649,64 +622,20 @@ def test_strategies_restricts_the_choice(config):
     } == {"concise"}
 
 
-def test_skill_reward_says_which_sessions_teach(config):
+def test_sessions_that_went_well_teach_skills(config, monkeypatch):
+    monkeypatch.setattr(learning, "SKILL_REWARD", 1.5)
     writer = SkillWriter()
-    run(
-        replace(config, skill_writer="writer", skill_reward=1.5),
-        TASKS,
-        Student(),
-        Teacher(),
-        **{"skill writer": writer},
-    )
+    run(replace(config, skill_writer="writer"), TASKS, Student(), Teacher(), **{"skill writer": writer})
     assert len(writer.prompts) == sum(
         i % 3 != 0 for i in range(23)
     )  # those that gained; the kept ones earn about 1
     assert not any(task.answer in prompt for task in TASKS for prompt in writer.prompts)
 
 
-def test_prices_become_costs_in_report_and_outcome(config):
-    outcomes = run(replace(config, student_price=(0.0, 1e6)), TASKS[:4], Student(), Teacher())
-    assert sum(o.cost for o in outcomes) == sum(o.tokens["student"] for o in outcomes)
-    assert "cost 28.0000" in runtime_loop.summary(outcomes)
-
-
-def test_every_seat_is_opened_with_its_model_and_one_model_once(config, monkeypatch):
+def test_every_seat_is_opened_and_one_model_once(config, monkeypatch):
     opened = []
-    monkeypatch.setattr(
-        runtime_loop,
-        "open_agent",
-        lambda spec, **options: opened.append((spec, options["model"], options["tools"])) or object(),
-    )
-    seats = runtime_loop.open_seats(
-        replace(
-            config,
-            student="s",
-            student_model="sm",
-            student_tools="m:t",
-            teacher="t",
-            teacher_model="tm",
-            judge="t",
-            judge_model="tm",
-            large_judge="l",
-            large_judge_model="lm",
-            probe="p",
-            probe_model="pm",
-            skill_writer="w",
-            skill_writer_model="wm",
-        )
-    )
-    assert opened == [
-        ("t", "tm", None),
-        ("l", "lm", None),
-        ("p", "pm", None),
-        ("w", "wm", None),
-        ("s", "sm", "m:t"),
-    ]
-    assert seats["judge"] is seats["teacher"] and set(seats) == {
-        "student",
-        "teacher",
-        "judge",
-        "large judge",
-        "probe",
-        "skill writer",
-    }
+    monkeypatch.setattr(runtime_loop, "open_agent", lambda spec, *where: opened.append(spec) or object())
+    config = replace(config, student="s", teacher="t", judge="t", large_judge="l", skill_writer="w")
+    seats = runtime_loop.open_seats(config)
+    assert opened == ["s", "t", "l", "w"] and seats["judge"] is seats["teacher"]
+    assert set(seats) == {"student", "teacher", "judge", "large judge", "skill writer"}

@@ -1,28 +1,25 @@
 """The endpoint, spoken to by the official openai client."""
 
-import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
+from starlette.testclient import TestClient
 
-from nano_atlas.runtime.serve import (
-    KEY_VARIABLE,
-    Answer,
-    RequestError,
-    ServeConfig,
-    events,
-    read_request,
-    serve,
-)
-from nano_atlas.runtime.traces import read_traces
+from nano_atlas.runtime.deploy import KEY_VARIABLE
+from nano_atlas.runtime.guard import Trial
+from nano_atlas.runtime.judges import Verdict
+from nano_atlas.runtime.serve import make_app
+from nano_atlas.runtime.traces import Outcome, read_traces
 
 AGENTS = """
 import time
@@ -41,41 +38,37 @@ def teacher(prompt, metadata):
 """
 
 
+RUNNER = """
+import runtime_loop
+from nano_atlas.runtime import serve
+
+serve.MOST_REQUESTS, serve.MOST_BYTES, serve.KEEP_ALIVE = 3, 20_000, 0.3
+runtime_loop.main()
+"""
+
+
+KEY = {"Authorization": "Bearer s3cret"}
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """`python runtime_loop.py --serve 0` with agents that are Python functions, in a process of its own."""
+    """`python runtime_loop.py --serve 0` with agents that are Python functions and low limits, in a process of its own."""
     folder = tmp_path_factory.mktemp("serve")
     (folder / "agents.py").write_text(AGENTS)
-    script = Path(__file__).parents[1] / "runtime_loop.py"
-    command = [
-        sys.executable,
-        "-u",
-        str(script),
-        "--preset",
-        "own",
-        "--student",
-        "agents:student",
-        "--teacher",
-        "agents:teacher",
-        "--serve",
-        "0",
-        "--lane",
-        "paired",
-        "--most-requests",
-        "3",
-        "--most-bytes",
-        "20000",
-        "--out",
-        "out",
-    ]
-    process = subprocess.Popen(
-        command,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {KEY_VARIABLE: "s3cret", "PYTHONPATH": str(script.parent)},
+    (folder / "runner.py").write_text(RUNNER)
+    options = (
+        "--preset own --student agents:student --teacher agents:teacher --serve 0 --lane paired --out out"
     )
-    process.url = process.stdout.readline().split()[1]
+    root = str(Path(__file__).parents[1])
+    process = subprocess.Popen(
+        [sys.executable, "runner.py", *options.split()],
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {KEY_VARIABLE: "s3cret", "PYTHONPATH": root},
+    )
+    line = next(line for line in process.stderr if "running on" in line)
+    process.url = re.search(r"http://[\w.:]+", line)[0] + "/v1"
     process.folder = folder
     yield process
     process.kill()
@@ -103,45 +96,58 @@ def test_the_guided_answer_comes_back_and_a_trace_is_left(client, server):
         reply.usage.completion_tokens > 0
         and reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
     )
-    last = list(read_traces(server.folder / "out/traces.jsonl"))[-1]
-    assert last["task"] == "6 times 7?" and last["outcome"]["returned_attempt"] == "guided"
+    outcome, trace = list(read_traces(server.folder / "out/traces.jsonl"))[-1]
+    assert trace["task"] == "6 times 7?" and outcome.returned_attempt == "guided"
     assert client.models.list().data[0].id == "nano-atlas"
 
 
-def test_a_stream_is_the_same_text_in_pieces(client):
+def test_a_stream_holds_the_same_text(client):
     chunks = list(ask(client, stream=True))
-    assert (
-        "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-        == ask(client).choices[0].message.content
-    )
-    assert (
-        len(chunks) > 2
-        and chunks[-1].choices[0].finish_reason == "stop"
-        and chunks[-1].usage.completion_tokens > 0
-    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == ask(client).choices[0].message.content
+    assert chunks[-1].choices[0].finish_reason == "stop" and chunks[-1].usage.completion_tokens > 0
+
+
+def test_a_stream_is_kept_alive_while_the_pair_works(server):
+    body = {"messages": [{"role": "user", "content": "SLEEP"}], "stream": True}
+    response = httpx.post(f"{server.url}/chat/completions", json=body, headers=KEY, timeout=30)
+    events = response.text.split("\n\n")
+    assert events[:3] == [": working"] * 3 and events[-2:] == ["data: [DONE]", ""]
+    assert response.headers["content-type"].startswith("text/event-stream")
+
+
+def test_conversations_become_one_question(client, server):
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": [{"type": "text", "text": "Hi {}"}]},
+    ]
+    client.chat.completions.create(model="nano-atlas", messages=messages)
+    _, trace = list(read_traces(server.folder / "out/traces.jsonl"))[-1]
+    assert trace["task"] == "system: Be kind.\n\nuser: Hi {}"
 
 
 def test_errors_are_those_of_the_protocol_and_the_server_goes_on(client, server):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
     for status, text, options in (
         (502, "CRASH", {}),
-        (413, "x" * 30_000, {}),
+        (413, "x" * 300_000, {}),
         (400, "x", {"n": 2}),
         (400, "x", {"max_tokens": -1}),
-        (400, "x", {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}),
+        (400, "x", {"temperature": "hot"}),
+        (400, "x", {"tools": tools}),
     ):
         with pytest.raises(openai.APIStatusError) as caught:
             ask(client, text, **options)
-        assert caught.value.status_code == status
+        assert caught.value.status_code == caught.value.body["code"] == status
     with pytest.raises(openai.APIError, match="lost"):
         list(ask(client, "CRASH", stream=True))
+    image = {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}
+    for body in ({"messages": []}, {"messages": "x"}, {"messages": [{"role": "user"}]}, image, [], None):
+        response = httpx.post(f"{server.url}/chat/completions", json=body, headers=KEY)
+        assert response.json()["error"]["code"] == 400
+    assert httpx.post(f"{server.url}/chat/completions", content=b"{bad", headers=KEY).status_code == 400
+    assert httpx.get(f"{server.url}/nothing", headers=KEY).json()["error"]["code"] == 404
     assert ask(client).choices
-    assert (
-        httpx.post(
-            f"{server.url}/chat/completions", content=b"{bad", headers={"Authorization": "Bearer s3cret"}
-        ).json()["error"]["code"]
-        == 400
-    )
-    assert httpx.get(f"{server.url}/nothing", headers={"Authorization": "Bearer s3cret"}).status_code == 404
 
 
 def test_the_key_is_needed_but_for_health(server):
@@ -181,40 +187,14 @@ def test_it_stops_gracefully_and_answers_what_is_under_way(client, server):
         ask(client)
 
 
-def test_conversations_become_one_question():
-    body = {
-        "messages": [
-            {"role": "system", "content": "Be kind."},
-            {"role": "user", "content": [{"type": "text", "text": "Hi {}"}]},
-        ],
-        "stream": True,
-    }
-    assert read_request(json.dumps(body).encode()) == ("system: Be kind.\n\nuser: Hi {}", {}, True)
-    for messages in ([], [{"role": "user", "content": [{"type": "image_url"}]}], [{"role": "user"}], "x"):
-        with pytest.raises(RequestError):
-            read_request(json.dumps({"messages": messages}).encode())
-
-
-def test_a_stream_is_kept_alive_while_the_pair_works(monkeypatch):
-    monkeypatch.setattr("nano_atlas.runtime.serve.KEEP_ALIVE", 0.01)
-    lines = list(events({}, lambda question, options: time.sleep(0.1) or Answer("ok", True, 1, 2), "q", {}))
-    assert ": working" in lines and lines[-1] == "data: [DONE]" and '"finish_reason": "length"' in lines[-2]
-
-
-def test_on_this_machine_no_key_is_needed(monkeypatch):
+def test_without_a_key_everybody_is_answered(monkeypatch):
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    ready = threading.Event()
-    place = []
-
-    def note(text):
-        place.append(text.split()[1])
-        ready.set()
-
-    threading.Thread(
-        target=serve,
-        args=(ServeConfig(serve=0), lambda question, options: Answer("hi", False, 1, 1), note),
-        daemon=True,
-    ).start()
-    assert ready.wait(10)
-    assert ask(openai.OpenAI(base_url=place[0], api_key="any")).choices[0].message.content == "hi"
+    answer = (
+        Trial("alone", "hi", None, 1, True, Verdict(None, "nobody")),
+        Outcome("s1", tokens={"student": 1}),
+    )
+    with ThreadPoolExecutor() as pool:
+        app = TestClient(make_app(lambda question, options: answer, pool))
+        client = openai.OpenAI(base_url="http://testserver/v1", api_key="any", http_client=app)
+        (choice,) = ask(client).choices
+    assert (choice.message.content, choice.finish_reason) == ("hi", "length")

@@ -1,4 +1,4 @@
-"""CRMArena-Pro: questions about a customer's data, which the student may query in Salesforce's language before it answers.
+"""CRMArena-Pro: questions about a customer's data. The student may query Salesforce before it answers.
 
     pip install simple-salesforce
     export SALESFORCE_USERNAME=... SALESFORCE_PASSWORD=... SALESFORCE_SECURITY_TOKEN=...
@@ -8,9 +8,6 @@
 the loop has been tested on a synthetic fixture only. A line of the tasks file is a record of the published data set, with idx,
 task, query, answer (a list), metadata {required, optional} and reward_metric.
 
-The student asks in <execute>SOQL</execute> and is shown the rows, until it answers or has no turn left. All arms and controls of
-eval.py apply, because to them such a student is a seat like any other.
-
 Simplified against the original: answers stand in <solution> instead of being extracted by gpt-4o, so figures are not those of
 the official extractor; only tasks with exact matching are taken (no fuzzy matching, no language model as judge of privacy); no
 simulated user.
@@ -19,21 +16,23 @@ simulated user.
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import islice
 from pathlib import Path
+from statistics import mean
 
+from nano_atlas.answers import visible
 from nano_atlas.benches import scores
 from nano_atlas.benches.results import TaskResult
-from nano_atlas.data import Problem, read_jsonl
+from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
-from nano_atlas.protocol import visible
+from nano_atlas.runs import read_jsonl
 from nano_atlas.seats import Question, Reply, Seat
 
 TURNS = 20  # queries and the answer, as in the original
 SHOWN_CHARACTERS = 4000  # of a query's rows
 VIOLATION = "policy_violation_identification"  # its gold answer is the violated article, or "None"
-ACCOUNT = ("SALESFORCE_USERNAME", "SALESFORCE_PASSWORD", "SALESFORCE_SECURITY_TOKEN")
+ACCOUNT = {name: f"SALESFORCE_{name.upper()}" for name in ("username", "password", "security_token")}
 INSTRUCTION = (
     "You can look things up in Salesforce: write <execute>a SOQL or SOSL query</execute> and wait for its rows. "
     "The answer is one id or name, several separated by commas, or None if there is none."
@@ -47,149 +46,103 @@ def load_tasks(path: Path, limit: int | None) -> dict[str, list[Problem]]:
     kinds: dict[str, list[Problem]] = {}
     left_out = 0
     for number, record in read_jsonl(path):
-        missing = [name for name in ("idx", "task", "query", "answer", "reward_metric") if name not in record]
-        if missing or not isinstance(record["answer"], list) or not record["answer"]:
-            raise UserError(
-                f"{path}:{number}: not a CRMArena-Pro record; it needs {', '.join(missing) or 'a list as answer'}"
-            )
+        missing = {"idx", "task", "query", "answer", "reward_metric"} - set(record)
+        if missing or not isinstance(record["answer"], list):
+            wanted = ", ".join(sorted(missing)) or "a list as answer"
+            raise UserError(f"{path}:{number}: not a CRMArena-Pro record; it needs {wanted}")
         if record["reward_metric"] != "exact_match":
             left_out += 1
             continue
-        context = (record.get("metadata") or {}).get("required") or ""
-        question = "\n\n".join(part for part in (str(context), str(record["query"]), INSTRUCTION) if part)
-        gold = ", ".join("None" if item is None else str(item) for item in record["answer"])
-        kinds.setdefault(record["task"], []).append(
-            Problem(f"{record['task']}:{record['idx']}", question, gold, record["task"])
-        )
+        context = (record.get("metadata") or {}).get("required")
+        question = "\n\n".join(str(part) for part in (context, record["query"], INSTRUCTION) if part)
+        gold, kind = ", ".join(map(str, record["answer"])), record["task"]
+        kinds.setdefault(kind, []).append(Problem(f"{kind}:{record['idx']}", question, gold, kind))
     if not kinds:
-        raise UserError(
-            f"{path}: none of its {left_out} tasks is scored by exact_match; others are not supported"
-        )
-    if left_out:
-        print(f"{path}: {left_out} tasks left out, which are scored by fuzzy matching or by a language model")
+        raise UserError(f"{path}: none of its {left_out} tasks is scored by exact_match")
+    print(f"{path}: {left_out} tasks left out, which are scored by fuzzy matching or by a language model")
     return {kind: problems[:limit] for kind, problems in kinds.items()}
 
 
 def is_correct(answer: str, gold: str) -> bool:
     """The same items in any order, whatever their case, quotes and brackets."""
-    return _items(answer) == _items(gold)
 
+    def items(text: str) -> set[str]:
+        return {part.strip(" .'\"") for part in re.split(r"[,;\n]", text.strip(" .[]").casefold())} - {""}
 
-def _items(answer: str) -> set[str]:
-    parts = re.split(r"[,;\n]", answer.strip(" .[]").casefold())
-    return {part.strip(" .'\"") for part in parts} - {""}
+    return items(answer) == items(gold)
 
 
 class QueryingSeat:
-    """A student whose replies may hold queries: each is answered with its rows, and the last reply is the one that counts.
+    """A student that may query in <execute>SOQL</execute> and is shown the rows, until it answers or has no turn left.
 
-    All conversations advance together, so that a turn is one call of the seat within. Tokens are those of all turns.
+    To the arms of eval.py it is a seat like any other: the last reply counts, at the price of the tokens of all turns. All
+    conversations advance together, so that a turn is one call of the seat within.
     """
 
     def __init__(self, seat: Seat, query: Query):
-        self.seat, self.query = seat, query
-        self.count_tokens = seat.count_tokens
+        self.seat, self.query, self.count_tokens = seat, query, seat.count_tokens
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:
         states = [q._replace(seed=q.seed + sample, n=1) for q in questions for sample in range(q.n)]
-        replies = [reply for group in self.seat.ask(questions, progress) for reply in group]
-        for turn in range(1, TURNS):
-            queries = {
-                index: found
-                for index, reply in enumerate(replies)
-                if (found := re.search(r"<execute>(.*?)</execute>", visible(reply.text), re.DOTALL))
-            }
-            if not queries:
+        replies = [Reply("", 0, False)] * len(states)
+        pending = list(range(len(states)))
+        for turn in range(TURNS):
+            if not pending:
                 break
-            for index, found in queries.items():
-                rows, is_valid = self.query(found[1].strip())
-                shown = rows[:SHOWN_CHARACTERS] + (" ... (more rows)" if len(rows) > SHOWN_CHARACTERS else "")
-                said = {
-                    "role": "assistant",
-                    "content": found.string[: found.end()],
-                }  # not the rows it made up
-                told = {"role": "user", "content": f"{'Rows' if is_valid else 'Error'}: {shown}"}
-                states[index] = states[index]._replace(messages=[*states[index].messages, said, told])
-            again = self.seat.ask(
-                [states[i]._replace(seed=states[i].seed + turn * 1_000_003) for i in queries]
-            )
-            for index, (reply,) in zip(queries, again):
+            asked = [states[index]._replace(seed=states[index].seed + turn * 1_000_003) for index in pending]
+            answers, answered, pending = self.seat.ask(asked, progress), pending, []
+            for index, (reply,) in zip(answered, answers):
                 replies[index] = Reply(reply.text, replies[index].tokens + reply.tokens, reply.is_truncated)
+                found = re.search(r"<execute>(.*?)</execute>", visible(reply.text), re.DOTALL)
+                if found:
+                    said = {"role": "assistant", "content": found.string[: found.end()]}  # no invented rows
+                    rows, is_valid = self.query(found[1].strip())
+                    rows = rows[:SHOWN_CHARACTERS] + (" ... (more)" if len(rows) > SHOWN_CHARACTERS else "")
+                    told = {"role": "user", "content": f"{'Rows' if is_valid else 'Error'}: {rows}"}
+                    states[index] = states[index]._replace(messages=[*states[index].messages, said, told])
+                    pending.append(index)
         remaining = iter(replies)
         return [list(islice(remaining, question.n)) for question in questions]
 
 
 def salesforce() -> Query:
     """Queries in the user's own organisation. Raises UserError naming what is missing."""
-    missing = [name for name in ACCOUNT if not os.environ.get(name)]
+    missing = [name for name in ACCOUNT.values() if not os.environ.get(name)]
     if missing:
-        raise UserError(
-            f"--bench crmarena queries a Salesforce organisation: set {', '.join(missing)} to those of CRMArena-Pro's"
-        )
+        raise UserError(f"--bench crmarena queries CRMArena-Pro's Salesforce: set {', '.join(missing)}")
     try:
-        import simple_salesforce
+        from simple_salesforce import Salesforce, exceptions
     except ImportError:
         raise UserError("--bench crmarena needs a package: pip install simple-salesforce") from None
-    user, password, token = (os.environ[name] for name in ACCOUNT)
-    organisation = simple_salesforce.Salesforce(username=user, password=password, security_token=token)
+    organisation = Salesforce(**{name: os.environ[variable] for name, variable in ACCOUNT.items()})
 
     def query(text: str) -> tuple[str, bool]:
         try:
-            is_search = text.upper().startswith("FIND")  # SOSL
-            found = (
-                organisation.search(text)["searchRecords"]
-                if is_search
-                else organisation.query_all(text)["records"]
-            )
-        except simple_salesforce.exceptions.SalesforceError as error:
+            if text.upper().startswith("FIND"):  # SOSL
+                rows = organisation.search(text)["searchRecords"]
+            else:
+                rows = organisation.query_all(text)["records"]
+        except exceptions.SalesforceError as error:
             return str(error.content), False
-        return json.dumps(
-            [{key: value for key, value in row.items() if key != "attributes"} for row in found]
-        ), True
+        return json.dumps([{k: v for k, v in row.items() if k != "attributes"} for row in rows]), True
 
     return query
 
 
-def tables(results: Iterable[TaskResult], arms: Sequence[str], names: dict[str, str]) -> str:
-    """What accuracy on policy violations hides: always answering None beside recall and precision on the violating cases."""
-    by_arm: dict[str, list[TaskResult]] = {}
-    for result in results:
-        if result.domain == VIOLATION:
-            by_arm.setdefault(result.arm, []).append(result)
-    if not by_arm:
-        return ""
-    rows = [["policy violations", "answers", "accuracy", "recall", "precision"]]
-    none = _items("None")
-    for arm in (arm for arm in arms if arm in by_arm):
-        answers = by_arm[arm]
-        violating = [result for result in answers if _items(result.gold) != none]
-        claimed = [
-            result for result in answers if result.attempt.answer and _items(result.attempt.answer) != none
-        ]
-        found = sum(_items(result.gold) != none for result in claimed)
-        rows.append(
-            [
-                names.get(arm, arm),
-                str(len(answers)),
-                _share(sum(r.attempt.is_correct for r in answers), len(answers)),
-                _share(found, len(violating)),
-                _share(found, len(claimed)),
-            ]
-        )
-    answers = next(iter(by_arm.values()))
-    floor = sum(_items(result.gold) == none for result in answers)
-    rows.append(
-        [
-            "floor: always None",
-            str(len(answers)),
-            _share(floor, len(answers)),
-            _share(0, len(answers) - floor),
-            "–",
-        ]
-    )
-    note = "Recall and precision of saying that there is a violation, whichever; accuracy wants the right article."
-    return "\n".join(["", *scores.table(rows), "", note, ""])
+def tables(results: Collection[TaskResult], arms: Sequence[str], names: dict[str, str]) -> str:
+    """What accuracy on policy violations hides: always answering None, and how many violations are found, whichever article."""
 
+    def row(name: str, answers: Sequence[tuple[str | None, str]]) -> list[str]:  # of pairs (answer, gold)
+        right = [answer is not None and is_correct(answer, gold) for answer, gold in answers]
+        claims = [bool(answer) and not is_correct(answer, "None") for answer, _ in answers]
+        found = [claim for claim, (_, gold) in zip(claims, answers) if not is_correct(gold, "None")]
+        rates = (f"{100 * mean(values):.1f}" if values else "–" for values in (right, found))
+        return [name, str(len(answers)), *rates]
 
-def _share(count: int, total: int) -> str:
-    return f"{100 * count / total:.1f}" if total else "–"
+    rows = [["policy violations", "answers", "accuracy", "violations found"]]
+    for arm in arms:
+        mine = [(r.attempt.answer, r.gold) for r in results if (r.arm, r.domain) == (arm, VIOLATION)]
+        if mine:
+            rows.append(row(names.get(arm, arm), mine))
+            floor = row("floor: always None", [("None", gold) for _, gold in mine])
+    return "\n".join(["", *scores.table([*rows, floor]), ""]) if len(rows) > 1 else ""

@@ -4,8 +4,9 @@ An *arm* is one way of answering the same tasks: the student alone, the student 
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from nano_atlas import stats
 from nano_atlas.benches.results import STUDENT, TaskResult
@@ -26,9 +27,7 @@ class Comparison:
     improved: int  # tasks
     degraded: int
     non_degradation: float  # share of tasks that are not worse
-    non_degradation_correct: (
-        float | None
-    )  # the same of the tasks that `other` ever got right: no other task *can* get worse
+    non_degradation_correct: float | None  # the same of the tasks that `other` ever got right
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,11 @@ class Score:
 @dataclass(frozen=True)
 class Report:
     scores: list[Score]
-    differences: list[Comparison]  # between teachers
+    differences: list[Comparison]  # of the last teacher to each earlier one
+
+    @property
+    def domains(self) -> list[str]:
+        return list(dict.fromkeys(score.domain for score in self.scores))
 
 
 Tasks = dict[str, list[TaskResult]]  # the samples of each task, by its id
@@ -70,183 +73,172 @@ def make_report(
 
     arms: in the order of the tables; teachers: those among them of which the last is compared with each earlier one.
     """
-    found: dict[str, dict[str, Tasks]] = {}  # by domain and arm
+    found: dict[tuple[str, str, str], list[TaskResult]] = {}  # by domain, arm and task
     for result in sorted(results, key=lambda result: result.sample):
-        found.setdefault(result.domain, {}).setdefault(result.arm, {}).setdefault(result.id, []).append(
-            result
-        )
-    scores, differences = [], []
-    for by_arm in found.values():
-        complete = {
-            arm: {name: task for name, task in by_arm.get(arm, {}).items() if len(task) == samples}
-            for arm in arms
-        }
-        complete = {arm: tasks for arm, tasks in complete.items() if tasks}
-        for arm, tasks in complete.items():
-            scores.append(
-                _score(
-                    tasks,
-                    None
-                    if arm == STUDENT or STUDENT not in complete
-                    else compare(tasks, complete[STUDENT], seed),
-                )
-            )
-        *earlier, last = [name for name in teachers if name in complete] or [None]
-        differences += [compare(complete[last], complete[name], seed) for name in earlier]
-    return Report(scores, differences)
-
-
-def _share_right(task: list[TaskResult]) -> float:
-    return sum(result.attempt.is_correct for result in task) / len(task)
+        found.setdefault((result.domain, result.arm, result.id), []).append(result)
+    whole: dict[tuple[str, str], Tasks] = {}  # by domain and arm
+    for (domain, arm, name), task in found.items():
+        if len(task) == samples:
+            whole.setdefault((domain, arm), {})[name] = task
+    report = Report([], [])
+    for domain in dict.fromkeys(domain for domain, _ in whole):
+        alone = whole.get((domain, STUDENT))
+        for arm in arms:
+            if tasks := whole.get((domain, arm)):
+                versus = compare(tasks, alone, seed) if alone and arm != STUDENT else None
+                report.scores.append(score(tasks, versus))
+        *earlier, last = [whole[domain, name] for name in teachers if (domain, name) in whole] or [{}]
+        report.differences.extend(compare(last, other, seed) for other in earlier)
+    return report
 
 
 def compare(tasks: Tasks, others: Tasks, seed: int = 0) -> Comparison:
     """The arm of `tasks` minus the arm of `others`, on the tasks that both have."""
     shared = [name for name in tasks if name in others]
-    before = [_share_right(others[name]) for name in shared]
-    changes = [_share_right(tasks[name]) - score for name, score in zip(shared, before)]
-    could_degrade = [change for change, score in zip(changes, before) if score > 0]
+    before, after = (
+        [fmean(result.attempt.is_correct for result in arm[name]) for name in shared]
+        for arm in (others, tasks)
+    )
+    changes = [new - old for new, old in zip(after, before)]
+    could_degrade = sum(share > 0 for share in before)
     improved, degraded = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
     first, other = tasks[shared[0]], others[shared[0]]
     return Comparison(
-        first[0].domain,
-        first[0].arm,
-        other[0].arm,
-        len(shared),
-        sum(changes) / len(shared),
+        domain=first[0].domain,
+        arm=first[0].arm,
+        other=other[0].arm,
+        tasks=len(shared),
+        delta=fmean(changes),
         interval=stats.paired_bootstrap(changes, seed=seed),
         p_value=stats.mcnemar(improved, degraded) if len(first) == len(other) == 1 else None,
         improved=improved,
         degraded=degraded,
         non_degradation=1 - degraded / len(shared),
-        non_degradation_correct=1 - degraded / len(could_degrade) if could_degrade else None,
+        non_degradation_correct=1 - degraded / could_degrade if could_degrade else None,
     )
 
 
-def _score(tasks: Tasks, versus_student: Comparison | None) -> Score:
+def score(tasks: Tasks, versus_student: Comparison | None) -> Score:
+    """Of one arm in one domain, with the same number of samples of every task."""
     answers = [result for task in tasks.values() for result in task]
     samples = len(answers) // len(tasks)
     right = [sum(result.attempt.is_correct for result in task) for task in tasks.values()]
     accuracy, error = stats.mean_and_error([count / samples for count in right])
-
-    some = (*(2**power for power in range(samples.bit_length())), samples)
     is_taught = any(result.teacher_tokens for result in answers)
+    has_gold = is_taught and bool(answers[0].gold)
     leak_free = [result.attempt.is_correct for result in answers if not result.is_leak]
-
-    def mean(value: Callable[[TaskResult], float]) -> float:
-        return sum(map(value, answers)) / len(answers)
-
+    ks = range(1, samples + 1)
     return Score(
-        answers[0].domain,
-        answers[0].arm,
-        len(tasks),
-        accuracy,
-        None if math.isnan(error) else error,
+        domain=answers[0].domain,
+        arm=answers[0].arm,
+        tasks=len(tasks),
+        accuracy=accuracy,
+        error=None if math.isnan(error) else error,
         interval=stats.wilson_interval(sum(right), len(tasks)) if samples == 1 else None,
-        pass_at_k={k: sum(stats.pass_at_k(samples, count, k) for count in right) / len(right) for k in some},
-        pass_hat_k={
-            k: sum(stats.pass_hat_k(samples, n, k) for n in right) / len(right) for k in range(1, samples + 1)
-        },
-        majority=sum(majority([result.attempt for result in task]).is_correct for task in tasks.values())
-        / len(tasks),
-        completion=mean(lambda result: result.attempt.answer is not None),
-        truncated=mean(lambda result: result.attempt.is_truncated),
-        student_tokens=mean(lambda result: result.attempt.tokens),
-        all_tokens=mean(lambda result: result.all_tokens),
-        leak=mean(lambda result: result.is_leak) if is_taught and answers[0].gold else None,
-        leak_free_accuracy=sum(leak_free) / len(leak_free)
-        if is_taught and answers[0].gold and leak_free
-        else None,
-        malformed=mean(lambda result: result.teaching is None) if is_taught else None,
+        pass_at_k={k: fmean(stats.pass_at_k(samples, count, k) for count in right) for k in ks},
+        pass_hat_k={k: fmean(stats.pass_hat_k(samples, count, k) for count in right) for k in ks},
+        majority=fmean(majority([result.attempt for result in task]).is_correct for task in tasks.values()),
+        completion=fmean(result.attempt.answer is not None for result in answers),
+        truncated=fmean(result.attempt.is_truncated for result in answers),
+        student_tokens=fmean(result.attempt.tokens for result in answers),
+        all_tokens=fmean(result.all_tokens for result in answers),
+        leak=fmean(result.is_leak for result in answers) if has_gold else None,
+        leak_free_accuracy=fmean(leak_free) if has_gold and leak_free else None,
+        malformed=fmean(result.teaching is None for result in answers) if is_taught else None,
         versus_student=versus_student,
     )
 
 
 # ---------------------------------------------------------------------------------------------------------------- tables
 
-NOTE = (
-    "Rates in %, differences in percentage points with their 95 % interval (paired bootstrap over tasks). *Not worse*: tasks "
-    "on which the student with teaching is at least as good as alone, of all tasks and of those it gets right alone. "
-    "*Answered*: an answer could be extracted; *cut off*: it ran into the limit of tokens. Tokens are generated tokens per "
-    "answer: the student's answer, and answer + probe + teacher. *Leaks*: teachings that hold the gold answer; *without*: "
-    "accuracy where the teaching holds none; *malformed*: no teaching could be extracted, and the student got none."
-)
+
+def _percent(rate: float | None) -> str:
+    return "" if rate is None else f"{100 * rate:.1f}"
 
 
-def tables(report: Report, names: dict[str, str] | None = None) -> str:
+def _p_value(p: float | None) -> str:
+    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _points(comparison: Comparison) -> str:
+    return stats.in_points(comparison.delta, comparison.interval)
+
+
+Column = Callable[[Score], str]
+
+
+def _versus(show: Callable[[Comparison], str]) -> Column:
+    return lambda score: show(score.versus_student) if score.versus_student else ""
+
+
+ACCURACY: dict[str, Column] = {"accuracy": lambda score: _percent(score.accuracy)}
+AVERAGES: dict[str, Column] = {  # the same with n samples per task
+    "avg@{n}": lambda score: " ± ".join(filter(None, map(_percent, (score.accuracy, score.error)))),
+    "pass@{n}": lambda score: _percent(score.pass_at_k[max(score.pass_at_k)]),
+    "pass^{n}": lambda score: _percent(score.pass_hat_k[max(score.pass_hat_k)]),
+    "maj@{n}": lambda score: _percent(score.majority),
+}
+COLUMNS: dict[str, Column] = {
+    "Δ to alone": _versus(_points),
+    "McNemar p": _versus(lambda versus: _p_value(versus.p_value)),
+    "improved": _versus(lambda versus: str(versus.improved)),
+    "degraded": _versus(lambda versus: str(versus.degraded)),
+    "not worse": _versus(lambda versus: _percent(versus.non_degradation)),
+    "…of right": _versus(lambda versus: _percent(versus.non_degradation_correct)),
+    "answered": lambda score: _percent(score.completion),
+    "cut off": lambda score: _percent(score.truncated),
+    "student tokens": lambda score: f"{score.student_tokens:.0f}",
+    "all tokens": lambda score: f"{score.all_tokens:.0f}",
+    "leaks": lambda score: _percent(score.leak),
+    "without": lambda score: _percent(score.leak_free_accuracy),
+    "malformed": lambda score: _percent(score.malformed),
+}
+NOTE = """\
+Rates in %, differences in percentage points with their 95 % interval (paired bootstrap over tasks). *Not worse*: tasks on which the
+student with teaching is at least as good as alone, of all tasks and of those it gets right alone. *Answered*: an answer could be
+extracted; *cut off*: it ran into the limit of tokens. Tokens are generated tokens per answer: the student's answer, and answer + probe
++ teacher. *Leaks*: teachings that hold the gold answer; *without*: accuracy where the teaching holds none; *malformed*: no teaching
+could be extracted, and the student's own answer counts.
+"""
+
+
+def tables(report: Report, names: Mapping[str, str]) -> str:
     """Markdown: per domain one row per arm, and below it the differences between teachers. `names`: what to call an arm."""
-    names = names or {}
     lines: list[str] = []
-    for domain in dict.fromkeys(score.domain for score in report.scores):
+    for domain in report.domains:
         scores = [score for score in report.scores if score.domain == domain]
-        most = max(scores[0].pass_at_k)
-        accuracy = (
-            ["accuracy"] if most == 1 else [f"avg@{most}", f"pass@{most}", f"pass^{most}", f"maj@{most}"]
-        )
-        rows = [
-            [
-                "",
-                *accuracy,
-                "Δ to alone",
-                "McNemar p",
-                "improved",
-                "degraded",
-                "not worse",
-                "…of right",
-                "answered",
-                "cut off",
-                "student tokens",
-                "all tokens",
-                "leaks",
-                "without",
-                "malformed",
-            ]
-        ]
-        rows += [_row(score, names.get(score.arm, score.arm), scores[0].tasks) for score in scores]
-        lines += [f"### {domain}: {scores[0].tasks} tasks", "", *table(rows), ""]
-        for difference in report.differences:
-            if difference.domain == domain:
-                arm, other = (names.get(name, name) for name in (difference.arm, difference.other))
-                lines += [
-                    f"{arm} − {other}: **{_points(difference)}**, McNemar p {_p_value(difference.p_value)}, "
-                    f"{difference.improved} improved, {difference.degraded} degraded",
-                    "",
-                ]
-    return "\n".join([*lines, NOTE, ""])
+        samples, tasks = max(scores[0].pass_at_k), scores[0].tasks
+        columns = (ACCURACY if samples == 1 else AVERAGES) | COLUMNS
+        rows = [["", *(head.format(n=samples) for head in columns)]]
+        for score in scores:
+            so_far = "" if score.tasks == tasks else f" (so far {score.tasks} tasks)"
+            rows.append([names[score.arm] + so_far, *(show(score) for show in columns.values())])
+        lines += [f"### {domain}: {tasks} tasks", "", *table(rows), ""]
+        for gain in report.differences:
+            if gain.domain == domain:
+                sizes = f"**{_points(gain)}**, McNemar p {_p_value(gain.p_value)}"
+                changed = f"{gain.improved} improved, {gain.degraded} degraded"
+                lines += [f"{names[gain.arm]} − {names[gain.other]}: {sizes}, {changed}", ""]
+    return "\n".join([*lines, NOTE])
 
 
-def summary(
-    report: Report, teachers: Sequence[str], controls: Sequence[str] = (), names: dict[str, str] | None = None
-) -> str:
-    """Markdown: one row per domain with the accuracy of the student alone, each teacher and each control, and what the last teacher is
-    better than the one before it (or, if it is the only one, than the student alone)."""
-    names, arms = names or {}, [STUDENT, *teachers, *controls]
+def summary(report: Report, teachers: list[str], control: str, names: Mapping[str, str]) -> str:
+    """Markdown: per domain the accuracy of the student alone, of each teacher and of a control, and what the last teacher is better
+    than the one before it (or, if it is the only one, than the student alone)."""
     found = {(score.domain, score.arm): score for score in report.scores}
-    gains = {
-        difference.domain: difference for difference in report.differences
-    }  # to the teacher before the last, which is its last
-    if len(teachers) == 1:
-        gains = {
-            domain: score.versus_student
-            for (domain, arm), score in found.items()
-            if arm == teachers[0] and score.versus_student
-        }
-    head = ["tasks", *(names.get(arm, arm) for arm in arms)]
-    if gains:
-        gain = next(iter(gains.values()))
-        head.append(" − ".join(names.get(arm, arm) for arm in (gain.arm, gain.other)))
-    rows = [head]
-    for domain in dict.fromkeys(score.domain for score in report.scores):
+    compared = [*report.differences, *(score.versus_student for score in report.scores)]
+    gains = {(gain.domain, gain.other, gain.arm): gain for gain in compared if gain}
+    arms = [STUDENT, *teachers, *({control} & {arm for _, arm in found})]
+    pair = [STUDENT, *teachers][-2:]
+    rows = [["tasks", *(names[arm] for arm in arms), " − ".join(names[arm] for arm in reversed(pair))]]
+    for domain in report.domains:
         scores = [found.get((domain, arm)) for arm in arms]
-        rows.append(
-            [
-                f"{domain} ({max(score.tasks for score in scores if score)})",
-                *(_percent(score and score.accuracy) for score in scores),
-            ]
-        )
-        if gains:
-            rows[-1].append(f"**{_points(gains[domain])}**" if domain in gains else "")
-    return "\n".join([*table(rows), ""])
+        tasks = max(score.tasks for score in scores if score)
+        gain = gains.get((domain, *pair))
+        cells = [_percent(score and score.accuracy) for score in scores]
+        rows.append([f"{domain} ({tasks})", *cells, f"**{_points(gain)}**" if gain else ""])
+    note = "Accuracy in %, difference in points with its 95 % interval over tasks."
+    return "\n".join([*table(rows if teachers else [row[:-1] for row in rows]), "", note, ""])
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -258,50 +250,3 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
         for row in rows
     ]
     return ["| " + " | ".join(row) + " |" for row in (aligned[0], rule, *aligned[1:])]
-
-
-def _row(score: Score, name: str, expected_tasks: int) -> list[str]:
-    name += "" if score.tasks == expected_tasks else f" (so far {score.tasks} tasks)"
-    row = [name, f"{100 * score.accuracy:.1f}"]
-    most = max(score.pass_at_k)
-    if most > 1:
-        error = "" if score.error is None else f" ± {100 * score.error:.1f}"
-        row = [
-            name,
-            row[1] + error,
-            *map(_percent, (score.pass_at_k[most], score.pass_hat_k[most], score.majority)),
-        ]
-    versus = score.versus_student
-    row += (
-        ["", "", "", "", "", ""]
-        if versus is None
-        else [
-            _points(versus),
-            _p_value(versus.p_value),
-            str(versus.improved),
-            str(versus.degraded),
-            _percent(versus.non_degradation),
-            _percent(versus.non_degradation_correct),
-        ]
-    )
-    return row + [
-        _percent(score.completion),
-        _percent(score.truncated),
-        f"{score.student_tokens:.0f}",
-        f"{score.all_tokens:.0f}",
-        _percent(score.leak),
-        _percent(score.leak_free_accuracy),
-        _percent(score.malformed),
-    ]
-
-
-def _percent(rate: float | None) -> str:
-    return "" if rate is None else f"{100 * rate:.1f}"
-
-
-def _points(comparison: Comparison) -> str:
-    return stats.in_points(comparison.delta, comparison.interval)
-
-
-def _p_value(p: float | None) -> str:
-    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -1,89 +1,117 @@
-"""Which sessions may train the next teacher: review by people, and an alarm when rewards drift.
+"""Which sessions may train the next teacher: selection by numbers, and review by people.
 
-A session is recorded as `approved`, or as `pending` where --require-approval says so or its reward is out of line; people change that
-by --approve and --quarantine, with a note. Their decisions are a journal of their own, `reviews.jsonl`: traces are never rewritten.
-
-Out of line: the reward's z-score, or its robust z-score by the median absolute deviation (x 1.4826), against the last 50 sessions of
-the same kind is 3 or more in absolute value. The session itself is not among those it is compared with; in atlas-sdk it is. And the
-robust score counts only where the median deviation is at least a third of the standard deviation: teaching rewards have few distinct
-values, and where most sessions earn nearly the same, it is almost zero and would make every other reward an alarm.
+A session is recorded as `approved`, or as `pending` with --require-approval. People change that by --approve and --quarantine, with a
+note. Traces are never rewritten: decisions have a file of their own, `reviews.jsonl`, and the latest on a session counts.
 """
 
 import json
-from collections import defaultdict, deque
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from datetime import datetime, timezone
 from pathlib import Path
-from statistics import fmean, median, pstdev
 
+from nano_atlas.config import option
 from nano_atlas.errors import UserError
-from nano_atlas.runtime.journal import Journal, read_lines
+from nano_atlas.runs import Journal, replacing
+from nano_atlas.runtime.traces import Outcome, read_traces
 
 STATUSES = ("pending", "approved", "quarantined")
-WINDOW, LEAST_SAMPLES, ALERT = 50, 5, 3.0
-MAD_SCALE = 1.4826  # makes the median absolute deviation of a normal distribution its standard deviation
-
-
-class Drift:
-    """Rewards of recent sessions by kind of task."""
-
-    def __init__(self):
-        self._recent: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))
-
-    def assess(self, learning_key: str, reward: float | None) -> dict | None:
-        """{z, mad_z, drift_alert, ...} of a session not added yet; None without a reward or with fewer than 5 sessions before it.
-
-        A score whose measure of spread is too small is None and gives no alert.
-        """
-        recent = self._recent[learning_key]
-        if reward is None or len(recent) < LEAST_SAMPLES:
-            return None
-        middle = median(recent)
-        spread, mad = pstdev(recent), MAD_SCALE * median(abs(value - middle) for value in recent)
-        z = (reward - fmean(recent)) / spread if spread > 1e-9 else None
-        mad_z = (reward - middle) / mad if mad > max(1e-9, spread / 3) else None
-        alert = any(score is not None and abs(score) >= ALERT for score in (z, mad_z))
-        return {"z": z, "mad_z": mad_z, "samples": len(recent), "drift_alert": alert}
-
-    def add(self, learning_key: str, reward: float | None) -> None:
-        if reward is not None:
-            self._recent[learning_key].append(reward)
 
 
 @dataclass(frozen=True)
-class Review:
-    session_id: str
-    status: str
-    note: str
-    at: str  # ISO 8601
+class Selection:
+    """Which traces are worth training on. One without the number in question is left out: nobody knows whether it qualifies."""
+
+    min_reward: float | None = option(None, "least session reward of a selected trace", group="selection")
+    min_gain: float | None = option(None, "least gain: score with help minus alone (-1 to 1)")
+    min_signal: float | None = option(
+        None, "least |gain|, or disagreement of judges: something to learn from"
+    )
+    only: tuple[str, ...] = option((), "only traces of these lanes or kinds of task (learning keys)")
+    since: str = option("", "only sessions begun since START, or in START..END (ISO 8601, UTC)")
+    review_status: tuple[str, ...] = option(("approved",), "only traces with these review states", STATUSES)
+
+    def check(self) -> None:
+        for time in filter(None, self.since.partition("..")[::2]):
+            try:
+                datetime.fromisoformat(time)
+            except ValueError:
+                raise UserError(
+                    f"--since {self.since}: {time} is no time such as 2026-01-31 or 2026-01-31T12:00"
+                ) from None
+
+    def takes(self, outcome: Outcome, review: str | None = None) -> bool:
+        """review: the latest status, where it differs from the recorded one."""
+        start, _, end = self.since.partition("..")
+        signal = None
+        if outcome.gain is not None or outcome.disagreement:
+            signal = max(abs(outcome.gain or 0.0), outcome.disagreement)
+        bounds = [(outcome.reward, self.min_reward), (outcome.gain, self.min_gain), (signal, self.min_signal)]
+        return (
+            outcome.status == "succeeded"
+            and (review or outcome.review) in self.review_status
+            and all(least is None or (value is not None and value >= least) for value, least in bounds)
+            and (not self.only or outcome.lane in self.only or outcome.learning_key in self.only)
+            and outcome.created_at >= start
+            and (not end or "" < outcome.created_at < end)
+        )
+
+    @classmethod
+    def is_default(cls, config: "Selection") -> bool:
+        return all(getattr(config, f.name) == f.default for f in fields(cls))
 
 
-def read_reviews(path: Path) -> dict[str, Review]:
-    """The latest decision on each session that has one."""
-    if not path.exists() or not path.stat().st_size:
+def read_reviews(directory: Path) -> dict[str, dict[str, str]]:
+    """The latest decision {session_id, status, note, at} on each session that has one, by session id."""
+    path = directory / "reviews.jsonl"
+    if not path.exists():
         return {}
-    reviews = {}
-    for number, line in read_lines(path):
-        try:
-            fields = json.loads(line)
-            review = Review(fields["session_id"], fields["status"], fields["note"], fields["at"])
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{path}:{number}: not a review ({error}); delete this line") from None
-        reviews[review.session_id] = review
-    return reviews
+    with Journal(path) as journal:
+        return {review["session_id"]: review for _, review in journal.records()}
 
 
-def record_reviews(
-    path: Path, names: tuple[str, ...], known: list[str], status: str, note: str, at: str
-) -> list[str]:
+def record_reviews(directory: Path, names: tuple[str, ...], status: str, note: str) -> list[str]:
     """Decide on the sessions that `names` are the ids, or unique beginnings of ids, of. Raises UserError, and then decides on none."""
-    full = []
+    known = {outcome.session_id for outcome, _ in read_traces(directory / "traces.jsonl")}
+    decided = []
     for name in names:
         meant = [session_id for session_id in known if session_id.startswith(name)]
         if len(meant) != 1:
-            raise UserError(
-                f"session {name}: {'no such session' if not meant else f'{len(meant)} sessions begin like this'}"
-            )
-        full += meant
-    with Journal(path) as journal:
-        journal.append(asdict(Review(name, status, note, at)) for name in full)
-    return full
+            raise UserError(f"session {name}: {len(meant) or 'no'} sessions begin like this")
+        decided += meant
+    at = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    with Journal(directory / "reviews.jsonl") as journal:
+        journal.append({"session_id": name, "status": status, "note": note, "at": at} for name in decided)
+    return decided
+
+
+def export_traces(source: Path, target: Path, selection: Selection) -> tuple[int, int]:
+    """Write the selected traces of `source` to `target`, as a whole or not at all; returns how many, and of how many."""
+    if target.exists() and target.samefile(source):
+        raise UserError(f"--export {target} is the trace file itself; choose another name")
+    reviews = read_reviews(source.parent)
+    total = selected = 0
+    with replacing(target) as file:
+        for outcome, trace in read_traces(source):
+            total += 1
+            review = reviews.get(outcome.session_id)
+            if selection.takes(outcome, review and review["status"]):
+                selected += 1
+                if review:
+                    trace |= {"review_status": review["status"], "review_notes": review["note"]}
+                    trace["outcome"]["review"] = review["status"]
+                file.write(json.dumps(trace).encode() + b"\n")
+        if selected == 0:
+            raise UserError(f"{source}: none of its {total} traces is selected, so {target} was not written")
+    return selected, total
+
+
+def show_sessions(directory: Path, status: str) -> Iterator[str]:
+    """One line per session whose latest review status this is."""
+    reviews = read_reviews(directory)
+    for outcome, trace in read_traces(directory / "traces.jsonl"):
+        latest = {"status": outcome.review, "note": ""} | reviews.get(outcome.session_id, {})
+        if outcome.status == "succeeded" and latest["status"] == status:
+            reward = "unscored" if outcome.reward is None else f"reward {outcome.reward:+.3f}"
+            task = " ".join(trace["task"].split())[:60]
+            yield f"{outcome.session_id}  {reward}  {outcome.lane}  {task}  {latest['note']}".rstrip()

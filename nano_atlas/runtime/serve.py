@@ -4,10 +4,12 @@
     GET  /v1/models, /health
 
 The answer is the best of several attempts, so it is known only when all are made: a stream sends comments to keep the connection
-alive, then the text in pieces. Bound to this machine unless --host says otherwise, and then only with a key (NANO_ATLAS_API_KEY) that
-clients send as bearer token. SIGINT and SIGTERM stop it gracefully: no new connections, requests under way are answered.
+alive, then the whole text. Clients send the key in NANO_ATLAS_API_KEY, if there is one, as bearer token. SIGINT and SIGTERM stop the
+server gracefully: no new connections, requests under way are answered.
 """
 
+import asyncio
+import contextlib
 import hmac
 import json
 import os
@@ -15,127 +17,150 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, TimeoutError
-from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
-from nano_atlas.config import option
+from nano_atlas.config import derive_seed
+from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
+from nano_atlas.runs import Journal
+from nano_atlas.runtime.deploy import KEY_VARIABLE
+from nano_atlas.runtime.guard import Trial
+from nano_atlas.runtime.lanes import Session, new_session, run_session
+from nano_atlas.runtime.learning import Experience
+from nano_atlas.runtime.traces import Outcome, Trace, past_outcomes
+from nano_atlas.schedule import drive
+from nano_atlas.seats import Seat
+
+try:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, Response, StreamingResponse
+    from starlette.routing import Route
+except ImportError:
+    raise UserError("--serve needs a web server: pip install 'nano-atlas[serve]'") from None
 
 MODEL = "nano-atlas"
-KEY_VARIABLE = "NANO_ATLAS_API_KEY"
-LOCAL = ("127.0.0.1", "localhost", "::1")
+MOST_REQUESTS = 16  # answered at a time; more get HTTP 429
+MOST_BYTES = 1_000_000  # of a request body; longer ones get HTTP 413
 KEEP_ALIVE = 5.0  # seconds between two comments in a stream
-PIECE = 40  # characters per event of a stream
 
 
-@dataclass(frozen=True)
-class ServeConfig:
-    serve: int | None = option(
-        None,
-        "serve the pair as an OpenAI-compatible endpoint on this port (0: any free one)",
-        group="serving",
-        resumable=True,
-    )
-    host: str = option(
-        "127.0.0.1",
-        f"address to listen on; one beyond this machine needs a key in {KEY_VARIABLE}",
-        resumable=True,
-    )
-    most_requests: int = option(16, "requests answered at a time; more get HTTP 429", resumable=True)
-    most_bytes: int = option(
-        1_000_000, "longest request body (bytes); longer ones get HTTP 413", resumable=True
-    )
+Answer = Callable[[str, dict[str, Any]], tuple[Trial, Outcome]]  # (question, options) -> what is returned
+Record = Callable[[Session, Experience, Any], tuple[Outcome, Trace]]
 
-    def check(self) -> None:
-        if (
-            self.serve is not None
-            and not 0 <= self.serve < 2**16
-            or self.most_requests < 1
-            or self.most_bytes < 1
-        ):
-            raise UserError(
-                "--serve must be a port from 0 to 65535, --most-requests and --most-bytes at least 1"
+
+def serve_pair(config: Any, seats: Mapping[str, Seat], record: Record) -> None:
+    """Answers requests as sessions, one trace each; strategies and skills learn from those that can be scored.
+
+    config, record: of runtime_loop.py. Ends on SIGINT or SIGTERM.
+    """
+    lock = threading.Lock()  # of experience, journal, and a sampler, which takes one caller at a time
+    has_sampler = any(getattr(seat, "is_batched", False) for seat in seats.values())
+    with Journal(config.out / "traces.jsonl") as journal:
+        experience = Experience(config.strategies)
+        for past in past_outcomes(journal):
+            experience.learn([past])
+
+        def answer(question: str, options: dict[str, Any]) -> tuple[Trial, Outcome]:
+            student, teacher = config.temperature
+            this = replace(
+                config,
+                seed=options.get("seed", derive_seed(config.seed, uuid.uuid4().hex)),
+                temperature=(options.get("temperature", student), teacher),
+                answer_tokens=min(options.get("max_tokens", config.answer_tokens), config.answer_tokens),
             )
-        if self.serve is not None and self.host not in LOCAL and not os.environ.get(KEY_VARIABLE):
-            raise UserError(
-                f"--host {self.host} can be reached by others: set a key in {KEY_VARIABLE} that clients must send"
-            )
+            with lock:
+                session = new_session(uuid.uuid4().hex[:24], Problem("", question, None), experience, this)
+            script = run_session(session, this, seats["teacher"].count_tokens)
+            with lock if has_sampler else contextlib.nullcontext():
+                list(drive({0: script}, seats, workers=config.workers, timeout=config.timeout))
+            with lock:
+                outcome, trace = record(session, experience, this)
+                journal.append([trace])
+                experience.learn([outcome])
+            if not session.trials:
+                raise UserError(session.fault)
+            return session.trials[session.chosen], outcome
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)  # uvicorn stops on them, and then raises them once more
+        with ThreadPoolExecutor(MOST_REQUESTS) as pool:
+            app = make_app(answer, pool)
+            uvicorn.run(app, host=config.host, port=config.serve, lifespan="off", access_log=False)
 
 
-@dataclass
-class Answer:
-    text: str
-    is_truncated: bool
-    prompt_tokens: int
-    completion_tokens: int
+def make_app(answer: Answer, pool: ThreadPoolExecutor) -> Starlette:
+    """The ASGI application. `answer` is called in a thread per request, and may raise anything."""
+    key = os.environ.get(KEY_VARIABLE, "")
+    running: set[asyncio.Future] = set()
 
-    @property
-    def finish_reason(self) -> str:
-        return "length" if self.is_truncated else "stop"
+    async def health(request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
 
-    @property
-    def usage(self) -> dict[str, int]:
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-        }
+    async def models(request: Request) -> Response:
+        check_key(request, key)
+        return JSONResponse({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
 
+    async def complete(request: Request) -> Response:
+        check_key(request, key)
+        question, options, is_streamed = await read_request(request)
+        if len(running) >= MOST_REQUESTS:
+            raise HTTPException(429, f"{MOST_REQUESTS} requests are being answered; try again later")
+        future = asyncio.get_running_loop().run_in_executor(pool, answer, question, options)
+        running.add(future)
+        future.add_done_callback(running.discard)
+        if is_streamed:
+            return StreamingResponse(events(future), media_type="text/event-stream")
+        await asyncio.wait([future])
+        status, content = result(future, "message")
+        return JSONResponse(content, status)
 
-def failure(status: int, message: str) -> dict:
-    return {
-        "error": {
-            "message": message,
-            "type": "invalid_request_error" if status < 500 else "server_error",
-            "code": status,
-        }
-    }
-
-
-class RequestError(Exception):
-    """Becomes an HTTP error in OpenAI's form."""
-
-    def __init__(self, status: int, message: str):
-        super().__init__(message)
-        self.status = status
+    routes = [
+        Route("/health", health),
+        Route("/v1/models", models),
+        Route("/v1/chat/completions", complete, methods=["POST"]),
+    ]
+    handlers = {HTTPException: lambda _, error: JSONResponse(failure(error), error.status_code)}
+    return Starlette(routes=routes, exception_handlers=handlers)
 
 
-def read_request(body: bytes) -> tuple[str, dict[str, Any], bool]:
-    """The question, the options {temperature, max_tokens, seed} that are given, whether to stream. Raises RequestError."""
+def check_key(request: Request, key: str) -> None:
+    given = request.headers.get("authorization", "").removeprefix("Bearer ")
+    if key and not hmac.compare_digest(given.encode(), key.encode()):
+        raise HTTPException(401, "the bearer key is missing or wrong")
+
+
+async def read_request(request: Request) -> tuple[str, dict[str, Any], bool]:
+    """The question, the options {temperature, max_tokens, seed} that are given, whether to stream. Raises HTTPException."""
+    content = b""
+    async for chunk in request.stream():  # all of it: a client that is still sending reads no answer
+        content = (content + chunk)[: MOST_BYTES + 1]
+    if len(content) > MOST_BYTES:
+        raise HTTPException(413, f"the body must have at most {MOST_BYTES} bytes")
     try:
-        request = json.loads(body)
-        messages = [(str(message["role"]), _text(message["content"])) for message in request["messages"]]
+        body = json.loads(content)
+        messages = [(str(message["role"]), _text(message["content"])) for message in body["messages"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise RequestError(400, f"not a chat completion request: {type(error).__name__}: {error}") from None
-    if not messages:
-        raise RequestError(400, "messages is empty")
-    for name in ("tools", "functions"):
-        if request.get(name):
-            raise RequestError(
-                400, f"{name} are not supported here; give them to the student (--student-tools)"
-            )
-    if request.get("n") not in (None, 1):
-        raise RequestError(400, "n must be 1")
-    options = {
-        "max_tokens": request.get("max_completion_tokens") or request.get("max_tokens"),
-        "temperature": request.get("temperature"),
-        "seed": request.get("seed"),
-    }
+        raise HTTPException(400, f"not a chat completion request: {type(error).__name__}: {error}") from None
+    options = {name: body.get(name) for name in ("temperature", "max_tokens", "seed")}
+    options["max_tokens"] = body.get("max_completion_tokens") or options["max_tokens"]
     options = {name: value for name, value in options.items() if value is not None}
-    for name, value in options.items():
-        if (
-            not isinstance(value, (int, float) if name == "temperature" else int)
-            or isinstance(value, bool)
-            or value < 0
-        ):
-            raise RequestError(400, f"{name} must be a number of at least 0")
-    question = (
-        messages[0][1] if len(messages) == 1 else "\n\n".join(f"{role}: {text}" for role, text in messages)
-    )
-    return question, options, bool(request.get("stream"))
+    if not messages:
+        raise HTTPException(400, "messages is empty")
+    if body.get("tools") or body.get("functions"):
+        raise HTTPException(400, "tools are not supported here; give them to the student (--student-tools)")
+    if body.get("n") not in (None, 1):
+        raise HTTPException(400, "n must be 1")
+    if not all(type(value) in (int, float) and value >= 0 for value in options.values()):
+        raise HTTPException(400, "temperature, max_tokens and seed must be numbers of at least 0")
+    if len(messages) == 1:
+        return messages[0][1], options, bool(body.get("stream"))
+    return "\n\n".join(f"{role}: {text}" for role, text in messages), options, bool(body.get("stream"))
 
 
 def _text(content: Any) -> str:
@@ -146,140 +171,36 @@ def _text(content: Any) -> str:
     return content
 
 
-def serve(
-    config: ServeConfig, answer: Callable[[str, dict[str, Any]], Answer], ready: Callable[[str], None] = print
-) -> None:
-    """Serves until SIGINT or SIGTERM. answer(question, options) is called in a thread per request, and may raise anything."""
-    key, slots = os.environ.get(KEY_VARIABLE), threading.Semaphore(config.most_requests)
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        timeout = 30  # seconds a client may be silent
-
-        def do_GET(self) -> None:
-            self.guarded(self.look)
-
-        def do_POST(self) -> None:
-            self.guarded(self.complete)
-
-        def guarded(self, work: Callable[[], None]) -> None:
-            """Whatever goes wrong, an agent's faults too: the client learns of it, and the server goes on."""
-            try:
-                work()
-            except RequestError as error:
-                self.reply(error.status, failure(error.status, str(error)))
-            except OSError:
-                raise  # the client went away
-            except Exception as error:
-                self.reply(502, failure(502, f"{type(error).__name__}: {error}"))
-
-        def look(self) -> None:
-            if self.path == "/health":
-                return self.reply(200, {"status": "ok"})
-            self.check_key()
-            if self.path != "/v1/models":
-                raise RequestError(404, "no such path")
-            self.reply(200, {"object": "list", "data": [{"id": MODEL, "object": "model"}]})
-
-        def complete(self) -> None:
-            length = self.headers.get("Content-Length", "")
-            if not length.isdigit() or int(length) > config.most_bytes:
-                raise RequestError(
-                    413 if length.isdigit() else 411,
-                    f"the body must have a length of at most {config.most_bytes} bytes",
-                )
-            body = self.rfile.read(int(length))
-            self.check_key()
-            if self.path != "/v1/chat/completions":
-                raise RequestError(404, "no such path")
-            question, options, is_streamed = read_request(body)
-            if not slots.acquire(blocking=False):
-                raise RequestError(
-                    429, f"{config.most_requests} requests are being answered; try again later"
-                )
-            try:
-                head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": MODEL}
-                if is_streamed:
-                    return self.stream(events(head, answer, question, options))
-                found = answer(question, options)
-            finally:
-                slots.release()
-            choice = {
-                "index": 0,
-                "message": {"role": "assistant", "content": found.text},
-                "finish_reason": found.finish_reason,
-            }
-            self.reply(200, {**head, "object": "chat.completion", "choices": [choice], "usage": found.usage})
-
-        def stream(self, pieces: Iterator[str]) -> None:
-            self.send_response(200)
-            self.send_header("Content-Type", "text/event-stream")
-            self.send_header("Connection", "close")
-            self.end_headers()
-            for piece in pieces:
-                self.wfile.write(f"{piece}\n\n".encode())
-                self.wfile.flush()
-
-        def check_key(self) -> None:
-            given = self.headers.get("Authorization", "").removeprefix("Bearer ")
-            if key and not hmac.compare_digest(given.encode(), key.encode()):
-                raise RequestError(401, "the bearer key is missing or wrong")
-
-        def reply(self, status: int, value: dict) -> None:
-            body = json.dumps(value).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header(
-                "Connection", "close"
-            )  # one request each: an idle connection would hold up the end of the server
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *arguments: Any) -> None:
-            """Silent; sessions are in the traces."""
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads = False  # requests under way are answered before the program ends
-        block_on_close = True
-
-        def handle_error(self, request: Any, client_address: Any) -> None:
-            """A client that went away is no news."""
-
-    with Server((config.host, config.serve), Handler) as server:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: threading.Thread(target=server.shutdown).start())
-        ready(f"serving http://{config.host}:{server.server_address[1]}/v1 (model {MODEL}); Ctrl-C stops")
-        server.serve_forever(poll_interval=0.1)
+async def events(future: asyncio.Future) -> AsyncIterator[str]:
+    """A stream's events: comments until the answer is there, the answer, [DONE]."""
+    yield ": working\n\n"
+    while not (await asyncio.wait([future], timeout=KEEP_ALIVE))[0]:
+        yield ": working\n\n"
+    yield f"data: {json.dumps(result(future, 'delta')[1])}\n\ndata: [DONE]\n\n"
 
 
-def events(head: dict, answer: Callable[[str, dict], Answer], question: str, options: dict) -> Iterator[str]:
-    """A stream's events: comments until the answer is there, then its pieces, the reason of its end with usage, [DONE]."""
-    future: Future = Future()
+def result(future: asyncio.Future, part: str) -> tuple[int, dict[str, Any]]:
+    """HTTP status and content: the completion, or the fault that its session ended in. part: "message", or "delta" in a stream."""
+    if (error := future.exception()) is not None:
+        return 502, failure(HTTPException(502, f"{type(error).__name__}: {error}"))
+    trial, outcome = future.result()
+    read, generated = sum(outcome.prompt_tokens.values()), sum(outcome.tokens.values())
+    choice = {
+        "index": 0,
+        part: {"role": "assistant", "content": trial.text},
+        "finish_reason": "length" if trial.is_truncated else "stop",
+    }
+    return 200, {
+        "id": f"chatcmpl-{outcome.session_id}",
+        "object": "chat.completion.chunk" if part == "delta" else "chat.completion",
+        "created": int(time.time()),
+        "model": MODEL,
+        "choices": [choice],
+        "usage": {"prompt_tokens": read, "completion_tokens": generated, "total_tokens": read + generated},
+    }
 
-    def work() -> None:
-        try:
-            future.set_result(answer(question, options))
-        except Exception as error:  # raised again below, in the thread of the connection
-            future.set_exception(error)
 
-    threading.Thread(target=work).start()
-
-    def event(delta: dict, finish_reason: str | None = None, **more: Any) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-        return "data: " + json.dumps({**head, "object": "chat.completion.chunk", "choices": [choice], **more})
-
-    yield event({"role": "assistant", "content": ""})
-    while True:
-        try:
-            found = future.result(KEEP_ALIVE)
-            break
-        except TimeoutError:
-            yield ": working"
-        except Exception as error:  # the status line is sent already, so the error is an event
-            yield "data: " + json.dumps(failure(502, f"{type(error).__name__}: {error}"))
-            return
-    for start in range(0, len(found.text), PIECE):
-        yield event({"content": found.text[start : start + PIECE]})
-    yield event({}, found.finish_reason, usage=found.usage)
-    yield "data: [DONE]"
+def failure(error: HTTPException) -> dict[str, Any]:
+    """In OpenAI's form."""
+    kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+    return {"error": {"message": error.detail, "type": kind, "code": error.status_code}}
