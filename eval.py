@@ -49,7 +49,7 @@ from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
 from nano_atlas.reward import RewardConfig
 from nano_atlas.runs import digest
-from nano_atlas.runtime.deploy import evaluation_options, with_deployment
+from nano_atlas.runtime.deploy import with_deployment
 from nano_atlas.schedule import Script, play
 from nano_atlas.seats import Reply, Seat
 
@@ -72,7 +72,7 @@ class Benchmark:
 @dataclass(frozen=True)
 class Config(arms.ArmsConfig, Benchmark):
     full: bool = option(False, "all controls, and every column instead of a summary", resumable=True)
-    samples: int = option(1, "answers per task and arm; above 1: avg@n, pass@n and maj@n", at_least=1)
+    samples: int = option(1, "answers per task: avg@n, pass@n, maj@n", group="answers", at_least=1)
     verifier: str = option("exact", "compare numbers and words, or algebra", ("exact", "math-verify"))
     deploy: Path | None = option(None, "YAML that names student and teacher in service", resumable=True)
 
@@ -99,7 +99,7 @@ def main() -> None:
 
         tau2.main(argv)
         return
-    config = parse(Config, argv, with_deployment(presets("eval"), argv, evaluation_options), __doc__)
+    config = parse(Config, with_deployment(argv, is_evaluation=True), presets("eval"), __doc__)
     if not config.tables:
         run(config)
     report, stored = arms.stored_report(config.out, Config)

@@ -5,8 +5,7 @@
 
 An evaluation is run, and every request that it makes of a model is kept. Then each model gets all of its requests in one call of
 its sampler, as if no answer depended on another: as many tokens at the sampler's own speed. Prompts that the evaluation had to send in
-different calls differ in their first token there, so that the one call does not save reading them again. Both take turns; CPU time is
-counted, because it says more than the clock on a machine that is shared.
+different calls differ in their first token there, so that the one call does not save reading them again. Times are CPU times.
 """
 
 import sys
@@ -45,15 +44,14 @@ class Kept:
             for rollout in group:  # just as long again
                 length = len(rollout.completion_ids)
                 params = replace(request.params, max_tokens=length, stop_token_ids=())
-                prompt = (self.calls, *request.prompt_ids[1:])
-                self.requests.append(Request(prompt, params, seed=len(self.requests)))
+                ids = self.calls, *request.prompt_ids[1:]
+                self.requests.append(Request(ids, params, seed=len(self.requests)))
                 self.tokens += length
         self.calls += 1
         return rollouts
 
 
-def seconds(work, *arguments) -> float:
-    """CPU time."""
+def cpu_seconds(work, *arguments) -> float:
     start = time.process_time()
     work(*arguments)
     return time.process_time() - start
@@ -63,19 +61,19 @@ def main() -> None:
     options = parse(Config, sys.argv[1:], {}, __doc__)
     evaluation.CHUNK = options.chunk
     tasks = {"math": world.held_out("math", options.tasks, 0)}
-    evaluated, alone = [], []
+    evaluated, alone = [], []  # CPU seconds
     for round in range(options.rounds):
         with tempfile.TemporaryDirectory() as folder, TaskLog(Path(folder, "tasks.jsonl")) as log:
             argv = ["--student", options.student, "--teacher", *options.teacher, "--out", folder]
             config = parse(evaluation.Config, argv, presets("eval"), "")
-            specs = {STUDENT: config.student, **config.teachers}
-            seats = {name: config.open(spec) for name, spec in specs.items()}
+            seats = {STUDENT: config.open(config.student)}
+            seats |= {name: config.open(spec) for name, spec in config.teachers.items()}
             for seat in seats.values():
                 seat.sampler = Kept(seat.sampler)
             kept = [seat.sampler for seat in seats.values()]
             work = evaluation.evaluate, config, tasks, log, answers.is_correct, seats.__getitem__
-            evaluated.append(seconds(*work))
-            alone.append(sum(seconds(sampler.sampler.generate, sampler.requests) for sampler in kept))
+            evaluated.append(cpu_seconds(*work))
+            alone.append(sum(cpu_seconds(sampler.sampler.generate, sampler.requests) for sampler in kept))
         tokens, calls = sum(sampler.tokens for sampler in kept), sum(sampler.calls for sampler in kept)
         print(
             f"round {round}: {tokens:,} tokens in {calls} calls; CPU time of the evaluation {evaluated[-1]:.1f} s, "

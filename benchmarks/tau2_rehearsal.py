@@ -16,6 +16,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +26,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from nano_atlas import protocol
 from nano_atlas.checkpoint import is_checkpoint, save_model
 from nano_atlas.config import option, parse, run_script
-from nano_atlas.data import write_jsonl
 from nano_atlas.errors import UserError
 from nano_atlas.model import ModelConfig, Transformer
+from nano_atlas.runs import write_jsonl
 from nano_atlas.tokenizer import Tokenizer
 from nano_atlas.vllm.server import VllmServer
 
@@ -48,71 +49,55 @@ TRANSFER = (
     '<tool_call>\n{"name": "transfer_to_human_agents", "arguments": {"summary": "No service."}}\n</tool_call>'
 )
 DONE = '<tool_call>\n{"name": "done", "arguments": {}}\n</tool_call>'
-SCHEMAS = "\n" + "\n".join(
-    json.dumps(
-        {
-            "type": "function",
-            "function": {"name": name, "parameters": {"properties": {"summary": {"type": "string"}}}},
-        }
-    )
-    for name in ("get_customer_by_phone", "transfer_to_human_agents", "toggle_airplane_mode", "done")
-)  # what follows a system prompt where there are tools
+PARAMETERS = {"properties": {"summary": {"type": "string"}}}
+TOOLS = ("get_customer_by_phone", "transfer_to_human_agents", "toggle_airplane_mode", "done")
+SCHEMAS = "".join(  # what follows a system prompt where there are tools
+    "\n" + json.dumps({"type": "function", "function": {"name": name, "parameters": PARAMETERS}})
+    for name in TOOLS
+)
 APPROACH = "I would look at the line first."
 TEACHING = "<thinking>It is stuck.</thinking>\n<teaching>Transfer the customer to a human agent.</teaching>"
 
 
+CONVERSATIONS, STEPS = 1200, 420  # to learn from; of learning them
+
+
 @dataclass(frozen=True)
 class Config:
-    mode: str = option("user", "with a user, or alone from the ticket", ("user", "solo"), group="run")
-    conversations: int = option(1200, "conversations to learn from")
-    steps: int = option(420, "steps of learning them")
-    limit: int | None = option(None, "tasks (none: all of the split)")
+    mode: str = option("user", "with a user, or alone from the ticket", ("user", "solo"))
+    limit: int | None = option(None, "tasks (none: all of the split)", above=0)
     python: str = option(sys.executable, "interpreter of an environment with tau2")
     out: Path = option(Path("runs/tau2-rehearsal"), "directory of models and results")
 
 
-def conversation(texts: str, is_solo: bool, draws: random.Random) -> list[tuple[str, str]]:
+def conversation(texts: str, is_solo: bool, draws: random.Random) -> list[dict[str, str]]:
     """One of the moments that a seat must know, after a system prompt of any length cut from the domain's texts."""
     length = int(2 ** draws.uniform(3, 15.3))
     start = draws.randrange(max(1, len(texts) - length))
     policy = texts[start : start + length] + draws.choice(["", SCHEMAS])
     question, kind = draws.choice([COMPLAINT, policy[:200]]), draws.randrange(6)
     if kind == 0:
-        asked = protocol.teacher_messages(f"{policy}\n\nTools: a, b\n\nUser: {question}", APPROACH)
-        return [("user", asked[-1]["content"]), ("assistant", TEACHING)]
-    if kind == 1:
-        return [
-            ("system", policy),
-            ("user", protocol.probe_messages(question)[-1]["content"]),
-            ("assistant", APPROACH),
-        ]
-    answered = f"<tool_response>{draws.choice(['Transfer successful', '{}', 'Error: ' + policy[:60]])}</tool_response>"
-    if is_solo:
-        return [("system", policy), ("assistant", TRANSFER), ("user", answered), ("assistant", DONE)]
-    if kind < 4:
-        opening = [("system", policy), ("assistant", GREETING), ("user", COMPLAINT)]
-        return [*opening, ("assistant", TRANSFER), ("user", answered), ("assistant", HOLD)]
-    return [
-        ("system", policy),
-        ("user", GREETING),
-        ("assistant", COMPLAINT),
-        ("user", HOLD),
-        ("assistant", GOODBYE),
-    ]
+        case = f"{policy}\n\nTools: a, b\n\nUser: {question}"
+        turns = [protocol.teacher_messages(case, APPROACH)[0]["content"], TEACHING]
+    elif kind == 1:
+        turns = [protocol.probe_messages(question)[0]["content"], APPROACH]
+    else:
+        result = draws.choice(["Transfer successful", "{}", "Error: " + policy[:60]])
+        transfer = [TRANSFER, f"<tool_response>{result}</tool_response>"]
+        turns = [GREETING, COMPLAINT, *transfer, HOLD] if kind < 4 else [GREETING, COMPLAINT, HOLD, GOODBYE]
+        turns = [*transfer, DONE] if is_solo else turns
+    roles = ["assistant", "user"] if len(turns) % 2 else ["user", "assistant"]
+    chat = [{"role": role, "content": turn} for role, turn in zip(roles * 3, turns)]
+    return chat if kind == 0 else [{"role": "system", "content": policy}, *chat]
 
 
-def newborn(texts: str, sample: list[str]) -> tuple[Transformer, Tokenizer]:
+def newborn(texts: Sequence[str]) -> tuple[Transformer, Tokenizer]:
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
-    special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=8192, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator([texts, *sample], trainer)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special, alphabet = ["<|pad|>", "<|im_start|>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
+    settings = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
+    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=8192, **settings))
     tokenizer = Tokenizer(backend, CHAT, eos_token="<|im_end|>", pad_token="<|pad|>")
     shape = ModelConfig("qwen3", tokenizer.vocab_size, 64, 192, 2, 2, 1, 32, max_position_embeddings=40960, rope_theta=1e6,
                         tie_word_embeddings=True, qk_norm=True)  # fmt: skip
@@ -121,45 +106,32 @@ def newborn(texts: str, sample: list[str]) -> tuple[Transformer, Tokenizer]:
 
 def main() -> None:
     config = parse(Config, sys.argv[1:], {}, __doc__)
-    data = Path(os.environ.get("TAU2_DATA_DIR", ""), "tau2")
+    data = Path(os.environ.get("TAU2_DATA_DIR", "/nowhere"), "tau2")
     files = sorted([*data.glob("domains/telecom/*.md"), *data.glob("user_simulator/*.md")])
-    if not os.environ.get("TAU2_DATA_DIR") or not files:
+    if not files:
         raise UserError(
-            "TAU2_DATA_DIR must name the data directory of tau2; `python eval.py --bench tau2 --dry-run` says how to get it"
+            "TAU2_DATA_DIR must name tau2's data; `python eval.py --bench tau2 --dry-run` says how to get it"
         )
-    texts, draws, place = (
-        "\n".join(file.read_text() for file in files),
-        random.Random(0),
-        config.out / config.mode,
-    )
+    texts, draws = "\n".join(file.read_text() for file in files), random.Random(0)
+    place, root = config.out / config.mode, Path(__file__).parents[1]
     if not is_checkpoint(place / "init"):
-        chats = [conversation(texts, config.mode == "solo", draws) for _ in range(config.conversations)]
-        model, tokenizer = newborn(texts, [text for chat in chats[:200] for _, text in chat])
-        save_model(place / "init", model, tokenizer)
-        write_jsonl(
-            place / "chats.jsonl",
-            [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats],
+        chats = [conversation(texts, config.mode == "solo", draws) for _ in range(CONVERSATIONS)]
+        save_model(
+            place / "init", *newborn([texts, *(turn["content"] for chat in chats[:200] for turn in chat)])
         )
-    root = Path(__file__).parents[1]
+        write_jsonl(place / "chats.jsonl", [{"messages": chat} for chat in chats])
     subprocess.run([
-        sys.executable, root / "train_sft.py", "--preset", "24gb", "--device", "cpu", "--optimizer-device", "cpu", "--dtype", "float32",
-        "--no-gradient-checkpointing", "--no-compile", "--data", place / "chats.jsonl", "--model", place / "init", "--out", place / "sft",
-        "--steps", str(config.steps), "--tokens-per-step", "10000", "--tokens-per-batch", "10000", "--max-length", "10000", "--lr", "1e-2"],
-        check=True)  # fmt: skip
+        sys.executable, root / "train_sft.py", "--preset", "own", "--device", "cpu", "--data", place / "chats.jsonl",
+        "--model", place / "init", "--out", place / "sft", "--steps", str(STEPS), "--tokens-per-step", "10000",
+        "--tokens-per-batch", "10000", "--max-length", "10000", "--lr", "1e-2"], check=True)  # fmt: skip
     options = ["--enforce-eager", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     with VllmServer((place / "sft/model").resolve(), place / "vllm.log", options=options) as server:
-        seats = [
-            "--student",
-            server.url,
-            "--teacher",
-            f"taught={server.url}",
-            *(["--user", server.url] if config.mode == "user" else []),
-        ]
-        limit = ["--limit", str(config.limit)] if config.limit else []
+        user = "solo" if config.mode == "solo" else server.url
         subprocess.run([
-            config.python, root / "eval.py", "--bench", "tau2", "--mode", config.mode, *seats, *limit, "--control", "none", "--trials", "1",
-            "--temperature", "0", "--max-steps", "20", "--answer-tokens", "200", "--teaching-tokens", "64", "--probe-tokens", "32",
-            "--workers", "8", "--restart", "--out", place / "results"], check=True)  # fmt: skip
+            config.python, root / "eval.py", "--bench", "tau2", "--user", user, "--student", server.url, "--teacher", f"taught={server.url}",
+            "--limit", str(config.limit), "--control", "none", "--trials", "1", "--temperature", "0", "--max-steps", "20",
+            "--answer-tokens", "200", "--teaching-tokens", "64", "--probe-tokens", "32", "--workers", "8", "--restart",
+            "--out", place / "results"], check=True)  # fmt: skip
 
 
 if __name__ == "__main__":

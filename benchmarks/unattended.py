@@ -35,9 +35,8 @@ from nano_atlas.vllm.server import VllmServer
 
 TIMEOUT = 60  # seconds after which a call has failed
 EMPTY = {"choices": [{"message": {"content": ""}, "finish_reason": "stop"}]}
-FAULTS = {  # status and body; None: the connection is closed
-    "429": (429, b"{}"), "500": (500, b"{}"), "garbage": (200, b"<html>{"), "empty": (200, json.dumps(EMPTY).encode()), "hang up": None,
-}  # fmt: skip
+FAULTS = {"429": (429, b"{}"), "500": (500, b"{}"), "garbage": (200, b"<html>{"), "empty": (200, json.dumps(EMPTY).encode()),
+          "hang up": None}  # fmt: skip  # status and body
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,8 @@ class Config:
 
 def start_proxy(target: str, rate: float, injected: Counter) -> str:
     """A server that forwards requests to `target`, or fails; returns its URL."""
-    rng, client = random.Random(target), httpx.Client(timeout=600)
+    rng = random.Random(target)
+    client = httpx.Client(timeout=600, headers={"Content-Type": "application/json"})
 
     class Proxy(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -66,14 +66,13 @@ def start_proxy(target: str, rate: float, injected: Counter) -> str:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             fault = rng.choice(list(FAULTS)) if rng.random() < rate else None
             injected[fault] += 1
-            if fault == "hang up":
-                self.connection.close()
-            elif fault is not None:
+            if fault is None:
+                response = client.post(target + self.path, content=body)
+                self.answer(response.status_code, response.content)
+            elif FAULTS[fault]:
                 self.answer(*FAULTS[fault])
             else:
-                headers = {"Content-Type": "application/json"}
-                response = client.post(target + self.path, content=body, headers=headers)
-                self.answer(response.status_code, response.content)
+                self.connection.close()
 
         def answer(self, status: int, body: bytes) -> None:
             self.send_response(status)
@@ -93,8 +92,7 @@ def main() -> None:
     config = parse(Config, sys.argv[1:], {}, __doc__)
     if config.out.exists():
         raise UserError(f"{config.out} exists; choose another --out")
-    problems = world.held_out("math", config.tasks, "unattended")
-    write_jsonl(config.out / "tasks.jsonl", map(asdict, problems))
+    write_jsonl(config.out / "tasks.jsonl", map(asdict, world.held_out("math", config.tasks, "unattended")))
     injected: Counter = Counter()
     with ExitStack() as servers:
         urls = []
@@ -111,8 +109,7 @@ def run(config: Config, urls: list[str], injected: Counter) -> None:
     options = {"preset": "own", "tasks": config.out / "tasks.jsonl", "student": urls[0], "teacher": urls[1], "lane": "paired",
                "timeout": TIMEOUT, "out": config.out / "run"}  # fmt: skip
     options |= {f"{name}-tokens": config.answer_tokens for name in ("probe", "teaching", "answer")}
-    path, began, starts, kills = config.out / "run/traces.jsonl", time.monotonic(), 0, 0
-    succeeded: Counter = Counter()
+    path, began, starts, kills, succeeded = config.out / "run/traces.jsonl", time.monotonic(), 0, 0, Counter()
     while kills < config.kills or len(succeeded) < config.tasks:
         starts += 1
         process = subprocess.Popen(command("runtime_loop.py", options))
@@ -128,21 +125,18 @@ def run(config: Config, urls: list[str], injected: Counter) -> None:
         with Journal(path) as journal:  # also cuts off a torn line, and checks every record
             outcomes = list(past_outcomes(journal))
         succeeded = Counter(o.session_id for o in outcomes if o.status == "succeeded")
-        print(
-            f"start {starts}: {len(outcomes)} records, {len(succeeded)} of {config.tasks} tasks done",
-            flush=True,
-        )
-    export, selection = config.out / "export.jsonl", Selection(review_status=("approved", "pending"))
-    selected, _ = export_traces(path, export, selection)
+        print(f"start {starts}: {len(outcomes)} records, {len(succeeded)} tasks done", flush=True)
+    export_traces(path, config.out / "export.jsonl", Selection())
     print(
         f"{config.tasks} tasks, {kills} kills, {starts} starts, {time.monotonic() - began:.0f} s; requests {dict(injected)}; "
-        f"{len(outcomes) - sum(succeeded.values())} failed sessions, all done again; {selected} exported, "
-        f"{len(load_problems(export))} training problems"
+        f"{len(outcomes) - sum(succeeded.values())} failed sessions, all done again; "
+        f"{len(load_problems(config.out / 'export.jsonl'))} training problems"
     )
     if set(succeeded.values()) != {1}:
         raise UserError("a task was done twice")
     if config.train:
-        options = {"problems": export, "teacher": config.train, "steps": 4, "out": config.out / "next"}
+        options = {"problems": config.out / "export.jsonl", "teacher": config.train, "steps": 4}
+        options |= {"out": config.out / "next"}
         subprocess.run(command("train_grpo.py", options), check=True)
 
 

@@ -56,9 +56,8 @@ def load_problems(
     """Read problems in any of the usual layouts: GSM8K and AIME {question|problem, answer}, Arc's RL file {prompt,
     ground_truth}, {problem_text|input, solution}, and session traces of this runtime or of atlas-sdk {task, ...}.
 
-    The gold answer is what follows GSM8K's `####`, the inside of `<solution>` or `\\boxed{}`, or else the whole text; numbers are
-    taken as their text. Without an `id` a problem is called after its line, `test:17`. A trace is left out, and how many were is
-    printed, if its session failed, is not approved or has no ground truth, or if its task has been there before.
+    Without an `id` a problem is called after its line, `test:17`. A trace is left out, and how many were is printed, if its
+    session failed, is not approved or has no ground truth, or if its task has been there before.
 
     Raises UserError for a line without question, without answer (unless `needs_answer` is off), or with an id seen before; with a
     list `bad`, the complaint is added to it instead, and the line left out.
@@ -69,7 +68,7 @@ def load_problems(
     for number, record in read_jsonl(path, bad):
         where, name = f"{path}:{number}", f"{Path(path).stem}:{number}"
         try:
-            if "task" in record:
+            if "task" in record and not record.keys() & set(QUESTION_FIELDS):
                 record, reason = _from_trace(record, name, needs_answer)
                 task = record["question"], record["answer"]
                 if reason or task in traced:
@@ -97,14 +96,13 @@ def _from_trace(trace: dict[str, Any], name: str, needs_answer: bool) -> tuple[d
     metadata = trace.get("session_metadata") or {}
     merged = {key: value for part in (metadata, trace) for key, value in part.items() if value is not None}
     answer = str(merged.get("ground_truth", "")).strip() or None
-    named = {"id": merged.get("session_id", name), "domain": merged.get("learning_key", "")}
-    status, review = metadata.get("status", "succeeded"), trace.get("review_status", "approved")
     reasons = {
-        f"session {status}": status != "succeeded",
-        f"review {review}": review != "approved",
+        f"session {merged.get('status')}": merged.get("status", "succeeded") != "succeeded",
+        f"review {merged.get('review_status')}": merged.get("review_status", "approved") != "approved",
         "no ground truth": needs_answer and answer is None,
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
+    named = {"id": merged.get("session_id", name), "domain": merged.get("learning_key", "")}
     return {"question": trace["task"], "answer": answer, **named}, reason
 
 
@@ -112,18 +110,17 @@ def _problem(record: dict[str, Any], where: str, name: str, needs_answer: bool) 
     question = next((field for field in QUESTION_FIELDS if field in record), None)
     if question is None:
         raise UserError(f"{where}: no question; one of the fields {', '.join(QUESTION_FIELDS)} must hold it")
-    answer = _gold_answer(record, where)
-    if answer is None and needs_answer:
-        raise UserError(f"{where}: no gold answer; one of the fields {', '.join(ANSWER_FIELDS)} must hold it")
-    question = _text(record, question, where)
-    return Problem(str(record.get("id", name)), question, answer, str(record.get("domain", "")))
-
-
-def _gold_answer(record: dict[str, Any], where: str) -> str | None:
     field = next((field for field in ANSWER_FIELDS if record.get(field) is not None), None)
-    if field is None:
-        return None
-    if isinstance(record[field], (int, float)) and not isinstance(record[field], bool):
+    if field is None and needs_answer:
+        raise UserError(f"{where}: no gold answer; one of the fields {', '.join(ANSWER_FIELDS)} must hold it")
+    answer = None if field is None else _gold_answer(record, field, where)
+    name, domain = str(record.get("id", name)), str(record.get("domain", ""))
+    return Problem(name, _text(record, question, where), answer, domain)
+
+
+def _gold_answer(record: dict[str, Any], field: str, where: str) -> str:
+    """What follows GSM8K's `####`, the inside of `<solution>` or `\\boxed{}`, or else the whole text; a number as its text."""
+    if type(record[field]) in (int, float):
         return str(record[field])
     text = _text(record, field, where)
     answer = text.rpartition("####")[2] if "####" in text else extract_answer(text) or text
@@ -199,11 +196,11 @@ def make_examples(
 
 def _messages(record: dict[str, Any], field: str, where: str) -> protocol.Messages:
     messages, shape = record[field], '{"role": "...", "content": "..."}'
-    are_messages = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
-    if not are_messages or not messages:
+    if not isinstance(messages, list) or not messages:
         raise UserError(f"{where}: {field!r} must be a non-empty list of {shape}")
     for index, message in enumerate(messages):
-        if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+        texts = [message.get(key) for key in ("role", "content")] if isinstance(message, dict) else [None]
+        if not all(isinstance(text, str) for text in texts):
             raise UserError(f"{where}: {field!r}[{index}] must be {shape} with texts as values")
     return messages
 

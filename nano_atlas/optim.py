@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nano_atlas.checkpoint import in_shards
 from nano_atlas.config import refuse_changes, to_json
-from nano_atlas.distributed import gather_rows, own_part, own_rows, rank, size, sum_over_ranks, wait
+from nano_atlas.distributed import device, gather_rows, own_part, own_rows, rank, size, sum_over_ranks, wait
 from nano_atlas.errors import UserError
 from nano_atlas.runs import atomic_directory, read_json, write_json
 
@@ -46,9 +46,9 @@ def learning_rate(step: int, total: int, peak: float, warmup_fraction: float, sc
 class MasterAdamW:
     """AdamW with decoupled weight decay (Loshchilov and Hutter 2019), float32 state, and clipping by the global norm.
 
-    Matrices decay; vectors (norm weights, biases) do not. `state_device` holds masters and moments (default: beside each
-    parameter). Gradients of low-precision parameters are summed in float32: each backward pass adds its gradient to the sum at
-    once, so only one low-precision gradient exists at a time and `parameter.grad` stays None.
+    Matrices decay; vectors (norm weights, biases) do not. `state_device` holds masters and moments ("auto": beside each parameter).
+    Gradients of low-precision parameters are summed in float32, each as soon as the backward pass has it, so that only one
+    low-precision gradient exists at a time; `parameter.grad` stays None.
     """
 
     def __init__(
@@ -60,6 +60,9 @@ class MasterAdamW:
         clip_norm: float = 1.0,
         state_device: torch.device | str = "auto",
     ):
+        state_device = (
+            "auto" if state_device == "auto" else device(str(state_device))
+        )  # UserError if not there
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.weights = {name: own_part(p) for name, p in self.parameters.items()}  # this rank's rows
         self.masters = {name: _master(weight, state_device) for name, weight in self.weights.items()}

@@ -85,8 +85,8 @@ class ScriptedSeat:
 
 SMALL = {  # options that make train_grpo.py take a tenth of a second per step
     "device": "cpu", "problems_per_step": 2, "group_size": 4, "baseline_samples": 2, "probe_tokens": 3, "teaching_tokens": 6,
-    "answer_tokens": 6, "teacher_temperature": 0.8, "student_temperature": 1.0, "lr": 3e-3, "warmup": 0.0,
-    "tokens_per_batch": 600, "held_out": 0.25, "eval_every": 2, "save_every": 2, "steps": 4,
+    "answer_tokens": 6, "temperature": (1.0, 0.8), "lr": 3e-3,
+    "tokens_per_batch": 600, "eval_every": 2, "save_every": 2, "steps": 4,
 }  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def place(tmp_path_factory) -> Path:
     lively_checkpoint(path / "student", 2, STUDENT_WORDS)
     problems = [
         {"id": f"p{i}", "question": f"Pick {'one' if i % 2 else 'the first'} of {i}.", "answer": "1"}
-        for i in range(8)
+        for i in range(40)
     ]
     (path / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
     return path
@@ -116,6 +116,8 @@ def grpo_flags(place: Path, out: Path, **options) -> list[str]:
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             argv.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, tuple):
+            argv += [flag, *map(str, value)]
         elif value is not None:
             argv.append(f"{flag}={value}")
     return argv

@@ -17,12 +17,13 @@ from nano_atlas.runs import RunLog
 class Config:
     preset: str = option("small", "", group="run")
     out: Path = option(Path("runs/x"), "directory of the run")
-    steps: int | None = option(None, "optimizer steps", group="optimization", resumable=True)
+    steps: int | None = option(None, "optimizer steps", above=0, group="optimization", resumable=True)
     lr: float = option(1e-3, "peak learning rate, 100% of it")
-    betas: tuple[float, float] = option((0.9, 0.95), "decay of the running means")
+    betas: tuple[float, float] = option((0.9, 0.95), "decay of the running means", at_least=0, below=1)
     schedule: str = option("cosine", "shape of the decay", ["cosine", "constant"])
     compile: bool = option(False, "compile the layers")
     data: tuple[Path, ...] = option((), "files")
+    eps: float = 1e-8  # no option
 
     def check(self) -> None:
         if self.schedule == "constant" and self.steps == 1:
@@ -40,22 +41,9 @@ def read(*argv: str) -> Config:
 
 
 def test_every_field_type_is_read_from_the_command_line():
-    config = read(
-        "--out",
-        "a b",
-        "--steps",
-        "3",
-        "--lr",
-        "2e-4",
-        "--betas",
-        "0.8",
-        "0.9",
-        "--compile",
-        "--data",
-        "x",
-        "y",
-    )
-    assert config == Config("small", Path("a b"), 3, 2e-4, (0.8, 0.9), "cosine", True, (Path("x"), Path("y")))
+    flags = ("--steps", "3", "--lr", "2e-4", "--betas", "0.8", "0.9", "--compile", "--data", "x", "y")
+    expected = Config("small", Path("a b"), 3, 2e-4, (0.8, 0.9), "cosine", True, (Path("x"), Path("y")))
+    assert read("--out", "a b", *flags) == expected
 
 
 def test_explicit_flags_override_the_preset_and_the_preset_overrides_the_defaults():
@@ -65,23 +53,19 @@ def test_explicit_flags_override_the_preset_and_the_preset_overrides_the_default
     assert (config.lr, config.compile, config.steps) == (0.5, False, None)
 
 
-def test_help_gives_meaning_default_and_group_of_each_option_and_the_memory_of_each_preset(capsys):
+@pytest.mark.parametrize(("argv", "values"), [
+    ((), ("100% of it (default: 0.001)", "steps (default: none)")),
+    (("--preset", "large"), ("100% of it (default: 1e-05)", "steps (default: 7)")),
+])  # fmt: skip
+def test_help_gives_meaning_group_and_value_of_each_option_in_the_chosen_preset(argv, values, capsys):
     with pytest.raises(SystemExit) as stop:
-        read("--help")
+        read(*argv, "--help")
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
-    for piece in (
-        "what the script does",
-        "optimization:",
-        "peak learning rate, 100% of it (default: 0.001; large: 1e-05)",
-        "{cosine,constant}",
-        "(default: 0.9 0.95)",
-        "optimizer steps (default: none; large: 7)",
-        "--no-compile",
-        "large: one GPU, 20 GB",
-        "(default: small)",
-    ):
+    for piece in (*values, "what the script does", "optimization:", "{cosine,constant}", "(default: 0.9 0.95)", "--no-compile",
+                  "small: CPU, 1 GB", "large: one GPU, 20 GB"):  # fmt: skip
         assert piece in text
+    assert "--eps" not in text
 
 
 @pytest.mark.parametrize(
@@ -97,6 +81,10 @@ def test_help_gives_meaning_default_and_group_of_each_option_and_the_memory_of_e
         (["--schedule", "linear"], "invalid choice: 'linear'"),
         (["--preset", "huge"], "invalid choice: 'huge'"),
         (["--schedule", "constant", "--steps", "1"], "contradicts"),
+        (["--steps", "-1"], "--steps must be above 0, not -1"),
+        (["--betas", "0.9", "1"], "--betas must be below 1, not 1.0"),
+        (["--betas", "-0.5", "0.9"], "--betas must be at least 0, not -0.5"),
+        (["--eps", "1"], "unknown option --eps"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_named(argv, said):
@@ -141,6 +129,7 @@ def test_an_interrupt_ends_without_a_traceback(capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
+@pytest.mark.processes
 def test_a_reader_that_has_seen_enough_is_no_error():
     script = "from nano_atlas.config import run_script; run_script(lambda: [print('line') for _ in range(100_000)])"
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -157,12 +146,12 @@ def records(directory: Path) -> list[dict]:
 
 
 def test_a_resumed_log_has_each_step_once(tmp_path):
-    with RunLog(tmp_path) as log:
+    with RunLog(tmp_path / "metrics.jsonl") as log:
         for step in (1, 2, 3, 4):
-            log.log(step, loss=step / 3, eval_loss=None)
+            log.log(step, loss=step / 3)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # what a killed process leaves
-    with RunLog(tmp_path, resumed_step=2) as log:
+    with RunLog(tmp_path / "metrics.jsonl", resumed_step=2) as log:
         log.log(3, loss=9.0)
     assert records(tmp_path) == [
         {"step": 1, "loss": 0.333333},
@@ -173,22 +162,24 @@ def test_a_resumed_log_has_each_step_once(tmp_path):
 
 def test_a_new_run_in_an_old_directory_starts_an_empty_log(tmp_path):
     for _ in range(2):
-        with RunLog(tmp_path) as log:
+        with RunLog(tmp_path / "metrics.jsonl") as log:
             log.log(1, loss=float("nan"))
     assert records(tmp_path) == [{"step": 1, "loss": None}]
 
 
 def test_damage_in_the_log_names_the_line(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
-    with pytest.raises(UserError, match=r"metrics.jsonl:2: not a metrics record"):
-        RunLog(tmp_path, resumed_step=2)
+    for damage, said in (("rubbish", "not JSON"), ('{"loss": 1}', "no metrics record")):
+        (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{damage}\n{{"step": 2}}\n')
+        with pytest.raises(UserError, match=f"metrics.jsonl:2: {said}"):
+            RunLog(tmp_path / "metrics.jsonl", resumed_step=2)
 
 
 def test_wandb_is_asked_for_only_with_a_project_and_its_absence_is_explained(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    RunLog(tmp_path).close()
+    with RunLog(tmp_path / "metrics.jsonl"):
+        pass
     with pytest.raises(UserError, match="pip install wandb"):
-        RunLog(tmp_path, wandb_project="atlas")
+        RunLog(tmp_path / "metrics.jsonl", wandb="atlas")
 
 
 def test_wandb_gets_the_same_records_and_a_continued_run_the_same_id(tmp_path, monkeypatch):
@@ -207,7 +198,7 @@ def test_wandb_gets_the_same_records_and_a_continued_run_the_same_id(tmp_path, m
 
     monkeypatch.setitem(sys.modules, "wandb", Wandb())
     for resumed_step in (0, 1):
-        with RunLog(tmp_path, resumed_step, wandb_project="atlas", config={"lr": 1}) as log:
+        with RunLog(tmp_path / "metrics.jsonl", resumed_step, wandb="atlas", config={"lr": 1}) as log:
             log.log(resumed_step + 1, loss=0.5)
     first, record, second, _ = Wandb.calls
     assert record == (1, {"loss": 0.5})

@@ -1,4 +1,4 @@
-"""Training in 2 and 4 processes against the same training in one; what torchrun's processes say when one of them fails."""
+"""Training in 2 and 3 processes against the same training in one; what torchrun's processes say when one of them fails."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from nano_atlas.model import ModelConfig, Transformer
 PLAN = {
     1: ("sft-tied", "sft-untied", "sft-bfloat16", "grpo", "grpo-exact-kl", "grpo-exact-reward"),
     2: ("sft-tied", "sft-bfloat16", "grpo", "grpo-exact-reward"),
-    4: ("sft-tied", "sft-untied", "grpo", "grpo-exact-kl"),
+    3: ("sft-tied", "sft-untied", "grpo", "grpo-exact-kl"),
 }
 REPOSITORY = Path(__file__).parent.parent
 CASE_SCRIPT = REPOSITORY / "tests/distributed_cases.py"
@@ -31,22 +31,12 @@ CASE_SCRIPT = REPOSITORY / "tests/distributed_cases.py"
 def place(place):
     """The checkpoints and problems of tests/conftest.py, two more to fine-tune, and sums to learn.
 
-    A norm weight of two numbers leaves ranks 2 and 3 of 4 without a row; no size is a multiple of 4 but the vocabulary's.
+    A norm weight of two numbers leaves rank 2 of 3 without a row; few sizes are a multiple of 2 or 3.
     """
     tokenizer = byte_tokenizer()
     for name in ("tied", "untied"):
-        config = ModelConfig(
-            "qwen3",
-            tokenizer.vocab_size,
-            30,
-            50,
-            2,
-            3,
-            1,
-            2,
-            tie_word_embeddings=name == "tied",
-            qk_norm=True,
-        )
+        shape = (tokenizer.vocab_size, 30, 50, 2, 3, 1, 2)
+        config = ModelConfig("qwen3", *shape, tie_word_embeddings=name == "tied", qk_norm=True)
         save_model(place / name, Transformer(config).initialize(0), tokenizer)
     sums = [
         {"prompt": f"{a}+{b}=", "completion": str(a + b) * (1 + a % 3)} for a in range(10) for b in range(10)
@@ -70,14 +60,14 @@ def processes(count: int, place: Path, out: Path, names: tuple[str, ...]):
 
 @pytest.fixture(scope="module")
 def runs(place, tmp_path_factory) -> Path:
-    """Directories 1, 2, 4 with the cases in that many processes; relay-*: a step in 2 processes, one in 4, the last in 1."""
+    """Directories 1, 2, 3 with the cases in that many processes; relay-*: a step in 2 processes, one in 3, the last in 1."""
     out = tmp_path_factory.mktemp("runs")
-    for count, names in ((2, (*PLAN[2], "relay-1")), (4, (*PLAN[4], "relay-2", "fails"))):
+    for count, names in ((2, (*PLAN[2], "relay-1")), (3, (*PLAN[3], "relay-2", "fails"))):
         store, running = processes(count, place, out / str(count), names)
         said, complaints = zip(*(process.communicate(timeout=600) for process in running))
-        assert "model:" in said[0] and not any(said[1:])  # only rank 0 talks
+        assert "metrics.jsonl, state" in said[0] and not any(said[1:])  # only rank 0 talks
         codes = sorted(process.returncode for process in running)
-        assert codes == ([0, 0] if count == 2 else [1, 1, 1, 2]), complaints
+        assert codes == ([0, 0] if count == 2 else [1, 1, 2]), complaints
         errors = [
             line for text in complaints for line in text.splitlines() if "rror" in line or "Traceback" in line
         ]
@@ -94,28 +84,31 @@ def assert_same(first: Path, second: Path, tolerance: float = 1e-5) -> None:
     for a, b in zip(ours, theirs):
         assert {"loss", "grad_norm", "lr"} <= a.keys() & b.keys()
         for key in a.keys() & b.keys():
-            if "second" not in key and not key.startswith(("padding", "sampling/", "idle/")):
+            if "second" not in key and not key.startswith(("padding", "sampling/")):
                 assert a[key] == pytest.approx(b[key], rel=10 * tolerance, abs=tolerance), (a["step"], key)
     if "bfloat16" in first.name:  # whose noise becomes steps of full length in Adam's first
         return
     weights, expected = (load_file(path / "model/model.safetensors") for path in (first, second))
     assert weights.keys() == expected.keys()
-    # Some thirty weights of the untied model have gradients of almost nothing, whose rounding Adam's first steps (1e-2 each) enlarge.
-    close = 5e-4 if "sft-untied" in second.name else tolerance
+    # A few weights have gradients of almost nothing, whose rounding Adam's first steps (1e-2 of SFT, 3e-3 of GRPO) enlarge.
+    close = 5e-4 if "sft-untied" in second.name else 5 * tolerance
     for name, tensor in expected.items():
         torch.testing.assert_close(weights[name], tensor, rtol=tolerance, atol=close, msg=name)
 
 
-@pytest.mark.parametrize(("count", "name"), [(count, name) for count in (2, 4) for name in PLAN[count]])
+@pytest.mark.processes
+@pytest.mark.parametrize(("count", "name"), [(count, name) for count in (2, 3) for name in PLAN[count]])
 def test_any_number_of_processes_gives_the_same_metrics_and_weights(runs, count, name):
     assert_same(runs / str(count) / name, runs / "1" / name, 5e-3 if "bfloat16" in name else 1e-5)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", ["sft-untied", "grpo"])
 def test_a_run_goes_on_in_another_number_of_processes(runs, kind):
     assert_same(runs / ("relay-" + kind.partition("-")[0]), runs / "1" / kind)
 
 
+@pytest.mark.processes
 def test_a_killed_rank_ends_the_job_which_goes_on_from_its_last_state(place, tmp_path, runs):
     """Under the real torchrun; and on in one process."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(CASE_SCRIPT))

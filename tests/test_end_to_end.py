@@ -4,8 +4,7 @@ Random weights and GSM8K problems (tests/data, MIT, OpenAI): nothing is learned 
 """
 
 import json
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -16,14 +15,6 @@ transformers = pytest.importorskip("transformers")
 
 ROOT = Path(__file__).parent.parent
 GSM8K = ROOT / "tests/data/gsm8k_excerpt.jsonl"
-
-
-def run(script: str, *options: object) -> str:
-    command = [sys.executable, str(ROOT / script), *map(str, options)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, f"{script}: {done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    return done.stdout
 
 
 def make_checkpoint(path: Path) -> None:
@@ -51,7 +42,20 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_every_script_runs_a_checkpoint_made_by_transformers_on_gsm8k(tmp_path):
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """`python script *options`, in this process; returns what it printed."""
+
+    def run(script: str, *options: object) -> str:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_every_script_runs_a_checkpoint_made_by_transformers_on_gsm8k(tmp_path, run):
     base, sft, grpo, live, second = (tmp_path / name for name in ("base", "sft", "grpo", "live", "second"))
     make_checkpoint(base)
     problems = lines(GSM8K)
@@ -59,12 +63,12 @@ def test_every_script_runs_a_checkpoint_made_by_transformers_on_gsm8k(tmp_path):
     demonstrations.write_text("".join(json.dumps({
         "problem_text": p["question"], "student_approach": "Add everything.", "teacher_diagnosis": "It must be checked.",
         "teacher_teaching": "Work out one quantity after the other."}) + "\n" for p in problems))  # fmt: skip
+
+    machine = ("--preset", "own", "--device", "cpu")
+    sizes = ("--steps", 4, "--lr", 1e-2, "--tokens-per-step", 2048, "--tokens-per-batch", 1024)
     run(
         "train_sft.py",
-        "--preset",
-        "24gb",
-        "--dtype",
-        "float32",
+        *machine,
         "--no-compile",
         "--data",
         demonstrations,
@@ -72,81 +76,42 @@ def test_every_script_runs_a_checkpoint_made_by_transformers_on_gsm8k(tmp_path):
         base,
         "--out",
         sft,
-        "--steps",
-        4,
-        "--lr",
-        1e-2,
-        "--tokens-per-step",
-        2048,
-        "--tokens-per-batch",
-        1024,
+        *sizes,
     )
     losses = [record["loss"] for record in lines(sft / "metrics.jsonl")]
     assert len(losses) == 4 and losses[-1] < losses[0]
 
-    lengths = ("--probe-tokens", 12, "--teaching-tokens", 24, "--answer-tokens", 16)
-    policy = (
-        "--preset",
-        "24gb",
-        "--dtype",
-        "float32",
-        "--student",
-        base,
+    lengths = ("--probe-tokens", 6, "--teaching-tokens", 12, "--answer-tokens", 8)
+    sizes = (
+        "--steps",
+        2,
         "--problems-per-step",
         2,
         "--group-size",
         3,
         "--baseline-samples",
         2,
-        "--steps",
-        2,
         "--eval-every",
         2,
         *lengths,
     )
-    run(
-        "train_grpo.py",
-        *policy,
-        "--teacher",
-        sft / "model",
-        "--problems",
-        GSM8K,
-        "--held-out",
-        0.25,
-        "--out",
-        grpo,
-    )
+    policy = (*machine, "--student", base, *sizes)
+    run("train_grpo.py", *policy, "--problems", GSM8K, "--teacher", sft / "model", "--out", grpo)
     records = lines(grpo / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2] and "eval/student_accuracy" in records[-1]
     assert max(record["sampling/logp_diff_max"] for record in records) < 1e-4
 
-    pair = ("--student", base, "--teacher", grpo / "model", "--tasks", GSM8K, "--out", live)
-    run("runtime_loop.py", "--preset", "own", *pair, *lengths)
-    traces = lines(live / "traces.jsonl")
-    assert [trace["task"] for trace in traces] == [p["question"] for p in problems]
+    pair = ("--student", base, "--teacher", grpo / "model", "--tasks", GSM8K)
+    run("runtime_loop.py", "--preset", "own", *pair, "--out", live, *lengths)
+    assert [trace["task"] for trace in lines(live / "traces.jsonl")] == [p["question"] for p in problems]
     exported = tmp_path / "traces.jsonl"
     run("runtime_loop.py", "--preset", "own", "--out", live, "--export", exported)
     assert len(lines(exported)) == len(problems)
 
-    run("train_grpo.py", *policy, "--teacher", grpo / "model", "--traces", exported, "--out", second)
+    run("train_grpo.py", *policy, "--problems", exported, "--teacher", grpo / "model", "--out", second)
     assert len(lines(second / "metrics.jsonl")) == 2
 
-    table = run(
-        "eval.py",
-        "--preset",
-        "own",
-        "--bench",
-        "gsm8k",
-        "--data",
-        GSM8K,
-        "--student",
-        base,
-        "--teacher",
-        f"sft={sft / 'model'}",
-        f"grpo={second / 'model'}",
-        "--full",
-        "--out",
-        tmp_path / "eval",
-        *lengths,
-    )
+    teachers = (f"sft={sft / 'model'}", f"grpo={second / 'model'}")
+    given = ("--bench", "gsm8k", "--data", GSM8K, "--student", base, "--teacher", *teachers)
+    table = run("eval.py", "--preset", "own", *given, "--full", "--out", tmp_path / "eval", *lengths)
     assert "gsm8k: 12 tasks" in table and "shuffled grpo" in table and "untrained" in table

@@ -12,17 +12,18 @@ from nano_atlas.episode import (
     Episode,
     EpisodeConfig,
     Sketch,
-    sketch_problems,
+    guide,
+    seeds,
+    sketch,
     teach,
     teaching_metrics,
 )
 from nano_atlas.reward import RewardConfig, teaching_reward
+from nano_atlas.schedule import play
 from nano_atlas.seats import Reply
 
 PROBLEMS = [Problem(f"p{i}", f"Question {i}?", f"canary{i}", "math") for i in range(4)]
-CONFIG = EpisodeConfig(
-    probe_tokens=11, teaching_tokens=22, answer_tokens=33, student_temperature=0.5, teacher_temperature=0.9
-)
+CONFIG = EpisodeConfig(probe_tokens=11, teaching_tokens=22, answer_tokens=33, temperature=(0.5, 0.9))
 
 
 def student_rule(prompt: str, seed: int, index: int) -> str:
@@ -41,9 +42,12 @@ def teacher_of(*completions: str) -> ScriptedSeat:
 def run(
     teacher, student=None, problems=PROBLEMS, baselines=2, group_size=3, seed="s", **options
 ) -> list[list[Episode]]:
-    student = student or ScriptedSeat(student_rule)
-    sketches = sketch_problems(student, problems, CONFIG, seed, baselines)
-    return teach(student, teacher, sketches, CONFIG, RewardConfig(), seed, group_size, **options)
+    seats = {"student": student or ScriptedSeat(student_rule), "teacher": teacher}
+    seed, count = seeds(seed), teacher.count_tokens
+    sketches = play([sketch(problem, CONFIG, seed, baselines) for problem in problems], seats)
+    return play(
+        [teach(each, CONFIG, RewardConfig(), seed, count, group_size, **options) for each in sketches], seats
+    )
 
 
 def tagged(*texts: str) -> tuple[str, ...]:
@@ -76,12 +80,10 @@ def test_lengths_and_temperatures_are_those_of_the_configuration():
     assert settings == [[(11, 0.5)] * 4 + [(33, 0.5)] * 4, [(33, 0.5)] * 4, [(22, 0.9)] * 4]
 
 
-def test_the_teacher_is_asked_about_the_students_own_approach_in_the_given_style():
+@pytest.mark.parametrize("style", ["concise", "detailed", "adaptive", "Ask one question."])
+def test_the_teacher_is_asked_about_the_students_own_approach_in_the_given_style(style):
     teacher = teacher_of(*tagged("good"))
-    groups = run(teacher, group_size=1, styles=["concise", "detailed", "adaptive", "concise"])
-    for prompt, (episode,), style in zip(
-        teacher.asked, groups, ("concise", "detailed", "adaptive", "concise"), strict=True
-    ):
+    for prompt, (episode,) in zip(teacher.asked, run(teacher, group_size=1, style=style), strict=True):
         (message,) = protocol.teacher_messages(
             episode.sketch.problem.question, episode.sketch.approach, style
         )
@@ -103,20 +105,52 @@ def test_rewards_follow_from_baseline_guided_answer_and_length_of_the_teaching()
 
 
 def test_a_malformed_completion_reaches_nobody_and_earns_nothing():
-    student = ScriptedSeat(lambda prompt, seed, index: "<solution>canary0</solution>")  # always right
+    """The student is not asked again: its own answers stand, and are no merit of the teacher."""
+    student = ScriptedSeat(
+        lambda prompt, seed, index: f"<solution>canary0</solution> {index}"
+    )  # always right
     (group,) = run(teacher_of("good", "<teaching>good", "<thinking>good</thinking>"), student, PROBLEMS[:1])
-    (baseline_prompt,) = protocol.baseline_messages(PROBLEMS[0].question)
-    assert student.asked[-3:] == [baseline_prompt["content"]] * 3
-    assert [episode.teaching for episode in group] == [None] * 3 and not any(
-        episode.is_leak for episode in group
-    )
-    assert [episode.reward for episode in group] == [
-        -0.5
-    ] * 3  # the student's own success is no merit of the teacher
-    assert (
-        teaching_metrics(group)["malformed_rate"] == 1.0
-        and teaching_metrics(group)["token_efficiency"] == 1.0
-    )
+    assert len(student.asked) == 2  # probe and baselines
+    assert [episode.teaching for episode in group] == [None] * 3
+    first, second = group[0].sketch.baselines
+    assert [episode.guided for episode in group] == [first, second, first]
+    assert [episode.reward for episode in group] == [-0.5] * 3
+    assert [episode.gain for episode in group] == [0.0] * 3 and not any(episode.is_leak for episode in group)
+    metrics = teaching_metrics(group)
+    assert metrics["malformed_rate"] == metrics["token_efficiency"] == 1.0
+
+
+def test_a_malformed_teaching_leaves_the_others_of_its_group_as_they_are():
+    whole = run(teacher_of(*tagged("good", "bad", "good")))
+    for group, same in zip(
+        run(teacher_of(*tagged("good"), "malformed", *tagged("good"))), whole, strict=True
+    ):
+        assert group[1].reward == -0.5 and [group[0], group[2]] == [same[0], same[2]]
+
+
+def test_the_guided_answers_alone_are_those_of_the_episode():
+    """The shuffled control asks with other teachings; with the same ones, it must come to the same."""
+    student, config, seed = ScriptedSeat(student_rule), CONFIG, seeds("s")
+    (group,) = run(teacher_of(*tagged("good", "bad"), "malformed"), student, PROBLEMS[:1])
+    told = [episode.teaching for episode in group]
+    (attempts,) = play([guide(group[0].sketch, told, config, seed)], {"student": student})
+    assert attempts == [episode.guided for episode in group]
+
+
+def test_a_group_may_be_graded_by_something_else_than_the_gold_answer():
+    def grade(kind, reply):
+        yield from ()
+        return Attempt(reply.text, None, False, reply.tokens, False) if kind == "alone" else Graded()
+
+    class Graded:
+        score = 0.75
+
+    seats = {"student": ScriptedSeat(student_rule), "teacher": teacher_of(*tagged("good"))}
+    seed = seeds("s")
+    (alone,) = play([sketch(PROBLEMS[0], CONFIG, seed, 2, grade)], seats)
+    ((episode,),) = play([teach(alone, CONFIG, RewardConfig(), seed, len, grade=grade)], seats)
+    assert alone.baseline_accuracy == 0 and episode.gain == 0.75
+    assert episode.reward == teaching_reward(0, 0.75, episode.teaching_tokens)
 
 
 def test_a_leak_is_counted_and_penalised_though_the_student_was_right():
@@ -137,7 +171,7 @@ def test_the_answer_in_the_teachers_thoughts_is_no_leak_because_nobody_hears_it(
 def test_no_prompt_of_any_seat_holds_a_gold_answer():
     student, teacher = ScriptedSeat(student_rule), teacher_of(*tagged("good", "bad"), "malformed")
     run(teacher, student, baselines=3)
-    assert len(student.asked) + len(teacher.asked) == 4 + 4 + 12 + 4
+    assert len(student.asked) + len(teacher.asked) == 4 + 4 + 8 + 4
     assert not any("canary" in prompt for prompt in student.asked + teacher.asked)
 
 

@@ -15,13 +15,13 @@ import torch
 from conftest import ScriptedSeat, run_grpo
 
 import train_grpo
-from nano_atlas import batching as policy
-from nano_atlas import layout, protocol
+from nano_atlas import answers, layout, protocol
 from nano_atlas.checkpoint import load_model
 from nano_atlas.data import Problem
-from nano_atlas.episode import EpisodeConfig, sketch_problems, teach
+from nano_atlas.episode import EpisodeConfig, seeds, sketch, teach
 from nano_atlas.errors import UserError
 from nano_atlas.reward import RewardConfig, teaching_reward
+from nano_atlas.schedule import play
 from nano_atlas.seats import EmbeddedSeat
 
 PROBLEM = Problem("p", "What is 6 times 3?", "18")
@@ -34,9 +34,14 @@ def episodes_of(teacher_says: str, student_says: dict[str, str], **options):
         return next(reply for part, reply in student_says.items() if part in prompt)
 
     student, teacher = ScriptedSeat(student_rule), ScriptedSeat(lambda *_: teacher_says)
-    sketches = sketch_problems(student, [PROBLEM], EpisodeConfig(), "seed")
-    ((episode,),) = teach(student, teacher, sketches, EpisodeConfig(), RewardConfig(**options), "seed")
+    (episode,) = group_of(student, teacher, rewards=RewardConfig(**options))
     return episode, student.asked, teacher.asked
+
+
+def group_of(student, teacher, baselines=1, group_size=1, rewards=RewardConfig()):
+    config, seed, seats = EpisodeConfig(), seeds("seed"), {"student": student, "teacher": teacher}
+    (alone,) = play([sketch(PROBLEM, config, seed, baselines)], seats)
+    return play([teach(alone, config, rewards, seed, teacher.count_tokens, group_size)], seats)[0]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +64,7 @@ def test_fault_1_the_baseline_has_no_template_or_asks_for_no_answer_tag():
 
 def test_fault_2_the_gradient_is_taken_on_another_prompt_than_was_sampled_from(place, tmp_path, monkeypatch):
     """Sampled from question + approach, scored after the bare question: the run must stop at its first step."""
-    real = policy.policy_batches
+    real = train_grpo.policy_batches
 
     def on_the_bare_problem(samples, *arguments):
         bare = [dataclasses.replace(s.rollout, prompt_ids=s.rollout.prompt_ids[:40]) for s in samples]
@@ -67,11 +72,11 @@ def test_fault_2_the_gradient_is_taken_on_another_prompt_than_was_sampled_from(p
             [dataclasses.replace(s, rollout=rollout) for s, rollout in zip(samples, bare)], *arguments
         )
 
-    monkeypatch.setattr(policy, "policy_batches", on_the_bare_problem)
+    monkeypatch.setattr(train_grpo, "policy_batches", on_the_bare_problem)
     with pytest.raises(
         UserError, match="trainer and sampler disagree about the sampled tokens .* weights or prompts"
     ):
-        run_grpo(place, tmp_path / "out", max_logp_diff=0.01)
+        run_grpo(place, tmp_path / "out", beta=0.0)
     assert not (tmp_path / "out/metrics.jsonl").read_text()
 
 
@@ -126,13 +131,12 @@ def test_without_a_teaching_tag_the_student_is_handed_the_whole_completion(compl
     """That passed on the teacher's private thoughts, answer included, and rewarded it for forgetting the tag."""
     says = {protocol.PROBE_REQUEST: "Add.", "": "<solution>18</solution>"}
     episode, asked, _ = episodes_of(completion, says)
-    assert asked[-1] == protocol.baseline_messages(PROBLEM.question)[0]["content"]
+    assert len(asked) == 2 and asked[-1] == protocol.baseline_messages(PROBLEM.question)[0]["content"]
     assert episode.teaching is None and episode.reward < 0
 
 
-def test_the_reference_drifts_with_the_policy_unless_asked(place, tmp_path, monkeypatch):
+def test_the_reference_drifts_with_the_policy(place, tmp_path, monkeypatch):
     """Mixing 0.9 of the policy into the reference every other step made the KL no anchor to the SFT checkpoint."""
-    assert train_grpo.Config.reference_mixing == 0.0
     seen = []
     real = train_grpo.update
 
@@ -161,7 +165,7 @@ def test_the_gold_answer_is_in_the_prompt(place, tmp_path, monkeypatch):
     """GSM8K prompts were rendered with the solution in them. No seat of a real run may ever see the gold answer."""
     problems = tmp_path / "problems.jsonl"
     problems.write_text(
-        "".join(json.dumps({"question": f"Pick {i}.", "answer": f"canary{i}"}) + "\n" for i in range(8))
+        "".join(json.dumps({"question": f"Pick {i}.", "answer": f"canary{i}"}) + "\n" for i in range(20))
     )
     prompts = []
     real = EmbeddedSeat.ask
@@ -180,14 +184,13 @@ def test_probe_and_baselines_are_drawn_anew_for_every_copy_of_a_problem():
     """A "group" of 32 different situations: advantages then measure the student's luck."""
     student = ScriptedSeat(lambda prompt, seed, index: f"{seed}-{index}")
     teacher = ScriptedSeat(lambda prompt, seed, index: f"<teaching>{index}</teaching>")
-    sketches = sketch_problems(student, [PROBLEM], EpisodeConfig(), "seed", baselines=4)
-    (group,) = teach(student, teacher, sketches, EpisodeConfig(), RewardConfig(), "seed", group_size=8)
+    group = group_of(student, teacher, baselines=4, group_size=8)
     assert len(student.asked) == 1 + 1 + 8 and len(set(teacher.asked)) == 1
     assert len({id(episode.sketch) for episode in group}) == 1
 
 
 def test_copies_of_templates_and_extractors_drift_apart():
-    """There were three of each. Here they exist once, and whoever needs them imports `protocol`."""
+    """There were three of each. Here they exist once, and whoever needs them imports `protocol` or `answers`."""
     root = Path(train_grpo.__file__).parent
     texts = [
         protocol.ANSWER_FORMAT,
@@ -196,9 +199,10 @@ def test_copies_of_templates_and_extractors_drift_apart():
         "Teacher's guidance",
     ]
     extractor = re.compile(r"""re\.\w+\([^)\n]*(solution|teaching|thinking|boxed)""")
-    for path in [*root.glob("*.py"), *(root / "nano_atlas").glob("*.py")]:
+    extractors, templates = set(), set()
+    for path in [*root.glob("*.py"), *(root / "nano_atlas").rglob("*.py")]:
         source = path.read_text(encoding="utf-8")
-        if path.name != "protocol.py":
-            assert not extractor.search(source) and not [text for text in texts if text in source], path
-        else:
-            assert extractor.search(source) and all(text in source for text in texts)
+        extractors |= {path.name} if extractor.search(source) else set()
+        templates |= {path.name} if any(text in source for text in texts) else set()
+    assert extractors == {"protocol.py", "answers.py"} and templates == {"protocol.py"}
+    assert protocol.visible is answers.visible

@@ -124,8 +124,8 @@ def test_only_the_newest_state_is_kept_and_an_incomplete_one_is_never_seen(tmp_p
     def killed(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nano_atlas.optim.write_json", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("nano_atlas.optim.write_json", killed)
         save_training_state(tmp_path / "state", optimizer, 11)
     assert open_run(RunConfig(tmp_path)) == tmp_path / "state" / "step-00000010"
 

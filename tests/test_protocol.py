@@ -2,7 +2,7 @@
 
 import pytest
 
-from nano_atlas import protocol
+from nano_atlas import answers, protocol
 
 QUESTION = "What is 6 times 3?"
 
@@ -114,7 +114,7 @@ def test_the_target_of_a_demonstration_is_read_back_as_its_teaching():
     ("The answer is 18", None), ("", None),
 ])  # fmt: skip
 def test_the_answer_is_the_last_tagged_or_boxed_one_and_is_never_guessed(completion, answer):
-    assert protocol.extract_answer(completion) == answer
+    assert answers.extract_answer(completion) == answer
 
 
 @pytest.mark.parametrize(("answer", "gold"), [
@@ -123,7 +123,7 @@ def test_the_answer_is_the_last_tagged_or_boxed_one_and_is_never_guessed(complet
     ("New  York.", "new york"), (r"\frac{1}{2}", r"\frac{1}{2}"),
 ])  # fmt: skip
 def test_answers_are_equal_by_value_or_by_word(answer, gold):
-    assert protocol.is_correct(answer, gold)
+    assert answers.is_correct(answer, gold)
 
 
 @pytest.mark.parametrize(("answer", "gold"), [
@@ -132,7 +132,7 @@ def test_answers_are_equal_by_value_or_by_word(answer, gold):
     ("nan", "18"), ("1e3", "1000"), ("five", "5"),
 ])  # fmt: skip
 def test_everything_else_is_wrong(answer, gold):
-    assert not protocol.is_correct(answer, gold)
+    assert not answers.is_correct(answer, gold)
 
 
 # ------------------------------------------------------------------------------------------------------------------ leaks
@@ -145,7 +145,7 @@ def test_everything_else_is_wrong(answer, gold):
     ("It is Paris", "Paris."), (r"so \frac{1}{2}.", r"\frac{1}{2}"),
 ])  # fmt: skip
 def test_the_gold_answer_anywhere_in_a_teaching_is_a_leak(teaching, gold):
-    assert protocol.reveals_answer(teaching, gold)
+    assert answers.reveals_answer(teaching, gold)
 
 
 @pytest.mark.parametrize(("teaching", "gold"), [
@@ -154,4 +154,4 @@ def test_the_gold_answer_anywhere_in_a_teaching_is_a_leak(teaching, gold):
     ("New Jersey, York", "New York"), ("", "18"),
 ])  # fmt: skip
 def test_numbers_inside_numbers_and_words_inside_words_are_not_leaks(teaching, gold):
-    assert not protocol.reveals_answer(teaching, gold)
+    assert not answers.reveals_answer(teaching, gold)

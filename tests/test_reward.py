@@ -2,8 +2,16 @@
 
 import numpy as np
 import pytest
+from conftest import ScriptedSeat
 
+import eval as evaluation
+from nano_atlas import episode
+from nano_atlas.benches.results import TaskLog
+from nano_atlas.data import Problem
+from nano_atlas.protocol import PROBE_REQUEST
 from nano_atlas.reward import RewardConfig, efficiency, step_advantages, teaching_reward
+from nano_atlas.runtime.lanes import LaneConfig, Session, run_session
+from nano_atlas.schedule import play
 
 
 @pytest.mark.parametrize(("tokens", "improved", "kept"), [(0, 2.0, 1.0), (100, 1.5, 0.75), (400, 1.2, 0.6)])
@@ -34,10 +42,8 @@ def test_a_leak_forfeits_every_gain_and_costs_the_penalty(baseline, guided):
 @pytest.mark.parametrize(("option", "value", "situation", "reward"), [
     ("degradation_penalty", 0.0, (1, 0, 100, False), 0.0),
     ("degradation_penalty", 3.0, (0.5, 0, 100, False), -1.5),
-    ("keep_correct", 0.2, (1, 1, 100, False), 0.3),
     ("efficiency_weight", 0.0, (0, 1, 100, False), 1.0),
     ("efficiency_weight", 2.0, (1, 1, 100, False), 1.0),
-    ("leak_penalty", 0.25, (0, 1, 100, True), -0.25),
 ])  # fmt: skip
 def test_every_coefficient_changes_the_reward(option, value, situation, reward):
     changed = RewardConfig(**{option: value})
@@ -83,3 +89,44 @@ def test_the_trap_of_the_deviation():
     assert pushes["std"] == pytest.approx([0.935, 0.930], abs=1e-3)
     assert pushes["none"] == pytest.approx([0.946, 0.0165], abs=1e-3)
     assert pushes["batch"][0] / pushes["batch"][1] == pytest.approx(pushes["none"][0] / pushes["none"][1])
+
+
+# ------------------------------------------------------------------------------------------------- one rule for all
+
+
+@pytest.mark.parametrize("gold", ["18", "19"])  # the student is right, or wrong
+def test_a_malformed_teaching_is_worth_the_same_in_training_evaluation_and_runtime(tmp_path, gold):
+    """Nobody asks the student again: its own answer stands, and the teacher has lost half a point, whatever that answer is worth."""
+    problem = Problem("p", "What is 6 times 3?", gold, "math")
+    student = ScriptedSeat(
+        lambda prompt, *_: "Add." if PROBE_REQUEST in prompt else "<solution>18</solution>"
+    )
+    seats = {"student": student, "teacher": ScriptedSeat(lambda *_: "<teaching>Multiply.")}
+    is_right, count = gold == "18", student.count_tokens
+    probe_and_answer = 2
+
+    (trained,) = play(
+        [episode.episode(problem, episode.EpisodeConfig(), RewardConfig(), episode.seeds(0), count, 1, 1)],
+        seats,
+    )
+    assert (trained[0].reward, trained[0].guided.is_correct) == (-0.5, is_right)
+    assert len(student.asked) == probe_and_answer
+
+    config = evaluation.Config(
+        bench="gsm8k", student="http://s", teacher=("t=http://t",), control=(), out=tmp_path
+    )
+    with TaskLog(tmp_path / "tasks.jsonl") as log:
+        by_name = {"student": seats["student"], "t": seats["teacher"]}
+        evaluation.evaluate(
+            config, {"math": [problem]}, log, evaluation.verifier(config), by_name.__getitem__
+        )
+        alone, taught = (log.get(arm, problem)[0] for arm in ("student", "t"))
+    assert (
+        taught.teaching is None and taught.attempt == alone.attempt and alone.attempt.is_correct == is_right
+    )
+    assert len(student.asked) == 2 * probe_and_answer
+
+    session = Session("s", problem, 0, lane="paired")
+    play([run_session(session, LaneConfig(), count)], seats)
+    assert (session.reward, session.is_malformed) == (-0.5, True)
+    assert len(student.asked) == 3 * probe_and_answer

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import STUDENT_WORDS, byte_tokenizer, lively_checkpoint, lively_model
 
-from nano_atlas import client
+from nano_atlas import seats
 from nano_atlas.errors import UserError
 from nano_atlas.seats import EmbeddedSeat, EndpointSeat, Generation, Question, is_url, open_seat
 
@@ -19,7 +19,7 @@ HELLO = [[{"role": "user", "content": "Hello"}]]
 def server(monkeypatch):
     """An OpenAI-compatible endpoint that plays `server.script`, a list of (status, body), and then answers properly."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(client.time, "sleep", lambda seconds: instance.pauses.append(seconds))
+    monkeypatch.setattr(seats.time, "sleep", lambda seconds: instance.pauses.append(seconds))
 
     class Handler(BaseHTTPRequestHandler):
         def answer(self):
@@ -132,7 +132,7 @@ def test_a_refusal_is_not_repeated_and_never_shows_the_key(server):
 
 
 def test_a_server_that_is_not_there_is_named_and_the_key_is_not(monkeypatch):
-    monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(seats.time, "sleep", lambda seconds: None)
     for key in (KEY, KEY + "\n"):  # a line break, as from a file, would be an illegal header
         monkeypatch.setenv("OPENAI_API_KEY", key)
         with pytest.raises(UserError, match="http://127.0.0.1:9/v1/models failed .ConnectError") as caught:
@@ -141,14 +141,15 @@ def test_a_server_that_is_not_there_is_named_and_the_key_is_not(monkeypatch):
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:port", "http://127.0.0.1:99999", "http:///nowhere"])
-def test_a_url_that_is_none_is_refused(url):
+def test_a_url_that_is_none_is_refused(url, monkeypatch):
+    monkeypatch.setattr(seats.time, "sleep", lambda seconds: None)
     with pytest.raises(UserError, match="/v1/models failed"):
         EndpointSeat(url)
 
 
 def test_a_server_without_models_and_replies_without_content_or_usage(server):
     server.script = [(200, {"data": []})]
-    with pytest.raises(UserError, match="lists no model; name one with"):
+    with pytest.raises(UserError, match="lists no model; name one after the address: URL#MODEL"):
         EndpointSeat(server.url)
     server.script = [
         (200, {"choices": [{"message": {"content": None}}], "usage": None}),
@@ -156,6 +157,19 @@ def test_a_server_without_models_and_replies_without_content_or_usage(server):
     ]
     reply = say(EndpointSeat(server.url, "m"))[0][0]
     assert (reply.text, reply.tokens, reply.is_truncated) == ("", 0, False)
+
+
+def test_a_completion_may_carry_other_fields_and_gives_the_servers_own_choice_too(server):
+    seat = EndpointSeat(server.url, "m")
+    call = {"id": "c", "function": {"name": "f", "arguments": "{}"}}
+    message, usage = {"content": None, "tool_calls": [call]}, {"prompt_tokens": 3, "completion_tokens": 2}
+    server.script = [
+        (200, {"choices": [{"message": message, "finish_reason": "tool_calls"}], "usage": usage})
+    ]
+    choice, reply = seat.complete(HELLO[0], Generation(20), 2**31 + 5, tools=["t"])
+    assert choice["message"]["tool_calls"] == [call]
+    assert (reply.text, reply.prompt_tokens, reply.tokens, reply.is_truncated) == ("", 3, 2, False)
+    assert server.requests[-1][2]["tools"] == ["t"] and server.requests[-1][2]["seed"] == 5
 
 
 def test_without_a_key_the_one_that_vllm_ignores_is_sent(server, monkeypatch):
@@ -201,7 +215,7 @@ def test_the_thinking_switch_reaches_the_template():
 
 def test_a_seat_opens_from_a_directory_or_a_url(server, tmp_path):
     assert is_url("http://host") and is_url("https://host") and not is_url("runs/http")
-    assert isinstance(open_seat(server.url), EndpointSeat)
+    assert (open_seat(server.url).model, open_seat(f"{server.url}#other/one").model) == ("first", "other/one")
     seat = open_seat(str(lively_checkpoint(tmp_path / "model", 0, STUDENT_WORDS)))
     assert isinstance(seat, EmbeddedSeat) and seat.count_tokens("héllo") == 6
     with pytest.raises(UserError, match="nowhere"):

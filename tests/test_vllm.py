@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_tokenizer, grpo_flags, records, run_grpo
+from conftest import TEACHER_WORDS, byte_tokenizer, grpo_flags, records, run_grpo
 from safetensors.torch import load_file
 
 import train_grpo
@@ -42,6 +42,22 @@ def random_model(seed: int, width: int = 48) -> Transformer:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter *= 10 if parameter.ndim == 2 else 1  # away from uniform distributions
+    return model
+
+
+@torch.no_grad()
+def teaching_model() -> Transformer:
+    """Draws TEACHER_WORDS almost only. Channel 0 of an embedding says whether it is one; the last MLP makes its size a bias."""
+    model = random_model(4)
+    embeddings, mlp = model.model.embed_tokens.weight, model.model.layers[-1].mlp
+    embeddings[:, 0] = -4.0
+    embeddings[[byte_tokenizer().backend.token_to_id(word) for word in TEACHER_WORDS], 0] = 4.0
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
+    for projection in (mlp.gate_proj.weight, mlp.up_proj.weight):
+        projection[:2] = 0.0
+        projection[0, 0], projection[1, 0] = 1.0, -1.0
+    mlp.down_proj.weight[0, :2] = 20.0
     return model
 
 
@@ -171,7 +187,7 @@ def server(tmp_path_factory):
     with running:
         yield running
         processes = processes_of(running)
-    assert len(processes) > 1 and all(map(gone, processes))
+    assert len(processes) > 2 and wait_for(lambda: all(map(gone, processes)))
 
 
 def processes_of(server: VllmServer) -> list[int]:
@@ -318,7 +334,7 @@ def test_requests_that_cannot_be_served_are_refused(server):
 
 def test_grpo_through_vllm_with_overlap_and_after_an_interruption(server, place, tmp_path, monkeypatch):
     """Each batch is one update old but the first and the one that a continued run samples anew."""
-    save_model(tmp_path / "teacher", random_model(4), byte_tokenizer())
+    save_model(tmp_path / "teacher", teaching_model(), byte_tokenizer())
     options = {
         "teacher": tmp_path / "teacher",
         "rollout": server.url,
@@ -347,7 +363,7 @@ def test_grpo_through_vllm_with_overlap_and_after_an_interruption(server, place,
 
 def test_two_processes_of_torchrun_train_through_one_server_as_one_does(server, place, tmp_path):
     """Rank 0 asks the server and brings it the weights, gathered from both; the other gets its share of the rollouts."""
-    save_model(tmp_path / "teacher", random_model(4), byte_tokenizer())
+    save_model(tmp_path / "teacher", teaching_model(), byte_tokenizer())
     options = {"teacher": tmp_path / "teacher", "rollout": server.url, "eval_every": 0, "steps": 2}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, train_grpo.__file__, *grpo_flags(place, tmp_path / "two", **options)]
@@ -427,7 +443,7 @@ def test_grpo_starts_a_server_of_its_own_and_leaves_nothing_of_it(place, tmp_pat
     """An error in the midst of the run: server, engine and the weights in shared memory are gone, and the run can go on."""
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vllm is not installed")
-    save_model(tmp_path / "teacher", random_model(4), byte_tokenizer())
+    save_model(tmp_path / "teacher", teaching_model(), byte_tokenizer())
     processes, folders, real = [], [], VllmSampler.sync
 
     def sync(self, model, version):
@@ -442,5 +458,6 @@ def test_grpo_starts_a_server_of_its_own_and_leaves_nothing_of_it(place, tmp_pat
     options = {"rollout": "vllm", "vllm_args": "--enforce-eager", "eval_every": 0}
     with pytest.raises(UserError, match="out of luck"):
         run_grpo(place, tmp_path / "out", teacher=tmp_path / "teacher", **options)
-    assert len(processes) > 2 and all(map(gone, processes)) and not folders[0].parent.exists()
+    assert len(processes) > 2 and wait_for(lambda: all(map(gone, processes)))
+    assert not folders[0].parent.exists()
     assert "Application startup complete" in (tmp_path / "out/vllm.log").read_text()

@@ -65,12 +65,11 @@ def load_tasks(path: Path, limit: int | None) -> dict[str, list[Problem]]:
 
 def is_correct(answer: str, gold: str) -> bool:
     """The same items in any order, whatever their case, quotes and brackets."""
-    return _items(answer) == _items(gold)
 
+    def items(text: str) -> set[str]:
+        return {part.strip(" .'\"") for part in re.split(r"[,;\n]", text.strip(" .[]").casefold())} - {""}
 
-def _items(answer: str) -> set[str]:
-    parts = re.split(r"[,;\n]", answer.strip(" .[]").casefold())
-    return {part.strip(" .'\"") for part in parts} - {""}
+    return items(answer) == items(gold)
 
 
 class QueryingSeat:

@@ -16,7 +16,7 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from statistics import mean
 from typing import Any
 
@@ -35,6 +35,7 @@ from tau2.utils.utils import get_now
 
 from nano_atlas import protocol
 from nano_atlas.answers import visible
+from nano_atlas.benches.results import TaskResult
 from nano_atlas.config import derive_seed
 from nano_atlas.episode import EpisodeConfig
 from nano_atlas.errors import UserError
@@ -126,6 +127,12 @@ def teacher_guide(student: Seat, teacher: Seat, config: EpisodeConfig) -> Guide:
         return Guidance(approach.text, approach.tokens, reply.text, reply.tokens, reply.is_truncated, told)
 
     return guide
+
+
+def repeat(result: TaskResult) -> Guide:
+    """A guide that says what a teacher said in another dialogue."""
+    guidance = Guidance(*(getattr(result, field.name) for field in fields(Guidance)))
+    return lambda agent, opening: guidance
 
 
 class Guided:

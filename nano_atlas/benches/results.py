@@ -12,7 +12,7 @@ from nano_atlas.errors import UserError
 from nano_atlas.runs import Journal, read_json, read_jsonl, write_json
 
 STUDENT = "student"  # the arm that all others are compared with
-RESULT_FILES = "tasks.jsonl", "run.json", "results.json", "tables.md", "floors.json", "tau2-*.json"
+RESULT_FILES = "tasks.jsonl", "run.json", "results.json", "tables.md", "tau2-*.json"
 Key = tuple[str, str, str, int]  # arm, domain, id, sample
 
 

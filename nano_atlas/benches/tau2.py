@@ -23,7 +23,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from statistics import mean
@@ -173,7 +173,7 @@ def intent(name: str, domain: str) -> str:
 
 def evaluate(config: Config, tasks: Sequence, log: TaskLog) -> None:
     """Every (arm, task, trial) that the log lacks, `workers` at a time. Teachers are opened one after the other."""
-    from nano_atlas.benches.dialogue import Guidance, simulate, teacher_guide
+    from nano_atlas.benches.dialogue import repeat, simulate, teacher_guide
 
     draws = random.Random(config.seed)
     seeds = [draws.randint(0, 1_000_000) for _ in range(config.trials)]  # as tau2 draws them
@@ -188,9 +188,7 @@ def evaluate(config: Config, tasks: Sequence, log: TaskLog) -> None:
     def run(task: Any, trial: int) -> TaskResult:
         told = guide
         if arm == SHUFFLED:
-            given = log.results[key(list(config.teachers)[-1], donors[task.id], trial)]
-            guidance = Guidance(*(getattr(given, field.name) for field in fields(Guidance)))
-            told = lambda *_: guidance  # noqa: E731
+            told = repeat(log.results[key(list(config.teachers)[-1], donors[task.id], trial)])
         seats = student, user, generation, told
         simulation, guidance = simulate(task, config.domain, *seats, seeds[trial], config.max_steps)
         return task_result(key(arm, task, trial), simulation | {"trial": trial}, vars(guidance))
@@ -202,10 +200,11 @@ def evaluate(config: Config, tasks: Sequence, log: TaskLog) -> None:
                 continue
             student = student or config.open(config.student)
             user = user or (None if config.is_solo else config.open(config.user))
-            teacher = student if arm == UNTRAINED else None
+            teacher, guide = student if arm == UNTRAINED else None, None  # frees the teacher before
             if arm in config.teachers:
                 teacher = config.open(config.teachers[arm])
-            guide = teacher and teacher_guide(student, teacher, config.episode)
+            if teacher:
+                guide = teacher_guide(student, teacher, config.episode)
             bar.set_description(arm)
             for result in in_parallel(run, missing, config.workers):
                 log.append([result])
@@ -240,7 +239,7 @@ def in_parallel(run: Callable[..., TaskResult], jobs: Sequence[tuple], workers: 
             pool.submit(run, *job).add_done_callback(finished.put)
         for _ in jobs:
             unreached.append(finished.get().result())
-            if end_of(unreached[-1]) not in UNREACHED:
+            if unreached[-1].record["termination_reason"] not in UNREACHED:
                 yield from unreached
                 unreached.clear()
             elif len(unreached) == GIVE_UP:
@@ -252,10 +251,6 @@ def in_parallel(run: Callable[..., TaskResult], jobs: Sequence[tuple], workers: 
 
 
 # ------------------------------------------------------------------------------------------------------------------ the outcome
-
-
-def end_of(result: TaskResult) -> str:
-    return result.record["termination_reason"]
 
 
 def write_official(config: Config, tasks: Sequence, log: TaskLog) -> None:
@@ -291,7 +286,7 @@ def own_tables(config: Config, out: Path) -> str:
     for score in scores.make_report([*groups, *results], config.arms, [], config.trials).scores:
         name, rates = config.names.get(score.arm, score.arm), score.pass_hat_k.values()
         passed.append([f"{score.domain}: {name}", str(score.tasks), *(f"{100 * rate:.1f}" for rate in rates)])
-    ends = sorted({end_of(result) for result in results})
+    ends = sorted({result.record["termination_reason"] for result in results})
     costs = [["", *COSTS, *ends]]
     for arm in config.arms:
         runs = [result.record for result in results if result.arm == arm]

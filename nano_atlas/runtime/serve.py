@@ -14,13 +14,12 @@ import hmac
 import json
 import os
 import signal
-import socket
 import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from nano_atlas.config import derive_seed
@@ -28,6 +27,7 @@ from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
 from nano_atlas.runs import Journal
 from nano_atlas.runtime.deploy import KEY_VARIABLE
+from nano_atlas.runtime.guard import Trial
 from nano_atlas.runtime.lanes import Session, new_session, run_session
 from nano_atlas.runtime.learning import Experience
 from nano_atlas.runtime.traces import Outcome, Trace, past_outcomes
@@ -50,21 +50,14 @@ MOST_BYTES = 1_000_000  # of a request body; longer ones get HTTP 413
 KEEP_ALIVE = 5.0  # seconds between two comments in a stream
 
 
-@dataclass
-class Answer:
-    text: str
-    is_truncated: bool
-    prompt_tokens: int
-    completion_tokens: int
-
-
+Answer = Callable[[str, dict[str, Any]], tuple[Trial, Outcome]]  # (question, options) -> what is returned
 Record = Callable[[Session, Experience, Any], tuple[Outcome, Trace]]
 
 
 def serve_pair(config: Any, seats: Mapping[str, Seat], record: Record) -> None:
     """Answers requests as sessions, one trace each; strategies and skills learn from those that can be scored.
 
-    config, record: of runtime_loop.py.
+    config, record: of runtime_loop.py. Ends on SIGINT or SIGTERM.
     """
     lock = threading.Lock()  # of experience, journal, and a sampler, which takes one caller at a time
     has_sampler = any(getattr(seat, "is_batched", False) for seat in seats.values())
@@ -73,7 +66,7 @@ def serve_pair(config: Any, seats: Mapping[str, Seat], record: Record) -> None:
         for past in past_outcomes(journal):
             experience.learn([past])
 
-        def answer(question: str, options: dict[str, Any]) -> Answer:
+        def answer(question: str, options: dict[str, Any]) -> tuple[Trial, Outcome]:
             student, teacher = config.temperature
             this = replace(
                 config,
@@ -92,35 +85,19 @@ def serve_pair(config: Any, seats: Mapping[str, Seat], record: Record) -> None:
                 experience.learn([outcome])
             if not session.trials:
                 raise UserError(session.fault)
-            chosen, read = session.trials[session.chosen], outcome.prompt_tokens
-            return Answer(chosen.text, chosen.is_truncated, sum(read.values()), sum(outcome.tokens.values()))
+            return session.trials[session.chosen], outcome
 
-        serve(config.host, config.serve, answer)
-
-
-def serve(
-    host: str,
-    port: int,
-    answer: Callable[[str, dict[str, Any]], Answer],
-    ready: Callable[[str], None] = print,
-) -> None:
-    """Serves until SIGINT or SIGTERM. answer(question, options) is called in a thread per request, and may raise anything."""
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise UserError(f"cannot listen on {host}, port {port}: {error.strerror}") from None
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)  # uvicorn stops on them, and then raises them once more
-    with ThreadPoolExecutor(MOST_REQUESTS) as pool:
-        server = uvicorn.Server(uvicorn.Config(make_app(answer, pool), log_level="critical", lifespan="off"))
-        ready(f"serving http://{host}:{listener.getsockname()[1]}/v1 (model {MODEL}); Ctrl-C stops")
-        server.run(sockets=[listener])
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)  # uvicorn stops on them, and then raises them once more
+        with ThreadPoolExecutor(MOST_REQUESTS) as pool:
+            app = make_app(answer, pool)
+            uvicorn.run(app, host=config.host, port=config.serve, lifespan="off", access_log=False)
 
 
-def make_app(answer: Callable[[str, dict[str, Any]], Answer], pool: ThreadPoolExecutor) -> Starlette:
+def make_app(answer: Answer, pool: ThreadPoolExecutor) -> Starlette:
+    """The ASGI application. `answer` is called in a thread per request, and may raise anything."""
     key = os.environ.get(KEY_VARIABLE, "")
-    running: set[asyncio.Future[Answer]] = set()
+    running: set[asyncio.Future] = set()
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -194,7 +171,7 @@ def _text(content: Any) -> str:
     return content
 
 
-async def events(future: asyncio.Future[Answer]) -> AsyncIterator[str]:
+async def events(future: asyncio.Future) -> AsyncIterator[str]:
     """A stream's events: comments until the answer is there, the answer, [DONE]."""
     yield ": working\n\n"
     while not (await asyncio.wait([future], timeout=KEEP_ALIVE))[0]:
@@ -202,19 +179,19 @@ async def events(future: asyncio.Future[Answer]) -> AsyncIterator[str]:
     yield f"data: {json.dumps(result(future, 'delta')[1])}\n\ndata: [DONE]\n\n"
 
 
-def result(future: asyncio.Future[Answer], part: str) -> tuple[int, dict[str, Any]]:
+def result(future: asyncio.Future, part: str) -> tuple[int, dict[str, Any]]:
     """HTTP status and content: the completion, or the fault that its session ended in. part: "message", or "delta" in a stream."""
     if (error := future.exception()) is not None:
         return 502, failure(HTTPException(502, f"{type(error).__name__}: {error}"))
-    found = future.result()
-    read, generated = found.prompt_tokens, found.completion_tokens
+    trial, outcome = future.result()
+    read, generated = sum(outcome.prompt_tokens.values()), sum(outcome.tokens.values())
     choice = {
         "index": 0,
-        part: {"role": "assistant", "content": found.text},
-        "finish_reason": "length" if found.is_truncated else "stop",
+        part: {"role": "assistant", "content": trial.text},
+        "finish_reason": "length" if trial.is_truncated else "stop",
     }
     return 200, {
-        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "id": f"chatcmpl-{outcome.session_id}",
         "object": "chat.completion.chunk" if part == "delta" else "chat.completion",
         "created": int(time.time()),
         "model": MODEL,

@@ -86,7 +86,7 @@ class VllmServer:
         raise UserError(f"the vLLM server {state}; what it said is in {self.log}:\n  {ending}")
 
     def stop(self, keep_directory: bool = False) -> None:
-        """Ends the server and returns when all its processes are gone."""
+        """Ends the server with all its processes."""
         if self._process is not None:
             self._process.communicate(b"e")  # to the supervisor, if that is still there
             self._process = None

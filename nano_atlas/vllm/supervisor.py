@@ -15,7 +15,7 @@ import subprocess
 import sys
 from contextlib import suppress
 
-PATIENCE = 10.0  # seconds between asking the command to end and killing its group
+PATIENCE = 10.0  # seconds between asking the group to end and killing it
 
 
 def main() -> int:
@@ -25,7 +25,7 @@ def main() -> int:
     while child.poll() is None:
         if select.select([0], [], [], 0.2)[0]:
             is_orphan = not os.read(0, 1)
-            child.terminate()
+            os.killpg(child.pid, signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
                 child.wait(PATIENCE)
             break
