@@ -201,7 +201,11 @@ class RunLog:
         if rank() > 0:
             return
         self._journal = Journal(path)
-        steps = [record.get("step", math.inf) for _, record in self._journal.records()]
+        steps = []
+        for number, record in self._journal.records():
+            if "step" not in record:
+                raise UserError(f"{path}:{number}: no metrics record; fix or delete it, or use --restart")
+            steps.append(record["step"])
         self._journal.keep(sum(step <= resumed_step for step in steps))
         if wandb:
             try:
