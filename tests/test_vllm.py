@@ -324,7 +324,7 @@ def test_weights_that_another_run_has_put_there_are_noticed_and_replaced(server,
 
 def test_requests_that_cannot_be_served_are_refused(server):
     sampler = sampler_at(server, random_model(2))
-    with pytest.raises(UserError, match="520 tokens exceed the server's context of 512"):
+    with pytest.raises(UserError, match="520 tokens exceed the server's --max-model-len of 512"):
         sampler.generate([Request((1,) * 20, SamplingParams(500))])
     with pytest.raises(UserError, match="HTTP 400.*out of vocabulary"):
         sampler.generate([Request((10**6,), SamplingParams(5))])
