@@ -215,6 +215,7 @@ print((kib("VmHWM") - before) * 1024, sum(p.numel() * p.element_size() for p in 
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="resident memory is read from Linux's /proc"
 )
@@ -260,6 +261,7 @@ with atomic_directory(sys.argv[1]) as folder:
 """
 
 
+@pytest.mark.processes
 def test_a_killed_save_leaves_the_old_directory_and_no_lasting_litter(tmp_path):
     path = tmp_path / "run" / "last"
     write_value(path, 1)
@@ -283,6 +285,7 @@ while True:
 """
 
 
+@pytest.mark.processes
 def test_kill_9_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
     """A process that replaces one checkpoint by another without pause is killed at several moments: one of the two is there."""
     models = [tiny_model(seed) for seed in (1, 2)]
