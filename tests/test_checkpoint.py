@@ -217,7 +217,6 @@ print((kib("VmHWM") - before) * 1024, sum(p.numel() * p.element_size() for p in 
 """
 
 
-@pytest.mark.processes
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="resident memory is read from Linux's /proc"
 )
@@ -265,7 +264,6 @@ def in_child(action) -> int:
     return child
 
 
-@pytest.mark.processes
 def test_a_killed_save_leaves_the_old_directory_and_no_lasting_litter(tmp_path):
     path = tmp_path / "run" / "last"
     write_value(path, 1)
@@ -283,21 +281,6 @@ def test_a_killed_save_leaves_the_old_directory_and_no_lasting_litter(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["last"]
 
 
-<<<<<<< HEAD
-=======
-SAVE_FOREVER = """
-import sys
-from nano_atlas.checkpoint import load_model, save_model
-models = [load_model(path) for path in sys.argv[2:]]
-print("saving", flush=True)
-while True:
-    for model in models:
-        save_model(sys.argv[1], model, None)
-"""
-
-
-@pytest.mark.processes
->>>>>>> wing-suite
 def test_kill_9_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
     """A process that replaces one checkpoint by another without pause is killed at several moments: one of the two is there."""
     models = [tiny_model(seed) for seed in (1, 2)]
