@@ -188,7 +188,7 @@ class EndpointSeat:
         answer = self.client.request("POST", "/v1/chat/completions", body, choices=1)
         (choice,), usage = answer["choices"], answer.get("usage") or {}
         text = (choice.get("message") or {}).get("content") or ""
-        read, written = usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)
+        read, written = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
         return choice, Reply(text, written, choice.get("finish_reason") == "length", None, read)
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:
