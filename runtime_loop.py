@@ -21,7 +21,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 
@@ -116,18 +116,15 @@ def run(config: Config, tasks: Sequence[Problem], seats: Mapping[str, Seat] | No
             experience.learn(outcomes)
             log.log(start + len(batch), **runtime_metrics(outcomes), skills=len(experience.playbook.entries))
     if config.skill_writer:  # to read; nothing reads it back
-        write_json(config.out / "playbook.json", {"entries": experience.playbook.summary()})
+        entries = [asdict(entry) | {"effect": entry.effect} for entry in experience.playbook.entries.values()]
+        write_json(config.out / "playbook.json", {"entries": entries})
     return [done[name] for name in ids]
 
 
 def record(session: Session, experience: Experience, config: Config) -> tuple[Outcome, dict]:
     """The outcome of a finished session, and its trace."""
-    metadata = {
-        "student": config.student,
-        "teacher": config.teacher,
-        "seed": config.seed,
-        "completed_at": now(),
-    }
+    metadata = {name: getattr(config, name) for name in ("student", "teacher", "seed")}
+    metadata["completed_at"] = now()
     review = "pending" if config.require_approval else "approved"
     history = experience.strategies.history(session.learning_key)
     return session_record(session, review=review, metadata=metadata, learning_history=history)

@@ -29,13 +29,17 @@ TOOL_ROUNDS = 16  # requests per answer; an agent that still wants tools after t
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
 
 
+def estimated_tokens(text: str) -> int:
+    return (len(text) + 3) // 4  # about four characters a token
+
+
 @dataclass
 class Agent:
     """A seat in which `reply(question, seed)` answers, one conversation at a time. It may raise anything."""
 
     reply: Callable[[Question, int], Reply]
     is_batched = False
-    count_tokens = EndpointSeat.count_tokens
+    count_tokens = staticmethod(estimated_tokens)
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:
         return [[self.reply(q, q.seed + place) for place in range(q.n)] for q in questions]
@@ -49,7 +53,7 @@ def open_agent(spec: str, *where: Any) -> Seat:
         client = Client(url, tries=1)  # the service may not be idempotent
         return Agent(partial(call_function, partial(post, client, path or "response")))
     if not is_url(spec) and is_url(url):
-        return Agent(partial(chat_with_tools, open_seat(url), load_object(tools, Sequence)))
+        return Agent(partial(chat_with_tools, open_seat(url), load_object(tools, list)))
     if not is_url(spec) and ":" in spec and not Path(spec).exists():
         return Agent(partial(call_function, load_object(spec)))
     return open_seat(spec, *where)
@@ -64,9 +68,9 @@ def load_object(spec: str, kind: type = Callable) -> Any:
         found = reduce(getattr, name.split("."), importlib.import_module(module))
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{spec}: {error}; it should be MODULE:NAME of something importable") from None
-    if not isinstance(found, kind):
-        raise UserError(f"{spec} is a {type(found).__name__}, not a {kind.__name__}")
-    return found
+    if isinstance(found, kind):
+        return found
+    raise UserError(f"{spec} is a {type(found).__name__}, not a {kind.__name__}")
 
 
 def resolve(value: Any) -> Any:
@@ -88,8 +92,9 @@ def call_function(function: Callable[..., Any], question: Question, seed: int) -
     content, usage = value.get("content"), value.get("usage") or {}
     if not isinstance(content, str):
         raise TypeError(f"returned {type(content).__name__} instead of a text")
-    read, written = usage.get("prompt_tokens"), usage.get("completion_tokens")  # else four characters a token
-    return Reply(content, written or (len(content) + 3) // 4, False, None, read or (len(prompt) + 3) // 4)
+    read = int(usage.get("prompt_tokens") or estimated_tokens(prompt))
+    written = int(usage.get("completion_tokens") or estimated_tokens(content))
+    return Reply(content, written, False, None, read)
 
 
 def post(client: Client, path: str, prompt: str, metadata: dict) -> dict:
@@ -100,9 +105,7 @@ def post(client: Client, path: str, prompt: str, metadata: dict) -> dict:
     return {"content": value, "usage": body.get("usage")}
 
 
-def chat_with_tools(
-    endpoint: EndpointSeat, tools: Sequence[Callable], question: Question, seed: int
-) -> Reply:
+def chat_with_tools(endpoint: EndpointSeat, tools: list[Callable], question: Question, seed: int) -> Reply:
     """The reply of a chat model that may call Python functions before it answers."""
     messages, read, written = list(question.messages), 0, 0
     schemas = [tool_schema(tool) for tool in tools]
@@ -118,7 +121,7 @@ def chat_with_tools(
     raise UserError(f"still calls tools after {TOOL_ROUNDS} rounds")
 
 
-def use_tool(tools: Sequence[Callable], wanted: dict[str, str]) -> str:
+def use_tool(tools: list[Callable], wanted: dict[str, str]) -> str:
     """What a tool returns, or its complaint, so that the model can correct its call."""
     try:
         tool = {tool.__name__: tool for tool in tools}[wanted["name"]]

@@ -96,9 +96,6 @@ class Session:
         return derive_seed(self.seed, self.id, kind, len(self.events))
 
 
-# ------------------------------------------------------------------------------------------------------- task analysis
-
-
 def new_session(name: str, task: Problem, experience: learning.Experience, config: LaneConfig) -> Session:
     """Lane and strategy by what is known about this kind of task."""
     key = task.domain or "general"
@@ -119,9 +116,6 @@ def choose_lane(record: Sequence[float], forced: str = "adaptive") -> dict[str, 
     capability = (sum(record) + 1 / 3) / (len(record) + 2 / 3)
     lane = next((lane for lane, least in THRESHOLDS.items() if capability >= least), "coach")
     return {"mode": lane, "confidence": capability, "by": "record"}
-
-
-# ----------------------------------------------------------------------------------------------------- experimentation
 
 
 def run_session(session: Session, config: LaneConfig, count_tokens: Callable[[str], int]) -> Script:
@@ -165,15 +159,13 @@ def attempts(session: Session, config: LaneConfig) -> Script:
     task, is_coached = session.task, session.lane == "coach"
     if is_coached:
         messages = protocol.user_turn(task.question, PLAN_REQUEST)
-        ((reply,),) = yield from ask(
-            Call("student", "plan", messages, config.answering, session.draw("plan"))
-        )
+        call = Call("student", "plan", messages, config.answering, session.draw("plan"))
+        ((reply,),) = yield from ask(call)
         steps = list(enumerate(parse_plan(reply.text), start=1))
         session.plan = [{"id": number, "description": step, "depends_on": []} for number, step in steps]
         session.approach = "\n".join(f"{number}. {step}" for number, step in steps)
-    alone = yield from sketch(
-        task, config if session.lane == "paired" else replace(config, probe_tokens=0), session.draw
-    )
+    probing = config if session.lane == "paired" else replace(config, probe_tokens=0)
+    alone = yield from sketch(task, probing, session.draw)
     shown = session.approach = session.approach or alone.approach
     yield from validate(session, config, "alone", alone.baselines[0])
     if is_coached:

@@ -163,10 +163,6 @@ class Playbook:
             worst = min(self.entries.values(), key=lambda e: (e.effect or 0.0, -e.sessions_observed))
             del self.entries[worst.id]
 
-    def summary(self) -> list[dict[str, Any]]:
-        names = ("id", "kind", "pattern", "imperative", "strategy", "hits", "adoptions", "effect")
-        return [{name: getattr(entry, name) for name in names} for entry in self.entries.values()]
-
 
 def read_entries(text: str, secret: str | None) -> list[dict[str, Any]]:
     """The first two entries in a skill writer's reply that pass the gates, as arguments of Entry. secret: the answer of the task."""
@@ -179,18 +175,14 @@ def read_entries(text: str, secret: str | None) -> list[dict[str, Any]]:
             re.compile(pattern if kind == "regex" else "")
         except (TypeError, KeyError, AttributeError, re.error, RecursionError, OverflowError):
             continue
-        strategy = strategy if strategy in list(TEACHING_STYLES) else None
         is_a_cue = kind in ("keyword", "regex") and 2 <= len(pattern) <= LONGEST_TEXT
+        strategy = strategy if strategy in list(TEACHING_STYLES) else None
         is_actionable = (imperative or strategy) and len(imperative) <= LONGEST_TEXT
-        is_particular = re.search(PARTICULARS, f"{imperative} {pattern}") or (
-            secret and reveals_answer(imperative, secret)
-        )
-        if is_a_cue and is_actionable and not is_particular and not re.search(NESTED_REPETITION, pattern):
-            cue, action = (
-                {"type": kind, "pattern": pattern},
-                {"imperative": imperative or None, "strategy": strategy},
-            )
-            content = json.dumps({"cue": cue, "action": action}, sort_keys=True)
-            name = hashlib.sha256(content.encode()).hexdigest()[:12]
+        is_general = not re.search(PARTICULARS, f"{imperative} {pattern}")
+        is_general &= not (secret and reveals_answer(imperative, secret))
+        if is_a_cue and is_actionable and is_general and not re.search(NESTED_REPETITION, pattern):
+            action = {"imperative": imperative or None, "strategy": strategy}
+            content = {"cue": {"type": kind, "pattern": pattern}, "action": action}
+            name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
             entries.append({"id": name, "kind": kind, "pattern": pattern, **action})
     return entries[:2]
