@@ -24,6 +24,7 @@ from nano_atlas.config import derive_seed
 from nano_atlas.data import Problem, load_problems
 from nano_atlas.errors import UserError
 from nano_atlas.protocol import ANSWER_FORMAT, baseline_messages
+from nano_atlas.runtime.report import summary
 from nano_atlas.runtime.review import export_traces
 from runtime_loop import Config, session_ids
 
@@ -51,9 +52,9 @@ def test_every_task_leaves_one_trace_and_the_traces_train_the_next_teacher(confi
 
 
 def test_metrics_and_summary_say_what_happened(config):
-    report = runtime_loop.summary(run(config, TASKS, Student(), Teacher()))
-    assert "23 tasks, 23 scored" in report
-    assert "student alone        34.8%" in report and "guided              100.0%   (+65.2 points)" in report
+    text = summary(run(config, TASKS, Student(), Teacher()))
+    assert "23 tasks, 23 scored" in text
+    assert "student alone        34.8%" in text and "guided              100.0%   (+65.2 points)" in text
     rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [5, 10, 15, 20, 23]
     assert (
@@ -209,7 +210,7 @@ def test_without_ground_truth_a_guided_answer_is_returned_unless_only_the_baseli
     assert all(
         o.returned_attempt == "guided" and o.reward is o.baseline is o.guided is None for o in outcomes
     )
-    assert "student alone" not in runtime_loop.summary(outcomes)
+    assert "student alone" not in summary(outcomes)
 
     class Speechless(Student):
         def reply(self, prompt, seed):
@@ -241,7 +242,7 @@ def test_failed_sessions_are_recorded_and_the_same_command_tries_those_alone_aga
     outcomes = run(config, TASKS, student, Teacher())
     failed = [i for i, outcome in enumerate(outcomes) if outcome.status == "failed"]
     assert failed == list(range(0, 23, 4)) and all(outcomes[i].reward is None for i in failed)
-    assert "6 FAILED" in runtime_loop.summary(outcomes)
+    assert "6 FAILED" in summary(outcomes)
     errors = [t["session_metadata"]["error"] for t in traces_of(config) if t["session_metadata"]["error"]]
     assert errors == ["student: RuntimeError: out of order {}"] * 6
     assert export_traces(config.out / "traces.jsonl", tmp_path / "export.jsonl", config) == (17, 23)
@@ -271,8 +272,8 @@ def test_lanes_follow_the_students_record_and_the_trace_says_why(config):
     tasks = [Problem(f"t{i}", f"Task {i} is easy.", "x", "math") for i in range(12)]
     outcomes = run(replace(config, lane="adaptive"), tasks, Student(tasks), Teacher())
     assert [outcome.lane for outcome in outcomes] == ["paired"] * 5 + ["auto"] * 7
-    summary = traces_of(config)[-1]["adaptive_summary"]
-    assert summary["probe"]["by"] == "record" and summary["confidence"] == pytest.approx(
+    adaptive = traces_of(config)[-1]["adaptive_summary"]
+    assert adaptive["probe"]["by"] == "record" and adaptive["confidence"] == pytest.approx(
         (10 + 1 / 3) / (10 + 2 / 3)
     )
 

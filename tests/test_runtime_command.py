@@ -66,7 +66,7 @@ def command(monkeypatch, tmp_path):
         "".join(json.dumps({"id": t.id, "question": t.question, "answer": t.answer}) + "\n" for t in TASKS)
     )
     seats = {"student": Student, "teacher": StyledTeacher}
-    monkeypatch.setattr(runtime_loop, "open_agent", lambda spec, *where: seats[spec]())
+    monkeypatch.setattr(runtime_loop.agents, "open_agent", lambda spec, *where: seats[spec]())
     monkeypatch.chdir(tmp_path)
 
     def call(*options):
@@ -151,9 +151,9 @@ def test_options_that_make_no_sense_are_refused(command, options, complaint):
 
 def test_the_nano_tasks_are_not_the_ones_that_evaluation_holds_out(tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr(runtime_loop, "open_agent", lambda spec, *where: None)
+    monkeypatch.setattr(runtime_loop.agents, "open_agent", lambda spec, *where: None)
     monkeypatch.setattr(runtime_loop, "run", lambda config, tasks, seats: given.extend(tasks))
-    monkeypatch.setattr(runtime_loop, "summary", lambda outcomes: "")
+    monkeypatch.setattr(runtime_loop.report, "summary", lambda outcomes: "")
     monkeypatch.setattr(
         "sys.argv", ["runtime_loop.py", "--count", "50", "--teacher", "t", "--out", str(tmp_path)]
     )
@@ -171,7 +171,9 @@ def test_selection_is_a_copy_of_whole_records(config):
 
 def test_every_seat_is_opened_and_one_model_once(config, monkeypatch):
     opened = []
-    monkeypatch.setattr(runtime_loop, "open_agent", lambda spec, *where: opened.append(spec) or object())
+    monkeypatch.setattr(
+        runtime_loop.agents, "open_agent", lambda spec, *where: opened.append(spec) or object()
+    )
     config = replace(config, student="s", teacher="t", judge="t", large_judge="l", skill_writer="w")
     seats = runtime_loop.open_seats(config)
     assert opened == ["s", "t", "l", "w"] and seats["judge"] is seats["teacher"]

@@ -4,8 +4,7 @@
     paired     an episode as in training: the teacher reads the student's approach and guides it; the student answers again
     coach      the same with a plan in place of the approach: the student answers with its plan and the teacher's review of it
 
-All begin with the student's own answer, validate *every* answer (`judges`), try again up to --retries times with all guidance so
-far while none is valid, and return the best one (`guard`).
+Every answer is validated (`judges`); up to --retries times more is tried while none with help is valid; the best is returned (`guard`).
 """
 
 from collections.abc import Callable, Sequence
@@ -20,9 +19,8 @@ from nano_atlas.data import Problem
 from nano_atlas.episode import Attempt, EpisodeConfig, guide, sketch
 from nano_atlas.errors import UserError
 from nano_atlas.reward import teaching_reward
-from nano_atlas.runtime import learning
+from nano_atlas.runtime import judges, learning
 from nano_atlas.runtime.guard import Trial, choose_trial
-from nano_atlas.runtime.judges import JudgeConfig, judge
 from nano_atlas.schedule import Call, Fault, Script, ask
 from nano_atlas.seats import Generation, Reply
 
@@ -34,7 +32,7 @@ STYLES = tuple(protocol.TEACHING_STYLES)
 
 
 @dataclass(frozen=True)
-class LaneConfig(JudgeConfig, EpisodeConfig):
+class LaneConfig(judges.JudgeConfig, EpisodeConfig):
     lane: str = option("adaptive", "adaptive: by the student's record", ("adaptive", *LANES), group="lanes")
     retries: int = option(0, "further teachings and answers while none is valid", at_least=0)
     strategies: tuple[str, ...] = option(STYLES, "teaching strategies to choose among", STYLES)
@@ -217,7 +215,7 @@ def validate(session: Session, config: LaneConfig, kind: str, given: Attempt) ->
 def verdict_on(session: Session, config: LaneConfig, trial: Trial, *seed: Any) -> Script:
     guidance = "" if trial.kind == "alone" else session.guidance
     seed = (session.seed, session.id, *seed)
-    return (yield from judge(session.task, trial, config, seed, session.approach, guidance))
+    return (yield from judges.judge(session.task, trial, config, seed, session.approach, guidance))
 
 
 def reward_of(session: Session, count_tokens: Callable[[str], int]) -> float | None:

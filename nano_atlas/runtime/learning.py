@@ -1,6 +1,6 @@
 """What the runtime learns from session to session, without touching a weight: the student's record, teaching strategies, skills.
 
-There is no state file. `Experience` is rebuilt by replaying the outcomes in the traces, so it cannot disagree with them.
+There is no state file: `Experience` is rebuilt by replaying the outcomes in the traces.
 
 *Strategies.* Each kind of task (its learning key, the domain) has a bandit over the ways of teaching: Thompson sampling with Gaussian
 priors (Agrawal & Goyal 2013, arXiv:1209.3353, algorithm 2). The mean reward of a strategy that earned `total` in `count` sessions is
@@ -8,8 +8,7 @@ drawn from Normal(total / (count + 1), 1 / (count + 1)), and the highest draw wi
 
 *Skills.* A --skill-writer reads each session that earned at least SKILL_REWARD and proposes entries of a playbook: a cue that is looked
 for in task and approach, and an imperative for the teacher's prompt, a teaching strategy, or both. In one matching session of five an
-entry is withheld, so that its effect (mean reward with minus without) compares sessions of the same kind; atlas-sdk compares with
-sessions that the cue does not match.
+entry is withheld, so that its effect (mean reward with minus without) compares sessions of the same kind.
 """
 
 import hashlib
@@ -154,11 +153,8 @@ class Playbook:
 
     def add(self, proposals: list[dict]) -> None:
         """Entries that sessions proposed, as `read_entries` returns them."""
-        new = {
-            proposal["id"]: Entry(**proposal) for proposal in proposals if proposal["id"] not in self.known
-        }
-        self.entries |= new
-        self.known |= set(new)
+        new = {entry["id"]: Entry(**entry) for entry in proposals if entry["id"] not in self.known}
+        self.entries, self.known = self.entries | new, self.known | set(new)
         while len(self.entries) > PLAYBOOK_SIZE:
             worst = min(self.entries.values(), key=lambda e: (e.effect or 0.0, -e.sessions_observed))
             del self.entries[worst.id]
