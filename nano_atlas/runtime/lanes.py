@@ -85,10 +85,6 @@ class Session:
         """The trial that stands for the teaching: the best with help, by score; None where there was none."""
         return max(self.trials[1:], key=lambda trial: trial.score or 0.0, default=None)
 
-    @property
-    def guidance(self) -> str:
-        return "\n".join(self.teachings)
-
     def draw(self, kind: str, *parts: object) -> int:
         """The seed of a call: another one for every call of the session, and the same whatever runs beside it."""
         return derive_seed(self.seed, self.id, kind, len(self.events))
@@ -171,7 +167,7 @@ def attempts(session: Session, config: LaneConfig) -> Script:
     for _ in range(0 if session.lane == "auto" else 1 + config.retries):
         if (yield from teaching(session, config, shown)) is None:
             continue  # the student would get its own prompt again
-        (given,) = yield from guide(alone, [session.guidance], config, session.draw)
+        (given,) = yield from guide(alone, ["\n".join(session.teachings)], config, session.draw)
         yield from validate(session, config, "coached" if is_coached else "guided", given)
         if session.trials[-1].verdict.is_valid is not False:
             return
@@ -213,7 +209,7 @@ def validate(session: Session, config: LaneConfig, kind: str, given: Attempt) ->
 
 
 def verdict_on(session: Session, config: LaneConfig, trial: Trial, *seed: Any) -> Script:
-    guidance = "" if trial.kind == "alone" else session.guidance
+    guidance = "" if trial.kind == "alone" else "\n".join(session.teachings)
     seed = (session.seed, session.id, *seed)
     return (yield from judges.judge(session.task, trial, config, seed, session.approach, guidance))
 
@@ -246,8 +242,8 @@ def learn_skills(session: Session, config: LaneConfig) -> Script:
     """What the skill writer makes of a session that went well; its faults are among the events, and no fault of the session."""
     if config.skill_writer is None or (session.reward or 0.0) < learning.SKILL_REWARD:
         return
-    fields = {"task": session.task.question, "approach": session.approach, "guidance": session.guidance}
-    messages = protocol.request_json(learning.SKILL_REQUEST, **fields, reward=session.reward)
+    told = {"approach": session.approach, "guidance": "\n".join(session.teachings), "reward": session.reward}
+    messages = protocol.request_json(learning.SKILL_REQUEST, task=session.task.question, **told)
     seed = derive_seed(session.seed, session.id, "skills")
     (answer,) = yield [Call("skill writer", "skills", messages, Generation(500, 0.2), seed)]
     if not isinstance(answer, Fault):
