@@ -15,17 +15,13 @@ METRICS = {  # the value for one session (None: nobody knows), the label in the 
     "returned_accuracy": (lambda o: o.returned, "returned", "(the best of all attempts, see guard.py)"),
     "student_accuracy": (lambda o: o.guided, "guided", ""),
     "accuracy_delta": (lambda o: o.gain, "", ""),
-    "non_degradation_rate": (
-        lambda o: None if o.gain is None else o.gain >= 0,
-        "not degraded",
-        "({gain:+.1f} points)",
-    ),
+    "non_degradation_rate": (lambda o: None if o.gain is None else o.gain >= 0, "not degraded", "(gain {gain} points)"),
     "leak_rate": (lambda o: None if o.reward is None else o.is_leak, "leaks", ""),
     "malformed_rate": (lambda o: o.is_malformed, "without <teaching>", ""),
     "truncated_rate": (lambda o: o.is_truncated, "cut off", "(by a length limit)"),
     "failed_rate": (lambda o: o.status == "failed", "", ""),
     "helped_returned_rate": (lambda o: o.returned_attempt not in ("", "alone"), "", ""),
-}
+}  # fmt: skip
 
 
 def runtime_metrics(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
@@ -45,7 +41,7 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     m, failed = runtime_metrics(outcomes), sum(outcome.status == "failed" for outcome in outcomes)
     lines = [f"{len(outcomes)} tasks, {sum(o.baseline is not None for o in outcomes)} scored"]
     lines[0] += f", {failed} FAILED (the same command tries them again)" if failed else ""
-    gain = 100 * (m["accuracy_delta"] or 0.0)
+    gain = f"{100 * (m['accuracy_delta'] or 0):+.1f}"
     for name, (_, label, note) in METRICS.items():
         if label and m[name] is not None:
             lines.append(f"  {label:<18} {m[name]:7.1%}   {note.format(gain=gain)}".rstrip())
