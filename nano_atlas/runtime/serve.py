@@ -51,9 +51,10 @@ def serve_pair(config: Any, seats: Mapping[str, Seat], record: Callable) -> None
 
     config, record: of runtime_loop.py. Ends on SIGINT or SIGTERM.
     """
-    lock = threading.Lock()  # of experience, journal, and a sampler, which takes one caller at a time
+    lock = (
+        threading.Lock()
+    )  # of experience and journal; and of sampling, as a sampler takes one caller at a time
     has_sampler = any(getattr(seat, "is_batched", False) for seat in seats.values())
-    sampling = lock if has_sampler else contextlib.nullcontext()
     with Journal(config.out / "traces.jsonl") as journal:
         experience = Experience(config.strategies)
         for past in past_outcomes(journal):
@@ -67,7 +68,7 @@ def serve_pair(config: Any, seats: Mapping[str, Seat], record: Callable) -> None
             with lock:
                 session = new_session(uuid.uuid4().hex[:24], Problem("", question, None), experience, this)
             script = run_session(session, this, seats["teacher"].count_tokens)
-            with sampling:
+            with lock if has_sampler else contextlib.nullcontext():
                 list(drive({0: script}, seats, workers=config.workers, timeout=config.timeout))
             with lock:
                 outcome, trace = record(session, experience, this)
@@ -88,7 +89,7 @@ def make_app(answer: Callable) -> Starlette:
 
     async def complete(request):
         check_key(request)
-        is_streamed, *asked = read_request(await read_body(request))
+        is_streamed, *asked = read_request(await request.body())
         if not places.acquire(blocking=False):
             raise HTTPException(429, f"{MOST_REQUESTS} requests are being answered; try again later")
         task = asyncio.create_task(run_in_threadpool(answer, *asked))
@@ -97,12 +98,9 @@ def make_app(answer: Callable) -> Starlette:
             return StreamingResponse(events(task), media_type="text/event-stream")
         return JSONResponse(completion(*await task, "message"))
 
-    async def models(request):
-        check_key(request)
-        return JSONResponse({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
-
+    listed = {"object": "list", "data": [{"id": MODEL, "object": "model"}]}
     app.add_route("/health", lambda request: JSONResponse({"status": "ok"}))
-    app.add_route("/v1/models", models)
+    app.add_route("/v1/models", lambda request: check_key(request) or JSONResponse(listed))
     app.add_route("/v1/chat/completions", complete, methods=["POST"])
     for kind in (HTTPException, UserError):
         app.add_exception_handler(kind, lambda _, error: JSONResponse(*failure(error)))
@@ -115,29 +113,18 @@ def check_key(request) -> None:
         raise HTTPException(401, "the bearer key is missing or wrong")
 
 
-async def read_body(request) -> bytes:
-    content = b""
-    async for chunk in request.stream():  # all of it: a client that is still sending reads no answer
-        content = (content + chunk)[: MOST_BYTES + 1]
-    if len(content) > MOST_BYTES:
-        raise HTTPException(413, f"the body must have at most {MOST_BYTES} bytes")
-    return content
-
-
 def read_request(content: bytes) -> tuple[bool, str, float | None, int | None]:
     """Whether to stream, the question, temperature and max_tokens where they are given. Raises HTTPException."""
+    if len(content) > MOST_BYTES:
+        raise HTTPException(413, f"the body must have at most {MOST_BYTES} bytes")
     try:
         body = json.loads(content)
         texts = [(message["role"], text_of(message["content"])) for message in body["messages"]]
         limits = [body.get("temperature"), body.get("max_completion_tokens") or body.get("max_tokens")]
-        if (
-            not texts
-            or body.get("n") not in (None, 1)
-            or any(limit is not None and limit < 0 for limit in limits)
-        ):
-            raise ValueError("it needs messages, n can only be 1, and no limit is below 0")
-        if body.get("tools") or body.get("functions"):
-            raise ValueError("tools are the student's (--student MODULE:TOOLS@URL)")
+        if not texts or any(limit is not None and limit < 0 for limit in limits):
+            raise ValueError("it needs messages, and no limit may be below 0")
+        if body.get("n") not in (None, 1) or body.get("tools") or body.get("functions"):
+            raise ValueError("there is one answer, and tools are the student's (--student MODULE:TOOLS@URL)")
     except (ValueError, KeyError, TypeError) as error:
         raise HTTPException(400, f"not a chat completion request: {type(error).__name__}: {error}") from None
     question = texts[0][1] if len(texts) == 1 else "\n\n".join(f"{role}: {text}" for role, text in texts)
@@ -164,17 +151,12 @@ def completion(trial, outcome, part: str) -> dict[str, Any]:
     kind = "chat.completion.chunk" if part == "delta" else "chat.completion"
     choice = {"index": 0, part: {"role": "assistant", "content": trial.text}}
     choice["finish_reason"] = "length" if trial.is_truncated else "stop"
-    about = {
-        "id": f"chatcmpl-{outcome.session_id}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": MODEL,
-    }
-    return about | {"choices": [choice], "usage": outcome.usage}
+    about = {"id": f"chatcmpl-{outcome.session_id}", "object": kind, "created": int(time.time())}
+    return about | {"model": MODEL, "choices": [choice], "usage": outcome.usage}
 
 
 def failure(error: BaseException) -> tuple[dict[str, Any], int]:
-    """In OpenAI's form, with the HTTP status; what is no HTTPException is a fault of the pair."""
+    """In OpenAI's form, and the HTTP status; what is no HTTPException is a fault of the pair."""
     status = getattr(error, "status_code", 502)
     message = getattr(error, "detail", f"{type(error).__name__}: {error}")
     kind = "invalid_request_error" if status < 500 else "server_error"
