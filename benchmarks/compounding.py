@@ -1,7 +1,6 @@
 """Does it compound? The closed loop against its counterfactuals, round by round, on held-out tasks of a domain the teacher is new to.
 
     python -m benchmarks.compounding                        # after train_sft.py; three rounds on crm
-    python -m benchmarks.compounding --domain telecom --out runs/nano/compounding-telecom
 
     both          runtime -> export -> train_grpo.py --problems -> promotion (`runtime_loop.py --rounds`)
     online        the runtime alone: the teacher stays, the strategies learn from the same tasks
@@ -27,12 +26,11 @@ from nano_atlas.data import Problem
 from nano_atlas.episode import EpisodeConfig, attempt, seeds, sketch, teach
 from nano_atlas.errors import UserError
 from nano_atlas.presets import NANO_LENGTHS
-from nano_atlas.protocol import TEACHING_STYLES, Messages, baseline_messages
+from nano_atlas.protocol import Messages, baseline_messages
 from nano_atlas.reward import RewardConfig
 from nano_atlas.runs import read_json, write_json, write_jsonl
 from nano_atlas.runtime.agents import open_agent
 from nano_atlas.runtime.deploy import read_deployment
-from nano_atlas.runtime.learning import Strategies
 from nano_atlas.runtime.promotion import call
 from nano_atlas.runtime.traces import read_traces
 from nano_atlas.schedule import play
@@ -89,19 +87,17 @@ def right_answers(config: Config, rounds: int) -> list[Messages]:
         if text is not None:
             chats.append([*baseline_messages(trace["task"]), {"role": "assistant", "content": text}])
     if not chats:
-        raise UserError(
-            f"the student solved none of the first {rounds * config.tasks} tasks: nothing to tune it on"
-        )
+        raise UserError(f"the student solved no task in the first {rounds} rounds: nothing to tune it on")
     return chats
 
 
 def best_style(config: Config, rounds: int) -> str:
     """The strategy that has earned most per session in the first rounds."""
-    bandit = Strategies(tuple(TEACHING_STYLES))
+    rewards: dict[str, list[float]] = {}
     for outcome, _ in islice(read_traces(config.out / "online/traces.jsonl"), rounds * config.tasks):
-        bandit.learn(config.domain, outcome.strategy, outcome.reward)
-    known = bandit.history(config.domain)["strategies"]
-    return max(known, key=lambda name: known[name]["average_score"], default="adaptive")
+        if outcome.reward is not None:
+            rewards.setdefault(outcome.strategy, []).append(outcome.reward)
+    return max(sorted(rewards), key=lambda style: fmean(rewards[style]), default="adaptive")
 
 
 def measure(config: Config, arm: str, number: int, problems: Sequence[Problem], student: Seat) -> list[int]:
@@ -110,23 +106,16 @@ def measure(config: Config, arm: str, number: int, problems: Sequence[Problem], 
         chats = right_answers(config, number)[:SHOTS] if arm == "few-shot" and number else []
         if arm == "fine-tuning" and number:
             student = open_agent(str(config.out / f"tuned-{number}/model"))
-        shots, answering = (
-            [message for chat in chats for message in chat],
-            Generation(NANO_LENGTHS["answer_tokens"], 0.0),
-        )
-        asked = [
-            (shots + baseline_messages(p.question), answering, derive_seed("compounding", p.id))
-            for p in problems
-        ]
-        replies = student.ask([Question(*question) for question in asked])
+        shots = [message for chat in chats for message in chat]
+        asked = [(shots + baseline_messages(p.question), derive_seed("compounding", p.id)) for p in problems]
+        answering = Generation(NANO_LENGTHS["answer_tokens"], 0.0)
+        replies = student.ask([Question(messages, answering, seed) for messages, seed in asked])
         return [int(attempt(reply, p.answer).is_correct) for (reply,), p in zip(replies, problems)]
-    place, style = config.teacher, "adaptive"
-    if arm == "offline" and number:
-        place = str(config.out / f"offline-{number}/model")
-    elif arm == "both" and number:
-        place = promotion(config, number)["teacher"]
-    elif arm == "online" and number:
-        style = best_style(config, number)
+    place = config.teacher
+    if number and arm != "online":
+        offline = str(config.out / f"offline-{number}/model")
+        place = offline if arm == "offline" else promotion(config, number)["teacher"]
+    style = best_style(config, number) if number and arm == "online" else "adaptive"
     greedy, seed = EpisodeConfig(**NANO_LENGTHS).greedy(), seeds("compounding")
     seats = {"student": student, "teacher": open_agent(place)}
     sketches = play([sketch(problem, greedy, seed) for problem in problems], seats)
