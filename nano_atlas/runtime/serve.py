@@ -138,7 +138,6 @@ def text_of(content: str | list) -> str:
 
 async def events(task: asyncio.Task) -> AsyncIterator[str]:
     """A stream's events: comments until the answer is there, the answer, [DONE]."""
-    yield ": working\n\n"
     while not (await asyncio.wait([task], timeout=KEEP_ALIVE))[0]:
         yield ": working\n\n"
     fault = task.exception()

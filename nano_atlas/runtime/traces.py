@@ -70,9 +70,8 @@ def session_record(
 
     metadata: what else session_metadata should hold; learning_history: as of the choice of the strategy.
     """
-    task, trials = session.task, session.trials
-    alone, returned = (trials[0], trials[session.chosen]) if trials else (NO_TRIAL, NO_TRIAL)
-    helped = session.helped or alone
+    task, trials, chosen = session.task, session.trials or [NO_TRIAL], session.chosen
+    alone, returned, helped = trials[0], trials[chosen], session.helped or trials[0]
     read, generated = Counter(), Counter()
     for event in session.events:
         read[event["actor"]] += event.get("prompt_tokens", 0)
@@ -86,7 +85,7 @@ def session_record(
         baseline=alone.score,
         guided=None if session.fault or session.lane == "auto" else helped.score,
         returned=returned.score,
-        disagreement=max((trial.verdict.deviation for trial in trials), default=0.0),
+        disagreement=max(trial.verdict.deviation for trial in trials),
         is_truncated=any(event.get("is_truncated", False) for event in session.events),
         tokens=dict(generated),
         prompt_tokens=dict(read),
@@ -97,11 +96,11 @@ def session_record(
     reward, guidance = _reward(session, alone, helped), next(reversed(session.teachings), None)
     step = {"step_id": 1, "description": session.approach, "trace": returned.text, "output": answer}
     step |= {"reward": reward, "validation": {"valid": returned.verdict.is_valid, "guidance": guidance}}
-    step |= {"attempts": len(trials), "guidance": session.teachings}
-    step |= {"metadata": {"attempt_history": [asdict(trial) for trial in trials]}}
+    history = {"attempt_history": [asdict(trial) for trial in session.trials]}
+    step |= {"attempts": len(session.trials), "guidance": session.teachings, "metadata": history}
     about = {"session_id": session.id, "task_id": task.id, "learning_key": session.learning_key}
-    about |= {"status": outcome.status, "created_at": session.created_at}
-    about |= {"token_usage": {**outcome.usage, "calls": len(session.events)}}
+    usage = {**outcome.usage, "calls": len(session.events)}
+    about |= {"status": outcome.status, "created_at": session.created_at, "token_usage": usage}
     about |= {"ground_truth": task.answer, "error": session.fault, **metadata}
     mode = {"mode": session.lane, "confidence": session.choice.get("confidence")}
     adaptive = {"adaptive_mode": session.lane, "confidence": mode["confidence"], "mode_history": [mode]}
@@ -163,13 +162,11 @@ def outcome_of(trace: Trace, where: str) -> Outcome:
         except TypeError as error:
             cause = f"{where}: not a trace of this version ({error})"
             raise UserError(f"{cause}; choose another --out, or use --restart") from None
-    metadata, reward = trace.get("session_metadata") or {}, trace.get("session_reward")
-    texts = {name: metadata.get(name) for name in ("session_id", "learning_key", "created_at", "status")}
-    texts |= {
-        "lane": (trace.get("adaptive_summary") or {}).get("adaptive_mode"),
-        "review": trace.get("review_status"),
-    }
-    known = {"session_id": where} | {name: str(value) for name, value in texts.items() if value}
-    score = reward.get("score") if isinstance(reward, dict) else reward
-    disagreement = float((trace.get("reward_stats") or {}).get("score_stddev") or 0.0)
-    return Outcome(**known, reward=score, disagreement=disagreement)
+    sections = ("session_metadata", "adaptive_summary", "reward_stats")
+    told, adaptive, stats = (trace.get(section) or {} for section in sections)
+    told = {**told, "lane": adaptive.get("adaptive_mode"), "review": trace.get("review_status")}
+    names = ("session_id", "learning_key", "created_at", "status", "lane", "review")
+    known = {"session_id": where} | {name: str(told[name]) for name in names if told.get(name)}
+    score = trace.get("session_reward")
+    score = score.get("score") if isinstance(score, dict) else score
+    return Outcome(**known, reward=score, disagreement=float(stats.get("score_stddev") or 0.0))
