@@ -30,8 +30,10 @@ KEY_VARIABLE = "NANO_ATLAS_API_KEY"
 
 @dataclass(frozen=True)
 class DeployConfig:
-    deploy: Path | None = option(None, "YAML: who is in service", group="service", resumable=True)
-    serve: int | None = option(None, "port to serve on (0: any)", resumable=True, at_least=0, at_most=65535)
+    deploy: Path | None = option(None, "YAML that names the pair", group="service", resumable=True)
+    serve: int | None = option(
+        None, "port of an endpoint (0: any)", resumable=True, at_least=0, at_most=65535
+    )
     host: str = option("127.0.0.1", f"address; others than this machine need {KEY_VARIABLE}", resumable=True)
 
     def check(self) -> None:
@@ -68,10 +70,9 @@ def read_deployment(path: Path | str) -> dict[str, dict[str, Any]]:
             llm = section["llm"]
             template = SPECS.get(llm["provider"], "")
             unknown = [key for key in llm if key not in OPTIONS and f"{{{key}}}" not in template]
-            if unknown or set(section) != {"llm"} or name not in LENGTHS or not template:
-                raise UserError(
-                    f"{path}: {name}: {', '.join(section)}: {llm['provider']} {unknown} is unknown"
-                )
+            if unknown or list(section) != ["llm"] or name not in LENGTHS or not template:
+                found = f"{', '.join(section)}: {llm['provider']} {unknown}"
+                raise UserError(f"{path}: {name}: {found} is unknown")
             if llm["provider"] == "openai":
                 llm = {"model": ""} | llm
             seats[name] = {**llm, "spec": template.format(**llm).rstrip("#")}
