@@ -1,24 +1,32 @@
-"""What all benchmarks of eval.py share: the arms that they compare, their options, and the report on a directory of results."""
+"""The arms of an evaluation: ways of answering the same tasks, and the options that all benchmarks of eval.py share."""
 
 import random
 import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from nano_atlas.benches.results import STUDENT, read_results
-from nano_atlas.benches.scores import Report, make_report
+from nano_atlas.answers import answer_key
+from nano_atlas.benches.results import STUDENT
 from nano_atlas.checkpoint import is_checkpoint
 from nano_atlas.config import derive_seed, option
 from nano_atlas.data import Problem
-from nano_atlas.episode import EpisodeConfig
+from nano_atlas.episode import Attempt, EpisodeConfig
 from nano_atlas.errors import UserError
-from nano_atlas.runs import checkpoint_digest, read_json, replace_text, write_json
+from nano_atlas.runs import checkpoint_digest
 from nano_atlas.seats import Seat, is_url, open_seat
 
 CONTROLS = SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET = "shuffled", "untrained", "two-votes", "same-budget"
+NAMES = {  # in the tables; {last}: the last teacher
+    STUDENT: "student alone",
+    SHUFFLED: "control: shuffled {last}",
+    UNTRAINED: "control: untrained",
+    TWO_VOTES: "control: vote of 2",
+    SAME_BUDGET: "control: vote, tokens of {last}",
+}
 
 
 @dataclass(frozen=True)
@@ -47,8 +55,7 @@ class ArmsConfig:
         needy = {SHUFFLED, SAME_BUDGET} & set(self.arms)
         if needy and not self.teacher and not self.tables:
             raise UserError(f"--control {min(needy)} needs a --teacher, which it is the control of")
-        taken = {STUDENT, *CONTROLS} & set(self.teachers)
-        if taken or len(self.teachers) < len(self.teacher):
+        if set(NAMES) & set(self.teachers) or len(self.teachers) < len(self.teacher):
             what = f"--teacher {' '.join(self.teacher)}: each needs a name of its own, NAME=PATH"
             raise UserError(f"{what}, other than {STUDENT} and those of the controls")
 
@@ -70,14 +77,7 @@ class ArmsConfig:
     def names(self) -> dict[str, str]:
         """What an arm is called in the tables."""
         last = "".join(list(self.teachers)[-1:])
-        return {
-            **{name: name for name in self.teachers},
-            STUDENT: "student alone",
-            SHUFFLED: f"control: shuffled {last}",
-            UNTRAINED: "control: untrained",
-            TWO_VOTES: "control: vote of 2",
-            SAME_BUDGET: f"control: vote, tokens of {last}",
-        }
+        return {name: name for name in self.teachers} | {arm: n.format(last=last) for arm, n in NAMES.items()}
 
     @property
     def episode(self) -> EpisodeConfig:
@@ -90,13 +90,13 @@ class ArmsConfig:
     def contents(self) -> dict[str, str]:
         """Digests of the checkpoints of all seats, by what messages call them. Raises UserError where there is none."""
         seats = {STUDENT: self.student, **self.teachers}
-        directories = {name: Path(spec) for name, spec in seats.items() if not is_url(spec)}
-        for path in directories.values():
+        paths = {name: Path(spec) for name, spec in seats.items() if not is_url(spec)}
+        for path in paths.values():
             if not is_checkpoint(path):
                 raise UserError(
                     f"{path}: no checkpoint; train_sft.py and train_grpo.py make a preset's teachers"
                 )
-        return {f"checkpoint {name}": checkpoint_digest(path) for name, path in directories.items()}
+        return {f"checkpoint {name}": checkpoint_digest(path) for name, path in paths.items()}
 
 
 def derange(problems: Sequence[Problem], seed: int) -> dict[str, Problem]:
@@ -107,17 +107,17 @@ def derange(problems: Sequence[Problem], seed: int) -> dict[str, Problem]:
     return {problem.id: circle[index - 1] for index, problem in enumerate(circle)}
 
 
-def stored_report(out: Path, kind: type[ArmsConfig]) -> tuple[Report, ArmsConfig]:
-    """The report on all arms in a directory's tasks.jsonl, and the options of the run."""
-    saved, results = read_json(out / "run.json"), read_results(out / "tasks.jsonl")
-    if not saved or not results:
-        raise UserError(f"{out} holds no results yet; run the evaluation without --tables first")
-    config = kind(**saved["config"])
-    arms = list(dict.fromkeys([*config.arms, *CONTROLS]))
-    return make_report(results.values(), arms, list(config.teachers), config.samples, config.seed), config
+def is_taught(arm: str) -> bool:
+    return arm not in (STUDENT, TWO_VOTES, SAME_BUDGET)
 
 
-def write_report(out: Path, report: Report, text: str) -> None:
-    """Write results.json, and `text` as tables.md."""
-    write_json(out / "results.json", {"run": read_json(out / "run.json"), **asdict(report)})
-    replace_text(out / "tables.md", text)
+def majority(attempts: Sequence[Attempt]) -> Attempt:
+    """The first attempt with the most frequent answer, at the price of all: self-consistency (Wang et al. 2022, arXiv:2203.11171).
+
+    Attempts without an answer have no vote, and of equally frequent answers the one given first wins.
+    """
+    keys = [None if attempt.answer is None else answer_key(attempt.answer) for attempt in attempts]
+    votes = Counter(key for key in keys if key is not None)
+    first = keys.index(votes.most_common(1)[0][0]) if votes else 0  # of equals the one counted first
+    tokens, is_truncated = sum(a.tokens for a in attempts), any(a.is_truncated for a in attempts)
+    return replace(attempts[first], tokens=tokens, is_truncated=is_truncated)

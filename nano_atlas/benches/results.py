@@ -1,4 +1,4 @@
-"""The results of an evaluation on disk: one line of tasks.jsonl per answer, and run.json, which says what they are results of."""
+"""The results of an evaluation on disk: tasks.jsonl with a line per answer, and run.json, which says what they are results of."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ def read_results(path: Path) -> dict[Key, TaskResult]:
     has_lines = path.exists() and path.stat().st_size
     for number, record in read_jsonl(path, is_journal=True) if has_lines else ():
         try:
-            result = TaskResult(**{**record, "attempt": Attempt(**record["attempt"])})
+            result = TaskResult(**record | {"attempt": Attempt(**record["attempt"])})
         except (TypeError, KeyError) as error:
             raise UserError(f"{path}:{number}: not a task result ({error}); delete the line") from None
         results[result.key] = result
@@ -69,15 +69,14 @@ class TaskLog(Journal):
     def append(self, results: Iterable[TaskResult]) -> None:
         """Write those that are not there yet; they are on the disk when this returns."""
         new = {result.key: result for result in results if result.key not in self.results}
-        super().append({**vars(result), "attempt": vars(result.attempt)} for result in new.values())
+        super().append(vars(result) | {"attempt": vars(result.attempt)} for result in new.values())
         self.results |= new
 
     def lacks(self, arm: str, problems: Iterable[Problem], samples: int) -> bool:
-        """Whether an answer is missing."""
         return any(len(self.get(arm, problem)) < samples for problem in problems)
 
     def get(self, arm: str, problem: Problem) -> list[TaskResult]:
-        """Of the samples of a task that are there, from the first on."""
+        """The samples of a task that are there, from the first on."""
         found: list[TaskResult] = []
         while (key := (arm, problem.domain, problem.id, len(found))) in self.results:
             found.append(self.results[key])
@@ -85,22 +84,21 @@ class TaskLog(Journal):
 
 
 def start_or_continue(config: Any, contents: Mapping[str, str]) -> None:
-    """Write run.json into config.out: the options, and digests of what paths and packages hold (a path may hold new contents).
+    """Write run.json into config.out: the options, and digests of tasks, packages and checkpoints, because a path may hold new ones.
 
     Raises UserError naming what differs from the run whose results lie there.
     """
-    out: Path = config.out
-    out.mkdir(parents=True, exist_ok=True)
+    out, contents = Path(config.out), config.contents() | contents
     if config.restart:
         for file in [file for pattern in RESULT_FILES for file in out.glob(pattern)]:
             file.unlink()
     saved = read_json(out / "run.json")
-    if not saved and (out / "tasks.jsonl").exists():
-        raise UserError(f"{out}/tasks.jsonl has no run.json beside it; choose another --out, or --restart")
     if saved:
         refuse_changes(config, saved["config"], str(out))
         changed = [name for name, value in contents.items() if saved["contents"].get(name) != value]
         if changed:
             what = f"{out} holds results of other contents than now: {', '.join(changed)}"
             raise UserError(f"{what}; choose another --out, or start over with --restart")
+    elif (out / "tasks.jsonl").exists():
+        raise UserError(f"{out}/tasks.jsonl has no run.json beside it; choose another --out, or --restart")
     write_json(out / "run.json", {"config": to_json(config), "contents": contents})
