@@ -71,9 +71,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Config(Selection, PromotionConfig, DeployConfig, LaneConfig, RunConfig):
-    export: Path | None = option(
-        None, "write the selected traces to this file", group="review; runs no task", resumable=True
-    )
+    export: Path | None = option(None, "file for the selected traces", group="review", resumable=True)
     show: str | None = option(None, "list the sessions of this status", STATUSES, resumable=True)
     approve: tuple[str, ...] = option((), "ids (or their beginnings) of sessions to approve", resumable=True)
     quarantine: tuple[str, ...] = option(

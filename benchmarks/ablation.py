@@ -15,8 +15,8 @@ import itertools
 import re
 import statistics
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
@@ -25,10 +25,8 @@ import numpy as np
 
 import train_grpo
 from benchmarks.jobs import ROOT, Job, call, markdown, run_jobs
-from nano_atlas import layout, protocol, stats, world
+from nano_atlas import episode, layout, protocol, stats, world
 from nano_atlas.config import option, parse, run_script
-from nano_atlas.episode import EpisodeConfig, episode, seeds, teaching_metrics
-from nano_atlas.optim import latest_training_state
 from nano_atlas.presets import NANO, presets
 from nano_atlas.reward import RewardConfig
 from nano_atlas.runs import read_json, read_jsonl, write_json, write_jsonl
@@ -40,21 +38,21 @@ TASKS = {"math": 500, "telecom": 150, "crm": 150}
 # ---------------------------------------------------------------------------------------------------------------- faults
 
 
-def gradient_on_the_bare_question() -> patch:
+def gradient_on_the_bare_question() -> AbstractContextManager:
     """Sampled after question and approach, but scored after the question alone (teacher_trainers.py:392 of ATLAS)."""
     right = train_grpo.roll_out
 
     def wrong(config, seats, problems, step):
-        batch = right(config, seats, problems, step)
-        for one in itertools.chain.from_iterable(batch.groups):
+        groups, metrics = right(config, seats, problems, step)
+        for one in itertools.chain.from_iterable(groups):
             bare = seats["teacher"].prompt_ids(protocol.user_turn(one.sketch.problem.question))
             one.reply.rollout = replace(one.reply.rollout, prompt_ids=tuple(bare))
-        return batch
+        return groups, metrics
 
     return patch.object(train_grpo, "roll_out", wrong)
 
 
-def sampler_never_updated() -> patch:
+def sampler_never_updated() -> AbstractContextManager:
     """The sampler keeps the weights it started with."""
 
     class StaleSeat(EmbeddedSeat):
@@ -65,7 +63,7 @@ def sampler_never_updated() -> patch:
     return patch.object(layout, "EmbeddedSeat", StaleSeat)
 
 
-def whole_text_without_a_tag() -> patch:
+def whole_text_without_a_tag() -> AbstractContextManager:
     """A completion without <teaching> is handed to the student as a whole, private thoughts included."""
 
     def parse_teaching(completion: str) -> str | None:
@@ -75,7 +73,7 @@ def whole_text_without_a_tag() -> patch:
     return patch.object(protocol, "parse_teaching", parse_teaching)
 
 
-def reference_mixed() -> patch:
+def reference_mixed() -> AbstractContextManager:
     """0.9 of the policy is mixed into the KL reference every second step."""
     right, steps = train_grpo.update, itertools.count(1)
 
@@ -89,18 +87,22 @@ def reference_mixed() -> patch:
     return patch.object(train_grpo, "update", wrong)
 
 
-def probe_and_baselines_for_each_teaching() -> patch:
+@contextmanager
+def probe_and_baselines_for_each_teaching() -> Iterator[None]:
     """Every member of a group gets a probe and baselines of its own, so that the group competes from different states."""
+    right = episode.episode
 
-    def copies(problem, config, rewards, seed, count_tokens, baselines, group_size):
+    def copies(problem, *arguments):
+        *arguments, group_size = arguments
         problems = [replace(problem, id=f"{problem.id}#{i}") for i in range(group_size)]
-        return [episode(problem, config, rewards, seed, count_tokens, baselines) for problem in problems]
+        return [right(problem, *arguments, 1) for problem in problems]
 
     def play_copies(groups, seats):
         episodes = iter(play(list(itertools.chain.from_iterable(groups)), seats))
         return [[next(episodes)[0] for _ in group] for group in groups]
 
-    return patch.multiple(train_grpo, episode=copies, play=play_copies)
+    with patch.object(episode, "episode", copies), patch.object(train_grpo, "play", play_copies):
+        yield
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Row:
     section: str
     name: str
     flags: str = ""  # of train_grpo.py
-    fault: Callable[[], patch] | None = None
+    fault: Callable[[], AbstractContextManager] | None = None
     demonstrations: int | None = None  # None: the checkpoint of `python train_sft.py`
 
     @property
@@ -157,16 +159,14 @@ class Config:
 
 
 def teacher_before_grpo(row: Row, seed: int, config: Config) -> Path:
-    if row.demonstrations is None:
-        return config.teacher
-    if row.demonstrations == 0:
-        return config.student
+    if not row.demonstrations:
+        return config.teacher if row.demonstrations is None else config.student
     sft, place = config.teacher.parent, config.place(row, seed)
-    every = [record for _, record in read_jsonl(sft / "demonstrations.jsonl")]
-    write_jsonl(place / "demonstrations.jsonl", every[: row.demonstrations])
-    steps = read_json(latest_training_state(sft / "state") / "state.json")["step"]  # as many as with all
-    call(place / "sft.txt", 1, ROOT / "train_sft.py", "--model", config.student, "--data", place / "demonstrations.jsonl",
-         "--steps", steps, "--seed", seed, "--out", place / "sft")  # fmt: skip
+    every, few = read_jsonl(sft / "demonstrations.jsonl"), place / "demonstrations.jsonl"
+    write_jsonl(few, [record for _, record in itertools.islice(every, row.demonstrations)])
+    steps = max(record["step"] for _, record in read_jsonl(sft / "metrics.jsonl"))  # as many as with all
+    options = ["--model", config.student, "--data", few, "--steps", steps, "--seed", seed]
+    call(place / "sft.txt", 1, ROOT / "train_sft.py", *options, "--out", place / "sft")
     return place / "sft/model"
 
 
@@ -183,16 +183,17 @@ def run_one(row: Row, seed: int, config: Config) -> None:
     write_json(place / "result.json", record | evaluate(place / "grpo/model", config.student, grpo.greedy()))
 
 
-def evaluate(teacher: Path, student: Path, greedy: EpisodeConfig) -> dict:
+def evaluate(teacher: Path, student: Path, greedy: episode.EpisodeConfig) -> dict:
     """Correctness on each held-out task, alone and guided; the protocol is the right one, whatever the training did."""
     seats = {"student": open_seat(str(student)), "teacher": open_seat(str(teacher))}
-    record, options = {}, (greedy, RewardConfig(), seeds("ablation"), seats["teacher"].count_tokens)
+    record, seed, count_tokens = {}, episode.seeds("ablation"), seats["teacher"].count_tokens
     for domain, count in TASKS.items():
         problems = world.held_out(domain, count, "ablation")
-        episodes = [one for (one,) in play([episode(problem, *options) for problem in problems], seats)]
+        scripts = [episode.episode(p, greedy, RewardConfig(), seed, count_tokens, 1, 1) for p in problems]
+        episodes = [one for (one,) in play(scripts, seats)]
         alone = [round(one.sketch.baseline_accuracy) for one in episodes]
         guided = [int(one.guided.is_correct) for one in episodes]
-        record[domain] = {"alone": alone, "guided": guided, **teaching_metrics(episodes)}
+        record[domain] = {"alone": alone, "guided": guided, **episode.teaching_metrics(episodes)}
     return record
 
 
@@ -205,30 +206,30 @@ def job(row: Row, seed: int, config: Config) -> Job:
 
 
 def results(row: Row, out: Path) -> list[dict]:
+    """One record per seed."""
     return [read_json(path) for path in sorted((out / row.key).glob("*/result.json"))]
 
 
-def accuracies(row: Row, out: Path) -> list[float]:
-    """On math with teaching, in %, of each seed."""
-    return [100 * statistics.mean(record["math"]["guided"]) for record in results(row, out)]
+def accuracies(records: list[dict], arm: str = "guided") -> list[float]:
+    """On math, in %, of each seed."""
+    return [100 * statistics.mean(record["math"][arm]) for record in records]
 
 
-def table(rows: list[Row], out: Path) -> str:
+def table(found: dict[Row, list[dict]], default: list[dict]) -> str:
     """One line per row; every number is a mean over seeds, the bracket behind accuracy its smallest and largest seed."""
     head = "changed | to | seeds | math, guided | against default | not worse | tokens taught | malformed | telecom | crm"
-    default = {record["seed"]: record["math"]["guided"] for record in results(ROWS[0], out)}
+    by_seed = {record["seed"]: record["math"]["guided"] for record in default}
     lines = []
-    for row in rows:
-        if not (found := results(row, out)):
-            continue
-        right, shared = accuracies(row, out), [r for r in found if r["seed"] in default and row != ROWS[0]]
-        changes = [np.subtract(record["math"]["guided"], default[record["seed"]]) for record in shared]
+    for row, records in found.items():
+        shared = [record for record in records if record["seed"] in by_seed and row != ROWS[0]]
+        changes = [np.subtract(record["math"]["guided"], by_seed[record["seed"]]) for record in shared]
+        right = accuracies(records)
 
         def mean(name: str, domain: str = "math", unit: int = 100) -> float:
-            return unit * statistics.mean(record[domain][name] for record in found)
+            return unit * statistics.mean(record[domain][name] for record in records)
 
         lines.append([
-            row.section, row.name, len(found), f"{statistics.mean(right):.1f} [{min(right):.1f}, {max(right):.1f}]",
+            row.section, row.name, len(records), f"{statistics.mean(right):.1f} [{min(right):.1f}, {max(right):.1f}]",
             stats.mean_in_points(np.mean(changes, axis=0)) if changes else "", f"{mean('non_degradation_rate'):.1f}",
             f"{mean('teaching_length_mean', unit=1):.0f}", f"{mean('malformed_rate'):.1f}",
             f"{mean('student_accuracy', 'telecom'):.1f}", f"{mean('student_accuracy', 'crm'):.1f}",
@@ -236,21 +237,19 @@ def table(rows: list[Row], out: Path) -> str:
     return markdown(head, lines, texts=2)
 
 
-def figure(rows: list[Row], out: Path, path: Path) -> None:
+def figure(found: dict[Row, list[dict]], default: list[dict], path: Path) -> None:
     """The table's accuracy on math: a dot per seed, a bar at their mean, a line where the default is."""
     import matplotlib.pyplot as plt  # pip install -e '.[bench]'
 
     plt.rcParams |= {"svg.hashsalt": "ablation", "font.size": 9, "svg.fonttype": "none"}
-    found = {row: values for row in rows if (values := accuracies(row, out))}
     canvas, axes = plt.subplots(figsize=(8, 0.27 * len(found) + 0.8), layout="constrained")
-    sections = list(dict.fromkeys(row.section for row in found))
-    for height, (row, values) in enumerate(found.items()):
-        color = f"C{sections.index(row.section) % 10}"
+    for height, (row, records) in enumerate(found.items()):
+        values, color = accuracies(records), f"C{SECTIONS.index(row.section) % 10}"
         axes.plot(values, [height] * len(values), "o", color=color, alpha=0.5, markersize=5)
         axes.plot([statistics.mean(values)] * 2, [height - 0.35, height + 0.35], color=color, linewidth=2.5)
-    if ROWS[0] in found:
-        alone = 100 * statistics.mean(results(ROWS[0], out)[0]["math"]["alone"])
-        axes.axvline(statistics.mean(found[ROWS[0]]), color="black", linewidth=0.8, linestyle=":")
+    if default:
+        alone = accuracies(default, "alone")[0]
+        axes.axvline(statistics.mean(accuracies(default)), color="black", linewidth=0.8, linestyle=":")
         axes.axvline(alone, color="grey", linewidth=0.8)
         axes.annotate("student alone", (alone, -0.9), color="grey", ha="left", fontsize=8)
     axes.set(yticks=range(len(found)), yticklabels=[f"{row.section}: {row.name}" for row in found])
@@ -268,9 +267,11 @@ def main() -> None:
     rows = [row for row in ROWS if row.section in config.rows]
     if not config.table:
         run_jobs([job(row, seed, config) for seed in config.seeds for row in rows], "ablation")
-    print(table(rows, config.out))
+    found, default = {row: results(row, config.out) for row in rows}, results(ROWS[0], config.out)
+    found = {row: records for row, records in found.items() if records}
+    print(table(found, default))
     if config.figure:
-        figure(rows, config.out, config.figure)
+        figure(found, default, config.figure)
 
 
 if __name__ == "__main__":

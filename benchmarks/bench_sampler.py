@@ -17,11 +17,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import tokenizers
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from benchmarks.jobs import markdown
 from nano_atlas.config import option, parse, run_script
@@ -29,9 +31,7 @@ from nano_atlas.model import ModelConfig, Transformer
 from nano_atlas.sampler import Request, Sampler, SamplingParams
 from nano_atlas.tokenizer import Tokenizer
 
-Arms = dict[
-    str, Callable[[list[list[int]], list[int]], int]
-]  # name -> (prompts, lengths) -> generated tokens
+Arms = dict[str, Callable[..., int]]  # name -> (prompts, lengths) -> number of generated tokens
 
 
 @dataclass(frozen=True)
@@ -40,41 +40,36 @@ class Config:
     prompt_tokens: int = option(48, "tokens of each prompt", above=0)
     new_tokens: int = option(128, "tokens of each completion", above=0)
     vary: bool = option(False, "completions of 1/8 ... 8/8 of --new-tokens instead of equal ones")
-    max_rows: int = option(256, "rows of the sampler's batch", above=0)
     rounds: int = option(7, "measured calls of each arm", above=0)
     threads: int = option(2, "CPU threads", above=0)
     dtype: str = option("float32", "of the model", ["float32", "bfloat16"])
     vllm: bool = option(False, "also compare VllmSampler with vLLM's offline engine (bfloat16)")
 
 
-class PlainLoop:
+@torch.no_grad()
+def plain_loop(model: Transformer, prompts: list[list[int]], lengths: list[int]) -> int:
     """What one writes first: equal prompts, a cache grown by `torch.cat`, every row runs until the longest one is done."""
+    rows, cache = len(prompts), {}
 
-    def __init__(self, model: Transformer):
-        self.model = model
-
-    def attention(self, layer, q, k, v):
-        q, k, v = (x.unflatten(0, (self.rows, -1)).transpose(1, 2) for x in (q, k, v))  # [R, H, T, D_head]
-        if layer in self.cache:
-            k, v = (torch.cat((old, new), dim=2) for old, new in zip(self.cache[layer], (k, v)))
-        self.cache[layer] = (k, v)
+    def attention(layer: int, *qkv: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(0, (rows, -1)).transpose(1, 2) for x in qkv)  # [R, H, T, D_head]
+        if layer in cache:
+            k, v = (torch.cat((old, new), dim=2) for old, new in zip(cache[layer], (k, v)))
+        cache[layer] = (k, v)
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
         return out.transpose(1, 2).flatten(0, 1)
 
-    @torch.no_grad()
-    def generate(self, prompts: list[list[int]], lengths: list[int]) -> int:
-        self.rows, self.cache = len(prompts), {}
-        input_ids = torch.tensor(prompts)
-        for step in range(max(lengths)):
-            start = 0 if step == 0 else len(prompts[0]) + step - 1
-            positions = torch.arange(start, start + input_ids.shape[1]).repeat(self.rows)
-            hidden = self.model(input_ids.flatten(), positions, self.attention).unflatten(0, (self.rows, -1))
-            logprobs = (hidden[:, -1] @ self.model.head_weight.T).float().log_softmax(-1)
-            input_ids = torch.multinomial(logprobs.exp(), 1)
-            logprobs.gather(1, input_ids).tolist()
-            input_ids.tolist()
-        return sum(lengths)
+    input_ids = torch.tensor(prompts)
+    for step in range(max(lengths)):
+        start = 0 if step == 0 else len(prompts[0]) + step - 1
+        positions = torch.arange(start, start + input_ids.shape[1]).repeat(rows)
+        hidden = model(input_ids.flatten(), positions, attention).unflatten(0, (rows, -1))
+        logprobs = (hidden[:, -1] @ model.head_weight.T).float().log_softmax(-1)
+        input_ids = torch.multinomial(logprobs.exp(), 1)
+        logprobs.gather(1, input_ids).tolist()
+        input_ids.tolist()
+    return sum(lengths)
 
 
 def sample(sampler: Sampler, prompts: list[list[int]], lengths: list[int]) -> int:
@@ -97,24 +92,22 @@ def vllm_arms(model: Transformer) -> Iterator[Arms]:
     with tempfile.TemporaryDirectory() as folder:
         words = {f"t{i}": i for i in range(model.config.vocab_size)}
         backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="t0"))
-        transfer = FileTransfer(Path(folder, "model"), Tokenizer(backend, eos_token="t0"))
-        transfer.stage(model.to(torch.bfloat16))
+        checkpoint, tokenizer = Path(folder, "model"), Tokenizer(backend, eos_token="t0")
+        FileTransfer(checkpoint, tokenizer).stage(model.to(torch.bfloat16))
         options = {"logprobs_mode": "processed_logprobs", "generation_config": "vllm", "max_model_len": 1024}
         options |= {} if has_gpu else {"enable_chunked_prefill": False}  # as in VllmServer
-        engine = vllm.LLM(f"{folder}/model", dtype="bfloat16", **options)
+        engine = vllm.LLM(str(checkpoint), dtype="bfloat16", **options)
 
         def offline(prompts: list[list[int]], lengths: list[int]) -> int:
             requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-            settings = {"ignore_eos": True, "logprobs": 0}
-            params = [vllm.SamplingParams(max_tokens=n, seed=i, **settings) for i, n in enumerate(lengths)]
+            options = {"ignore_eos": True, "logprobs": 0}
+            params = [vllm.SamplingParams(max_tokens=n, seed=i, **options) for i, n in enumerate(lengths)]
             outputs = engine.generate(requests, params, use_tqdm=False)
             return sum(len(output.outputs[0].token_ids) for output in outputs)
 
-        device = "cuda:0" if has_gpu else "cpu"
-        more = ["--max-model-len", "1024"]
-        with VllmServer(Path(folder, "model"), Path(folder, "log"), device=device, options=more) as server:
-            served = VllmSampler([server.url])
-            yield {"vLLM offline engine": offline, "VllmSampler": lambda p, n: sample(served, p, n)}
+        place = {"device": "cuda:0" if has_gpu else "cpu", "options": ["--max-model-len", "1024"]}
+        with VllmServer(checkpoint, Path(folder, "log"), **place) as server:
+            yield {"vLLM offline engine": offline, "VllmSampler": partial(sample, VllmSampler([server.url]))}
 
 
 def compare(arms: Arms, prompts: list[list[int]], lengths: list[int], rounds: int) -> None:
@@ -143,8 +136,8 @@ def main() -> None:
     prompts = torch.randint(0, 512, (config.sequences, config.prompt_tokens), generator=generator).tolist()
     eighths = [1 + i % 8 if config.vary else 8 for i in range(config.sequences)]
     lengths = [max(1, config.new_tokens * eighth // 8) for eighth in eighths]
-    sampler = Sampler(model, max_rows=config.max_rows)
-    arms = {"plain loop": PlainLoop(model).generate, "embedded sampler": lambda p, n: sample(sampler, p, n)}
+    sampler = Sampler(model, max_rows=256)
+    arms = {"plain loop": partial(plain_loop, model), "embedded sampler": partial(sample, sampler)}
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters / 1e6:.2f}M parameters, {config.dtype}, {config.threads} threads")
     compare(arms, prompts, lengths, config.rounds)

@@ -135,11 +135,10 @@ def table(config: Config) -> str:
         cells = (gigabytes(items[name]) if items.get(name) else "" for items in columns.values())
         lines.append([name, *cells])
     lines.append(["**peak**", *(f"**{gigabytes(peak(items))}**" for items in columns.values())])
-    sizes = activations(policy, tokens, False), kv_cache(policy, 1, slots), 12 * parameters(policy)
-    whole, cache, state = map(gigabytes, sizes)
+    whole, cache = gigabytes(activations(policy, tokens, False)), gigabytes(kv_cache(policy, 1, slots))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + (
         f"\n\nAn 80 GB card has {gigabytes(CARD)} GB. Activations of {tokens:,} tokens with gradient checkpointing; without, {whole} GB. "
-        f"One sequence of {slots:,} tokens has {cache} GB of KV cache. Masters and moments of 2 GPUs, {state} GB, are on the host."
+        f"One sequence of {slots:,} tokens has {cache} GB of KV cache. Masters and moments of 2 GPUs, {gigabytes(12 * parameters(policy))} GB, are on the host."
     )
 
 

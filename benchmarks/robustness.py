@@ -13,10 +13,10 @@ directory of its own. *Whole plan* is the student's accuracy when it is told the
 The other students are made first, by nano_atlas/world/pretrain.py with another seed or other amounts of text (4 to 9 minutes each).
 """
 
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from statistics import median
 
@@ -77,16 +77,17 @@ def main_path(run: Run, config: Config) -> Job:
     """Every script continues where it was, or has nothing to do."""
     place, student = run.place(config.out), student_path(run.student, config.out)
     sft, grpo = place / "sft", place / "grpo"
-    limit = () if config.steps is None else ("--steps", config.steps)
-
-    def start(script: str, *options: object) -> None:
-        call(place / "log.txt", run.threads, ROOT / script, "--student", student, *options)
+    common = ["--seed", run.seed, *([] if config.steps is None else ["--steps", config.steps])]
+    teachers = [f"sft={sft / 'model'}", f"grpo={grpo / 'model'}"]
+    commands = [
+        ["train_sft.py", "--model", student, "--out", sft, *common],
+        ["train_grpo.py", "--student", student, "--teacher", sft / "model", "--out", grpo, *common],
+        ["eval.py", "--student", student, "--teacher", *teachers, "--limit", config.tasks, "--out", place / "eval"],
+    ]  # fmt: skip
 
     def work() -> None:
-        call(place / "log.txt", run.threads, ROOT / "train_sft.py", "--model", student, "--seed", run.seed, "--out", sft, *limit)  # fmt: skip
-        start("train_grpo.py", "--teacher", sft / "model", "--seed", run.seed, "--out", grpo, *limit)
-        teachers = f"sft={sft / 'model'}", f"grpo={grpo / 'model'}"
-        start("eval.py", "--teacher", *teachers, "--limit", config.tasks, "--out", place / "eval")
+        for script, *options in commands:
+            call(place / "log.txt", run.threads, ROOT / script, *options)
         write_json(place / "whole-plan.json", whole_plan(student, config.tasks))
 
     return Job(place / "whole-plan.json", work, run.threads)
@@ -116,7 +117,7 @@ def measure(student: Seat, domain: str, count: int) -> dict[str, float]:
     halves = [world.plan(task.chain, world.opening(task.chain)) for task in tasks]
     told = dict(zip(HELP, ([None] * count, halves, plans, plans[-1:] + plans[:-1])))
     right = iter(is_right(student, [pair for texts in told.values() for pair in zip(tasks, texts)]))
-    return {kind: sum(islice(right, count)) / count for kind in told}
+    return {kind: sum(itertools.islice(right, count)) / count for kind in told}
 
 
 def read(run: Run, out: Path) -> dict[str, dict] | None:
@@ -183,12 +184,8 @@ def main() -> None:
         print(markdown(" | ".join([str(student), *HELP]), rows))
     if config.measure:
         return
-    runs = [
-        Run(name, seed, threads)
-        for name in config.students
-        for seed in (config.seeds if name == SHIPPED else config.other_seeds)
-        for threads in (config.threads if name == SHIPPED else (1,))
-    ]
+    grid = {name: (config.other_seeds, (1,)) for name in OTHERS} | {SHIPPED: (config.seeds, config.threads)}
+    runs = [Run(name, *point) for name in config.students for point in itertools.product(*grid[name])]
     if not config.table:
         others = [make_student(name, config.out) for name in OTHERS if name in config.students]
         run_jobs(others, "students")

@@ -5,10 +5,9 @@
     python -m benchmarks.tau2_rehearsal --mode solo           # the same from the ticket
     python -m benchmarks.tau2_rehearsal --python .venv-tau2/bin/python        # where tau2 is in an environment of its own
 
-A tokenizer is made of the domain's texts, conversations are made in which the agent transfers and the user hangs up, `train_sft.py`
-learns them (0.7M parameters, some ten minutes on two cores), a vLLM server gets the result with its parser of tool calls, and
-`eval.py --bench tau2` does all tasks of the split, alone and taught. Both arms must score what the floor "always transfer" does:
-17.54 % on telecom base.
+`train_sft.py` teaches a newborn of 0.7M parameters conversations in which the agent transfers and the user hangs up (some ten minutes
+on two cores); then `eval.py --bench tau2` does all tasks of the split, alone and taught. Both arms must score what the floor "always
+transfer" does: 17.54 % on telecom base.
 """
 
 import json
@@ -45,20 +44,16 @@ CHAT = """<|im_start|>system
 GREETING = "Hi! How can I help you today?"  # with which tau2's orchestrator begins
 COMPLAINT, GOODBYE = "My phone has no service, please help.", "###TRANSFER###"
 HOLD = "YOU ARE BEING TRANSFERRED TO A HUMAN AGENT. PLEASE HOLD ON."
-TRANSFER = (
-    '<tool_call>\n{"name": "transfer_to_human_agents", "arguments": {"summary": "No service."}}\n</tool_call>'
-)
-DONE = '<tool_call>\n{"name": "done", "arguments": {}}\n</tool_call>'
+CALL = '<tool_call>\n{"name": "%s", "arguments": %s}\n</tool_call>'
+TRANSFER, DONE = CALL % ("transfer_to_human_agents", '{"summary": "No service."}'), CALL % ("done", "{}")
 PARAMETERS = {"properties": {"summary": {"type": "string"}}}
 TOOLS = ("get_customer_by_phone", "transfer_to_human_agents", "toggle_airplane_mode", "done")
-SCHEMAS = "".join(  # what follows a system prompt where there are tools
-    "\n" + json.dumps({"type": "function", "function": {"name": name, "parameters": PARAMETERS}})
-    for name in TOOLS
-)
+SCHEMAS = [{"type": "function", "function": {"name": name, "parameters": PARAMETERS}} for name in TOOLS]
+OFFERED = "".join(
+    "\n" + json.dumps(schema) for schema in SCHEMAS
+)  # where there are tools, a system prompt ends so
 APPROACH = "I would look at the line first."
 TEACHING = "<thinking>It is stuck.</thinking>\n<teaching>Transfer the customer to a human agent.</teaching>"
-
-
 CONVERSATIONS, STEPS = 1200, 420  # to learn from; of learning them
 
 
@@ -74,7 +69,7 @@ def conversation(texts: str, is_solo: bool, draws: random.Random) -> list[dict[s
     """One of the moments that a seat must know, after a system prompt of any length cut from the domain's texts."""
     length = int(2 ** draws.uniform(3, 15.3))
     start = draws.randrange(max(1, len(texts) - length))
-    policy = texts[start : start + length] + draws.choice(["", SCHEMAS])
+    policy = texts[start : start + length] + draws.choice(["", OFFERED])
     question, kind = draws.choice([COMPLAINT, policy[:200]]), draws.randrange(6)
     if kind == 0:
         case = f"{policy}\n\nTools: a, b\n\nUser: {question}"
@@ -110,28 +105,27 @@ def main() -> None:
     files = sorted([*data.glob("domains/telecom/*.md"), *data.glob("user_simulator/*.md")])
     if not files:
         raise UserError(
-            "TAU2_DATA_DIR must name tau2's data; `python eval.py --bench tau2 --dry-run` says how to get it"
+            "TAU2_DATA_DIR must name tau2's data: `eval.py --bench tau2 --dry-run` says how to get it"
         )
     texts, draws = "\n".join(file.read_text() for file in files), random.Random(0)
     place, root = config.out / config.mode, Path(__file__).parents[1]
     if not is_checkpoint(place / "init"):
         chats = [conversation(texts, config.mode == "solo", draws) for _ in range(CONVERSATIONS)]
-        save_model(
-            place / "init", *newborn([texts, *(turn["content"] for chat in chats[:200] for turn in chat)])
-        )
+        said = (turn["content"] for chat in chats[:200] for turn in chat)
+        save_model(place / "init", *newborn([texts, *said]))
         write_jsonl(place / "chats.jsonl", [{"messages": chat} for chat in chats])
-    subprocess.run([
-        sys.executable, root / "train_sft.py", "--preset", "own", "--device", "cpu", "--data", place / "chats.jsonl",
-        "--model", place / "init", "--out", place / "sft", "--steps", str(STEPS), "--tokens-per-step", "10000",
-        "--tokens-per-batch", "10000", "--max-length", "10000", "--lr", "1e-2"], check=True)  # fmt: skip
-    options = ["--enforce-eager", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    files = ["--data", place / "chats.jsonl", "--model", place / "init", "--out", place / "sft"]
+    lengths = "--tokens-per-step 10000 --tokens-per-batch 10000 --max-length 10000".split()
+    learning = f"--preset own --device cpu --lr 1e-2 --steps {STEPS}".split()
+    subprocess.run([sys.executable, root / "train_sft.py", *learning, *lengths, *files], check=True)
+    options = "--enforce-eager --enable-auto-tool-choice --tool-call-parser hermes".split()
     with VllmServer((place / "sft/model").resolve(), place / "vllm.log", options=options) as server:
         user = "solo" if config.mode == "solo" else server.url
-        subprocess.run([
-            config.python, root / "eval.py", "--bench", "tau2", "--user", user, "--student", server.url, "--teacher", f"taught={server.url}",
-            "--limit", str(config.limit), "--control", "none", "--trials", "1", "--temperature", "0", "--max-steps", "20",
-            "--answer-tokens", "200", "--teaching-tokens", "64", "--probe-tokens", "32", "--workers", "8", "--restart",
-            "--out", place / "results"], check=True)  # fmt: skip
+        seats = f"--user {user} --student {server.url} --teacher taught={server.url} --control none".split()
+        lengths = "--max-steps 20 --answer-tokens 200 --teaching-tokens 64 --probe-tokens 32".split()
+        run = f"--limit {config.limit} --trials 1 --temperature 0 --workers 8 --restart --out {place}/results".split()
+        command = [config.python, root / "eval.py", "--bench", "tau2", *seats, *lengths, *run]
+        subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":

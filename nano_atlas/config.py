@@ -4,12 +4,10 @@
     class Config:
         preset: str = option("nano", "", group="run")               # filled from --preset
         steps: int | None = option(None, "optimizer steps", above=0, resumable=True)
-        clip: tuple[float, float] = option((0.2, 0.2), "...", at_least=0, group="loss")
 
     config = parse(Config, sys.argv[1:], {"nano": Preset("CPU, 1 GB", {"steps": 100})}, "what the script does")
 
-Every `option` field is a flag. Explicit flags override the preset, the preset overrides the defaults; a `check()` method, where the
-class has one, raises UserError for values that contradict each other.
+Flags override the preset, the preset overrides the defaults; a method `check()` may refuse values that contradict each other.
 """
 
 import argparse
@@ -35,10 +33,7 @@ BOUNDS = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le,
 
 
 def derive_seed(*parts: Any) -> int:
-    """A 63-bit seed that depends on all parts, the same on every machine: `derive_seed(config.seed, "rollouts", step)`.
-
-    Randomness that is a function of (seed, step) has no state, so a resumed run needs none restored.
-    """
+    """A 63-bit seed that depends on all parts: derived from (seed, step), randomness has no state that a resumed run must restore."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
@@ -52,19 +47,16 @@ class Preset(NamedTuple):
 def option(
     default: Any, help: str, choices: Sequence = (), *, group: str = "", resumable: bool = False, **bounds
 ) -> Any:
-    """A dataclass field that becomes `--its-name`. `help` gives meaning and unit; defaults are appended to it.
+    """A dataclass field that becomes `--its-name`; `help` gives meaning and unit, `group` starts a section of `--help`.
 
-    `group` starts a section of `--help`, which lasts until the next field with a group. A `resumable` option may differ when an
-    interrupted run is continued (how long, how often), any other may not (what is computed). bounds: above, at_least, at_most,
-    below; they hold for a number or for each of several, and not for None.
+    A `resumable` option may differ when an interrupted run is continued (how long, how often), others may not (what is computed).
+    bounds: above, at_least, at_most, below; for a number or each of several, not for None.
     """
     metadata = {"help": help, "choices": choices, "group": group, "resumable": resumable, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse whose complaints are UserErrors, so that every script reports every mistake in the same way."""
-
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
 
@@ -109,11 +101,7 @@ def _add_option(group: Any, field: dataclasses.Field, kind: Any, default: Any) -
 def parse(
     cls: type[ConfigType], argv: Sequence[str], presets: Mapping[str, Preset], description: str
 ) -> ConfigType:
-    """Build `cls` from the command line; its field `preset`, where there is one, is the name of the preset to start from.
-
-    Raises UserError for an unknown option (with the closest existing one), a malformed value, one out of its bounds, or what
-    `cls.check()` refuses.
-    """
+    """Build `cls` from the command line; with `presets` its first field is the name of the one to start from. Raises UserError."""
     style = argparse.RawDescriptionHelpFormatter
     parser = _Parser(description=description, formatter_class=style, allow_abbrev=False)
     options, kinds, group = _options(cls), typing.get_type_hints(cls), parser
@@ -126,9 +114,8 @@ def parse(
         if field.name == "preset":
             about = "".join(f"; {name}: {preset.help}" for name, preset in presets.items())
             text = f"what the other options start from{about}; --preset NAME --help shows its values"
-            group.add_argument(
-                "--preset", default=field.default, metavar="NAME", help=text.replace("%", "%%")
-            )
+            settings = {"default": field.default, "metavar": "NAME"}
+            group.add_argument("--preset", **settings, help=text.replace("%", "%%"))
         else:
             _add_option(group, field, kinds[field.name], preset.overrides.get(field.name, field.default))
     given, unknown = parser.parse_known_args(list(argv))
@@ -150,9 +137,8 @@ def _check_bounds(field: dataclasses.Field, value: Any) -> None:
     for number in value if isinstance(value, tuple) else (value,):
         for name, bound in field.metadata["bounds"].items():
             if number is not None and not BOUNDS[name](number, bound):
-                raise UserError(
-                    f"{flag_of(field.name)} must be {name.replace('_', ' ')} {bound}, not {number}"
-                )
+                words = name.replace("_", " ")
+                raise UserError(f"{flag_of(field.name)} must be {words} {bound}, not {number}")
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -161,10 +147,7 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def refuse_changes(config: Any, saved: Mapping[str, Any], where: str) -> None:
-    """Raise UserError naming each option, but for the resumable ones, in which `config` differs from a run's `saved` JSON.
-
-    An option that did not exist then had its default.
-    """
+    """Raise UserError naming each option that is not resumable and differs from a run's `saved` JSON (or, if missing, its default)."""
     now, saved = to_json(config), to_json(type(config)()) | dict(saved)
     fixed = [field.name for field in _options(config) if not field.metadata["resumable"]]
     changed = [f"{flag_of(name)} {saved[name]} -> {now[name]}" for name in fixed if saved[name] != now[name]]
@@ -177,22 +160,18 @@ def refuse_changes(config: Any, saved: Mapping[str, Any], where: str) -> None:
 
 
 def run_script(main: Callable[[], None], is_parallel: bool = False) -> None:
-    """Run a script's `main`, and end with one readable line where the user can fix what went wrong.
+    """Run a script's `main`; what the user can fix ends it with one readable line.
 
-    is_parallel: the script may run under torchrun. Then only the first failing rank reports; the others exit silently.
+    is_parallel: it may run under torchrun. Then only the first failing rank reports; the others exit silently.
     """
     with process_group():
         try:
             if size() > 1 and not is_parallel:
-                raise UserError(
-                    "this script is work for one process: start it with python, not with torchrun"
-                )
+                raise UserError("this script is for one process: start it with python, not with torchrun")
             main()
         except Exception as error:
             if not is_first_failure():
-                time.sleep(
-                    1
-                )  # torchrun ends the job at the first exit, which should be the one that says why
+                time.sleep(1)  # torchrun ends the job at the first exit: that of the rank that reports
                 os._exit(1)  # an orderly exit would make torch report that the others are gone
             if isinstance(error, BrokenPipeError):  # whoever read our output, such as `head`, has had enough
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

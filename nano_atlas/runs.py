@@ -20,7 +20,7 @@ def read_json(path: Path) -> dict:
     """The JSON object in a file, or an empty one where there is no such file. Raises UserError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # no JSON, or no UTF-8
         raise UserError(f"{path} is not valid JSON ({error}); copy the file anew from its source") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} should hold a JSON object, not a {type(value).__name__}")
@@ -38,8 +38,7 @@ def replace_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` when the block ends without an exception: a reader, or a process killed meanwhile,
-    finds the old one or the new one."""
+    """A new file that takes the place of `path` when the block ends without an exception; until then the old one is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -73,27 +72,27 @@ def checkpoint_digest(path: Path) -> str:
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yields a new directory to fill, which takes the place of `path` when the block ends without an exception.
 
-    A process killed at any moment leaves the old directory or the new one. Between two renames there is an instant in which the
-    old one lies beside `path` under another name; the next call for the same `path` puts it back.
+    Killed at any moment it leaves the old directory or the new one; between two renames the old one has another name, and the next
+    call for the same `path` puts it back.
     """
     path = Path(path).resolve()
     new, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
     if old.exists() and not path.exists():
         old.rename(path)
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
         yield new
         for file in filter(Path.is_file, new.rglob("*")):
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())  # the contents reach the disk before the name does
+        shutil.rmtree(old, ignore_errors=True)
         if path.exists():
             path.rename(old)
         new.rename(path)
     finally:
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- JSON Lines
@@ -135,12 +134,10 @@ def read_jsonl(
 
 
 def _to_line(record: Mapping[str, Any]) -> bytes:
-    """ASCII, so that half a surrogate pair survives. Raises ValueError for a number that JSON does not have."""
-    return json.dumps(record, allow_nan=False).encode() + b"\n"
+    return json.dumps(record, allow_nan=False).encode() + b"\n"  # ASCII: half a surrogate pair survives
 
 
 def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write one object per line; the file appears under its name only when it is complete."""
     with replacing(path) as file:
         file.writelines(map(_to_line, records))
 
@@ -204,11 +201,11 @@ class RunLog:
         if rank() > 0:
             return
         self._journal = Journal(path)
-        steps = [record.get("step") for _, record in self._journal.records()]
-        if None in steps:
-            raise UserError(
-                f"{path}:{steps.index(None) + 1}: no metrics record; fix or delete the file, or use --restart"
-            )
+        steps = []
+        for number, record in self._journal.records():
+            if "step" not in record:
+                raise UserError(f"{path}:{number}: no metrics record; fix or delete it, or use --restart")
+            steps.append(record["step"])
         self._journal.keep(sum(step <= resumed_step for step in steps))
         if wandb:
             try:
@@ -223,11 +220,13 @@ class RunLog:
 
     def log(self, step: int, **metrics: Any) -> None:
         """Write one record: floats to 6 significant digits, or null if not finite."""
-        record = {name: _rounded(value) for name, value in metrics.items()}
+        for name, value in metrics.items():
+            if isinstance(value, float):
+                metrics[name] = float(f"{value:.6g}") if math.isfinite(value) else None
         if self._journal is not None:
-            self._journal.append([{"step": step, **record}])
+            self._journal.append([{"step": step, **metrics}])
         if self._wandb is not None:
-            self._wandb.log(record, step=step)
+            self._wandb.log(metrics, step=step)
 
     def __enter__(self) -> Self:
         return self
@@ -237,9 +236,3 @@ class RunLog:
             self._journal.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def _rounded(value: Any) -> Any:
-    if not isinstance(value, float):
-        return value
-    return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -4,9 +4,8 @@
         (approach,), answers = yield from ask(Call("student", "probe", ...), Call("student", "alone", ..., n=4))
         return answers
 
-So a script reads as if it were alone in the world. Calls of all scripts to the same checkpoint go through its sampler in one
-batch; calls to endpoints and agents run in up to `workers` threads, each script going on as soon as its replies are there. A call
-that fails gives a Fault in place of its replies; the other scripts do not notice.
+Calls of all scripts to the same checkpoint go through its sampler in one batch; calls to endpoints and agents run in threads, each
+script going on as soon as its replies are there. A call that fails gives a Fault in place of its replies to its own script alone.
 """
 
 import threading
@@ -21,9 +20,7 @@ from nano_atlas.errors import UserError
 from nano_atlas.protocol import Messages
 from nano_atlas.seats import Generation, Question, Reply, Seat
 
-LONGEST_REPLY = (
-    1_000_000  # characters; more is a fault of the agent, and would be copied into prompts and traces
-)
+LONGEST_REPLY = 1_000_000  # characters; more is a fault of the agent, and would be copied into prompts
 Key = TypeVar("Key")
 
 
@@ -58,7 +55,7 @@ Script = Generator[list[Call], list, Any]  # yields calls; is sent, for each, it
 
 def ask(*calls: Call) -> Script:
     """The replies to all calls; raises the first Fault among them."""
-    answers = yield list(calls)
+    answers = (yield list(calls)) if calls else []
     for answer in answers:
         if isinstance(answer, Fault):
             raise answer
@@ -66,9 +63,12 @@ def ask(*calls: Call) -> Script:
 
 
 def play(scripts: Sequence[Script], seats: Mapping[str, Seat], progress: str | None = None) -> list[Any]:
-    """Runs all scripts to their end; what they return, in order. A Fault that a script does not catch is raised."""
+    """Runs all scripts in lockstep: a seat is asked once per round for all of them, and its errors are raised.
+
+    What the scripts return, in order. progress: label of the samplers' progress bars.
+    """
     results: dict[int, Any] = {}
-    for finished in drive(dict(enumerate(scripts)), seats, progress=progress, is_lockstep=True):
+    for finished in drive(dict(enumerate(scripts)), seats, is_lockstep=True, progress=progress):
         results |= finished
     return [results[index] for index in range(len(scripts))]
 
@@ -76,19 +76,16 @@ def play(scripts: Sequence[Script], seats: Mapping[str, Seat], progress: str | N
 def drive(
     scripts: Mapping[Key, Script],
     seats: Mapping[str, Seat],
-    *,
     workers: int = 16,
     timeout: float = 600.0,
-    progress: str | None = None,
     is_lockstep: bool = False,
+    progress: str | None = None,
 ) -> Iterator[dict[Key, Any]]:
     """Runs all scripts; yields what they return, in groups, as soon as they are done.
 
     timeout: seconds from the start of a call to an endpoint or agent after which it counts as failed. Its thread cannot be
-    stopped; it is left behind, and does not count as a worker any more. progress: label of the samplers' progress bars.
-    is_lockstep: all scripts advance together, every seat is asked once per round for all of them, and its errors are raised.
+    stopped; it is left behind, and does not count as a worker any more.
     """
-
     answers: dict[Key, list] = {}
     finished: dict[Key, Any] = {}
     batched: list[Job] = []  # for checkpoints; they wait until nothing else can go on
@@ -101,8 +98,6 @@ def drive(
         except StopIteration as end:
             finished[key] = end.value
             return
-        if not calls:
-            return advance(key, [])
         answers[key] = [None] * len(calls)
         for index, call in enumerate(calls):
             is_batched = is_lockstep or getattr(seats[call.seat], "is_batched", False)
@@ -132,12 +127,11 @@ def drive(
                     late = Fault(f"{job.call.seat}: no reply within {timeout:g} seconds")
                     arrive(job, future.result() if future.done() else late)
         elif batched:
-            jobs, batched = (
-                sorted(batched, key=lambda job: job.index),
-                [],
-            )  # first calls of all scripts, second calls, ...
-            replies = _ask_together(seats, [job.call for job in jobs], progress, is_lockstep)
-            for job, answer in zip(jobs, replies):
+            seat = seats[batched[0].call.seat]
+            mine = [job for job in batched if seats[job.call.seat] is seat]
+            batched = [job for job in batched if seats[job.call.seat] is not seat]
+            mine.sort(key=lambda job: job.index)  # first calls of all scripts, second calls, ...
+            for job, answer in zip(mine, _ask_together(seat, mine, is_lockstep, progress)):
                 arrive(job, answer)
 
 
@@ -157,25 +151,14 @@ def _ask_one(seat: Seat, call: Call) -> list[Reply] | Fault:
     return replies
 
 
-def _ask_together(
-    seats: Mapping[str, Seat], calls: Sequence[Call], progress: str | None, is_lockstep: bool
-) -> list[list[Reply] | Fault]:
-    """Calls of the same seat go together; if that fails (a prompt too long for the model), one by one."""
-    answers: list[list[Reply] | Fault] = [Fault("not asked")] * len(calls)
-    by_seat: dict[int, list[int]] = {}
-    for index, call in enumerate(calls):
-        by_seat.setdefault(id(seats[call.seat]), []).append(index)
-    for indices in by_seat.values():
-        seat = seats[calls[indices[0]].seat]
-        try:
-            replies = seat.ask([calls[index].question for index in indices], progress)
-        except UserError:
-            if is_lockstep:
-                raise
-            replies = [_ask_one(seat, calls[index]) for index in indices]
-        for index, answer in zip(indices, replies, strict=True):
-            answers[index] = answer
-    return answers
+def _ask_together(seat: Seat, jobs: Sequence[Job], is_lockstep: bool, progress: str | None) -> list:
+    """In one batch; if that fails (a prompt too long for the model), one by one."""
+    try:
+        return seat.ask([job.call.question for job in jobs], progress)
+    except UserError:
+        if is_lockstep:
+            raise
+        return [_ask_one(seat, job.call) for job in jobs]
 
 
 def _in_thread(function: Callable, *arguments: Any) -> Future:

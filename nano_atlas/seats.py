@@ -53,12 +53,10 @@ class Reply:
 
 class Seat(Protocol):
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:
-        """`question.n` replies to each. Ask as much as possible at once: a sampler has its rows full until the last questions."""
-        ...
+        """`question.n` replies to each; the more at once the better, because a sampler works on full rows."""
 
     def count_tokens(self, text: str) -> int:
         """Length of a text in this seat's tokens."""
-        ...
 
 
 class TokenSeat:
@@ -93,10 +91,8 @@ class TokenSeat:
 class EmbeddedSeat(TokenSeat):
     """A model in this process. It samples with whatever weights `model` has at the moment of the call."""
 
-    def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, *, thinking: bool = False, **sampler_options
-    ):
-        super().__init__(Sampler(model, **sampler_options), tokenizer, thinking=thinking)
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, thinking: bool = False, **options):
+        super().__init__(Sampler(model, **options), tokenizer, thinking=thinking)
 
 
 # ------------------------------------------------------------------------------------------------------------ endpoints
@@ -109,9 +105,8 @@ class ServerLost(UserError):
 class Client:
     """JSON over HTTP to one server, with retries, over kept-alive connections that threads may share.
 
-    url: of the server, with or without `/v1` or `/v1/chat/completions`; paths of requests begin with `/`. connections: most
-    requests under way at once. timeout: seconds until an answer must be there. tries: attempts per request, the waits between
-    them doubling from 1 s. The key comes from OPENAI_API_KEY and is never shown, not even where a server repeats it.
+    url: with or without `/v1` or `/v1/chat/completions`. connections: most requests under way at once. timeout: seconds for an
+    answer. tries: attempts per request, the waits doubling from 1 s. The key comes from OPENAI_API_KEY and is never shown.
     """
 
     def __init__(self, url: str, *, connections: int = 16, timeout: float = 120.0, tries: int = 4):
@@ -137,8 +132,7 @@ class Client:
     ) -> dict:
         """The server's JSON answer (`{}` where it is empty). choices: how many it must hold; limits: other tries, timeout.
 
-        An answer that is not like that, 429, 5xx and transport errors are tried again; then ServerLost is raised with the last
-        cause. Any other status is a refusal: UserError at once.
+        Other answers, 429, 5xx and transport errors are tried again, then raise ServerLost; any other status raises UserError.
         """
         for attempt in range(limits.get("tries", self.tries)):
             if attempt:
@@ -177,19 +171,13 @@ def _read_answer(response: httpx.Response, choices: int | None) -> tuple[dict, s
 class EndpointSeat:
     """A chat endpoint that speaks the OpenAI protocol, such as `vllm serve`. model: by default the first that it lists."""
 
-    def __init__(
-        self, url: str, model: str | None = None, *, workers: int = 16, timeout: float = 120.0, tries: int = 4
-    ):
-        self.client = Client(url, connections=workers, timeout=timeout, tries=tries)
-        self.model = model or self._first_model()
-
-    def _first_model(self) -> str:
-        models = self.client.request("GET", "/v1/models").get("data") or []
-        if not models:
-            raise UserError(
-                f"{self.client.url}/v1/models lists no model; name one after the address: URL#MODEL"
-            )
-        return models[0]["id"]
+    def __init__(self, url: str, model: str | None = None, **limits):
+        self.client, self.model = Client(url, **limits), model
+        if model is None:
+            models = self.client.request("GET", "/v1/models").get("data") or []
+            if not models:
+                raise UserError(f"{url}/v1/models lists no model; name one after the address: URL#MODEL")
+            self.model = models[0]["id"]
 
     def complete(
         self, messages: Sequence[dict], generation: Generation, seed: int, **more
@@ -200,7 +188,7 @@ class EndpointSeat:
         answer = self.client.request("POST", "/v1/chat/completions", body, choices=1)
         (choice,), usage = answer["choices"], answer.get("usage") or {}
         text = (choice.get("message") or {}).get("content") or ""
-        read, written = usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)
+        read, written = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
         return choice, Reply(text, written, choice.get("finish_reason") == "length", None, read)
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:

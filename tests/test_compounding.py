@@ -13,6 +13,7 @@ TRAIN = (
 TUNE = "--preset own --steps 1 --device cpu --held-out 0"
 
 
+@pytest.mark.processes
 def test_all_arms_are_made_and_measured_once(place, tmp_path, monkeypatch, capsys):
     chat = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "<solution>1</solution>"}]
     monkeypatch.chdir(tmp_path)

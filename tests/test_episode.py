@@ -137,22 +137,6 @@ def test_the_guided_answers_alone_are_those_of_the_episode():
     assert attempts == [episode.guided for episode in group]
 
 
-def test_a_group_may_be_graded_by_something_else_than_the_gold_answer():
-    def grade(kind, reply):
-        yield from ()
-        return Attempt(reply.text, None, False, reply.tokens, False) if kind == "alone" else Graded()
-
-    class Graded:
-        score = 0.75
-
-    seats = {"student": ScriptedSeat(student_rule), "teacher": teacher_of(*tagged("good"))}
-    seed = seeds("s")
-    (alone,) = play([sketch(PROBLEMS[0], CONFIG, seed, 2, grade)], seats)
-    ((episode,),) = play([teach(alone, CONFIG, RewardConfig(), seed, len, grade=grade)], seats)
-    assert alone.baseline_accuracy == 0 and episode.gain == 0.75
-    assert episode.reward == teaching_reward(0, 0.75, episode.teaching_tokens)
-
-
 def test_a_leak_is_counted_and_penalised_though_the_student_was_right():
     (group,) = run(teacher_of(*tagged("good: canary0", "good", "good canary00")), problems=PROBLEMS[:1])
     assert [episode.is_leak for episode in group] == [True, False, False]

@@ -10,6 +10,8 @@ import train_sft
 from benchmarks import robustness
 from nano_atlas.runs import write_json
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture
 def one_thread():

@@ -83,6 +83,7 @@ def rounds(place, tmp_path, monkeypatch):
     return tmp_path / "live"
 
 
+@pytest.mark.processes
 def test_two_rounds_for_real_and_again_nothing(rounds, place, monkeypatch, capsys):
     runtime_loop.main()
     first, second = (json.loads((rounds / f"round-{n}/promotion.json").read_text()) for n in (1, 2))

@@ -21,6 +21,8 @@ from nano_atlas.runtime.judges import Verdict
 from nano_atlas.runtime.serve import make_app
 from nano_atlas.runtime.traces import Outcome, read_traces
 
+pytestmark = pytest.mark.processes
+
 AGENTS = """
 import time
 

@@ -54,13 +54,14 @@ def updates(monkeypatch) -> list[dict]:
 
 
 @pytest.fixture
-def rollouts(monkeypatch) -> list[train_grpo.Batch]:
-    """What each call of `roll_out` returned."""
+def rollouts(monkeypatch) -> list[list]:
+    """The groups of episodes that each call of `roll_out` returned."""
     seen, real = [], train_grpo.roll_out
 
     def spy(*arguments):
-        seen.append(real(*arguments))
-        return seen[-1]
+        groups, metrics = real(*arguments)
+        seen.append(groups)
+        return groups, metrics
 
     monkeypatch.setattr(train_grpo, "roll_out", spy)
     return seen
@@ -81,8 +82,8 @@ def test_a_run_trains_the_teacher_alone_on_the_very_tokens_it_sampled(place, tmp
     assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6) and metrics[-1]["kl"] > 1e-4
 
     tokenizer = Tokenizer.from_directory(place / "teacher")
-    for batch, seen in zip(rollouts, updates, strict=True):
-        episodes = [episode for group in batch.groups for episode in group]
+    for groups, seen in zip(rollouts, updates, strict=True):
+        episodes = [episode for group in groups for episode in group]
         for episode, sample in zip(episodes, seen["samples"], strict=True):
             question, approach = episode.sketch.problem.question, episode.sketch.approach
             asked = tokenizer.chat_ids(protocol.teacher_messages(question, approach))
@@ -155,7 +156,7 @@ def test_traces_of_the_runtime_are_a_source_of_problems(place, tmp_path, rollout
     traces = [{"task": f"Pick one of {i}.", "ground_truth": "1"} for i in range(4)]
     (tmp_path / "traces.jsonl").write_text("".join(json.dumps(trace) + "\n" for trace in traces))
     run(place, tmp_path / "out", steps=1, problems=tmp_path / "traces.jsonl", eval_every=0)
-    asked = {group[0].sketch.problem.question for batch in rollouts for group in batch.groups}
+    asked = {group[0].sketch.problem.question for groups in rollouts for group in groups}
     assert len(asked) == 2 and asked <= {trace["task"] for trace in traces}
 
 

@@ -211,7 +211,7 @@ def test_a_broken_line_ends_the_script_with_file_line_and_exit_code_2(checkpoint
     with pytest.raises(SystemExit) as stop:
         train_sft.run_script(lambda: run(checkpoint, data, tmp_path / "out"))
     assert stop.value.code == 2
-    assert f"error: {data}:2: the fields prompt make no training example" in capsys.readouterr().err
+    assert f"error: {data}:2: prompt make no training example" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", PRESETS)

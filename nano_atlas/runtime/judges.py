@@ -52,9 +52,7 @@ NO_SAMPLE = {"score": None, "rationale": "", "principles": []}
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    evaluator: str | None = option(
-        None, "Python function MODULE:NAME that scores answers from 0 to 1", group="judges"
-    )
+    evaluator: str | None = option(None, "function MODULE:NAME that scores from 0 to 1", group="judges")
     judge: str | None = option(None, "checkpoint, URL or agent that judges answers without ground truth")
     large_judge: str | None = option(None, "the same of a larger model that decides where judges disagree")
 

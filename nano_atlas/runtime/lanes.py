@@ -35,18 +35,11 @@ STYLES = tuple(protocol.TEACHING_STYLES)
 
 @dataclass(frozen=True)
 class LaneConfig(JudgeConfig, EpisodeConfig):
-    lane: str = option(
-        "adaptive",
-        "how much help a task gets; adaptive: by the student's record",
-        ("adaptive", *LANES),
-        group="lanes",
-    )
+    lane: str = option("adaptive", "adaptive: by the student's record", ("adaptive", *LANES), group="lanes")
     retries: int = option(0, "further teachings and answers while none is valid", at_least=0)
     strategies: tuple[str, ...] = option(STYLES, "teaching strategies to choose among", STYLES)
     skill_writer: str | None = option(None, "checkpoint, URL or agent that writes skills (none: no skills)")
-    audit: float = option(
-        0.2, "share of judged answers with help that are judged again", at_least=0, at_most=1
-    )
+    audit: float = option(0.2, "share of judged answers with help to judge again", at_least=0, at_most=1)
     seed: int = option(0, "of every random choice")
 
     def check(self) -> None:
@@ -145,11 +138,7 @@ def event_of(call: Call, answer: list[Reply] | Fault) -> dict[str, Any]:
     if isinstance(answer, Fault):
         return event | {"tokens": 0, "fault": str(answer)}
     (reply,) = answer
-    event |= {
-        "tokens": reply.tokens,
-        "prompt_tokens": reply.prompt_tokens,
-        "is_truncated": reply.is_truncated,
-    }
+    event |= {name: getattr(reply, name) for name in ("tokens", "prompt_tokens", "is_truncated")}
     return event | {"text": reply.text} if call.seat == "teacher" else event
 
 
@@ -205,9 +194,7 @@ def validate(session: Session, config: LaneConfig, kind: str, given: Attempt) ->
     session.trials.append(Trial(kind, given.text, given.answer, given.tokens, given.is_truncated, verdict))
 
 
-def verdict_on(
-    session: Session, config: LaneConfig, kind: str, given: Attempt | Trial, *seed: object
-) -> Script:
+def verdict_on(session: Session, config: LaneConfig, kind: str, given: Attempt | Trial, *seed: Any) -> Script:
     guidance = "" if kind == "alone" else "\n".join(session.teachings)
     seed = (session.seed, session.id, *seed)
     return (yield from judge(session.task, given, config, seed, session.approach, guidance))

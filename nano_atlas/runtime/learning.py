@@ -21,6 +21,7 @@ import re
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from nano_atlas.answers import last_json, reveals_answer
@@ -33,9 +34,8 @@ SKILLS_PER_TASK = 3
 PLAYBOOK_SIZE = 50  # most entries in force; beyond it the one with the least effect goes
 WITHHELD = 0.2  # share of matching sessions in which an entry is withheld
 LONGEST_TEXT = 200  # characters of a cue or an imperative
-PARTICULARS = (
-    r"\d{4}-\d\d-\d\d|\b\d{4,}\b|https?:|[\w.]*/[\w./]+|\w+@\w+|[A-Z]{2,}-\d+"  # dates, ids, addresses, paths
-)
+# dates, ids, addresses, paths
+PARTICULARS = r"\d{4}-\d\d-\d\d|\b\d{4,}\b|https?:|[\w.]*/[\w./]+|\w+@\w+|[A-Z]{2,}-\d+"
 SKILL_REQUEST = (
     "This guidance worked well. Write what is worth remembering for *similar* tasks, at most two entries, as JSON: "
     '{"entries": [{"cue": {"type": "keyword" or "regex", "pattern": "..."}, "action": {"imperative": "...", "strategy": null}}]}. '
@@ -63,47 +63,33 @@ class Experience:
             self.playbook.add(outcome.learned)
 
 
-@dataclass
-class Record:
-    """What a strategy, or a skill, has earned so far."""
-
-    count: int = 0
-    total: float = 0.0
-
-    def add(self, reward: float) -> None:
-        self.count, self.total = self.count + 1, self.total + reward
-
-    @property
-    def mean(self) -> float:
-        return self.total / self.count if self.count else 0.0
-
-
 class Strategies:
     """A bandit per learning key. `strategies` are the names to choose from, such as protocol.TEACHING_STYLES."""
 
     def __init__(self, strategies: Sequence[str]):
         self.strategies = tuple(strategies)
-        self._records: dict[str, dict[str, Record]] = defaultdict(lambda: defaultdict(Record))
+        self._rewards: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
 
     def choose(self, learning_key: str, seed: int) -> str:
         """The strategy for one task; a pure function of the rewards learned so far and the seed."""
         stream, draws = random.Random(seed), {}
         for name in self.strategies:
-            record = self._records[learning_key][name]
-            draws[name] = stream.gauss(record.total / (record.count + 1), 1 / math.sqrt(record.count + 1))
+            rewards = self._rewards[learning_key][name]
+            draws[name] = stream.gauss(sum(rewards) / (len(rewards) + 1), 1 / math.sqrt(len(rewards) + 1))
         return max(draws, key=draws.__getitem__)
 
     def learn(self, learning_key: str, strategy: str, reward: float | None) -> None:
         """Count one outcome. An unscored session (None) teaches nothing: that is not a reward of zero."""
         if reward is not None:
-            self._records[learning_key][strategy].add(reward)
+            self._rewards[learning_key][strategy].append(reward)
 
     def history(self, learning_key: str) -> dict[str, Any]:
         """Sessions and average reward with one kind of task, over all strategies and by strategy, as they go into a trace."""
-        used = {name: rec for name, rec in sorted(self._records[learning_key].items()) if rec.count}
-        count, total = sum(rec.count for rec in used.values()), sum(rec.total for rec in used.values())
-        by_strategy = {name: {"count": rec.count, "average_score": rec.mean} for name, rec in used.items()}
-        return {"count": count, "average_score": total / count if count else None, "strategies": by_strategy}
+        used = {name: rewards for name, rewards in sorted(self._rewards[learning_key].items()) if rewards}
+        by_strategy = {name: {"count": len(r), "average_score": fmean(r)} for name, r in used.items()}
+        rewards = [reward for group in used.values() for reward in group]
+        average = fmean(rewards) if rewards else None
+        return {"count": len(rewards), "average_score": average, "strategies": by_strategy}
 
 
 # ------------------------------------------------------------------------------------------------------------- skills
@@ -119,8 +105,8 @@ class Entry:
     sessions_observed: int = 0
     hits: int = 0  # sessions whose task or approach the cue matched
     adoptions: int = 0  # of these, the ones in which it was used
-    reward_with: Record = field(default_factory=Record)
-    reward_without: Record = field(default_factory=Record)
+    rewards_with: list[float] = field(default_factory=list)
+    rewards_without: list[float] = field(default_factory=list)
 
     def matches(self, text: str) -> bool:
         if self.kind == "regex":
@@ -130,8 +116,8 @@ class Entry:
     @property
     def effect(self) -> float | None:
         """Mean reward with minus without, or None while one of them is unknown."""
-        is_known = self.reward_with.count and self.reward_without.count
-        return self.reward_with.mean - self.reward_without.mean if is_known else None
+        is_known = self.rewards_with and self.rewards_without
+        return fmean(self.rewards_with) - fmean(self.rewards_without) if is_known else None
 
     def is_useless(self) -> bool:
         """By the published rules of pruning."""
@@ -164,7 +150,7 @@ class Playbook:
                 entry.hits += 1
                 entry.adoptions += entry.id in used
                 if reward is not None:
-                    (entry.reward_with if entry.id in used else entry.reward_without).add(reward)
+                    (entry.rewards_with if entry.id in used else entry.rewards_without).append(reward)
             if entry.is_useless():
                 self._drop(entry)
 

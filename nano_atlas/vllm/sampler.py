@@ -57,9 +57,7 @@ class VllmSampler:
         """
         needed = max((len(r.prompt_ids) + r.params.max_tokens for r in requests), default=0)
         if needed > self.context:  # vLLM would shorten the answers
-            raise UserError(
-                f"{needed} tokens exceed the server's context of {self.context} (--max-model-len)"
-            )
+            raise UserError(f"{needed} tokens exceed the server's --max-model-len of {self.context}")
 
         def sample() -> list[list[Rollout]]:
             for client in self._changed():
