@@ -21,7 +21,7 @@ Simplified against leaderboards: one greedy answer per task by default (--sample
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, pairwise
@@ -31,8 +31,7 @@ from statistics import mean
 
 from nano_atlas import answers, world
 from nano_atlas.benches import arms, crmarena, scores
-from nano_atlas.benches.arms import SAME_BUDGET, SHUFFLED, TWO_VOTES, UNTRAINED
-from nano_atlas.benches.results import STUDENT, TaskLog, TaskResult, start_or_continue
+from nano_atlas.benches.arms import SAME_BUDGET, SHUFFLED, STUDENT, TWO_VOTES, UNTRAINED, TaskLog, TaskResult
 from nano_atlas.config import derive_seed, option, parse, run_script
 from nano_atlas.data import Problem, load_problems
 from nano_atlas.episode import Sketch, guide, seeds, sketch, teach
@@ -47,6 +46,7 @@ from nano_atlas.seats import Reply, Seat
 VOTE_TEMPERATURE = 0.7  # of the votes where all else is greedy: equal answers are no vote
 CHUNK = 1024  # answers per arm between two writes: what a killed run loses at most
 Tasks = dict[str, list[Problem]]  # by domain
+Opener = Callable[[str], Seat]  # of the student, or of a teacher by name
 Verifier = Callable[[str, str], bool]  # whether an extracted answer and the gold one are equal
 
 
@@ -67,8 +67,8 @@ class Config(arms.ArmsConfig, Benchmark):
     deploy: Path | None = option(None, "YAML that names student and teacher in service", resumable=True)
 
     @property
-    def controls(self) -> list[str]:
-        return list(arms.CONTROLS) if self.full else super().controls
+    def controls(self) -> Sequence[str]:
+        return arms.CONTROLS if self.full and self.teacher else super().controls
 
     def check(self) -> None:
         if self.tables:
@@ -103,9 +103,8 @@ def run(config: Config) -> None:
         seat = config.open({STUDENT: config.student, **config.teachers}[name])
         return crmarena.QueryingSeat(seat, query) if query and name == STUDENT else seat
 
-    start_or_continue(
-        config, {f"tasks {name}": digest(repr(p).encode() for p in tasks[name]) for name in tasks}
-    )
+    contents = {f"tasks {name}": digest(repr(p).encode() for p in tasks[name]) for name in tasks}
+    arms.start_or_continue(config, contents)
     with TaskLog(config.out / "tasks.jsonl") as log:
         evaluate(config, tasks, log, is_right, open_seat)
 
@@ -133,9 +132,7 @@ def verifier(config: Config) -> Verifier:
     return lambda answer, gold: verify(*(parse(f"\\boxed{{{text}}}") for text in (gold, answer)))
 
 
-def evaluate(
-    config: Config, tasks: Tasks, log: TaskLog, is_right: Verifier, open_seat: Callable[[str], Seat]
-) -> None:
+def evaluate(config: Config, tasks: Tasks, log: TaskLog, is_right: Verifier, open_seat: Opener) -> None:
     """Run each chunk of each arm that the log does not hold whole. Teachers are opened one at a time, and only if needed.
 
     Arms that do not need each other advance side by side, and chunks mix domains, so that few large calls reach a seat. A chunk
@@ -143,13 +140,13 @@ def evaluate(
     """
     problems, size = list(chain(*tasks.values())), max(1, CHUNK // config.samples)
     seats: dict[str, Seat] = {}
-    scripts = Scripts(config, tasks, log, seats)
-    teachers = [[name] for name in config.teachers]
+    scripts, teachers = Scripts(config, tasks, log, seats), [[name] for name in config.teachers]
     for stage in [STUDENT, TWO_VOTES], *teachers, [SHUFFLED, UNTRAINED, SAME_BUDGET]:
         seats.pop("teacher", None)  # the last one, before the next one is opened
+        stage = [arm for arm in stage if arm in config.arms]
         for start in range(0, len(problems), size):
             chunk = problems[start : start + size]
-            missing = [arm for arm in stage if arm in config.arms and log.lacks(arm, chunk, config.samples)]
+            missing = [arm for arm in stage if any(len(log.get(arm, p)) < config.samples for p in chunk)]
             if not missing:
                 continue
             student = seats["student"] = seats.get("student") or open_seat(STUDENT)
@@ -176,7 +173,7 @@ class Scripts:
     seats: dict[str, Seat]
 
     def of(self, arm: str, problem: Problem) -> Script:
-        return self.taught(arm, problem) if arms.is_taught(arm) else self.alone(arm, problem)
+        return (self.alone if arm in arms.ALONE else self.taught)(arm, problem)
 
     def alone(self, arm: str, problem: Problem) -> Script:
         """The student's own answers. In the arms that vote each is the majority of several, at the price of all of them."""

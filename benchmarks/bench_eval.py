@@ -17,7 +17,7 @@ from statistics import median
 
 import eval as evaluation
 from nano_atlas import answers, world
-from nano_atlas.benches.results import STUDENT, TaskLog
+from nano_atlas.benches.arms import STUDENT, TaskLog
 from nano_atlas.config import option, parse, run_script
 from nano_atlas.presets import presets
 from nano_atlas.sampler import Request

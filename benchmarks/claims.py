@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nano_atlas.benches.results import STUDENT
+from nano_atlas.benches.arms import STUDENT
 from nano_atlas.config import run_script
 from nano_atlas.errors import UserError
 from nano_atlas.runs import read_json

@@ -11,8 +11,17 @@ import pytest
 import eval as evaluation
 from eval import Config, evaluate
 from nano_atlas import answers, protocol
-from nano_atlas.benches.arms import SAME_BUDGET, SHUFFLED, TWO_VOTES, UNTRAINED, derange
-from nano_atlas.benches.results import STUDENT, TaskLog, read_results, start_or_continue
+from nano_atlas.benches.arms import (
+    SAME_BUDGET,
+    SHUFFLED,
+    STUDENT,
+    TWO_VOTES,
+    UNTRAINED,
+    TaskLog,
+    derange,
+    read_results,
+    start_or_continue,
+)
 from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
 from nano_atlas.reward import MALFORMED_PENALTY

@@ -6,8 +6,15 @@ import math
 import pytest
 from test_eval import SAMPLED, TASKS, config_for, expected, run
 
-from nano_atlas.benches.arms import SAME_BUDGET, SHUFFLED, TWO_VOTES, UNTRAINED, majority
-from nano_atlas.benches.results import STUDENT, read_results
+from nano_atlas.benches.arms import (
+    SAME_BUDGET,
+    SHUFFLED,
+    STUDENT,
+    TWO_VOTES,
+    UNTRAINED,
+    majority,
+    read_results,
+)
 from nano_atlas.benches.scores import make_report, summary, tables
 from nano_atlas.episode import Attempt
 

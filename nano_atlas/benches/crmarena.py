@@ -23,8 +23,7 @@ from statistics import mean
 
 from nano_atlas.answers import visible
 from nano_atlas.benches import scores
-from nano_atlas.benches.arms import ArmsConfig
-from nano_atlas.benches.results import TaskResult
+from nano_atlas.benches.arms import ArmsConfig, TaskResult
 from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
 from nano_atlas.runs import read_jsonl

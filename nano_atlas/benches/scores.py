@@ -8,8 +8,8 @@ from math import sqrt
 from statistics import fmean, stdev
 
 from nano_atlas import stats
-from nano_atlas.benches.arms import CONTROLS, SHUFFLED, ArmsConfig, is_taught, majority
-from nano_atlas.benches.results import STUDENT, TaskResult, read_results
+from nano_atlas.benches import arms
+from nano_atlas.benches.arms import ALONE, CONTROLS, SHUFFLED, STUDENT, ArmsConfig, TaskResult
 from nano_atlas.errors import UserError
 from nano_atlas.runs import read_json, replace_text, write_json
 
@@ -50,29 +50,28 @@ MEANS: list[tuple[str, str, Callable, Callable[[TaskResult], float | None]]] = [
     ("cut off", "truncated", percent, lambda r: r.attempt.is_truncated),
     ("student tokens", "student_tokens", "{:.0f}".format, lambda r: r.attempt.tokens),
     ("all tokens", "all_tokens", "{:.0f}".format, lambda r: r.all_tokens),
-    ("leaks", "leak", percent, lambda r: r.is_leak if is_taught(r.arm) and r.gold else None),
+    ("leaks", "leak", percent, lambda r: r.is_leak if r.gold and r.arm not in ALONE else None),
     ("without", "leak_free_accuracy", percent,
-     lambda r: r.attempt.is_correct if is_taught(r.arm) and r.gold and not r.is_leak else None),
-    ("malformed", "malformed", percent, lambda r: r.teaching is None if is_taught(r.arm) else None),
+     lambda r: r.attempt.is_correct if r.gold and r.arm not in ALONE and not r.is_leak else None),
+    ("malformed", "malformed", percent, lambda r: r.teaching is None if r.arm not in ALONE else None),
 ]  # fmt: skip
 
 
 def make_report(results: Iterable[TaskResult], config: ArmsConfig) -> Report:
     """Score each arm on the tasks of which it has all samples, and compare it on those that the student alone has too."""
-    found: dict[str, dict[str, Tasks]] = {}  # by domain and arm
+    samples: dict[tuple[str, str, str], list[TaskResult]] = {}
     for result in sorted(results, key=lambda result: result.sample):
-        arms = found.setdefault(result.domain, {})
-        arms.setdefault(result.arm, {}).setdefault(result.id, []).append(result)
+        samples.setdefault((result.domain, result.arm, result.id), []).append(result)
+    domains: dict[str, dict[str, Tasks]] = {}  # by domain and arm
+    for (domain, arm, name), task in samples.items():
+        if len(task) == config.samples:
+            domains.setdefault(domain, {}).setdefault(arm, {})[name] = task
     report: Report = {"scores": [], "differences": []}
-    for arms in found.values():
-        whole = {}
-        for arm in dict.fromkeys([*config.arms, *CONTROLS]):
-            tasks = {name: task for name, task in arms.get(arm, {}).items() if len(task) == config.samples}
-            if tasks:
-                whole[arm] = tasks
-                versus = compare(tasks, whole[STUDENT], config.seed) if arm != STUDENT else None
-                report["scores"].append(score(tasks) | {"versus_student": versus})
-        *earlier, last = [whole[name] for name in config.teachers if name in whole] or [{}]
+    for found in domains.values():
+        for arm in [arm for arm in dict.fromkeys([*config.arms, *CONTROLS]) if arm in found]:
+            versus = None if arm == STUDENT else compare(found[arm], found[STUDENT], config.seed)
+            report["scores"].append(score(found[arm]) | {"versus_student": versus})
+        *earlier, last = [found[name] for name in config.teachers if name in found] or [{}]
         report["differences"] += [compare(last, other, config.seed) for other in earlier]
     return report
 
@@ -88,7 +87,7 @@ def score(tasks: Tasks) -> dict:
     row["interval"] = stats.wilson_interval(sum(right), count) if samples == 1 else None
     for name, estimate in ("pass_at_k", stats.pass_at_k), ("pass_hat_k", stats.pass_hat_k):
         row[name] = {k: fmean(estimate(samples, c, k) for c in right) for k in range(1, samples + 1)}
-    row["majority"] = fmean(majority([r.attempt for r in task]).is_correct for task in tasks.values())
+    row["majority"] = fmean(arms.majority([r.attempt for r in task]).is_correct for task in tasks.values())
     for _, name, _, value in MEANS:
         values = [number for result in answers if (number := value(result)) is not None]
         row[name] = fmean(values) if values else None
@@ -115,7 +114,10 @@ def finish(config: ArmsConfig, own: Callable[[ArmsConfig, list[TaskResult]], str
 
     own(options of the run, its results): Markdown that a benchmark adds. is_short: print a summary instead of the tables.
     """
-    saved, results = read_json(config.out / "run.json"), [*read_results(config.out / "tasks.jsonl").values()]
+    saved, results = (
+        read_json(config.out / "run.json"),
+        [*arms.read_results(config.out / "tasks.jsonl").values()],
+    )
     if not saved or not results:
         raise UserError(f"{config.out} holds no results yet; run the evaluation without --tables first")
     stored = type(config)(**saved["config"] | {"out": config.out})
@@ -168,10 +170,10 @@ def summary(report: Report, config: ArmsConfig) -> str:
     compared = [*report["differences"], *(row["versus_student"] for row in report["scores"])]
     gains = {(gain["domain"], gain["other"], gain["arm"]): points(gain) for gain in compared if gain}
     names, pair = config.names, [STUDENT, *config.teachers][-2:]
-    arms = [arm for arm in (STUDENT, *config.teachers, SHUFFLED) if arm in {arm for _, arm in found}]
-    rows = [["tasks", *(names[arm] for arm in arms), " − ".join(names[arm] for arm in reversed(pair))]]
+    shown = [arm for arm in (STUDENT, *config.teachers, SHUFFLED) if arm in {arm for _, arm in found}]
+    rows = [["tasks", *(names[arm] for arm in shown), " − ".join(names[arm] for arm in reversed(pair))]]
     for domain in dict.fromkeys(domain for domain, _ in found):
-        cells = [percent(found.get((domain, arm), {}).get("accuracy")) for arm in arms]
+        cells = [percent(found.get((domain, arm), {}).get("accuracy")) for arm in shown]
         gain = f"**{gains[domain, *pair]}**" if (domain, *pair) in gains else ""
         rows.append([f"{domain} ({found[domain, STUDENT]['tasks']})", *cells, gain])
     note = "Accuracy in %, difference in points with its 95 % interval over tasks."

@@ -32,8 +32,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nano_atlas.benches import arms, scores
-from nano_atlas.benches.arms import SHUFFLED, UNTRAINED
-from nano_atlas.benches.results import Key, TaskLog, TaskResult, start_or_continue
+from nano_atlas.benches.arms import SHUFFLED, UNTRAINED, Key, TaskLog, TaskResult, start_or_continue
 from nano_atlas.config import option, parse
 from nano_atlas.episode import Attempt
 from nano_atlas.errors import UserError
