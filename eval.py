@@ -48,9 +48,7 @@ Tasks = dict[str, list[Problem]]  # by domain
 
 
 @dataclass(frozen=True)
-class Benchmark:
-    """The first options of --help."""
-
+class Benchmark:  # a base of Config, so that its options come first
     preset: str = option("nano", "")
     bench: str = option("nano", "benchmark; also: tau2", ("nano", "gsm8k", "aime25", "crmarena"))
     data: Path | None = option(None, "JSONL of problems with gold answers, for all but nano", resumable=True)
@@ -131,12 +129,12 @@ def verifier(config: Config) -> Callable[[str, str], bool]:
 def evaluate(config: Config, tasks: Tasks, log: TaskLog, is_right: Callable, open_seat: Callable) -> None:
     """Run each chunk of each arm that the log does not hold whole. Teachers are opened one at a time, and only if needed.
 
-    Arms that do not need each other advance side by side, and chunks mix domains, so that few large calls reach a seat. A chunk
-    that was cut short is computed again: answers do not depend on where a run was interrupted.
+    Arms that do not need each other advance side by side, and chunks mix domains, so that few large calls reach a seat.
     """
     problems, size = list(chain(*tasks.values())), max(1, CHUNK // config.samples)
     seats: dict[str, Seat] = {}
     scripts, teachers = Scripts(config, tasks, log, seats), [[name] for name in config.teachers]
+    ways = dict.fromkeys(config.arms, scripts.taught) | dict.fromkeys(arms.ALONE, scripts.alone)
     for stage in [STUDENT, TWO_VOTES], *teachers, [SHUFFLED, UNTRAINED, SAME_BUDGET]:
         seats.pop("teacher", None)  # the last one, before the next one is opened
         stage = [arm for arm in stage if arm in config.arms]
@@ -148,7 +146,7 @@ def evaluate(config: Config, tasks: Tasks, log: TaskLog, is_right: Callable, ope
             student = seats["student"] = seats.get("student") or open_seat(STUDENT)
             if "teacher" not in seats:
                 seats["teacher"] = open_seat(*stage) if stage in teachers else student
-            running = [scripts.of(arm, problem) for arm in missing for problem in chunk]
+            running = [ways[arm](arm, problem) for arm in missing for problem in chunk]
             progress = f"{', '.join(missing)}: {len(chunk)} of {len(problems)} tasks"
             results = list(chain(*play(running, seats, progress)))
             for attempt, gold in ((result.attempt, result.gold) for result in results):
@@ -164,9 +162,6 @@ class Scripts:
     tasks: Tasks
     log: TaskLog
     seats: dict[str, Seat]
-
-    def of(self, arm: str, problem: Problem) -> Script:
-        return (self.alone if arm in arms.ALONE else self.taught)(arm, problem)
 
     def alone(self, arm: str, problem: Problem) -> Script:
         """The student's own answers. In the arms that vote each is the majority of several, at the price of all of them."""
