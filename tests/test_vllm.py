@@ -322,12 +322,13 @@ def test_weights_that_another_run_has_put_there_are_noticed_and_replaced(server,
     assert all(is_exact(random_model(2), rollout) for rollout in group)
 
 
-def test_requests_that_cannot_be_served_are_refused(server):
+def test_requests_that_cannot_be_served_are_refused(server, monkeypatch):
     sampler = sampler_at(server, random_model(2))
     with pytest.raises(UserError, match="520 tokens exceed the server's --max-model-len of 512"):
         sampler.generate([Request((1,) * 20, SamplingParams(500))])
     with pytest.raises(UserError, match="HTTP 400.*out of vocabulary"):
         sampler.generate([Request((10**6,), SamplingParams(5))])
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between tries
     with pytest.raises(UserError, match="http://127.0.0.1:9 must be a running vLLM server, started with"):
         VllmSampler(["http://127.0.0.1:9"])
 
