@@ -195,13 +195,11 @@ def make_examples(
 
 
 def _messages(record: dict[str, Any], field: str, where: str) -> protocol.Messages:
-    messages, shape = record[field], '{"role": "...", "content": "..."}'
-    if not isinstance(messages, list) or not messages:
+    messages = record[field]
+    are_dicts = isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)
+    if not are_dicts or not all(isinstance(m.get(key), str) for m in messages for key in ("role", "content")):
+        shape = '{"role": "...", "content": "..."} with texts as values'
         raise UserError(f"{where}: {field!r} must be a non-empty list of {shape}")
-    for index, message in enumerate(messages):
-        texts = [message.get(key) for key in ("role", "content")] if isinstance(message, dict) else [None]
-        if not all(isinstance(text, str) for text in texts):
-            raise UserError(f"{where}: {field!r}[{index}] must be {shape} with texts as values")
     return messages
 
 

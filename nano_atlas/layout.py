@@ -35,7 +35,7 @@ class LayoutConfig:
     dtype: str = option("float32", "of the models; masters are always float32", ["float32", "bfloat16"])
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, 4/3 the time")
     thinking: bool = option(False, "render prompts with Qwen3's thinking mode; others ignore it")
-    cache_rows: int = option(256, "most sequences decoded at once by a sampler here", resumable=True)
+    cache_rows: int = option(256, "most sequences decoded at once by a sampler", above=0, resumable=True)
     rollout: tuple[str, ...] = option(("auto",), ROLLOUT_HELP, group="vLLM", resumable=True)
     vllm_args: str = option("", "options for servers started here, as one quoted text", resumable=True)
     overlap: bool = option(False, "sample a step while the one before trains (vLLM only)")

@@ -4,8 +4,10 @@ import json
 import re
 
 import pytest
+import tokenizers
 import torch
 from conftest import ScriptedSeat
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
 from benchmarks.robustness import measure
@@ -250,13 +252,16 @@ def test_muon_takes_the_steps_of_torchs_muon():
     generator = torch.Generator().manual_seed(0)
     starts = [torch.randn(shape, generator=generator) for shape in ((24, 24), (24, 8), (8, 24), (24, 8))]
     ours, theirs = ([nn.Parameter(start.clone()) for start in starts] for _ in range(2))
-    muon = pretrain.Muon(ours, weight_decay=0.1)
-    oracle = torch.optim.Muon(theirs, lr=0.02, momentum=0.95, weight_decay=0.1)
+    groups = [
+        ([ours[i] for i in group], torch.zeros(len(group), *starts[group[0]].shape))
+        for group in ([0], [1, 3], [2])
+    ]
+    oracle = torch.optim.Muon(theirs, lr=0.02, momentum=pretrain.MOMENTUM, weight_decay=pretrain.WEIGHT_DECAY)
     for _ in range(4):
         for mine, other in zip(ours, theirs):
             mine.grad = torch.randn(mine.shape, generator=generator)
             other.grad = mine.grad.clone()
-        muon.step(0.02)
+        pretrain.muon_step(groups, 0.02)
         oracle.step()
     for mine, other, start in zip(ours, theirs, starts):
         moved = (other - start).abs().max()
@@ -278,15 +283,38 @@ def test_learning_stops_once_it_has_succeeded(student):
     assert 2.0 < loss <= 4.0  # the evaluation after which it stopped; 50 epochs reach far below
 
 
-def test_pre_training_in_small_ends_with_a_checkpoint_and_the_shipped_tokenizer(tmp_path, monkeypatch):
+def test_pre_training_in_small_ends_with_a_checkpoint(tmp_path, monkeypatch):
     losses, learn, following = [], pretrain.learn, pretrain.following_corpus
     monkeypatch.setattr(pretrain, "following_corpus", lambda count, seed: following(15, seed))
     monkeypatch.setattr(pretrain, "learn", lambda *a, **o: losses.append(learn(*a, **o)))
     pretrain.main(["--out", str(tmp_path / "student"), "--texts", "100", "16", "16"])
     assert losses[2] < losses[1]
-    model = load_model(tmp_path / "student")
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
-    made, shipped = (
-        (place / "tokenizer.json").read_bytes() for place in (tmp_path / "student", world.STUDENT)
-    )
-    assert made == shipped
+    assert all(parameter.isfinite().all() for parameter in load_model(tmp_path / "student").parameters())
+
+
+def test_the_students_tokenizer_is_a_bpe_of_its_corpus_and_of_the_protocols_prompts(tmp_path):
+    """How the shipped one was made, to the byte."""
+    texts = [
+        text
+        for (turn,), reply in pretrain.base_corpus(6000, "tokenizer")
+        for text in (turn["content"], reply)
+    ]
+    for task in world.tasks("math", 300, "tokenizer"):
+        for style in protocol.TEACHING_STYLES:
+            d = world.demonstration(task, world.plan(task.chain), style, is_thorough=True)
+            (prompt,) = protocol.teacher_messages(task.question, d["student_approach"], style)
+            texts += [prompt["content"], d["teacher_diagnosis"] + "\n" + d["teacher_teaching"]]
+    # a line's label ("Ann:") and a rule's step (" +4") are words of their own
+    words = pre_tokenizers.Split(tokenizers.Regex(r"\w+:| [+-]\d+| ?\w+| ?[^\s\w]+|\s"), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
+    backend.decoder = decoders.ByteLevel()
+    options = {"vocab_size": 1200, "initial_alphabet": as_bytes.alphabet(), "show_progress": False}
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    backend.train_from_iterator(texts, trainers.BpeTrainer(special_tokens=special, **options))
+    tags = [f"<{slash}{name}>" for name in ("thinking", "teaching", "solution") for slash in ("", "/")]
+    backend.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
+    Tokenizer(backend, eos_token="<|im_end|>", pad_token="<|endoftext|>").save(tmp_path)
+    for file in tmp_path.iterdir():
+        assert file.read_bytes() == (world.STUDENT / file.name).read_bytes()

@@ -1,9 +1,9 @@
 """The nano world: three small domains of generated problems in which a plan makes the difference between success and failure.
 
 A problem lists, in shuffled order, what each thing is stated in terms of, and gives one rule for going from one thing to the next. To
-answer, one walks *backwards* from the thing asked for to one with a given value and then computes *forwards*. Computing is easy. Finding
-where to start is hard, because one forward pass does not walk a long chain. A teacher can close this gap: its <thinking> walks back one
-line at a time, and its <teaching> names the order, which contains no value and so no answer.
+answer, walk *backwards* from the thing asked for to one with a value, then compute *forwards*. Computing is easy; finding the start is
+hard, because a forward pass does not walk a long chain. A teacher's <thinking> can walk back one line at a time, and its <teaching> can
+name the order, which contains no value and so no answer.
 
     math                              telecom                           crm
     Ann: 3                            Modem: fair                       Refund: lead
@@ -124,9 +124,8 @@ def opening(chain: Sequence[str]) -> Sequence[str]:
 def demonstration(task: Task, approach: str, style: str, is_thorough: bool) -> dict:
     """What a tutor would write, by one rule, in the schema of Arc-ATLAS-Teach-v0.
 
-    The diagnosis walks back from the question to the given value. An adaptive teaching names only where to start if the student's
-    approach is right. If it is wrong, a thorough tutor names the whole order, any other tutor the first half of it. Style "concise"
-    always names the start alone, "detailed" the whole order.
+    The diagnosis walks back from the question. The teaching names only where to start if the approach is right; if it is wrong, the
+    whole order (a thorough tutor) or its first half. Style "concise" always names the start alone, "detailed" the whole order.
     """
     told = task.chain if is_thorough or style == "detailed" else opening(task.chain)
     if style == "concise" or (style == "adaptive" and approach.strip() == plan(task.chain)):
@@ -143,14 +142,13 @@ def demonstration(task: Task, approach: str, style: str, is_thorough: bool) -> d
 def demonstrations(count: int, seed: object, student: Seat) -> list[dict]:
     """`count` demonstrations on mathematics: the student states its approach, `demonstration` answers it.
 
-    Three tutors in ten are thorough. Which amount of help serves this student best is not in the data; GRPO finds out. A sixth each is
-    in the concise and in the detailed style, so that the teacher knows the styles that the runtime asks for.
+    Three tutors in ten are thorough: how much help serves this student best is not in the data, GRPO finds out. A sixth each is in the
+    concise and in the detailed style, which the runtime may ask for.
     """
     generated, probe = tasks("math", count, f"demonstrations/{seed}"), Generation(40, temperature=0.7)
-    questions = [
-        Question(protocol.probe_messages(task.question), probe, derive_seed(seed, "demonstration", index))
-        for index, task in enumerate(generated)
-    ]
+    seeds = [derive_seed(seed, "demonstration", index) for index in range(count)]
+    requests = [protocol.probe_messages(task.question) for task in generated]
+    questions = [Question(request, probe, seed) for request, seed in zip(requests, seeds)]
     approaches = [reply.text or "None." for (reply,) in student.ask(questions, progress="approaches")]
     rng = random.Random(f"styles/{seed}")
     styles = rng.choices(list(protocol.TEACHING_STYLES), weights=(4, 1, 1), k=count)
