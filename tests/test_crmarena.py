@@ -9,8 +9,7 @@ import eval as evaluation
 from nano_atlas import protocol
 from nano_atlas.answers import extract_answer
 from nano_atlas.benches import crmarena
-from nano_atlas.benches.arms import SAME_BUDGET, SHUFFLED, TWO_VOTES, UNTRAINED
-from nano_atlas.benches.results import STUDENT, read_results
+from nano_atlas.benches.arms import SAME_BUDGET, SHUFFLED, STUDENT, TWO_VOTES, UNTRAINED, read_results
 from nano_atlas.errors import UserError
 from nano_atlas.seats import Generation, Question, Reply
 

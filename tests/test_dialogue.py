@@ -24,8 +24,8 @@ from tau2.utils import DATA_DIR, llm_utils  # noqa: E402
 
 import eval as evaluation  # noqa: E402
 from nano_atlas.benches import dialogue, tau2  # noqa: E402
+from nano_atlas.benches.arms import STUDENT, read_results  # noqa: E402
 from nano_atlas.benches.dialogue import simulate  # noqa: E402
-from nano_atlas.benches.results import STUDENT, read_results  # noqa: E402
 from nano_atlas.episode import EpisodeConfig  # noqa: E402
 from nano_atlas.errors import UserError  # noqa: E402
 from nano_atlas.seats import EndpointSeat, Generation, Reply  # noqa: E402

@@ -6,7 +6,7 @@ from conftest import ScriptedSeat
 
 import eval as evaluation
 from nano_atlas import episode
-from nano_atlas.benches.results import TaskLog
+from nano_atlas.benches.arms import TaskLog
 from nano_atlas.data import Problem
 from nano_atlas.protocol import PROBE_REQUEST
 from nano_atlas.reward import RewardConfig, efficiency, step_advantages, teaching_reward

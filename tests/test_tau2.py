@@ -11,7 +11,7 @@ import pytest
 
 import eval as evaluation
 from nano_atlas.benches import tau2
-from nano_atlas.benches.results import STUDENT, TaskLog, start_or_continue
+from nano_atlas.benches.arms import STUDENT, TaskLog, start_or_continue
 from nano_atlas.benches.tau2 import Config, in_parallel, intent, student_tokens, task_result
 from nano_atlas.config import run_script
 from nano_atlas.errors import UserError

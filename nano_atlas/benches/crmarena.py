@@ -23,7 +23,7 @@ from statistics import mean
 
 from nano_atlas.answers import visible
 from nano_atlas.benches import scores
-from nano_atlas.benches.results import TaskResult
+from nano_atlas.benches.arms import ArmsConfig, TaskResult
 from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
 from nano_atlas.runs import read_jsonl
@@ -129,7 +129,7 @@ def salesforce() -> Query:
     return query
 
 
-def tables(results: Collection[TaskResult], arms: Sequence[str], names: dict[str, str]) -> str:
+def tables(config: ArmsConfig, results: Collection[TaskResult]) -> str:
     """What accuracy on policy violations hides: always answering None, and how many violations are found, whichever article."""
 
     def row(name: str, answers: Sequence[tuple[str | None, str]]) -> list[str]:  # of pairs (answer, gold)
@@ -140,9 +140,9 @@ def tables(results: Collection[TaskResult], arms: Sequence[str], names: dict[str
         return [name, str(len(answers)), *rates]
 
     rows = [["policy violations", "answers", "accuracy", "violations found"]]
-    for arm in arms:
+    for arm in config.arms:
         mine = [(r.attempt.answer, r.gold) for r in results if (r.arm, r.domain) == (arm, VIOLATION)]
         if mine:
-            rows.append(row(names.get(arm, arm), mine))
+            rows.append(row(config.names[arm], mine))
             floor = row("floor: always None", [("None", gold) for _, gold in mine])
     return "\n".join(["", *scores.table([*rows, floor]), ""]) if len(rows) > 1 else ""

@@ -35,7 +35,7 @@ from tau2.utils.utils import get_now
 
 from nano_atlas import protocol
 from nano_atlas.answers import visible
-from nano_atlas.benches.results import TaskResult
+from nano_atlas.benches.arms import TaskResult
 from nano_atlas.config import derive_seed
 from nano_atlas.episode import EpisodeConfig
 from nano_atlas.errors import UserError

@@ -32,8 +32,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nano_atlas.benches import arms, scores
-from nano_atlas.benches.arms import SHUFFLED, UNTRAINED
-from nano_atlas.benches.results import Key, TaskLog, TaskResult, read_results, start_or_continue
+from nano_atlas.benches.arms import SHUFFLED, UNTRAINED, Key, TaskLog, TaskResult, start_or_continue
 from nano_atlas.config import option, parse
 from nano_atlas.episode import Attempt
 from nano_atlas.errors import UserError
@@ -104,15 +103,11 @@ def main(argv: Sequence[str]) -> None:
             print(shown(contents))
             return
         contents["tasks"] = digest(task.model_dump_json().encode() for task in tasks)
-        start_or_continue(config, config.contents() | contents)
+        start_or_continue(config, contents)
         with TaskLog(config.out / "tasks.jsonl") as log:
             evaluate(config, tasks, log)
             write_official(config, tasks, log)
-    report, stored = arms.stored_report(config.out, Config)
-    text = scores.tables(report, stored.names) + own_tables(stored, config.out)
-    if not config.tables:
-        arms.write_report(config.out, report, text)
-    print(text)
+    scores.finish(config, own_tables)
 
 
 # ------------------------------------------------------------------------------------------------------ the package and its tasks
@@ -278,14 +273,13 @@ COSTS: dict[str, Callable[[list[dict]], str]] = {  # of an arm's simulations
 }
 
 
-def own_tables(config: Config, out: Path) -> str:
+def own_tables(config: Config, results: Sequence[TaskResult]) -> str:
     """Markdown: pass^k by intent and persona; cost and end of each arm's dialogues; and of what package and data this is true."""
-    results = list(read_results(out / "tasks.jsonl").values())
     groups = [replace(r, domain=group) for r in results for group in ("all", *PERSONA.findall(r.id))]
     passed = [["", "tasks", *(f"pass^{k}" for k in range(1, config.trials + 1))]]
-    for score in scores.make_report([*groups, *results], config.arms, [], config.trials).scores:
-        name, rates = config.names.get(score.arm, score.arm), score.pass_hat_k.values()
-        passed.append([f"{score.domain}: {name}", str(score.tasks), *(f"{100 * rate:.1f}" for rate in rates)])
+    for score in scores.make_report([*groups, *results], config)["scores"]:
+        name, rates = f"{score['domain']}: {config.names[score['arm']]}", score["pass_hat_k"].values()
+        passed.append([name, str(score["tasks"]), *map(scores.percent, rates)])
     ends = sorted({result.record["termination_reason"] for result in results})
     costs = [["", *COSTS, *ends]]
     for arm in config.arms:
@@ -295,7 +289,7 @@ def own_tables(config: Config, out: Path) -> str:
             shares = [*(show(runs) for show in COSTS.values()), *(str(count[end]) for end in ends)]
             costs.append([config.names.get(arm, arm), *shares])
     lines = ["", "### pass^k", "", *scores.table(passed), "", "### dialogues", "", *scores.table(costs), ""]
-    return "\n".join([*lines, shown(read_json(out / "run.json")["contents"]), ""])
+    return "\n".join([*lines, shown(read_json(config.out / "run.json")["contents"]), ""])
 
 
 def shown(contents: Mapping[str, str]) -> str:
