@@ -125,7 +125,7 @@ def test_tasks_are_read_by_kind_and_what_cannot_be_scored_is_counted(tasks_file,
     assert "1 tasks left out" in capsys.readouterr().out
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"idx": 1, "task": "x"}\n')
-    with pytest.raises(UserError, match="bad.jsonl:1: .*answer, query, reward_metric"):
+    with pytest.raises(UserError, match="bad.jsonl:1: needs idx, task, query, reward_metric, answer"):
         crmarena.load_tasks(bad, None)
 
 

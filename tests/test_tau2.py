@@ -84,8 +84,8 @@ def test_restart_leaves_nothing_of_the_earlier_run(tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"user": None}, "needs --student URL and --user URL"),
-    ({"student": None}, "needs --student URL"),
+    ({"user": None}, "--student and --user must be URLs"),
+    ({"student": None}, "or --user solo"),
     ({"student": "runs/student"}, "serve a checkpoint"),
     ({"user": "runs/user"}, "serve a checkpoint"),
 ])  # fmt: skip

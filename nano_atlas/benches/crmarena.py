@@ -28,14 +28,13 @@ from nano_atlas.seats import Question, Reply, Seat
 
 TURNS = 20  # queries and the answer, as in the original
 SHOWN_CHARACTERS = 4000  # of what a query gives
-FIELDS = {"idx", "task", "query", "answer", "reward_metric"}  # of a line of the tasks
+FIELDS = "idx", "task", "query", "reward_metric", "answer"  # of a line of the tasks
 VIOLATION = "policy_violation_identification"  # its gold answer is the violated article, or "None"
 ACCOUNT = {name: f"SALESFORCE_{name.upper()}" for name in ("username", "password", "security_token")}
 INSTRUCTION = (
     "You can look things up in Salesforce: write <execute>a SOQL or SOSL query</execute> and wait for its rows. "
     "The answer is one id or name, several separated by commas, or None if there is none."
 )
-
 Query = Callable[[str], str]  # SOQL or SOSL -> "Rows: ..." or "Error: ..."
 
 
@@ -44,8 +43,8 @@ def load_tasks(path: Path, limit: int | None) -> dict[str, list[Problem]]:
     kinds: dict[str, list[Problem]] = {}
     left_out = 0
     for number, record in read_jsonl(path):
-        if not FIELDS <= set(record) or not isinstance(record["answer"], list):
-            raise UserError(f"{path}:{number}: needs {', '.join(sorted(FIELDS))}, and a list as answer")
+        if not isinstance(record.get("answer"), list) or not all(name in record for name in FIELDS):
+            raise UserError(f"{path}:{number}: needs {', '.join(FIELDS)} (a list)")
         if record["reward_metric"] != "exact_match":
             left_out += 1
             continue
@@ -61,16 +60,12 @@ def load_tasks(path: Path, limit: int | None) -> dict[str, list[Problem]]:
 
 def is_correct(answer: str, gold: str) -> bool:
     """The same items in any order, whatever their case, quotes and brackets."""
-    texts = (re.split(r"[,;\n]", text.strip(" .[]").casefold()) for text in (answer, gold))
-    given, wanted = ({item.strip(" .'\"") for item in items} - {""} for items in texts)
-    return given == wanted
+    given, wanted = (re.split(r"[,;\n]", text.strip(" .[]").casefold()) for text in (answer, gold))
+    return {item.strip(" .'\"") for item in given} - {""} == {item.strip(" .'\"") for item in wanted} - {""}
 
 
 class QueryingSeat:
-    """A student that may query in <execute>SOQL</execute> and is shown the rows, until it answers or has no turn left.
-
-    To the arms of eval.py it is a seat like any other: the last reply counts, at the price of the tokens of all turns.
-    """
+    """A student that may query until it answers or has no turn left: the last reply counts, with the tokens of all turns."""
 
     def __init__(self, seat: Seat, query: Query):
         self.seat, self.query, self.count_tokens = seat, query, seat.count_tokens

@@ -154,9 +154,6 @@ def broken_off(dialogue: Orchestrator, reason: str, failure: str, usage=None) ->
     return simulation
 
 
-# ------------------------------------------------------------------------------------------------------ all tasks, all results
-
-
 def load_tasks(config) -> list[Task]:
     """Raises UserError where there are no such tasks, and where they cannot be played or scored."""
     where = f"--domain {config.domain}, --split {config.split}, --tasks {config.tasks}"

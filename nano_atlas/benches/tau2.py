@@ -7,13 +7,12 @@
     tau2 view --file runs/mms/tau2-grpo.json                                          # the dialogues
 
 The official package runs and scores each dialogue (dialogue.py); this file says which, and what became of them. The arms are those
-of eval.py without the votes: dialogues change the world, so one cannot choose among them afterwards. Student and user are URLs: each
-turn repeats a prompt of some 8,000 tokens, which a server computes only once, and a server parses tool calls in each family's format
-(`vllm serve MODEL --enable-auto-tool-choice --tool-call-parser hermes` for Qwen3). A teacher may be a checkpoint too.
+of eval.py without the votes: dialogues change the world, so one cannot choose among them afterwards. Student and user are URLs: a
+server computes the prompt that each turn repeats (8,000 tokens) only once, and parses tool calls in each family's format
+(`vllm serve MODEL --enable-auto-tool-choice --tool-call-parser hermes` for Qwen3).
 
 A dialogue that a seat breaks off (no text, malformed call, outgrown context) is a failure. So is one whose seat could not be reached,
-which tau2's own metrics leave out; *covered* is the share of dialogues without such an error. In --out, tasks.jsonl gets a line per
-dialogue, to which an interrupted run is continued; tau2-<arm>.json is for `tau2 evaluate-trajs`, which scores it again.
+which tau2's own metrics leave out; *covered* is the share of the others. tau2-<arm>.json in --out is for `tau2 evaluate-trajs`.
 """
 
 import os
@@ -70,8 +69,7 @@ class Config(arms.ArmsConfig):
         seats = [self.student] if self.is_solo else [self.student, self.user]
         if not (self.tables or self.dry_run or all(is_url(spec or "") for spec in seats)):
             raise UserError(
-                "--bench tau2 needs --student URL and --user URL, or --user solo; serve a checkpoint with "
-                "`vllm serve DIRECTORY --enable-auto-tool-choice --tool-call-parser hermes`"
+                "--student and --user must be URLs (or --user solo): serve a checkpoint as in --help"
             )
 
     @property
@@ -116,11 +114,8 @@ def run(config: Config) -> None:
 
 
 def intent(name: str, domain: str) -> str:
-    """The kind of a telecom task, which its id begins with; of the others, the domain."""
+    """The kind of a telecom task, which its id begins with; of other tasks the domain."""
     return (re.findall(r"^\[(\w+)\]", name) or [domain])[0]
-
-
-# ---------------------------------------------------------------------------------------------------------------- the dialogues
 
 
 def evaluate(config: Config, tasks: Sequence, log: TaskLog) -> None:
@@ -197,9 +192,6 @@ def student_tokens(simulation: dict[str, Any], kind: str) -> int:
     if simulation["termination_reason"] == "agent_error":
         turns.append(simulation.get("info", {}).get("usage"))
     return sum(usage[kind] for usage in turns if usage)
-
-
-# ------------------------------------------------------------------------------------------------------------------ the tables
 
 
 def own_tables(config: Config, results: Sequence[TaskResult]) -> str:
