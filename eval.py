@@ -3,7 +3,6 @@
     python eval.py                                                    # the nano world: 500 held-out tasks in each domain
     python eval.py --full                                             # all controls and all columns
     python eval.py --preset own --bench gsm8k --data test.jsonl --student DIR --teacher sft=DIR grpo=DIR --out runs/gsm8k
-    python eval.py --preset own --bench aime25 --data FILE --samples 16 --temperature 0.6 --top-p 0.95 ...
     python eval.py --bench tau2 --help                                # dialogues; crmarena: see nano_atlas/benches/crmarena.py
     python eval.py --tables --out runs/gsm8k                          # the tables again, without any model
 
@@ -46,14 +45,10 @@ from nano_atlas.seats import Reply, Seat
 VOTE_TEMPERATURE = 0.7  # of the votes where all else is greedy: equal answers are no vote
 CHUNK = 1024  # answers per arm between two writes: what a killed run loses at most
 Tasks = dict[str, list[Problem]]  # by domain
-Opener = Callable[[str], Seat]  # of the student, or of a teacher by name
-Verifier = Callable[[str, str], bool]  # whether an extracted answer and the gold one are equal
 
 
 @dataclass(frozen=True)
-class Benchmark:
-    """The first options of --help."""
-
+class Benchmark:  # a base of Config, so that its options come first
     preset: str = option("nano", "")
     bench: str = option("nano", "benchmark; also: tau2", ("nano", "gsm8k", "aime25", "crmarena"))
     data: Path | None = option(None, "JSONL of problems with gold answers, for all but nano", resumable=True)
@@ -119,11 +114,10 @@ def load_tasks(config: Config) -> Tasks:
     return {config.bench: [replace(problem, domain=config.bench) for problem in problems]}
 
 
-def verifier(config: Config) -> Verifier:
-    if config.bench == "crmarena":
-        return crmarena.is_correct
+def verifier(config: Config) -> Callable[[str, str], bool]:
+    """Whether an extracted answer and the gold one are equal."""
     if config.verifier == "exact":
-        return answers.is_correct
+        return crmarena.is_correct if config.bench == "crmarena" else answers.is_correct
     try:
         from math_verify import parse, verify
     except ImportError:
@@ -132,15 +126,15 @@ def verifier(config: Config) -> Verifier:
     return lambda answer, gold: verify(*(parse(f"\\boxed{{{text}}}") for text in (gold, answer)))
 
 
-def evaluate(config: Config, tasks: Tasks, log: TaskLog, is_right: Verifier, open_seat: Opener) -> None:
+def evaluate(config: Config, tasks: Tasks, log: TaskLog, is_right: Callable, open_seat: Callable) -> None:
     """Run each chunk of each arm that the log does not hold whole. Teachers are opened one at a time, and only if needed.
 
-    Arms that do not need each other advance side by side, and chunks mix domains, so that few large calls reach a seat. A chunk
-    that was cut short is computed again: answers do not depend on where a run was interrupted.
+    Arms that do not need each other advance side by side, and chunks mix domains, so that few large calls reach a seat.
     """
     problems, size = list(chain(*tasks.values())), max(1, CHUNK // config.samples)
     seats: dict[str, Seat] = {}
     scripts, teachers = Scripts(config, tasks, log, seats), [[name] for name in config.teachers]
+    ways = dict.fromkeys(config.arms, scripts.taught) | dict.fromkeys(arms.ALONE, scripts.alone)
     for stage in [STUDENT, TWO_VOTES], *teachers, [SHUFFLED, UNTRAINED, SAME_BUDGET]:
         seats.pop("teacher", None)  # the last one, before the next one is opened
         stage = [arm for arm in stage if arm in config.arms]
@@ -152,15 +146,12 @@ def evaluate(config: Config, tasks: Tasks, log: TaskLog, is_right: Verifier, ope
             student = seats["student"] = seats.get("student") or open_seat(STUDENT)
             if "teacher" not in seats:
                 seats["teacher"] = open_seat(*stage) if stage in teachers else student
-            running = [scripts.of(arm, problem) for arm in missing for problem in chunk]
-            finished = play(running, seats, f"{', '.join(missing)}: {len(chunk)} of {len(problems)} tasks")
-            log.append(judged(result, is_right) for result in chain(*finished))
-
-
-def judged(result: TaskResult, is_right: Verifier) -> TaskResult:
-    answer = result.attempt.answer
-    is_correct = answer is not None and is_right(answer, result.gold)
-    return replace(result, attempt=replace(result.attempt, is_correct=is_correct))
+            running = [ways[arm](arm, problem) for arm in missing for problem in chunk]
+            progress = f"{', '.join(missing)}: {len(chunk)} of {len(problems)} tasks"
+            results = list(chain(*play(running, seats, progress)))
+            for attempt, gold in ((result.attempt, result.gold) for result in results):
+                attempt.is_correct = attempt.answer is not None and is_right(attempt.answer, gold)
+            log.append(results)
 
 
 @dataclass
@@ -172,17 +163,14 @@ class Scripts:
     log: TaskLog
     seats: dict[str, Seat]
 
-    def of(self, arm: str, problem: Problem) -> Script:
-        return (self.alone if arm in arms.ALONE else self.taught)(arm, problem)
-
     def alone(self, arm: str, problem: Problem) -> Script:
         """The student's own answers. In the arms that vote each is the majority of several, at the price of all of them."""
         config, task, n = self.config, (arm, problem.domain, problem.id), self.config.samples
         episode, seed, votes = config.episode, seeds(config.seed), 1
         if arm != STUDENT:
             votes = 2 if arm == TWO_VOTES else self.budget[problem.domain]
-            temperature = config.temperature or VOTE_TEMPERATURE
-            episode = replace(episode, probe_tokens=0, temperature=(temperature, temperature))
+            warm = config.temperature or VOTE_TEMPERATURE
+            episode = replace(episode, probe_tokens=0, temperature=(warm, warm))
             seed = lambda *_: derive_seed(config.seed, *task, 0)
         found = yield from sketch(problem, episode, seed, votes * n)
         attempts = [arms.majority(found.baselines[sample::n]) for sample in range(n)]
@@ -194,7 +182,7 @@ class Scripts:
         config, seed, alone = self.config, seeds(self.config.seed), self.log.get(STUDENT, problem)
         known = Sketch(problem, alone[0].approach, alone[0].approach_tokens, [own.attempt for own in alone])
         if arm == SHUFFLED:
-            given = self.log.get(self.last, self.donors[problem.domain][problem.id])
+            given = self.log.get(next(reversed(config.teachers)), self.donors[problem.domain][problem.id])
             teachings = [one.teaching for one in given]
             replies = [Reply(one.teacher_text, one.teacher_tokens, one.is_teacher_truncated) for one in given]
             told = zip((yield from guide(known, teachings, config.episode, seed)), replies, teachings)
@@ -210,10 +198,6 @@ class Scripts:
             results.append(replace(own, arm=arm, attempt=attempt, **teacher))
         return results
 
-    @property
-    def last(self) -> str:
-        return list(self.config.teachers)[-1]
-
     @cached_property
     def donors(self) -> dict[str, dict[str, Problem]]:
         return {domain: arms.derange(problems, self.config.seed) for domain, problems in self.tasks.items()}
@@ -221,12 +205,11 @@ class Scripts:
     @cached_property
     def budget(self) -> dict[str, int]:
         """By domain: answers of the student alone that cost at least what one of the last teacher's pair does (tokens)."""
-
-        def price(arm: str, problems: list[Problem]) -> float:
-            return mean(result.all_tokens for problem in problems for result in self.log.get(arm, problem))
-
-        tasks = self.tasks.items()
-        return {name: ceil(price(self.last, own) / max(price(STUDENT, own), 1)) for name, own in tasks}
+        pair, found = (next(reversed(self.config.teachers)), STUDENT), {}
+        for domain, problems in self.tasks.items():
+            costs = [mean(r.all_tokens for p in problems for r in self.log.get(arm, p)) for arm in pair]
+            found[domain] = ceil(costs[0] / max(costs[1], 1))
+        return found
 
 
 if __name__ == "__main__":

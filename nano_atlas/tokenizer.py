@@ -171,11 +171,15 @@ class Tokenizer:
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(path / "tokenizer.json"))
-        eos = self.eos_ids[0] if len(self.eos_ids) == 1 else list(self.eos_ids)
         config = {key: value for key, value in self.config.items() if key != "chat_template"}
         write_json(path / "tokenizer_config.json", config)
-        write_json(path / "generation_config.json", {"eos_token_id": eos, "pad_token_id": self.pad_id})
+        write_json(path / "generation_config.json", self.generation_config())
         (path / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+
+    def generation_config(self) -> dict:
+        """The fields of that file, which `config.json` has too."""
+        ends = list(self.eos_ids)
+        return {"eos_token_id": ends[0] if len(ends) == 1 else ends, "pad_token_id": self.pad_id}
 
     @property
     def vocab_size(self) -> int:

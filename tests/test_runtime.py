@@ -130,7 +130,7 @@ def test_every_task_leaves_one_trace_and_the_traces_train_the_next_teacher(confi
 def test_metrics_and_summary_say_what_happened(config):
     report = runtime_loop.summary(run(config, TASKS, Student(), Teacher()))
     assert "23 tasks, 23 scored" in report
-    assert "student alone        34.8%" in report and "guided              100.0%   (+65.2 points)" in report
+    assert "student alone        34.8%" in report and "100.0%   (gain +65.2 points)" in report
     rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [5, 10, 15, 20, 23]
     assert (

@@ -6,22 +6,15 @@ import math
 import pytest
 from test_eval import SAMPLED, TASKS, config_for, expected, run
 
-from nano_atlas.benches.arms import (
-    SAME_BUDGET,
-    SHUFFLED,
-    STUDENT,
-    TWO_VOTES,
-    UNTRAINED,
-    majority,
-    read_results,
-)
+from nano_atlas.benches import arms
+from nano_atlas.benches.arms import SAME_BUDGET, SHUFFLED, STUDENT, TWO_VOTES, UNTRAINED
 from nano_atlas.benches.scores import make_report, summary, tables
 from nano_atlas.episode import Attempt
 
 
 def report_of(config):
     """The scores by domain and arm, and the whole report."""
-    report = make_report(read_results(config.out / "tasks.jsonl").values(), config)
+    report = make_report(arms.read_results(config.out / "tasks.jsonl").values(), config)
     return {(score["domain"], score["arm"]): score for score in report["scores"]}, report
 
 
@@ -166,7 +159,9 @@ def test_an_unfinished_run_can_be_shown(tmp_path):
 
 
 def vote(*answers) -> Attempt:
-    return majority([Attempt(f"text {i}", text, text == "7", 10, i == 2) for i, text in enumerate(answers)])
+    return arms.majority(
+        [Attempt(f"text {i}", text, text == "7", 10, i == 2) for i, text in enumerate(answers)]
+    )
 
 
 def test_a_majority_counts_equal_answers_and_the_first_wins_a_tie():

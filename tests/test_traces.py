@@ -214,11 +214,6 @@ def test_selection(selection, expected):
     assert [name for name, outcome in OUTCOMES.items() if selection.takes(outcome)] == expected
 
 
-def test_a_later_review_overrules_the_recorded_one():
-    assert Selection().takes(OUTCOMES["pending"], "approved")
-    assert not Selection().takes(OUTCOMES["helped"], "quarantined")
-
-
 def test_a_time_that_is_none_is_refused():
     Selection(since="2026-01-01..2026-01-02T10:00").check()
     with pytest.raises(UserError, match="tomorrow is no time"):

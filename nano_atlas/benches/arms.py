@@ -1,7 +1,4 @@
-"""What all benchmarks share: the arms (ways of answering the same tasks), their options, and the results on disk.
-
-A directory of results holds tasks.jsonl with a line per answer, and run.json, which says what they are results of.
-"""
+"""What all benchmarks share: arms (ways of answering the same tasks), their options, and results on disk (tasks.jsonl, run.json)."""
 
 import random
 import re
@@ -25,12 +22,9 @@ STUDENT = "student"  # the arm that all others are compared with
 CONTROLS = SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET = "shuffled", "untrained", "two-votes", "same-budget"
 ALONE = STUDENT, TWO_VOTES, SAME_BUDGET  # the arms without a teaching
 NAMES = {  # in the tables; {last}: the last teacher
-    STUDENT: "student alone",
-    SHUFFLED: "control: shuffled {last}",
-    UNTRAINED: "control: untrained",
-    TWO_VOTES: "control: vote of 2",
-    SAME_BUDGET: "control: vote, tokens of {last}",
-}
+    STUDENT: "student alone", SHUFFLED: "control: shuffled {last}", UNTRAINED: "control: untrained",
+    TWO_VOTES: "control: vote of 2", SAME_BUDGET: "control: vote, tokens of {last}",
+}  # fmt: skip
 RESULT_FILES = "tasks.jsonl", "run.json", "results.json", "tables.md", "tau2-*.json"
 Key = tuple[str, str, str, int]  # of a result: arm, domain, id, sample
 
@@ -42,7 +36,7 @@ class ArmsConfig:
     student: str | None = option(None, "checkpoint directory, or URL or URL#MODEL of a server")
     teacher: tuple[str, ...] = option((), "NAME=DIRECTORY or NAME=URL; the last is compared with the others")
     out: Path = option(Path("runs/eval"), "directory of the results", resumable=True)
-    control: tuple[str, ...] = option(CONTROLS, "control arms (of the last teacher)", (*CONTROLS, "none"))
+    control: tuple[str, ...] = option(CONTROLS, "control arms", (*CONTROLS, "none"))
     limit: int | None = option(None, "tasks per domain; of a file the first ones (none: all)", at_least=1)
     seed: int = option(0, "of task choice, sampling, shuffling and bootstrap")
 
@@ -81,7 +75,7 @@ class ArmsConfig:
     def names(self) -> dict[str, str]:
         """What an arm is called in the tables."""
         last = next(reversed(self.teachers), "")
-        return {name: name for name in self.teachers} | {arm: n.format(last=last) for arm, n in NAMES.items()}
+        return {name: name for name in self.teachers} | {arm: NAMES[arm].format(last=last) for arm in NAMES}
 
     @property
     def episode(self) -> EpisodeConfig:
@@ -200,8 +194,8 @@ def majority(attempts: Sequence[Attempt]) -> Attempt:
 
     Attempts without an answer have no vote, and of equally frequent answers the one given first wins.
     """
-    keys = [None if attempt.answer is None else answer_key(attempt.answer) for attempt in attempts]
-    votes = Counter(key for key in keys if key is not None)
-    first = keys.index(votes.most_common(1)[0][0]) if votes else 0  # of equals the one counted first
+    voters = [attempt for attempt in attempts if attempt.answer is not None]
+    votes = Counter(answer_key(voter.answer) for voter in voters)
+    first = max(voters, key=lambda voter: votes[answer_key(voter.answer)], default=attempts[0])
     tokens, is_truncated = sum(a.tokens for a in attempts), any(a.is_truncated for a in attempts)
-    return replace(attempts[first], tokens=tokens, is_truncated=is_truncated)
+    return replace(first, tokens=tokens, is_truncated=is_truncated)

@@ -59,7 +59,7 @@ MEANS: list[tuple[str, str, Callable, Callable[[TaskResult], float | None]]] = [
 
 def make_report(results: Iterable[TaskResult], config: ArmsConfig) -> Report:
     """Score each arm on the tasks of which it has all samples, and compare it on those that the student alone has too."""
-    samples: dict[tuple[str, str, str], list[TaskResult]] = {}
+    samples: dict[tuple, list[TaskResult]] = {}
     for result in sorted(results, key=lambda result: result.sample):
         samples.setdefault((result.domain, result.arm, result.id), []).append(result)
     domains: dict[str, dict[str, Tasks]] = {}  # by domain and arm
@@ -114,10 +114,8 @@ def finish(config: ArmsConfig, own: Callable[[ArmsConfig, list[TaskResult]], str
 
     own(options of the run, its results): Markdown that a benchmark adds. is_short: print a summary instead of the tables.
     """
-    saved, results = (
-        read_json(config.out / "run.json"),
-        [*arms.read_results(config.out / "tasks.jsonl").values()],
-    )
+    saved = read_json(config.out / "run.json")
+    results = list(arms.read_results(config.out / "tasks.jsonl").values())
     if not saved or not results:
         raise UserError(f"{config.out} holds no results yet; run the evaluation without --tables first")
     stored = type(config)(**saved["config"] | {"out": config.out})
@@ -153,11 +151,9 @@ def cells(row: dict) -> dict[str, str]:
     n, accuracy, versus = len(row["pass_at_k"]), percent(row["accuracy"]), row["versus_student"]
     shown = {"accuracy": accuracy}
     if n > 1:
-        shown = {
-            f"avg@{n}": f"{accuracy} ± {percent(row['error'])}",
-            f"pass@{n}": percent(row["pass_at_k"][n]),
-        }
-        shown |= {f"pass^{n}": percent(row["pass_hat_k"][n]), f"maj@{n}": percent(row["majority"])}
+        rates = row["pass_at_k"][n], row["pass_hat_k"][n], row["majority"]
+        shown = {f"avg@{n}": f"{accuracy} ± {percent(row['error'])}"}
+        shown |= zip((f"pass@{n}", f"pass^{n}", f"maj@{n}"), map(percent, rates))
     shown["Δ to alone"] = points(versus) if versus else ""
     shown |= {head: show(versus[name]) if versus else "" for head, name, show in VERSUS_STUDENT}
     return shown | {head: "" if row[name] is None else show(row[name]) for head, name, show, _ in MEANS}
