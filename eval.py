@@ -207,10 +207,8 @@ class Scripts:
         """By domain: answers of the student alone that cost at least what one of the last teacher's pair does (tokens)."""
         pair, found = (next(reversed(self.config.teachers)), STUDENT), {}
         for domain, problems in self.tasks.items():
-            taught, alone = (
-                mean(r.all_tokens for p in problems for r in self.log.get(arm, p)) for arm in pair
-            )
-            found[domain] = ceil(taught / max(alone, 1))
+            costs = [mean(r.all_tokens for p in problems for r in self.log.get(arm, p)) for arm in pair]
+            found[domain] = ceil(costs[0] / max(costs[1], 1))
         return found
 
 

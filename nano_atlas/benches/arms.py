@@ -36,9 +36,7 @@ class ArmsConfig:
     student: str | None = option(None, "checkpoint directory, or URL or URL#MODEL of a server")
     teacher: tuple[str, ...] = option((), "NAME=DIRECTORY or NAME=URL; the last is compared with the others")
     out: Path = option(Path("runs/eval"), "directory of the results", resumable=True)
-    control: tuple[str, ...] = option(
-        CONTROLS, "control arms; shuffled and same-budget go with a teacher", (*CONTROLS, "none")
-    )
+    control: tuple[str, ...] = option(CONTROLS, "control arms", (*CONTROLS, "none"))
     limit: int | None = option(None, "tasks per domain; of a file the first ones (none: all)", at_least=1)
     seed: int = option(0, "of task choice, sampling, shuffling and bootstrap")
 
