@@ -123,12 +123,10 @@ class Strategies:
     def history(self, learning_key: str) -> dict[str, Any]:
         """Sessions and average reward with one kind of task, over all strategies and by strategy, as they go into a trace."""
         used = {name: rewards for name, rewards in sorted(self.rewards[learning_key].items()) if rewards}
-        by_strategy = {name: average(rewards) for name, rewards in used.items()}
-        return average(sum(used.values(), [])) | {"strategies": by_strategy}
-
-
-def average(rewards: Sequence[float]) -> dict[str, Any]:
-    return {"count": len(rewards), "average_score": fmean(rewards) if rewards else None}
+        by_strategy = {name: {"count": len(r), "average_score": fmean(r)} for name, r in used.items()}
+        rewards = sum(used.values(), [])
+        average = fmean(rewards) if rewards else None
+        return {"count": len(rewards), "average_score": average, "strategies": by_strategy}
 
 
 @dataclass
