@@ -35,8 +35,8 @@ from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
 from nano_atlas.runs import Journal, RunLog, checkpoint_digest, read_json, write_json
 from nano_atlas.runtime import agents, deploy, lanes, promotion, report, review
-from nano_atlas.runtime.learning import Experience
-from nano_atlas.runtime.traces import Outcome, past_outcomes, session_record
+from nano_atlas.runtime.learning import Experience, Outcome
+from nano_atlas.runtime.traces import past_outcomes, session_record
 from nano_atlas.seats import Seat
 
 
@@ -101,7 +101,9 @@ def run(config: Config, tasks: Sequence[Problem], seats: Mapping[str, Seat] | No
             missing = [(name, task) for name, task in zip(batch, tasks[start:]) if name not in done]
             sessions = [lanes.new_session(name, task, experience, config) for name, task in missing]
             count_tokens = seats["teacher"].count_tokens
-            scripts = {session.id: lanes.run_session(session, config, count_tokens) for session in sessions}
+            scripts = {
+                session.session_id: lanes.run_session(session, config, count_tokens) for session in sessions
+            }
             for finished in schedule.drive(scripts, seats, workers=config.workers, timeout=config.timeout):
                 recorded = [record(session, experience, config) for session in finished.values()]
                 journal.append(trace for _, trace in recorded)

@@ -42,7 +42,7 @@ def words(text) -> int:
 
 
 def run(lane, task=TASK, config=LaneConfig(), **seats) -> Session:
-    return finish(run_session(Session("s", task, 1, lane=lane), config, words), **seats)
+    return finish(run_session(Session(session_id="s", task=task, seed=1, lane=lane), config, words), **seats)
 
 
 def answer(text) -> str:

@@ -210,7 +210,7 @@ def test_harm_by_a_noisy_judge_is_bounded_and_the_bound_is_measured_by_new_judge
     config = LaneConfig(judge="judge", audit=1.0)
     returned, audited = 0, []
     for index in range(150):
-        session = Session(f"s{index}", OPEN, 0, lane="paired")
+        session = Session(session_id=f"s{index}", task=OPEN, seed=0)
         seats = {
             "student": Seat(pupil),
             "teacher": teacher("<teaching>HARM</teaching>"),
@@ -242,7 +242,7 @@ def test_audit_draws_its_share(accuracy_alone):
     counts = [0, 0]
     for index in range(60):
         for which, share in enumerate((0.5, 0.0)):
-            session = Session(f"s{index}", OPEN, 0, lane="paired")
+            session = Session(session_id=f"s{index}", task=OPEN, seed=0)
             seats = {
                 "student": student(["HELP"]),
                 "teacher": teacher("<teaching>HELP</teaching>"),

@@ -51,33 +51,23 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
-@dataclass
-class Session:
-    """One task on its way through a lane."""
+@dataclass(kw_only=True)
+class Session(learning.Outcome):
+    """One task on its way through a lane, and what has come of it so far."""
 
-    id: str
     task: Problem
     seed: int
-    style: str = "adaptive"  # how the teacher is asked to teach: a key of protocol.TEACHING_STYLES
-    learning_key: str = "general"  # the kind of task; experience is kept by kind
-    created_at: str = field(default_factory=now)
     lane: str = "paired"
+    strategy: str = "adaptive"  # how the teacher is asked to teach: a key of protocol.TEACHING_STYLES
     choice: dict[str, Any] = field(default_factory=dict)  # {mode, confidence, by} of the lane
     playbook: learning.Playbook | None = None
-    matched: list[str] = field(default_factory=list)  # ids of the skills whose cue applies
-    skills: list[str] = field(default_factory=list)  # and of those that were used
-    advice: list[str] = field(default_factory=list)  # their sentences
-    learned: list[dict] = field(default_factory=list)  # skills that this session taught
+    advice: list[str] = field(default_factory=list)  # sentences of the skills that are used
     approach: str = ""
     plan: list[dict] = field(default_factory=list)  # {id, description, depends_on}
     teachings: list[str] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)  # who spoke, in which order, tokens each
-    chosen: int = 0
-    audited_gain: float | None = None  # returned minus alone, judged anew
-    is_malformed: bool = False  # a teacher's completion without <teaching>
-    is_leak: bool = False
-    reward: float | None = None  # None: unscored
+    chosen: int = 0  # index of the trial that is returned
     fault: str | None = None
 
     @property
@@ -87,16 +77,18 @@ class Session:
 
     def draw(self, kind: str, *parts: object) -> int:
         """The seed of a call: another one for every call of the session, and the same whatever runs beside it."""
-        return derive_seed(self.seed, self.id, kind, len(self.events))
+        return derive_seed(self.seed, self.session_id, kind, len(self.events))
 
 
 def new_session(name: str, task: Problem, experience: learning.Experience, config: LaneConfig) -> Session:
     """Lane and strategy by what is known about this kind of task."""
     key = task.domain or "general"
     choice = choose_lane(experience.records[key], config.lane)
-    style = experience.strategies.choose(key, derive_seed(config.seed, "strategy", name))
-    playbook = experience.playbook if config.skill_writer else None
-    return Session(name, task, config.seed, style, key, lane=choice["mode"], choice=choice, playbook=playbook)
+    session = Session(session_id=name, learning_key=key, created_at=now(), task=task, seed=config.seed)
+    session.lane, session.choice = choice["mode"], choice
+    session.strategy = experience.strategies.choose(key, derive_seed(config.seed, "strategy", name))
+    session.playbook = experience.playbook if config.skill_writer else None
+    return session
 
 
 def choose_lane(record: Sequence[float], forced: str = "adaptive") -> dict[str, Any]:
@@ -186,12 +178,12 @@ def teaching(session: Session, config: LaneConfig, shown: str) -> Script:
     """The teacher's guidance on what the student has `shown`, or None where its completion holds none."""
     question = session.task.question
     if session.playbook is not None and not session.teachings:
-        seed = derive_seed(session.seed, session.id)
+        seed = derive_seed(session.seed, session.session_id)
         used, session.matched = session.playbook.retrieve(f"{question}\n{shown}", seed)
         session.skills = [entry.id for entry in used]
         session.advice = [entry.imperative for entry in used if entry.imperative]
-        session.style = next((entry.strategy for entry in used if entry.strategy), session.style)
-    style = " ".join((protocol.TEACHING_STYLES[session.style], *session.advice))
+        session.strategy = next((entry.strategy for entry in used if entry.strategy), session.strategy)
+    style = " ".join((protocol.TEACHING_STYLES[session.strategy], *session.advice))
     messages = protocol.teacher_messages(question, shown, style)
     generation = Generation(config.teaching_tokens, config.teacher_temperature, config.top_p)
     ((reply,),) = yield from ask(Call("teacher", "teaching", messages, generation, session.draw("teaching")))
@@ -210,7 +202,7 @@ def validate(session: Session, config: LaneConfig, kind: str, given: Attempt) ->
 
 def verdict_on(session: Session, config: LaneConfig, trial: Trial, *seed: Any) -> Script:
     guidance = "" if trial.kind == "alone" else "\n".join(session.teachings)
-    seed = (session.seed, session.id, *seed)
+    seed = (session.seed, session.session_id, *seed)
     return (yield from judges.judge(session.task, trial, config, seed, session.approach, guidance))
 
 
@@ -230,7 +222,7 @@ def reward_of(session: Session, count_tokens: Callable[[str], int]) -> float | N
 def audit(session: Session, config: LaneConfig) -> Script:
     """Judges a returned answer with help and the student's own once more, for a share of the judged sessions."""
     alone, returned = session.trials[0], session.trials[session.chosen]
-    is_drawn = derive_seed(session.seed, session.id, "audit") < config.audit * 2**63
+    is_drawn = derive_seed(session.seed, session.session_id, "audit") < config.audit * 2**63
     if returned is not alone and returned.verdict.by == "judges" and is_drawn:
         own = yield from verdict_on(session, config, alone, "audit", alone.kind)
         new = yield from verdict_on(session, config, returned, "audit", returned.kind)
@@ -244,7 +236,7 @@ def learn_skills(session: Session, config: LaneConfig) -> Script:
         return
     told = {"approach": session.approach, "guidance": "\n".join(session.teachings), "reward": session.reward}
     messages = protocol.request_json(learning.SKILL_REQUEST, task=session.task.question, **told)
-    seed = derive_seed(session.seed, session.id, "skills")
+    seed = derive_seed(session.seed, session.session_id, "skills")
     (answer,) = yield [Call("skill writer", "skills", messages, Generation(500, 0.2), seed)]
     if not isinstance(answer, Fault):
         session.learned = learning.read_entries(answer[0].text, session.task.answer)
