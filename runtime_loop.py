@@ -9,7 +9,7 @@
 A line of the tasks file has a `question` and, where it is known, an `answer`. The three parts are the published ones:
 
     task analysis     how much help: a lane, by the student's record; a teaching strategy, by what has worked so far (`learning`)
-    experimentation   answer, teaching, answer again (`lanes`); each is validated (`judges`), and the best one returned (`guard`)
+    experimentation   answer, teaching, answer again (`lanes`); each is judged, and the best one returned (`judges`)
     trace export      each session appended to traces.jsonl (`traces`); --export selects those worth training on (`review`)
 
 The traces are the only state: all else is rebuilt by replaying them. A run that was killed continues where it stopped, and tries
@@ -92,42 +92,28 @@ def run(config: Config, tasks: Sequence[Problem], seats: Mapping[str, Seat] | No
         wanted = set(ids)
         for past in done.values():
             if past.session_id not in wanted:  # experience with tasks that have left the file still counts
-                experience.learn([past])
+                experience.learn(past)
 
         # Batches are fixed by position, and experience grows by whole batches: a run that was interrupted, be it in the middle of
         # a batch, makes the same choices as one that never was.
         for start in tqdm(range(0, len(tasks), config.batch), unit="batch", desc="runtime"):
-            batch = ids[start : start + config.batch]
-            missing = [(name, task) for name, task in zip(batch, tasks[start:]) if name not in done]
-            sessions = [lanes.new_session(name, task, experience, config) for name, task in missing]
-            count_tokens = seats["teacher"].count_tokens
-            scripts = {
-                session.session_id: lanes.run_session(session, config, count_tokens) for session in sessions
-            }
+            batch, scripts = ids[start : start + config.batch], {}
+            for name, task in zip(batch, tasks[start:]):
+                if name not in done:
+                    session = lanes.new_session(name, task, experience, config)
+                    scripts[name] = lanes.run_session(session, config, seats["teacher"].count_tokens)
             for finished in schedule.drive(scripts, seats, workers=config.workers, timeout=config.timeout):
-                recorded = [record(session, experience, config) for session in finished.values()]
+                recorded = [session_record(session) for session in finished.values()]
                 journal.append(trace for _, trace in recorded)
                 done |= {outcome.session_id: outcome for outcome, _ in recorded}
             outcomes = [done[name] for name in batch]
-            experience.learn(outcomes)
-            log.log(
-                start + len(batch),
-                **report.runtime_metrics(outcomes),
-                skills=len(experience.playbook.entries),
-            )
+            experience.learn(*outcomes)
+            metrics = report.runtime_metrics(outcomes)
+            log.log(start + len(batch), **metrics, skills=len(experience.playbook.entries))
     if config.skill_writer:  # to read; nothing reads it back
         entries = [asdict(entry) | {"effect": entry.effect} for entry in experience.playbook.entries.values()]
         write_json(config.out / "playbook.json", {"entries": entries})
     return [done[name] for name in ids]
-
-
-def record(session: lanes.Session, experience: Experience, config: Config) -> tuple[Outcome, dict]:
-    """The outcome of a finished session, and its trace."""
-    metadata = {name: getattr(config, name) for name in ("student", "teacher", "seed")}
-    metadata["completed_at"] = lanes.now()
-    status = "pending" if config.require_approval else "approved"
-    history = experience.strategies.history(session.learning_key)
-    return session_record(session, review=status, metadata=metadata, learning_history=history)
 
 
 def session_ids(tasks: Sequence[Problem]) -> list[str]:
@@ -203,7 +189,7 @@ def main() -> None:
         from nano_atlas.runtime.serve import serve_pair
 
         settle_options(config)
-        serve_pair(config, open_seats(config), record)
+        serve_pair(config, open_seats(config))
     else:
         tasks, seats = load_tasks(config), open_seats(config)
         if config.restart:

@@ -5,7 +5,8 @@ import json
 from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
 from nano_atlas.protocol import PROBE_REQUEST
-from nano_atlas.runtime.lanes import PLAN_REQUEST, LaneConfig, Session, run_session
+from nano_atlas.runtime.lanes import PLAN_REQUEST, LaneConfig, run_session
+from nano_atlas.runtime.traces import Session
 from nano_atlas.schedule import drive
 from nano_atlas.seats import Reply
 

@@ -8,12 +8,17 @@ import pytest
 from scripted import TASK, Seat, answer, finish, run, student, teacher, verdict_json, words
 
 from nano_atlas.config import derive_seed
-from nano_atlas.episode import Attempt
 from nano_atlas.protocol import PROBE_REQUEST
 from nano_atlas.runtime import judges
-from nano_atlas.runtime.guard import Trial, choose_trial, degradation_bound
-from nano_atlas.runtime.judges import JudgeConfig, Verdict, hold_consistent, read_sample
-from nano_atlas.runtime.lanes import LaneConfig, Session, run_session
+from nano_atlas.runtime.judges import (
+    JudgeConfig,
+    choose_trial,
+    degradation_bound,
+    hold_consistent,
+    read_sample,
+)
+from nano_atlas.runtime.lanes import LaneConfig, run_session
+from nano_atlas.runtime.traces import Session, Trial, Verdict
 from nano_atlas.seats import Reply
 
 # ------------------------------------------------------------------------------------------------------------- judges
@@ -83,8 +88,9 @@ def test_the_large_judge_decides_where_the_small_ones_disagree_or_are_unsure(
 
     large = Seat(lambda prompt, seed: verdict_json(0.77))
     config = JudgeConfig(judge="x", large_judge="y")
+    session = Session(session_id="s", task=OPEN, seed=0)
     verdict = finish(
-        judges.judge(OPEN, Attempt("text", "41", False, 1, False), config, 0),
+        judges.judge(session, Trial("alone", "text", "41", 1, False), config),
         **{"judge": Seat(small), "large judge": large},
     )
     assert verdict.judges[0]["escalated"] is is_escalated and len(large.prompts) == is_escalated

@@ -8,11 +8,17 @@ import pytest
 from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
 from nano_atlas.runs import Journal
-from nano_atlas.runtime.guard import Trial
-from nano_atlas.runtime.judges import Verdict
-from nano_atlas.runtime.lanes import Session
 from nano_atlas.runtime.review import Selection
-from nano_atlas.runtime.traces import Outcome, outcome_of, past_outcomes, read_traces, session_record
+from nano_atlas.runtime.traces import (
+    Outcome,
+    Session,
+    Trial,
+    Verdict,
+    outcome_of,
+    past_outcomes,
+    read_traces,
+    session_record,
+)
 
 ATLAS_KEYS = {  # the fields of AtlasSessionTrace
     "task", "final_answer", "plan", "steps", "session_metadata", "session_reward", "trajectory_events", "student_learning",
@@ -52,14 +58,12 @@ def session(
         created_at="2026-01-02T03:04:05.000+00:00", lane="paired",
         choice={"mode": "paired", "confidence": 0.7, "by": "record"}, approach="I would add.", teachings=[teaching],
         trials=[trial("alone", alone), trial("guided", guided)], events=events, chosen=chosen, reward=reward if gold else None,
+        metadata={"seed": 0}, history={"count": 0, "average_score": None, "strategies": {}},
     )  # fmt: skip
 
 
-def trace(review="approved", **options) -> dict:
-    history = {"count": 0, "average_score": None, "strategies": {}}
-    return session_record(session(**options), review=review, metadata={"seed": 0}, learning_history=history)[
-        1
-    ]
+def trace(**options) -> dict:
+    return session_record(session(**options))[1]
 
 
 def line(**options) -> bytes:

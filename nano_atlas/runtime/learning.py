@@ -17,7 +17,7 @@ import math
 import random
 import re
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 from nano_atlas.answers import last_json, reveals_answer
 from nano_atlas.config import derive_seed
 from nano_atlas.protocol import TEACHING_STYLES
+from nano_atlas.runtime.traces import Outcome
 
 WINDOW = 50  # latest answers of the student alone that make its record
 SKILL_REWARD = 0.8  # least session reward from which skills are learned
@@ -43,82 +44,38 @@ SKILL_REQUEST = (
 )
 
 
-@dataclass
-class Outcome:
-    """The few numbers of a session that the runtime keeps in memory. Scores (0 to 1) are None where nobody could say."""
-
-    session_id: str
-    learning_key: str = ""
-    lane: str = ""
-    strategy: str = ""
-    status: str = "succeeded"  # "succeeded" | "failed"
-    review: str = "approved"  # "approved" | "pending" | "quarantined"
-    created_at: str = ""  # ISO 8601
-    returned_attempt: str = ""  # kind of the trial: "alone" | "guided" | "coached"
-    reward: float | None = None
-    baseline: float | None = None  # score of the student alone
-    guided: float | None = None  # with help; that of the student alone where the teacher gave none
-    returned: float | None = None
-    disagreement: float = 0.0  # largest standard error of a judged score
-    audited_gain: float | None = None  # returned minus baseline, judged again
-    is_leak: bool = False
-    is_malformed: bool = False
-    is_truncated: bool = False  # an answer or a teaching ran into its length limit
-    tokens: dict[str, int] = field(default_factory=dict)  # generated, by actor
-    prompt_tokens: dict[str, int] = field(default_factory=dict)  # read, by actor
-    matched: list[str] = field(default_factory=list)  # ids of skills whose cue applied
-    skills: list[str] = field(default_factory=list)  # ids of skills that were used
-    learned: list[dict] = field(default_factory=list)
-
-    @property
-    def gain(self) -> float | None:
-        return None if self.guided is None or self.baseline is None else self.guided - self.baseline
-
-    @property
-    def usage(self) -> dict[str, int]:
-        """As OpenAI counts tokens."""
-        read, generated = sum(self.prompt_tokens.values()), sum(self.tokens.values())
-        return {"prompt_tokens": read, "completion_tokens": generated, "total_tokens": read + generated}
-
-
 class Experience:
     """What earlier sessions taught: a function of their outcomes, in the order of learning."""
 
     def __init__(self, strategies: Sequence[str]):
-        self.strategies, self.playbook = Strategies(strategies), Playbook()
-        self.records: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))  # by learning key
+        self.strategies, self.playbook = strategies, Playbook()
+        self.records = defaultdict(
+            lambda: deque(maxlen=WINDOW)
+        )  # learning key -> scores of the student alone
+        self.rewards = defaultdict(lambda: defaultdict(list))  # learning key -> strategy -> rewards
 
-    def learn(self, outcomes: Iterable[Outcome]) -> None:
-        """From sessions that ran side by side: none of them could use what another one taught."""
+    def learn(self, *outcomes: Outcome) -> None:
+        """From sessions that ran side by side: none of them could use what another one taught.
+
+        Unscored sessions teach nothing: that is not a reward, or a score, of zero.
+        """
         outcomes = [outcome for outcome in outcomes if outcome.status == "succeeded"]
         for outcome in outcomes:
-            self.strategies.learn(outcome.learning_key, outcome.strategy, outcome.reward)
-            self.playbook.learn(outcome.matched, outcome.skills, outcome.reward)
+            if outcome.reward is not None:
+                self.rewards[outcome.learning_key][outcome.strategy].append(outcome.reward)
             if outcome.baseline is not None:
                 self.records[outcome.learning_key].append(outcome.baseline)
+            self.playbook.learn(outcome)
         for outcome in outcomes:
             self.playbook.add(outcome.learned)
 
-
-class Strategies:
-    """A bandit per learning key. `strategies` are the names to choose from, such as protocol.TEACHING_STYLES."""
-
-    def __init__(self, strategies: Sequence[str]):
-        self.strategies = tuple(strategies)
-        self.rewards: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-
-    def choose(self, learning_key: str, seed: int) -> str:
-        """The strategy for one task; a pure function of the rewards learned so far and the seed."""
+    def choose_strategy(self, learning_key: str, seed: int) -> str:
+        """The strategy for one task."""
         stream, draws = random.Random(seed), {}
         for name in self.strategies:
             rewards = self.rewards[learning_key][name]
             draws[name] = stream.gauss(sum(rewards) / (len(rewards) + 1), 1 / math.sqrt(len(rewards) + 1))
         return max(draws, key=draws.__getitem__)
-
-    def learn(self, learning_key: str, strategy: str, reward: float | None) -> None:
-        """Count one outcome. An unscored session (None) teaches nothing: that is not a reward of zero."""
-        if reward is not None:
-            self.rewards[learning_key][strategy].append(reward)
 
     def history(self, learning_key: str) -> dict[str, Any]:
         """Sessions and average reward with one kind of task, over all strategies and by strategy, as they go into a trace."""
@@ -176,14 +133,14 @@ class Playbook:
         used = [e for e in matching if derive_seed(seed, "withheld", e.id) >= WITHHELD * 2**63]
         return used[:SKILLS_PER_TASK], [entry.id for entry in matching]
 
-    def learn(self, matched: list[str], used: list[str], reward: float | None) -> None:
+    def learn(self, outcome: Outcome) -> None:
         """Count one finished session into every entry in force when it began, then prune."""
         for entry in list(self.entries.values()):
             entry.sessions_observed += 1
-            if entry.id in matched:
-                is_used = entry.id in used
+            if entry.id in outcome.matched:
+                is_used = entry.id in outcome.skills
                 entry.hits, entry.adoptions = entry.hits + 1, entry.adoptions + is_used
-                entry.rewards[is_used].extend([] if reward is None else [reward])
+                entry.rewards[is_used].extend([] if outcome.reward is None else [outcome.reward])
             if entry.is_useless():
                 del self.entries[entry.id]
 

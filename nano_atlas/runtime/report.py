@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from statistics import mean
 
 from nano_atlas.protocol import TEACHING_STYLES
-from nano_atlas.runtime.guard import degradation_bound
+from nano_atlas.runtime.judges import degradation_bound
 from nano_atlas.runtime.lanes import LANES
 from nano_atlas.runtime.traces import Outcome
 
 METRICS = {  # the value for one session (None: nobody knows), the label in the report (none: not there), and a note
     "reward": (lambda o: o.reward, "", ""),
     "baseline_accuracy": (lambda o: o.baseline, "student alone", ""),
-    "returned_accuracy": (lambda o: o.returned, "returned", "(the best of all attempts, see guard.py)"),
+    "returned_accuracy": (lambda o: o.returned, "returned", "(the best of all attempts, see judges.py)"),
     "student_accuracy": (lambda o: o.guided, "guided", ""),
     "accuracy_delta": (lambda o: o.gain, "", ""),
     "non_degradation_rate": (lambda o: None if o.gain is None else o.gain >= 0, "not degraded", "(gain {gain} points)"),
