@@ -21,7 +21,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 
@@ -29,57 +29,16 @@ import torch
 from tqdm import tqdm
 
 from nano_atlas import schedule, world
-from nano_atlas.config import option, parse, refuse_changes, run_script, to_json
+from nano_atlas.config import parse, refuse_changes, run_script, to_json
 from nano_atlas.data import Problem, load_problems
 from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
 from nano_atlas.runs import Journal, RunLog, checkpoint_digest, read_json, write_json
 from nano_atlas.runtime import agents, deploy, lanes, promotion, report, review
-from nano_atlas.runtime.learning import Experience, Outcome
-from nano_atlas.runtime.traces import past_outcomes, session_record
+from nano_atlas.runtime.learning import Experience
+from nano_atlas.runtime.options import Config
+from nano_atlas.runtime.traces import Outcome, past_outcomes, session_record
 from nano_atlas.seats import Seat
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    preset: str = option("nano", "", group="run")
-    tasks: Path | None = option(None, "JSONL of tasks (none: of the nano world)", resumable=True)
-    student: str | None = option(None, "directory, URL#model, post+URL#path or module:function")
-    teacher: str | None = option(None, "the same of the teacher")
-    out: Path = option(Path("runs/runtime"), "directory of traces.jsonl and metrics.jsonl", resumable=True)
-    restart: bool = option(False, "start over; earlier traces are kept under another name", resumable=True)
-    skip_bad: bool = option(False, "leave out malformed lines of --tasks, and show them", resumable=True)
-    domain: str = option("math", "kind of nano-world tasks", list(world.DOMAINS), resumable=True)
-    count: int = option(200, "number of nano-world tasks", above=0, resumable=True)
-    batch: int = option(32, "tasks worked on together, between two updates of strategies and skills", above=0)
-    workers: int = option(16, "most calls to endpoints and agents at a time", above=0, resumable=True)
-    timeout: float = option(600.0, "seconds after which such a call has failed", above=0, resumable=True)
-    device: str = option("cpu", "where checkpoints run, such as cpu or cuda")
-    dtype: str = option("float32", "of checkpoints", ("float32", "bfloat16"))
-
-
-@dataclass(frozen=True)
-class Config(review.Selection, promotion.PromotionConfig, deploy.DeployConfig, lanes.LaneConfig, RunConfig):
-    export: Path | None = option(None, "file for the selected traces", group="review", resumable=True)
-    show: str | None = option(None, "list the sessions of this status", review.STATUSES, resumable=True)
-    approve: tuple[str, ...] = option((), "ids (or their beginnings) of sessions to approve", resumable=True)
-    quarantine: tuple[str, ...] = option((), "ids of those that must not train a teacher", resumable=True)
-    note: str = option("", "why, for --approve and --quarantine", resumable=True)
-    require_approval: bool = option(False, "record sessions as pending: none is exported before --approve")
-
-    def check(self) -> None:
-        for base in (review.Selection, deploy.DeployConfig, lanes.LaneConfig):
-            base.check(self)
-        actions = ("restart", "export", "show", "approve", "quarantine", "rounds")
-        wanted = [name for name in actions if getattr(self, name)] + ["serve"] * (self.serve is not None)
-        if len(wanted) > 1:
-            raise UserError(f"--{' and --'.join(wanted)} are different things to do; use one of them")
-        if wanted not in (["export"], ["rounds"]) and not review.Selection.is_default(self):
-            raise UserError("the options that select traces are for --export and --rounds; add one of them")
-        needed = ["student", "teacher"] + ["tasks"] * (self.preset != "nano" and self.serve is None)
-        missing = [f"--{name}" for name in needed if getattr(self, name) is None]
-        if missing and not {"export", "show", "approve", "quarantine"} & set(wanted):
-            raise UserError(f"--preset {self.preset} needs {' '.join(missing)}")
 
 
 def run(config: Config, tasks: Sequence[Problem], seats: Mapping[str, Seat] | None = None) -> list[Outcome]:

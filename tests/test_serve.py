@@ -14,7 +14,7 @@ import openai
 import pytest
 from starlette.testclient import TestClient
 
-from nano_atlas.runtime.deploy import KEY_VARIABLE
+from nano_atlas.runtime.options import KEY_VARIABLE
 from nano_atlas.runtime.serve import make_app
 from nano_atlas.runtime.traces import Outcome, Trial, Verdict, read_traces
 

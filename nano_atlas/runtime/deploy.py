@@ -8,15 +8,12 @@ server at api_base; model: its name there, if it serves several), `http` and `py
 """
 
 import argparse
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from nano_atlas.config import option
 from nano_atlas.episode import EpisodeConfig
 from nano_atlas.errors import UserError
 from nano_atlas.runs import replace_text
@@ -25,21 +22,6 @@ SPECS = {"huggingface": "{model}", "python": "{model}", "http": "post+{model}"}
 SPECS["openai"] = "{api_base}#{model}"
 LENGTHS = {"student": "--answer-tokens", "teacher": "--teaching-tokens"}
 OPTIONS = ("provider", "temperature", "max_output_tokens")  # the other keys are those of a provider's spec
-KEY_VARIABLE = "NANO_ATLAS_API_KEY"
-
-
-@dataclass(frozen=True)
-class DeployConfig:
-    deploy: Path | None = option(None, "YAML that names the pair", group="service", resumable=True)
-    serve: int | None = option(
-        None, "port of an endpoint (0: any)", resumable=True, at_least=0, at_most=65535
-    )
-    host: str = option("127.0.0.1", f"address; others than this machine need {KEY_VARIABLE}", resumable=True)
-
-    def check(self) -> None:
-        is_local = self.host in ("127.0.0.1", "localhost", "::1")
-        if self.serve is not None and not is_local and not os.environ.get(KEY_VARIABLE):
-            raise UserError(f"--host {self.host}: set {KEY_VARIABLE} to a key that clients must send")
 
 
 def with_deployment(argv: Sequence[str], is_evaluation: bool = False) -> list[str]:

@@ -19,14 +19,14 @@ that is wrong about both answers alike. *Nobody*: nothing is promised.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import NormalDist, fmean, pstdev
 from typing import Any
 
 from nano_atlas.answers import is_correct, last_json
-from nano_atlas.config import derive_seed, option
+from nano_atlas.config import derive_seed
 from nano_atlas.protocol import request_json
 from nano_atlas.runtime.agents import load_object, resolve
+from nano_atlas.runtime.options import Config
 from nano_atlas.runtime.traces import Session, Trial, Verdict
 from nano_atlas.schedule import Call, Fault, Script
 from nano_atlas.seats import Generation, Reply
@@ -55,14 +55,7 @@ ARBITRATION = " Earlier judges disagreed; their verdicts are below. Decide."
 NO_SAMPLE = {"score": None, "rationale": "", "principles": []}
 
 
-@dataclass(frozen=True)
-class JudgeConfig:
-    evaluator: str | None = option(None, "function MODULE:NAME that scores from 0 to 1", group="judges")
-    judge: str | None = option(None, "checkpoint, URL or agent that judges answers without ground truth")
-    large_judge: str | None = option(None, "the same of a larger model that decides where judges disagree")
-
-
-def judge(session: Session, trial: Trial, config: JudgeConfig, *seed: Any) -> Script:
+def judge(session: Session, trial: Trial, config: Config, *seed: Any) -> Script:
     """The Verdict on an answer of the session, by the best means there are. seed: of the judges."""
     task, answer = session.task, trial.answer
     if config.evaluator is not None:
@@ -91,7 +84,7 @@ def evaluate(spec: str, fields: dict[str, Any]) -> Verdict:
     return Verdict(score, "python", None if score is None else score >= 1, rationale="by the evaluator")
 
 
-def ensemble(shown: dict[str, Any], config: JudgeConfig, seed: Any) -> Script:
+def ensemble(shown: dict[str, Any], config: Config, seed: Any) -> Script:
     """The Verdict of all judges that apply. shown: the fields that they see."""
     asked = [name for name in JUDGES if NEEDS.get(name, "task") in shown]
     replies = yield [to_judge(name, shown, t, seed, "judge", name, t) for name in asked for t in TEMPERATURES]
@@ -122,7 +115,7 @@ def to_judge(name: str, shown: dict[str, Any], temperature: float, *seed: Any) -
     return Call(seat, f"{kind}: {name}", request_json(request, **shown), generation, derive_seed(*seed))
 
 
-def decide(name: str, said: Sequence[dict | str], shown: dict, config: JudgeConfig, seed: Any) -> Script:
+def decide(name: str, said: Sequence[dict | str], shown: dict, config: Config, seed: Any) -> Script:
     """One judge's AtlasJudgeBreakdown: the mean of its samples, or the large judge's verdict where they cannot be trusted."""
     samples = [sample for sample in said if isinstance(sample, dict)]
     scores, reason = [sample["score"] for sample in samples], None

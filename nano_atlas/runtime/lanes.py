@@ -8,47 +8,29 @@ Every answer is judged, and the best is returned (`judges`); up to --retries tim
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from nano_atlas import protocol
 from nano_atlas.answers import last_json, reveals_answer, visible
-from nano_atlas.config import derive_seed, option
+from nano_atlas.config import derive_seed
 from nano_atlas.data import Problem
-from nano_atlas.episode import Attempt, EpisodeConfig, guide, sketch
-from nano_atlas.errors import UserError
+from nano_atlas.episode import Attempt, guide, sketch
 from nano_atlas.reward import teaching_reward
 from nano_atlas.runtime import learning
-from nano_atlas.runtime.judges import JudgeConfig, choose_trial, judge
+from nano_atlas.runtime.judges import choose_trial, judge
+from nano_atlas.runtime.options import Config
 from nano_atlas.runtime.traces import Session, Trial, now
 from nano_atlas.schedule import Call, Fault, Script, ask
 from nano_atlas.seats import Generation, Reply
 
-LANES = ("auto", "paired", "coach")
 THRESHOLDS = {"auto": 0.85, "paired": 0.65}  # atlas-sdk's, of the student's capability; below both: coach
 PLAN_REQUEST = 'Do not solve this yet. Plan it as JSON: {"steps": ["...", "..."]}, one step or several.'
 MOST_STEPS = 16
-STYLES = tuple(protocol.TEACHING_STYLES)
 
 
-@dataclass(frozen=True)
-class LaneConfig(JudgeConfig, EpisodeConfig):
-    lane: str = option("adaptive", "adaptive: by the student's record", ("adaptive", *LANES), group="lanes")
-    retries: int = option(0, "further teachings and answers while none is valid", at_least=0)
-    strategies: tuple[str, ...] = option(STYLES, "teaching strategies to choose among", STYLES)
-    skill_writer: str | None = option(None, "checkpoint, URL or agent that writes skills (none: no skills)")
-    audit: float = option(0.2, "share of judged answers with help to judge again", at_least=0, at_most=1)
-    seed: int = option(0, "of every random choice")
-
-    def check(self) -> None:
-        if self.large_judge and not self.judge:
-            raise UserError("--large-judge needs --judge")
-        if not self.strategies:
-            raise UserError("--strategies needs at least one")
-
-
-def new_session(name: str, task: Problem, experience: learning.Experience, config: Any) -> Session:
-    """Lane and strategy by what is known about this kind of task. config: of runtime_loop.py."""
+def new_session(name: str, task: Problem, experience: learning.Experience, config: Config) -> Session:
+    """Lane and strategy by what is known about this kind of task."""
     key = task.domain or "general"
     choice = choose_lane(experience.records[key], config.lane)
     session = Session(session_id=name, learning_key=key, created_at=now(), task=task, seed=config.seed)
@@ -73,7 +55,7 @@ def choose_lane(record: Sequence[float], forced: str = "adaptive") -> dict[str, 
     return {"mode": lane, "confidence": capability, "by": "record"}
 
 
-def run_session(session: Session, config: LaneConfig, count_tokens: Callable[[str], int]) -> Script:
+def run_session(session: Session, config: Config, count_tokens: Callable[[str], int]) -> Script:
     """Brings the session to its end and returns it; every call of it leaves an event. count_tokens: of teachings."""
     script, answers = whole_session(session, config, count_tokens), None
     while True:
@@ -94,7 +76,7 @@ def event_of(call: Call, answer: list[Reply] | Fault) -> dict[str, Any]:
     return event | {"text": answer[0].text} if call.seat == "teacher" else event
 
 
-def whole_session(session: Session, config: LaneConfig, count_tokens: Callable[[str], int]) -> Script:
+def whole_session(session: Session, config: Config, count_tokens: Callable[[str], int]) -> Script:
     """A fault ends the lane; what was reached until then counts all the same."""
     try:
         yield from attempts(session, config)
@@ -107,7 +89,7 @@ def whole_session(session: Session, config: LaneConfig, count_tokens: Callable[[
         yield from learn_skills(session, config)
 
 
-def attempts(session: Session, config: LaneConfig) -> Script:
+def attempts(session: Session, config: Config) -> Script:
     """The student's answer alone and, unless the lane is `auto`, with help: again and again while none with help is valid.
 
     The first teaching is given also to a student that was right alone: what it does then is part of its worth.
@@ -117,9 +99,8 @@ def attempts(session: Session, config: LaneConfig) -> Script:
         messages = protocol.user_turn(task.question, PLAN_REQUEST)
         call = Call("student", "plan", messages, config.answering, session.draw("plan"))
         ((reply,),) = yield from ask(call)
-        steps = list(enumerate(parse_plan(reply.text), start=1))
-        session.plan = [{"id": number, "description": step, "depends_on": []} for number, step in steps]
-        session.approach = "\n".join(f"{number}. {step}" for number, step in steps)
+        session.plan = parse_plan(reply.text)
+        session.approach = "\n".join(f"{number}. {step}" for number, step in enumerate(session.plan, start=1))
     probing = config if session.lane == "paired" else replace(config, probe_tokens=0)
     alone = yield from sketch(task, probing, session.draw)
     shown = session.approach = session.approach or alone.approach
@@ -144,7 +125,7 @@ def parse_plan(text: str) -> list[str]:
     return [str(step).strip() for step in steps if step][:MOST_STEPS] or [visible(text).strip()]
 
 
-def teaching(session: Session, config: LaneConfig, shown: str) -> Script:
+def teaching(session: Session, config: Config, shown: str) -> Script:
     """The teacher's guidance on what the student has `shown`, or None where its completion holds none."""
     question = session.task.question
     if session.playbook is not None and not session.teachings:
@@ -163,7 +144,7 @@ def teaching(session: Session, config: LaneConfig, shown: str) -> Script:
     return told
 
 
-def add_trial(session: Session, config: LaneConfig, kind: str, given: Attempt) -> Script:
+def add_trial(session: Session, config: Config, kind: str, given: Attempt) -> Script:
     """The student's answer, with the verdict on it, joins the session's trials."""
     trial = Trial(kind, given.text, given.answer, given.tokens, given.is_truncated)
     trial.verdict = yield from judge(session, trial, config, len(session.trials))
@@ -183,7 +164,7 @@ def reward_of(session: Session, count_tokens: Callable[[str], int]) -> float | N
     return reward * credit if credit is not None and reward > 0 else reward
 
 
-def audit(session: Session, config: LaneConfig) -> Script:
+def audit(session: Session, config: Config) -> Script:
     """Judges a returned answer with help and the student's own once more, for a share of the judged sessions."""
     alone, returned = session.trials[0], session.trials[session.chosen]
     is_drawn = derive_seed(session.seed, session.session_id, "audit") < config.audit * 2**63
@@ -194,7 +175,7 @@ def audit(session: Session, config: LaneConfig) -> Script:
             session.audited_gain = new.score - own.score
 
 
-def learn_skills(session: Session, config: LaneConfig) -> Script:
+def learn_skills(session: Session, config: Config) -> Script:
     """What the skill writer makes of a session that went well; its faults are among the events, and no fault of the session."""
     if config.skill_writer is None or (session.reward or 0.0) < learning.SKILL_REWARD:
         return

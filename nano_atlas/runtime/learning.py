@@ -11,7 +11,6 @@ for in task and approach, and an imperative for the teacher's prompt, a teaching
 entry is withheld, so that its effect (mean reward with minus without) compares sessions of the same kind.
 """
 
-import hashlib
 import json
 import math
 import random
@@ -25,6 +24,7 @@ from typing import Any
 from nano_atlas.answers import last_json, reveals_answer
 from nano_atlas.config import derive_seed
 from nano_atlas.protocol import TEACHING_STYLES
+from nano_atlas.runs import digest
 from nano_atlas.runtime.traces import Outcome
 
 WINDOW = 50  # latest answers of the student alone that make its record
@@ -49,10 +49,9 @@ class Experience:
 
     def __init__(self, strategies: Sequence[str]):
         self.strategies, self.playbook = strategies, Playbook()
-        self.records = defaultdict(
-            lambda: deque(maxlen=WINDOW)
-        )  # learning key -> scores of the student alone
-        self.rewards = defaultdict(lambda: defaultdict(list))  # learning key -> strategy -> rewards
+        # by learning key: scores of the student alone; rewards by strategy
+        self.records = defaultdict(lambda: deque(maxlen=WINDOW))
+        self.rewards = defaultdict(lambda: defaultdict(list))
 
     def learn(self, *outcomes: Outcome) -> None:
         """From sessions that ran side by side: none of them could use what another one taught.
@@ -80,10 +79,12 @@ class Experience:
     def history(self, learning_key: str) -> dict[str, Any]:
         """Sessions and average reward with one kind of task, over all strategies and by strategy, as they go into a trace."""
         used = {name: rewards for name, rewards in sorted(self.rewards[learning_key].items()) if rewards}
-        by_strategy = {name: {"count": len(r), "average_score": fmean(r)} for name, r in used.items()}
-        rewards = sum(used.values(), [])
-        average = fmean(rewards) if rewards else None
-        return {"count": len(rewards), "average_score": average, "strategies": by_strategy}
+        history = _average(sum(used.values(), []))
+        return history | {"strategies": {name: _average(rewards) for name, rewards in used.items()}}
+
+
+def _average(rewards: list[float]) -> dict[str, Any]:
+    return {"count": len(rewards), "average_score": fmean(rewards) if rewards else None}
 
 
 @dataclass
@@ -111,12 +112,12 @@ class Entry:
         return fmean(used) - fmean(without) if without and used else None
 
     def is_useless(self) -> bool:
-        """By the published rules of pruning."""
-        effect, hits, observed = self.effect, self.hits, self.sessions_observed
-        is_rare = (observed >= 10 and hits / observed < 0.05) or (observed >= 20 and hits < 2)
-        is_harmful = observed >= 10 and hits >= 5 and effect is not None and effect < -0.01
-        is_idle = hits >= 10 and self.adoptions / hits > 0.5 and effect is not None and effect < 0.01
-        return is_rare or is_harmful or is_idle
+        """By the published rules of pruning: rarely found; harmful; or mostly adopted without effect."""
+        hits, observed = self.hits, self.sessions_observed
+        if (observed >= 10 and hits / observed < 0.05) or (observed >= 20 and hits < 2):
+            return True
+        limit = 0.01 if hits >= 10 and self.adoptions / hits > 0.5 else -0.01
+        return observed >= 10 and hits >= 5 and self.effect is not None and self.effect < limit
 
 
 class Playbook:
@@ -159,19 +160,17 @@ def read_entries(text: str, secret: str | None) -> list[dict[str, Any]]:
     for raw in proposals if isinstance(proposals, list) else []:
         try:
             kind, pattern = raw["cue"]["type"], str(raw["cue"]["pattern"] or "").strip()
-            imperative = str(raw["action"].get("imperative") or "").strip()
-            strategy = raw["action"].get("strategy")
+            told, strategy = str(raw["action"].get("imperative") or "").strip(), raw["action"].get("strategy")
             re.compile(pattern if kind == "regex" else "")
         except (TypeError, KeyError, AttributeError, re.error, RecursionError, OverflowError):
             continue
-        is_a_cue = kind in ("keyword", "regex") and 2 <= len(pattern) <= LONGEST_TEXT
         strategy = strategy if strategy in list(TEACHING_STYLES) else None
-        is_actionable = (imperative or strategy) and len(imperative) <= LONGEST_TEXT
-        is_general = not re.search(PARTICULARS, f"{imperative} {pattern}")
-        is_general &= not (secret and reveals_answer(imperative, secret))
-        if is_a_cue and is_actionable and is_general and not re.search(NESTED_REPETITION, pattern):
-            action = {"imperative": imperative or None, "strategy": strategy}
+        is_a_cue = kind in ("keyword", "regex") and 2 <= len(pattern) <= LONGEST_TEXT
+        is_actionable = (told or strategy) and len(told) <= LONGEST_TEXT
+        is_telling = re.search(PARTICULARS, f"{told} {pattern}") or (secret and reveals_answer(told, secret))
+        if is_a_cue and is_actionable and not is_telling and not re.search(NESTED_REPETITION, pattern):
+            action = {"imperative": told or None, "strategy": strategy}
             content = {"cue": {"type": kind, "pattern": pattern}, "action": action}
-            name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+            name = digest([json.dumps(content, sort_keys=True).encode()])[:12]
             entries.append({"id": name, "kind": kind, "pattern": pattern, **action})
     return entries[:2]

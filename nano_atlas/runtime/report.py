@@ -6,7 +6,7 @@ from statistics import mean
 
 from nano_atlas.protocol import TEACHING_STYLES
 from nano_atlas.runtime.judges import degradation_bound
-from nano_atlas.runtime.lanes import LANES
+from nano_atlas.runtime.options import LANES
 from nano_atlas.runtime.traces import Outcome
 
 METRICS = {  # the value for one session (None: nobody knows), the label in the report (none: not there), and a note

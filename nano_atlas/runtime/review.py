@@ -6,52 +6,33 @@ note. Traces are never rewritten: decisions have a file of their own, `reviews.j
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
-from nano_atlas.config import option
 from nano_atlas.errors import UserError
 from nano_atlas.runs import Journal, replacing
+from nano_atlas.runtime.options import Config
 from nano_atlas.runtime.traces import Outcome, Trace, read_traces
 
-STATUSES = ("pending", "approved", "quarantined")
 
-
-@dataclass(frozen=True)
-class Selection:
-    """Which traces are worth training on. One without the number in question is left out: nobody knows whether it qualifies."""
-
-    min_reward: float | None = option(None, "least session reward of a selected trace", group="selection")
-    min_gain: float | None = option(None, "least gain: score with help minus alone (-1 to 1)")
-    min_signal: float | None = option(None, "least |gain|, or disagreement of the judges")
-    only: tuple[str, ...] = option((), "only traces of these lanes or kinds of task (learning keys)")
-    since: str = option("", "only sessions begun since START, or in START..END (ISO 8601, UTC)")
-    review_status: tuple[str, ...] = option(("approved",), "only traces with these review states", STATUSES)
-
-    def check(self) -> None:
-        for time in filter(None, self.since.split("..")):
-            try:
-                datetime.fromisoformat(time)
-            except ValueError:
-                expected = "no time such as 2026-01-31 or 2026-01-31T12:00"
-                raise UserError(f"--since {self.since}: {time} is {expected}") from None
-
-    def takes(self, outcome: Outcome) -> bool:
-        start, _, end = self.since.partition("..")
-        signal = max(abs(outcome.gain or 0.0), outcome.disagreement)
-        bounds = [(outcome.reward, self.min_reward), (outcome.gain, self.min_gain), (signal, self.min_signal)]
-        return (
-            outcome.status == "succeeded"
-            and outcome.review in self.review_status
-            and all(least is None or (value is not None and value >= least) for value, least in bounds)
-            and (not self.only or outcome.lane in self.only or outcome.learning_key in self.only)
-            and (not self.since or (start or "0") <= outcome.created_at < (end or "9999"))
+def is_selected(outcome: Outcome, config: Config) -> bool:
+    """One without the number in question is left out: nobody knows whether it qualifies."""
+    start, _, end = config.since.partition("..")
+    signal = max(abs(outcome.gain or 0.0), outcome.disagreement)
+    values, bounds = (
+        (outcome.reward, outcome.gain, signal),
+        (config.min_reward, config.min_gain, config.min_signal),
+    )
+    return (
+        outcome.status == "succeeded"
+        and outcome.review in config.review_status
+        and all(
+            least is None or (value is not None and value >= least) for value, least in zip(values, bounds)
         )
-
-    @classmethod
-    def is_default(cls, config: "Selection") -> bool:
-        return all(getattr(config, field.name) == field.default for field in fields(cls))
+        and (not config.only or outcome.lane in config.only or outcome.learning_key in config.only)
+        and (not config.since or (start or "0") <= outcome.created_at < (end or "9999"))
+    )
 
 
 def reviewed_traces(path: Path) -> Iterator[tuple[Outcome, Trace]]:
@@ -83,7 +64,7 @@ def record_reviews(directory: Path, names: tuple[str, ...], status: str, note: s
     return decided
 
 
-def export_traces(source: Path, target: Path, selection: Selection) -> tuple[int, int]:
+def export_traces(source: Path, target: Path, config: Config) -> tuple[int, int]:
     """Write the selected traces of `source` to `target`, as a whole or not at all; returns how many, and of how many."""
     if target.exists() and target.samefile(source):
         raise UserError(f"--export {target} is the trace file itself; choose another name")
@@ -91,7 +72,7 @@ def export_traces(source: Path, target: Path, selection: Selection) -> tuple[int
     with replacing(target) as file:
         for outcome, trace in reviewed_traces(source):
             total += 1
-            if selection.takes(outcome):
+            if is_selected(outcome, config):
                 selected += 1
                 file.write(json.dumps(trace).encode() + b"\n")
         if selected == 0:

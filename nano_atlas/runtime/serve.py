@@ -24,9 +24,9 @@ from typing import Any
 from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
 from nano_atlas.runs import Journal
-from nano_atlas.runtime.deploy import KEY_VARIABLE
 from nano_atlas.runtime.lanes import new_session, run_session
 from nano_atlas.runtime.learning import Experience
+from nano_atlas.runtime.options import KEY_VARIABLE, Config
 from nano_atlas.runtime.traces import past_outcomes, session_record
 from nano_atlas.schedule import drive
 from nano_atlas.seats import Seat
@@ -46,10 +46,10 @@ MOST_BYTES = 1_000_000  # of a request body; longer ones get HTTP 413
 KEEP_ALIVE = 5.0  # seconds between two comments in a stream
 
 
-def serve_pair(config: Any, seats: Mapping[str, Seat]) -> None:
+def serve_pair(config: Config, seats: Mapping[str, Seat]) -> None:
     """Answers requests as sessions, one trace each; strategies and skills learn from those that can be scored.
 
-    config: of runtime_loop.py. Ends on SIGINT or SIGTERM.
+    Ends on SIGINT or SIGTERM.
     """
     books = threading.Lock()  # of experience and journal
     has_sampler = any(getattr(seat, "is_batched", False) for seat in seats.values())

@@ -109,7 +109,7 @@ class Session(Outcome):
     playbook: Any = None  # learning.Playbook, if skills are used
     advice: list[str] = field(default_factory=list)  # sentences of the skills that are used
     approach: str = ""
-    plan: list[dict] = field(default_factory=list)  # {id, description, depends_on}
+    plan: list[str] = field(default_factory=list)  # its steps
     teachings: list[str] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)  # who spoke, in which order, tokens each
@@ -151,7 +151,8 @@ def session_record(session: Session) -> tuple[Outcome, Trace]:
     outcome = Outcome(**{f.name: getattr(session, f.name) for f in fields(Outcome)})
 
     answer = returned.text if returned.answer is None else returned.answer
-    plan = session.plan or [{"id": 1, "description": session.approach, "depends_on": []}]
+    steps = enumerate(session.plan or [session.approach], start=1)
+    plan = [{"id": number, "description": step, "depends_on": []} for number, step in steps]
     reward, guidance = _reward(session, alone, helped), next(reversed(session.teachings), None)
     step = {"step_id": 1, "description": session.approach, "trace": returned.text, "output": answer}
     step |= {"reward": reward, "validation": {"valid": returned.verdict.is_valid, "guidance": guidance}}
