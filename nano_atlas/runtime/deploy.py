@@ -18,8 +18,12 @@ from nano_atlas.episode import EpisodeConfig
 from nano_atlas.errors import UserError
 from nano_atlas.runs import replace_text
 
-SPECS = {"huggingface": "{model}", "python": "{model}", "http": "post+{model}"}
-SPECS["openai"] = "{api_base}#{model}"
+SPECS = {
+    "huggingface": "{model}",
+    "openai": "{api_base}#{model}",
+    "http": "post+{model}",
+    "python": "{model}",
+}
 LENGTHS = {"student": "--answer-tokens", "teacher": "--teaching-tokens"}
 OPTIONS = ("provider", "temperature", "max_output_tokens")  # the other keys are those of a provider's spec
 
@@ -33,14 +37,14 @@ def with_deployment(argv: Sequence[str], is_evaluation: bool = False) -> list[st
     parser.add_argument("--deploy", nargs="?")
     path = parser.parse_known_args(argv)[0].deploy
     seats, flags = read_deployment(path) if path else {}, []
+    temperatures = dict(zip(LENGTHS, EpisodeConfig.temperature))
     for name, llm in seats.items():
         named = "deployed=" if is_evaluation and name == "teacher" else ""
         flags += [f"--{name}", named + llm["spec"]]
         flags += [LENGTHS[name], str(llm["max_output_tokens"])] if "max_output_tokens" in llm else []
-    defaults = dict(zip(LENGTHS, EpisodeConfig.temperature))
-    given = {name: llm["temperature"] for name, llm in seats.items() if "temperature" in llm}
-    if given and not is_evaluation:
-        flags += ["--temperature", *map(str, (defaults | given).values())]
+        temperatures[name] = llm.get("temperature", temperatures[name])
+    if not is_evaluation and any("temperature" in llm for llm in seats.values()):
+        flags += ["--temperature", *map(str, temperatures.values())]
     return [*flags, *argv]
 
 
@@ -53,11 +57,11 @@ def read_deployment(path: Path | str) -> dict[str, dict[str, Any]]:
             template = SPECS.get(llm["provider"], "")
             unknown = [key for key in llm if key not in OPTIONS and f"{{{key}}}" not in template]
             if unknown or list(section) != ["llm"] or name not in LENGTHS or not template:
-                found = f"{', '.join(section)}: {llm['provider']} {unknown}"
-                raise UserError(f"{path}: {name}: {found} is unknown")
-            if llm["provider"] == "openai":
-                llm = {"model": ""} | llm
-            seats[name] = {**llm, "spec": template.format(**llm).rstrip("#")}
+                raise UserError(
+                    f"{path}: {name}: {', '.join(section)}: {llm['provider']} {unknown} is unknown"
+                )
+            optional = {"model": ""} if llm["provider"] == "openai" else {}
+            seats[name] = {**llm, "spec": template.format(**optional | llm).rstrip("#")}
     except (OSError, yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
         cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"{path}: not a deployment file ({cause})") from None

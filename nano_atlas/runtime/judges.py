@@ -9,12 +9,10 @@
 Four judges, as published (ATLAS, RIM): *accuracy* and *process* judge any answer, and their mean is its score. *helpfulness* judges the
 guidance and scales positive rewards: a teaching is paid as far as it caused a gain. *diagnostic* judges the student's approach.
 
-Non-degradation is promised of the answer that is returned. *Verified* (python, exact): an answer with help is returned only if it
-scores at least as high as the student's own, so with any teacher, on every task, the returned answer is never worse. *Judged*: picking
-the higher of two noisy scores picks luck too, so it must be above by more than z standard errors of the difference. How rare harm then
-is, is measured: a share (--audit) of the returned answers with help is judged *again*, with the student's own, by new samples; the
-summary states the Wilson upper bound of the share that comes out worse. It holds for tasks like those audited, and not against a judge
-that is wrong about both answers alike. *Nobody*: nothing is promised.
+Non-degradation: an answer with help is returned only if it scores at least as high as the student's own. With a verifier (python, exact)
+the returned answer is therefore never worse, with any teacher. Of two judged scores the higher may be luck: it must be above by z standard
+errors of the difference, and a share (--audit) of such answers is judged *again*, with the student's own, by new samples. The summary
+states the Wilson upper bound of the share that comes out worse, for tasks like those audited and by this judge.
 """
 
 import math

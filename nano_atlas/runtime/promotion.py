@@ -54,8 +54,7 @@ def compare(seats: Sequence[Seat], problems: Sequence[Problem], episodes: Episod
 def run_rounds(config: Config, tasks: Sequence[Problem], run: Callable, open_seat: Callable) -> None:
     """Runtime, export, training and promotion, over and over; what is done of a round is not done again.
 
-    config, run(config, tasks), open_seat(config, spec): of runtime_loop.py. Raises UserError where a training fails; the same
-    command repeats its round.
+    run, open_seat: of runtime_loop.py. Raises UserError where a training fails; the same command repeats its round.
     """
     if len(tasks) < config.rounds:
         raise UserError(f"--rounds {config.rounds} needs at least as many tasks, not {len(tasks)}")
@@ -69,15 +68,9 @@ def run_rounds(config: Config, tasks: Sequence[Problem], run: Callable, open_sea
         export_traces(folder / "runtime/traces.jsonl", folder / "export.jsonl", config)
         decision = read_json(folder / "promotion.json")
         if not decision:
-            pair = {"teacher": config.teacher, "student": config.student}
+            pair = {"teacher": config.teacher, "student": config.student, "out": folder / "grpo"}
             preset = "" if config.preset == "own" else f"--preset {config.preset} "
-            call(
-                "train_grpo.py",
-                preset + config.train_options,
-                problems=folder / "export.jsonl",
-                out=folder / "grpo",
-                **pair,
-            )
+            call("train_grpo.py", preset + config.train_options, problems=folder / "export.jsonl", **pair)
             places = [config.teacher, str(folder / "grpo/model")]
             seats = [open_seat(config, spec) for spec in (config.student, *places)]
             decision = compare(seats, problems, config)

@@ -7,29 +7,24 @@ note. Traces are never rewritten: decisions have a file of their own, `reviews.j
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 
 from nano_atlas.errors import UserError
-from nano_atlas.runs import Journal, replacing
+from nano_atlas.runs import Journal, replace_text
 from nano_atlas.runtime.options import Config
-from nano_atlas.runtime.traces import Outcome, Trace, read_traces
+from nano_atlas.runtime.traces import Outcome, Trace, now, read_traces
 
 
 def is_selected(outcome: Outcome, config: Config) -> bool:
     """One without the number in question is left out: nobody knows whether it qualifies."""
     start, _, end = config.since.partition("..")
     signal = max(abs(outcome.gain or 0.0), outcome.disagreement)
-    values, bounds = (
-        (outcome.reward, outcome.gain, signal),
-        (config.min_reward, config.min_gain, config.min_signal),
-    )
+    least = (config.min_reward, config.min_gain, config.min_signal)
+    known = (outcome.reward, outcome.gain, signal)
     return (
         outcome.status == "succeeded"
         and outcome.review in config.review_status
-        and all(
-            least is None or (value is not None and value >= least) for value, least in zip(values, bounds)
-        )
+        and all(bound is None or (x is not None and x >= bound) for x, bound in zip(known, least))
         and (not config.only or outcome.lane in config.only or outcome.learning_key in config.only)
         and (not config.since or (start or "0") <= outcome.created_at < (end or "9999"))
     )
@@ -58,9 +53,9 @@ def record_reviews(directory: Path, names: tuple[str, ...], status: str, note: s
         if len(meant) != 1:
             raise UserError(f"session {name}: {len(meant) or 'no'} sessions begin like this")
         decided += meant
-    at = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    about = {"status": status, "note": note, "at": now()}
     with Journal(directory / "reviews.jsonl") as journal:
-        journal.append({"session_id": name, "status": status, "note": note, "at": at} for name in decided)
+        journal.append({"session_id": name, **about} for name in decided)
     return decided
 
 
@@ -68,16 +63,14 @@ def export_traces(source: Path, target: Path, config: Config) -> tuple[int, int]
     """Write the selected traces of `source` to `target`, as a whole or not at all; returns how many, and of how many."""
     if target.exists() and target.samefile(source):
         raise UserError(f"--export {target} is the trace file itself; choose another name")
-    total = selected = 0
-    with replacing(target) as file:
-        for outcome, trace in reviewed_traces(source):
-            total += 1
-            if is_selected(outcome, config):
-                selected += 1
-                file.write(json.dumps(trace).encode() + b"\n")
-        if selected == 0:
-            raise UserError(f"{source}: none of its {total} traces is selected, so {target} was not written")
-    return selected, total
+    traces = list(reviewed_traces(source))
+    selected = [trace for outcome, trace in traces if is_selected(outcome, config)]
+    if not selected:
+        raise UserError(
+            f"{source}: none of its {len(traces)} traces is selected, so {target} was not written"
+        )
+    replace_text(target, "".join(json.dumps(trace) + "\n" for trace in selected))
+    return len(selected), len(traces)
 
 
 def show_sessions(directory: Path, status: str) -> Iterator[str]:
