@@ -20,9 +20,9 @@ from nano_atlas.runs import replace_text
 
 SPECS = {
     "huggingface": "{model}",
-    "openai": "{api_base}#{model}",
-    "http": "post+{model}",
     "python": "{model}",
+    "http": "post+{model}",
+    "openai": "{api_base}#{model}",
 }
 LENGTHS = {"student": "--answer-tokens", "teacher": "--teaching-tokens"}
 OPTIONS = ("provider", "temperature", "max_output_tokens")  # the other keys are those of a provider's spec
@@ -57,11 +57,10 @@ def read_deployment(path: Path | str) -> dict[str, dict[str, Any]]:
             template = SPECS.get(llm["provider"], "")
             unknown = [key for key in llm if key not in OPTIONS and f"{{{key}}}" not in template]
             if unknown or list(section) != ["llm"] or name not in LENGTHS or not template:
-                raise UserError(
-                    f"{path}: {name}: {', '.join(section)}: {llm['provider']} {unknown} is unknown"
-                )
-            optional = {"model": ""} if llm["provider"] == "openai" else {}
-            seats[name] = {**llm, "spec": template.format(**optional | llm).rstrip("#")}
+                found = f"{', '.join(section)}: {llm['provider']} {unknown}"
+                raise UserError(f"{path}: {name}: {found} is unknown")
+            spec = template.replace("#{model}", "#{model}" if "model" in llm else "").format(**llm)
+            seats[name] = {**llm, "spec": spec}
     except (OSError, yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
         cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"{path}: not a deployment file ({cause})") from None

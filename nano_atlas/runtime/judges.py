@@ -165,9 +165,6 @@ def hold_consistent(scores: dict[str, float]) -> dict[str, float]:
     return held
 
 
-# -------------------------------------------------------------------------------------------------------- non-degradation
-
-
 def choose_trial(trials: Sequence[Trial]) -> int:
     """Index of the trial that is returned. Where nobody can score: the last, unless only the student's own has an answer."""
     alone, last = trials[0], len(trials) - 1

@@ -1,9 +1,9 @@
 """A session with one task, while it runs and on file: a trace, one JSON object per line.
 
-A record has an `outcome` (the few numbers that learning, selection and reports need), the `ground_truth`, the eleven keys of ATLAS'
-AtlasSessionTrace (whose `load_runtime_traces` reads the file), and what atlas-sdk adds on export. `steps` holds one step, with all
-attempts in its metadata; `session_reward` is null, not zero, where nobody could score; `trajectory_events` say who spoke in which
-order. A failed session is recorded with `status: failed`; it is done again at the next start, and never selected.
+A record has an `outcome` (what learning, selection and reports need), the `ground_truth`, the eleven keys of ATLAS' AtlasSessionTrace
+(whose `load_runtime_traces` reads the file), and what atlas-sdk adds on export. `steps` holds one step, with all attempts in its
+metadata; `session_reward` is null, not zero, where nobody could score; `trajectory_events` say who spoke in which order. A failed
+session has `status: failed`; it is done again at the next start, and never selected.
 """
 
 from collections import Counter
@@ -131,9 +131,6 @@ class Session(Outcome):
         return derive_seed(self.seed, self.session_id, kind, len(self.events))
 
 
-# --------------------------------------------------------------------------------------------------------------- writing
-
-
 def session_record(session: Session) -> tuple[Outcome, Trace]:
     """The outcome of a finished session, and its trace."""
     task, trials = session.task, session.trials or [NO_TRIAL]
@@ -151,8 +148,8 @@ def session_record(session: Session) -> tuple[Outcome, Trace]:
     outcome = Outcome(**{f.name: getattr(session, f.name) for f in fields(Outcome)})
 
     answer = returned.text if returned.answer is None else returned.answer
-    steps = enumerate(session.plan or [session.approach], start=1)
-    plan = [{"id": number, "description": step, "depends_on": []} for number, step in steps]
+    numbered = enumerate(session.plan or [session.approach], start=1)
+    plan = [{"id": number, "description": step, "depends_on": []} for number, step in numbered]
     reward, guidance = _reward(session, alone, helped), next(reversed(session.teachings), None)
     step = {"step_id": 1, "description": session.approach, "trace": returned.text, "output": answer}
     step |= {"reward": reward, "validation": {"valid": returned.verdict.is_valid, "guidance": guidance}}
@@ -165,26 +162,16 @@ def session_record(session: Session) -> tuple[Outcome, Trace]:
     mode = {"mode": session.lane, "confidence": session.choice.get("confidence")}
     adaptive = {"adaptive_mode": session.lane, "confidence": mode["confidence"], "mode_history": [mode]}
     adaptive |= {"probe": session.choice, "strategy": session.strategy, "returned": returned.kind}
-    return outcome, {
-        "outcome": asdict(outcome),
-        "task": task.question,
-        "ground_truth": task.answer,
-        "final_answer": answer,
-        "plan": {"steps": plan, "execution_mode": "single_shot"},
-        "steps": [step],
-        "session_metadata": about,
-        "session_reward": None if session.reward is None else reward,
-        "trajectory_events": session.events,
-        "student_learning": None,
-        "teacher_learning": "\n".join(session.advice) or None,
-        "learning_history": session.history,
-        "adaptive_summary": adaptive,
-        "execution_mode": "single_shot",
-        "learning_key": session.learning_key,
-        "review_status": session.review,
-        "reward_stats": {"score": session.reward, "score_stddev": outcome.disagreement},
-        "reward_summary": {"score": session.reward, "gain": outcome.gain},
-    }
+    trace = {"outcome": asdict(outcome), "task": task.question, "ground_truth": task.answer}
+    trace |= {"final_answer": answer, "plan": {"steps": plan, "execution_mode": "single_shot"}}
+    trace |= {"steps": [step], "session_metadata": about}
+    trace |= {"session_reward": None if session.reward is None else reward}
+    trace |= {"trajectory_events": session.events, "student_learning": None}
+    trace |= {"teacher_learning": "\n".join(session.advice) or None, "learning_history": session.history}
+    trace |= {"adaptive_summary": adaptive, "execution_mode": "single_shot"}
+    trace |= {"learning_key": session.learning_key, "review_status": session.review}
+    trace |= {"reward_stats": {"score": session.reward, "score_stddev": outcome.disagreement}}
+    return outcome, trace | {"reward_summary": {"score": session.reward, "gain": outcome.gain}}
 
 
 def _reward(session: Session, alone: Trial, helped: Trial) -> Trace:
@@ -198,9 +185,6 @@ def _reward(session: Session, alone: Trial, helped: Trial) -> Trace:
     rationale = f"score {alone.score:.3g} alone, {helped.score:.3g} with help"
     raw = {"alone": alone.score, "with_help": helped.score}
     return {"score": session.reward, "judges": judges, "rationale": rationale, "raw": raw}
-
-
-# --------------------------------------------------------------------------------------------------------------- reading
 
 
 def past_outcomes(journal: Journal) -> Iterator[Outcome]:
