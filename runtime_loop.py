@@ -34,7 +34,7 @@ from nano_atlas.data import Problem, load_problems
 from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
 from nano_atlas.runs import Journal, RunLog, checkpoint_digest, read_json, write_json
-from nano_atlas.runtime import agents, deploy, lanes, promotion, report, review
+from nano_atlas.runtime import agents, deploy, lanes, promotion, review
 from nano_atlas.runtime.learning import Experience
 from nano_atlas.runtime.options import Config
 from nano_atlas.runtime.traces import Outcome, past_outcomes, session_record
@@ -67,10 +67,10 @@ def run(config: Config, tasks: Sequence[Problem], seats: Mapping[str, Seat] | No
                 done |= {outcome.session_id: outcome for outcome, _ in recorded}
             outcomes = [done[name] for name in batch]
             experience.learn(*outcomes)
-            metrics = report.runtime_metrics(outcomes)
-            log.log(start + len(batch), **metrics, skills=len(experience.playbook.entries))
+            metrics = review.runtime_metrics(outcomes)
+            log.log(start + len(batch), **metrics, skills=len(experience.entries))
     if config.skill_writer:  # to read; nothing reads it back
-        entries = [asdict(entry) | {"effect": entry.effect} for entry in experience.playbook.entries.values()]
+        entries = [asdict(entry) | {"effect": entry.effect} for entry in experience.entries.values()]
         write_json(config.out / "playbook.json", {"entries": entries})
     return [done[name] for name in ids]
 
@@ -153,7 +153,7 @@ def main() -> None:
         tasks, seats = load_tasks(config), open_seats(config)
         if config.restart:
             set_aside(config.out)
-        print(report.summary(run(config, tasks, seats)))
+        print(review.summary(run(config, tasks, seats)))
         print(f"  traces             {traces}")
 
 

@@ -11,7 +11,7 @@ from runtime_fakes import TASKS, Fake, Student, Teacher, in_a_process_that_dies,
 from nano_atlas.config import derive_seed
 from nano_atlas.data import Problem
 from nano_atlas.runtime import learning
-from nano_atlas.runtime.learning import Entry, Experience, Playbook, read_entries
+from nano_atlas.runtime.learning import Entry, Experience, read_entries
 from nano_atlas.runtime.traces import Outcome
 from runtime_loop import Config
 
@@ -31,13 +31,13 @@ def read(*proposals, secret="42") -> list[dict]:
     return read_entries("Here: " + json.dumps({"entries": proposals}), secret)
 
 
-def playbook(*proposals) -> Playbook:
-    book = Playbook()
+def playbook(*proposals) -> Experience:
+    book = Experience()
     book.add([entry for p in proposals for entry in read(p)])
     return book
 
 
-def observe(book: Playbook, sessions: int, rewards=None, hits: bool = True) -> None:
+def observe(book: Experience, sessions: int, rewards=None, hits: bool = True) -> None:
     """rewards: (with, without); the entry is used in every other session."""
     (entry,) = book.entries.values()
     for index in range(sessions):
@@ -139,7 +139,7 @@ def test_sessions_beside_the_one_that_found_a_skill_do_not_count_against_it():
     experience.learn(
         *[Outcome(f"s{index}", learned=read(proposal()) if index == 0 else []) for index in range(40)]
     )
-    (entry,) = experience.playbook.entries.values()
+    (entry,) = experience.entries.values()
     assert entry.sessions_observed == 0
 
 

@@ -36,7 +36,7 @@ def new_session(name: str, task: Problem, experience: learning.Experience, confi
     session = Session(session_id=name, learning_key=key, created_at=now(), task=task, seed=config.seed)
     session.lane, session.choice, session.history = choice["mode"], choice, experience.history(key)
     session.strategy = experience.choose_strategy(key, derive_seed(config.seed, "strategy", name))
-    session.playbook = experience.playbook if config.skill_writer else None
+    session.playbook = experience if config.skill_writer else None
     session.metadata = {name: getattr(config, name) for name in ("student", "teacher", "seed")}
     session.review = "pending" if config.require_approval else "approved"
     return session

@@ -44,49 +44,6 @@ SKILL_REQUEST = (
 )
 
 
-class Experience:
-    """What earlier sessions taught: a function of their outcomes, in the order of learning."""
-
-    def __init__(self, strategies: Sequence[str]):
-        self.strategies, self.playbook = strategies, Playbook()
-        # by learning key: scores of the student alone; rewards by strategy
-        self.records = defaultdict(lambda: deque(maxlen=WINDOW))
-        self.rewards = defaultdict(lambda: defaultdict(list))
-
-    def learn(self, *outcomes: Outcome) -> None:
-        """From sessions that ran side by side: none of them could use what another one taught.
-
-        Unscored sessions teach nothing: that is not a reward, or a score, of zero.
-        """
-        outcomes = [outcome for outcome in outcomes if outcome.status == "succeeded"]
-        for outcome in outcomes:
-            if outcome.reward is not None:
-                self.rewards[outcome.learning_key][outcome.strategy].append(outcome.reward)
-            if outcome.baseline is not None:
-                self.records[outcome.learning_key].append(outcome.baseline)
-            self.playbook.learn(outcome)
-        for outcome in outcomes:
-            self.playbook.add(outcome.learned)
-
-    def choose_strategy(self, learning_key: str, seed: int) -> str:
-        """The strategy for one task."""
-        stream, draws = random.Random(seed), {}
-        for name in self.strategies:
-            rewards = self.rewards[learning_key][name]
-            draws[name] = stream.gauss(sum(rewards) / (len(rewards) + 1), 1 / math.sqrt(len(rewards) + 1))
-        return max(draws, key=draws.__getitem__)
-
-    def history(self, learning_key: str) -> dict[str, Any]:
-        """Sessions and average reward with one kind of task, over all strategies and by strategy, as they go into a trace."""
-        used = {name: rewards for name, rewards in sorted(self.rewards[learning_key].items()) if rewards}
-        history = _average(sum(used.values(), []))
-        return history | {"strategies": {name: _average(rewards) for name, rewards in used.items()}}
-
-
-def _average(rewards: list[float]) -> dict[str, Any]:
-    return {"count": len(rewards), "average_score": fmean(rewards) if rewards else None}
-
-
 @dataclass
 class Entry:
     """A skill: what to tell the teacher where a cue is found."""
@@ -105,6 +62,13 @@ class Entry:
         pattern = self.pattern if self.kind == "regex" else re.escape(self.pattern)
         return re.search(pattern, text[:20_000], re.IGNORECASE) is not None
 
+    def count(self, outcome: Outcome) -> None:
+        self.sessions_observed += 1
+        if self.id in outcome.matched:
+            is_used = self.id in outcome.skills
+            self.hits, self.adoptions = self.hits + 1, self.adoptions + is_used
+            self.rewards[is_used].extend([] if outcome.reward is None else [outcome.reward])
+
     @property
     def effect(self) -> float | None:
         """Mean reward with minus without, or None while one of them is unknown."""
@@ -118,40 +82,6 @@ class Entry:
             return True
         limit = 0.01 if hits >= 10 and self.adoptions / hits > 0.5 else -0.01
         return observed >= 10 and hits >= 5 and self.effect is not None and self.effect < limit
-
-
-class Playbook:
-    """All entries in force. `retrieve` is a pure function of what was learned so far and the seed."""
-
-    def __init__(self):
-        self.entries: dict[str, Entry] = {}
-        self.known: set[str] = set()  # ids, also of entries that went: they are never learned again
-
-    def retrieve(self, text: str, seed: int) -> tuple[list[Entry], list[str]]:
-        """Entries to use with a task, best known effect first, and the ids of all that match it."""
-        matching = [entry for entry in list(self.entries.values()) if entry.matches(text)]
-        matching.sort(key=lambda entry: -(entry.effect or 0.0))
-        used = [e for e in matching if derive_seed(seed, "withheld", e.id) >= WITHHELD * 2**63]
-        return used[:SKILLS_PER_TASK], [entry.id for entry in matching]
-
-    def learn(self, outcome: Outcome) -> None:
-        """Count one finished session into every entry in force when it began, then prune."""
-        for entry in list(self.entries.values()):
-            entry.sessions_observed += 1
-            if entry.id in outcome.matched:
-                is_used = entry.id in outcome.skills
-                entry.hits, entry.adoptions = entry.hits + 1, entry.adoptions + is_used
-                entry.rewards[is_used].extend([] if outcome.reward is None else [outcome.reward])
-            if entry.is_useless():
-                del self.entries[entry.id]
-
-    def add(self, proposals: list[dict]) -> None:
-        """Entries that sessions proposed, as `read_entries` returns them."""
-        new = {entry["id"]: Entry(**entry) for entry in proposals if entry["id"] not in self.known}
-        self.entries, self.known = self.entries | new, self.known | set(new)
-        while len(self.entries) > PLAYBOOK_SIZE:
-            worst = min(self.entries.values(), key=lambda e: (e.effect or 0.0, -e.sessions_observed))
-            del self.entries[worst.id]
 
 
 def read_entries(text: str, secret: str | None) -> list[dict[str, Any]]:
@@ -174,3 +104,66 @@ def read_entries(text: str, secret: str | None) -> list[dict[str, Any]]:
             name = digest([json.dumps(content, sort_keys=True).encode()])[:12]
             entries.append({"id": name, "kind": kind, "pattern": pattern, **action})
     return entries[:2]
+
+
+class Experience:
+    """What earlier sessions taught: a function of their outcomes, in the order of learning."""
+
+    def __init__(self, strategies: Sequence[str] = ()):
+        self.strategies = strategies
+        # by learning key: scores of the student alone; rewards by strategy
+        self.records = defaultdict(lambda: deque(maxlen=WINDOW))
+        self.rewards = defaultdict(lambda: defaultdict(list))
+        self.entries: dict[str, Entry] = {}  # skills in force
+        self.known: set[str] = set()  # ids, also of entries that went: they are never learned again
+
+    def learn(self, *outcomes: Outcome) -> None:
+        """From sessions that ran side by side: none of them could use what another one taught.
+
+        Unscored sessions teach nothing: that is not a reward, or a score, of zero.
+        """
+        outcomes = [outcome for outcome in outcomes if outcome.status == "succeeded"]
+        for outcome in outcomes:
+            if outcome.reward is not None:
+                self.rewards[outcome.learning_key][outcome.strategy].append(outcome.reward)
+            if outcome.baseline is not None:
+                self.records[outcome.learning_key].append(outcome.baseline)
+            for entry in list(self.entries.values()):
+                entry.count(outcome)
+                if entry.is_useless():
+                    del self.entries[entry.id]
+        for outcome in outcomes:
+            self.add(outcome.learned)
+
+    def add(self, proposals: list[dict]) -> None:
+        """Entries that sessions proposed, as `read_entries` returns them."""
+        new = {entry["id"]: Entry(**entry) for entry in proposals if entry["id"] not in self.known}
+        self.entries, self.known = self.entries | new, self.known | set(new)
+        while len(self.entries) > PLAYBOOK_SIZE:
+            worst = min(self.entries.values(), key=lambda e: (e.effect or 0.0, -e.sessions_observed))
+            del self.entries[worst.id]
+
+    def retrieve(self, text: str, seed: int) -> tuple[list[Entry], list[str]]:
+        """Entries to use with a task, best known effect first, and the ids of all that match it."""
+        matching = [entry for entry in list(self.entries.values()) if entry.matches(text)]
+        matching.sort(key=lambda entry: -(entry.effect or 0.0))
+        used = [e for e in matching if derive_seed(seed, "withheld", e.id) >= WITHHELD * 2**63]
+        return used[:SKILLS_PER_TASK], [entry.id for entry in matching]
+
+    def choose_strategy(self, learning_key: str, seed: int) -> str:
+        """The strategy for one task."""
+        stream, draws = random.Random(seed), {}
+        for name in self.strategies:
+            rewards = self.rewards[learning_key][name]
+            draws[name] = stream.gauss(sum(rewards) / (len(rewards) + 1), 1 / math.sqrt(len(rewards) + 1))
+        return max(draws, key=draws.__getitem__)
+
+    def history(self, learning_key: str) -> dict[str, Any]:
+        """Sessions and average reward with one kind of task, over all strategies and by strategy, as they go into a trace."""
+        used = {name: rewards for name, rewards in sorted(self.rewards[learning_key].items()) if rewards}
+        history = _average(sum(used.values(), []))
+        return history | {"strategies": {name: _average(rewards) for name, rewards in used.items()}}
+
+
+def _average(rewards: list[float]) -> dict[str, Any]:
+    return {"count": len(rewards), "average_score": fmean(rewards) if rewards else None}

@@ -21,8 +21,7 @@ from nano_atlas.reward import RewardConfig
 from nano_atlas.runs import read_json, write_json
 from nano_atlas.runtime.deploy import write_deployment
 from nano_atlas.runtime.options import Config
-from nano_atlas.runtime.report import summary
-from nano_atlas.runtime.review import export_traces
+from nano_atlas.runtime.review import export_traces, summary
 from nano_atlas.schedule import play
 from nano_atlas.seats import Seat
 from nano_atlas.stats import in_points, paired_bootstrap
