@@ -36,20 +36,19 @@ def new_session(name: str, task: Problem, experience: learning.Experience, confi
     session = Session(session_id=name, learning_key=key, created_at=now(), task=task, seed=config.seed)
     session.lane, session.choice, session.history = choice["mode"], choice, experience.history(key)
     session.strategy = experience.choose_strategy(key, derive_seed(config.seed, "strategy", name))
-    session.playbook = experience if config.skill_writer else None
+    session.experience = experience if config.skill_writer else None
     session.metadata = {name: getattr(config, name) for name in ("student", "teacher", "seed")}
     session.review = "pending" if config.require_approval else "approved"
     return session
 
 
 def choose_lane(record: Sequence[float], forced: str = "adaptive") -> dict[str, Any]:
-    """{mode, confidence, by}, as it goes into the trace. record: the latest scores of the student alone on such tasks.
-
-    Its capability is their mean, with two thirds of an answer that is worth 0.5 counted in.
-    """
-    if forced != "adaptive" or not record:
-        lane, by = ("paired", "no record") if forced == "adaptive" else (forced, "--lane")
-        return {"mode": lane, "confidence": None, "by": by}
+    """{mode, confidence, by}, as it goes into the trace. record: the latest scores of the student alone on such tasks."""
+    if forced != "adaptive":
+        return {"mode": forced, "confidence": None, "by": "--lane"}
+    if not record:
+        return {"mode": "paired", "confidence": None, "by": "no record"}
+    # the mean, with two thirds of an answer that is worth 0.5 counted in
     capability = (sum(record) + 1 / 3) / (len(record) + 2 / 3)
     lane = next((lane for lane, least in THRESHOLDS.items() if capability >= least), "coach")
     return {"mode": lane, "confidence": capability, "by": "record"}
@@ -128,9 +127,9 @@ def parse_plan(text: str) -> list[str]:
 def teaching(session: Session, config: Config, shown: str) -> Script:
     """The teacher's guidance on what the student has `shown`, or None where its completion holds none."""
     question = session.task.question
-    if session.playbook is not None and not session.teachings:
+    if session.experience is not None and not session.teachings:
         seed = derive_seed(session.seed, session.session_id)
-        used, session.matched = session.playbook.retrieve(f"{question}\n{shown}", seed)
+        used, session.matched = session.experience.retrieve(f"{question}\n{shown}", seed)
         session.skills = [entry.id for entry in used]
         session.advice = [entry.imperative for entry in used if entry.imperative]
         session.strategy = next((entry.strategy for entry in used if entry.strategy), session.strategy)

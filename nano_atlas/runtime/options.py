@@ -78,15 +78,14 @@ class Config(EpisodeConfig, RunConfig):
             raise UserError("--large-judge needs --judge")
         if not self.strategies:
             raise UserError("--strategies needs at least one")
-        is_local = self.host in ("127.0.0.1", "localhost", "::1")
-        if self.serve is not None and not is_local and not os.environ.get(KEY_VARIABLE):
+        is_local = self.serve is None or self.host in ("127.0.0.1", "localhost", "::1")
+        if not is_local and not os.environ.get(KEY_VARIABLE):
             raise UserError(f"--host {self.host}: set {KEY_VARIABLE} to a key that clients must send")
         for time in filter(None, self.since.split("..")):
             try:
                 datetime.fromisoformat(time)
             except ValueError:
-                expected = "no time such as 2026-01-31 or 2026-01-31T12:00"
-                raise UserError(f"--since {self.since}: {time} is {expected}") from None
+                raise UserError(f"--since {self.since}: {time} is no time such as 2026-01-31T12:00") from None
         actions = ("restart", "export", "show", "approve", "quarantine", "rounds")
         wanted = [name for name in actions if getattr(self, name)] + ["serve"] * (self.serve is not None)
         if len(wanted) > 1:

@@ -3,9 +3,8 @@
     POST /v1/chat/completions    the answer that the runtime would return; with "stream": true as server-sent events
     GET  /v1/models, /health
 
-The answer is the best of several attempts, so it is known only when all are made: a stream sends comments to keep the connection
-alive, then the whole text. Clients send the key in NANO_ATLAS_API_KEY, if there is one, as bearer token. SIGINT and SIGTERM stop the
-server gracefully: no new connections, requests under way are answered.
+The best of several attempts is known only when all are made, so a stream sends comments to keep the connection alive, then the whole
+text. Clients send the key in NANO_ATLAS_API_KEY, if there is one, as bearer token. SIGINT and SIGTERM let requests under way finish.
 """
 
 import asyncio
@@ -27,7 +26,7 @@ from nano_atlas.runs import Journal
 from nano_atlas.runtime.lanes import new_session, run_session
 from nano_atlas.runtime.learning import Experience
 from nano_atlas.runtime.options import KEY_VARIABLE, Config
-from nano_atlas.runtime.traces import past_outcomes, session_record
+from nano_atlas.runtime.traces import Outcome, Trial, past_outcomes, session_record
 from nano_atlas.schedule import drive
 from nano_atlas.seats import Seat
 
@@ -47,10 +46,7 @@ KEEP_ALIVE = 5.0  # seconds between two comments in a stream
 
 
 def serve_pair(config: Config, seats: Mapping[str, Seat]) -> None:
-    """Answers requests as sessions, one trace each; strategies and skills learn from those that can be scored.
-
-    Ends on SIGINT or SIGTERM.
-    """
+    """Answers requests as sessions, one trace each, and learns from those that can be scored, until SIGINT or SIGTERM."""
     books = threading.Lock()  # of experience and journal
     has_sampler = any(getattr(seat, "is_batched", False) for seat in seats.values())
     turn = (
@@ -62,10 +58,9 @@ def serve_pair(config: Config, seats: Mapping[str, Seat]) -> None:
             experience.learn(past)
 
         def answer(question: str, temperature: float | None, max_tokens: int | None) -> tuple:
-            own, teachers = config.temperature
-            temperatures = (own if temperature is None else temperature, teachers)
             longest = min(max_tokens or config.answer_tokens, config.answer_tokens)
-            asked = replace(config, temperature=temperatures, answer_tokens=longest)
+            own = config.student_temperature if temperature is None else temperature
+            asked = replace(config, temperature=(own, config.teacher_temperature), answer_tokens=longest)
             with books:
                 session = new_session(uuid.uuid4().hex[:24], Problem("", question, None), experience, asked)
             script = run_session(session, asked, seats["teacher"].count_tokens)
@@ -109,7 +104,7 @@ def make_app(answer: Callable) -> Starlette:
 
 
 def check_key(request) -> None:
-    key, given = os.environ.get(KEY_VARIABLE, ""), request.headers.get("authorization", "")
+    key, given = os.environ.get(KEY_VARIABLE), request.headers.get("authorization", "")
     if key and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
         raise HTTPException(401, "the bearer key is missing or wrong")
 
@@ -143,11 +138,11 @@ async def events(task: asyncio.Task) -> AsyncIterator[str]:
     yield f"data: {json.dumps(content)}\n\ndata: [DONE]\n\n"
 
 
-def completion(trial, outcome, part: str) -> dict[str, Any]:
+def completion(trial: Trial, outcome: Outcome, part: str) -> dict[str, Any]:
     """part: "message", or "delta" in a stream."""
-    kind = "chat.completion.chunk" if part == "delta" else "chat.completion"
     choice = {"index": 0, part: {"role": "assistant", "content": trial.text}}
     choice["finish_reason"] = "length" if trial.is_truncated else "stop"
+    kind = "chat.completion.chunk" if part == "delta" else "chat.completion"
     about = {"id": f"chatcmpl-{outcome.session_id}", "object": kind, "created": int(time.time())}
     return about | {"model": MODEL, "choices": [choice], "usage": outcome.usage}
 

@@ -106,7 +106,7 @@ class Session(Outcome):
     choice: dict[str, Any] = field(default_factory=dict)  # {mode, confidence, by} of the lane
     history: dict[str, Any] = field(default_factory=dict)  # of the strategies, when this one was chosen
     metadata: dict[str, Any] = field(default_factory=dict)  # what else the trace's session_metadata holds
-    playbook: Any = None  # learning.Experience, if skills are used
+    experience: Any = None  # learning.Experience, if skills are used
     advice: list[str] = field(default_factory=list)  # sentences of the skills that are used
     approach: str = ""
     plan: list[str] = field(default_factory=list)  # its steps
