@@ -18,12 +18,7 @@ from nano_atlas.episode import EpisodeConfig
 from nano_atlas.errors import UserError
 from nano_atlas.runs import replace_text
 
-SPECS = {
-    "huggingface": "{model}",
-    "python": "{model}",
-    "http": "post+{model}",
-    "openai": "{api_base}#{model}",
-}
+SPECS = dict(huggingface="{model}", python="{model}", http="post+{model}", openai="{api_base}#{model}")
 LENGTHS = {"student": "--answer-tokens", "teacher": "--teaching-tokens"}
 OPTIONS = ("provider", "temperature", "max_output_tokens")  # the other keys are those of a provider's spec
 
@@ -59,8 +54,8 @@ def read_deployment(path: Path | str) -> dict[str, dict[str, Any]]:
             if unknown or list(section) != ["llm"] or name not in LENGTHS or not template:
                 found = f"{', '.join(section)}: {llm['provider']} {unknown}"
                 raise UserError(f"{path}: {name}: {found} is unknown")
-            spec = template.replace("#{model}", "#{model}" if "model" in llm else "").format(**llm)
-            seats[name] = {**llm, "spec": spec}
+            template = template if "model" in llm else template.removesuffix("#{model}")
+            seats[name] = {**llm, "spec": template.format(**llm)}
     except (OSError, yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
         cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"{path}: not a deployment file ({cause})") from None
