@@ -125,13 +125,15 @@ def simulate(config, task: Task, seed: int, student, user, guide: Guide | None =
 
     mode = {"solo_mode": config.is_solo}
     environment = build_environment(config.domain, **mode)
-    how = {"generation": config.episode.answering, "guide": guide and guided}
-    knows = {"llm": student, "llm_args": how, "task": only_ticket(task)}
-    agent = build_agent("llm_agent_solo" if config.is_solo else "llm_agent", environment, **knows, **mode)
-    greedy = {"generation": Generation(config.answer_tokens, temperature=0.0)}
-    partner = DummyUser()
+    seat = {"llm": student, "llm_args": {"generation": config.episode.answering, "guide": guide and guided}}
+    kind, partner = "llm_agent_solo", DummyUser()
     if not config.is_solo:
-        partner = build_user("user_simulator", environment, task, llm=user, llm_args=greedy)
+        greedy = {"generation": Generation(config.answer_tokens, temperature=0.0)}
+        kind, partner = (
+            "llm_agent",
+            build_user("user_simulator", environment, task, llm=user, llm_args=greedy),
+        )
+    agent = build_agent(kind, environment, task=only_ticket(task), **seat, **mode)
     parts = config.domain, agent, partner, environment, task, config.max_steps
     dialogue = Orchestrator(*parts, seed=seed, **mode)
     try:
