@@ -128,11 +128,8 @@ def simulate(config, task: Task, seed: int, student, user, guide: Guide | None =
     seat = {"llm": student, "llm_args": {"generation": config.episode.answering, "guide": guide and guided}}
     kind, partner = "llm_agent_solo", DummyUser()
     if not config.is_solo:
-        greedy = {"generation": Generation(config.answer_tokens, temperature=0.0)}
-        kind, partner = (
-            "llm_agent",
-            build_user("user_simulator", environment, task, llm=user, llm_args=greedy),
-        )
+        greedy = {"llm": user, "llm_args": {"generation": Generation(config.answer_tokens, temperature=0.0)}}
+        kind, partner = "llm_agent", build_user("user_simulator", environment, task, **greedy)
     agent = build_agent(kind, environment, task=only_ticket(task), **seat, **mode)
     parts = config.domain, agent, partner, environment, task, config.max_steps
     dialogue = Orchestrator(*parts, seed=seed, **mode)
