@@ -28,21 +28,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nano_atlas import world
+from nano_atlas import schedule, world
 from nano_atlas.config import option, parse, refuse_changes, run_script, to_json
 from nano_atlas.data import Problem, load_problems
 from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
 from nano_atlas.runs import Journal, RunLog, checkpoint_digest, read_json, write_json
-from nano_atlas.runtime.agents import open_agent
-from nano_atlas.runtime.deploy import DeployConfig, with_deployment
-from nano_atlas.runtime.lanes import LaneConfig, Session, new_session, now, run_session
-from nano_atlas.runtime.learning import Experience
-from nano_atlas.runtime.promotion import PromotionConfig, run_rounds
-from nano_atlas.runtime.report import runtime_metrics, summary
-from nano_atlas.runtime.review import STATUSES, Selection, export_traces, record_reviews, show_sessions
-from nano_atlas.runtime.traces import Outcome, past_outcomes, session_record
-from nano_atlas.schedule import drive
+from nano_atlas.runtime import agents, deploy, lanes, promotion, report, review
+from nano_atlas.runtime.learning import Experience, Outcome
+from nano_atlas.runtime.traces import past_outcomes, session_record
 from nano_atlas.seats import Seat
 
 
@@ -65,22 +59,22 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class Config(Selection, PromotionConfig, DeployConfig, LaneConfig, RunConfig):
+class Config(review.Selection, promotion.PromotionConfig, deploy.DeployConfig, lanes.LaneConfig, RunConfig):
     export: Path | None = option(None, "file for the selected traces", group="review", resumable=True)
-    show: str | None = option(None, "list the sessions of this status", STATUSES, resumable=True)
+    show: str | None = option(None, "list the sessions of this status", review.STATUSES, resumable=True)
     approve: tuple[str, ...] = option((), "ids (or their beginnings) of sessions to approve", resumable=True)
     quarantine: tuple[str, ...] = option((), "ids of those that must not train a teacher", resumable=True)
     note: str = option("", "why, for --approve and --quarantine", resumable=True)
     require_approval: bool = option(False, "record sessions as pending: none is exported before --approve")
 
     def check(self) -> None:
-        for base in (Selection, DeployConfig, LaneConfig):
+        for base in (review.Selection, deploy.DeployConfig, lanes.LaneConfig):
             base.check(self)
         actions = ("restart", "export", "show", "approve", "quarantine", "rounds")
         wanted = [name for name in actions if getattr(self, name)] + ["serve"] * (self.serve is not None)
         if len(wanted) > 1:
             raise UserError(f"--{' and --'.join(wanted)} are different things to do; use one of them")
-        if wanted not in (["export"], ["rounds"]) and not Selection.is_default(self):
+        if wanted not in (["export"], ["rounds"]) and not review.Selection.is_default(self):
             raise UserError("the options that select traces are for --export and --rounds; add one of them")
         needed = ["student", "teacher"] + ["tasks"] * (self.preset != "nano" and self.serve is None)
         missing = [f"--{name}" for name in needed if getattr(self, name) is None]
@@ -105,29 +99,35 @@ def run(config: Config, tasks: Sequence[Problem], seats: Mapping[str, Seat] | No
         for start in tqdm(range(0, len(tasks), config.batch), unit="batch", desc="runtime"):
             batch = ids[start : start + config.batch]
             missing = [(name, task) for name, task in zip(batch, tasks[start:]) if name not in done]
-            sessions = [new_session(name, task, experience, config) for name, task in missing]
+            sessions = [lanes.new_session(name, task, experience, config) for name, task in missing]
             count_tokens = seats["teacher"].count_tokens
-            scripts = {session.id: run_session(session, config, count_tokens) for session in sessions}
-            for finished in drive(scripts, seats, workers=config.workers, timeout=config.timeout):
+            scripts = {
+                session.session_id: lanes.run_session(session, config, count_tokens) for session in sessions
+            }
+            for finished in schedule.drive(scripts, seats, workers=config.workers, timeout=config.timeout):
                 recorded = [record(session, experience, config) for session in finished.values()]
                 journal.append(trace for _, trace in recorded)
                 done |= {outcome.session_id: outcome for outcome, _ in recorded}
             outcomes = [done[name] for name in batch]
             experience.learn(outcomes)
-            log.log(start + len(batch), **runtime_metrics(outcomes), skills=len(experience.playbook.entries))
+            log.log(
+                start + len(batch),
+                **report.runtime_metrics(outcomes),
+                skills=len(experience.playbook.entries),
+            )
     if config.skill_writer:  # to read; nothing reads it back
         entries = [asdict(entry) | {"effect": entry.effect} for entry in experience.playbook.entries.values()]
         write_json(config.out / "playbook.json", {"entries": entries})
     return [done[name] for name in ids]
 
 
-def record(session: Session, experience: Experience, config: Config) -> tuple[Outcome, dict]:
+def record(session: lanes.Session, experience: Experience, config: Config) -> tuple[Outcome, dict]:
     """The outcome of a finished session, and its trace."""
     metadata = {name: getattr(config, name) for name in ("student", "teacher", "seed")}
-    metadata["completed_at"] = now()
-    review = "pending" if config.require_approval else "approved"
+    metadata["completed_at"] = lanes.now()
+    status = "pending" if config.require_approval else "approved"
     history = experience.strategies.history(session.learning_key)
-    return session_record(session, review=review, metadata=metadata, learning_history=history)
+    return session_record(session, review=status, metadata=metadata, learning_history=history)
 
 
 def session_ids(tasks: Sequence[Problem]) -> list[str]:
@@ -172,7 +172,7 @@ def open_seats(config: Config) -> dict[str, Seat]:
 def open_seat(config: Config, spec: str) -> Seat:
     if spec == presets("runtime_loop")["nano"].overrides["teacher"] and not Path(spec).exists():
         raise UserError(f"{spec} is not there yet; make it with: python train_sft.py && python train_grpo.py")
-    return open_agent(spec, config.device, getattr(torch, config.dtype))
+    return agents.open_agent(spec, config.device, getattr(torch, config.dtype))
 
 
 def load_tasks(config: Config) -> list[Problem]:
@@ -186,19 +186,19 @@ def load_tasks(config: Config) -> list[Problem]:
 
 
 def main() -> None:
-    config = parse(Config, with_deployment(sys.argv[1:]), presets("runtime_loop"), __doc__)
+    config = parse(Config, deploy.with_deployment(sys.argv[1:]), presets("runtime_loop"), __doc__)
     traces, named = config.out / "traces.jsonl", config.approve or config.quarantine
     if config.export is not None:
-        selected, total = export_traces(traces, config.export, config)
+        selected, total = review.export_traces(traces, config.export, config)
         print(f"{config.export}: {selected} of {total} traces, for train_grpo.py --problems {config.export}")
     elif config.show is not None:
-        print(*show_sessions(config.out, config.show), sep="\n")
+        print(*review.show_sessions(config.out, config.show), sep="\n")
     elif named:
         status = "approved" if config.approve else "quarantined"
-        for name in record_reviews(config.out, named, status, config.note):
+        for name in review.record_reviews(config.out, named, status, config.note):
             print(f"{name} {status}")
     elif config.rounds:
-        run_rounds(config, load_tasks(config), run, open_seat)
+        promotion.run_rounds(config, load_tasks(config), run, open_seat)
     elif config.serve is not None:
         from nano_atlas.runtime.serve import serve_pair
 
@@ -208,7 +208,7 @@ def main() -> None:
         tasks, seats = load_tasks(config), open_seats(config)
         if config.restart:
             set_aside(config.out)
-        print(summary(run(config, tasks, seats)))
+        print(report.summary(run(config, tasks, seats)))
         print(f"  traces             {traces}")
 
 

@@ -10,9 +10,8 @@ because waiting for the last would need an unsharded float32 gradient (33 GB for
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,6 @@ from nano_atlas.errors import UserError
 from nano_atlas.model import Transformer
 
 TIMEOUT = timedelta(hours=2)  # for a collective: the other ranks may be sampling long answers or evaluating
-Item = TypeVar("Item")
 
 
 def rank() -> int:
@@ -40,7 +38,7 @@ def process_group() -> Iterator[None]:
         yield
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
-    if torch.cuda.is_available() and int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
+    if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
@@ -52,13 +50,9 @@ def is_first_failure() -> bool:
     """Whether this rank is the first of the job to fail. Only that one reports; the others exit silently."""
     if not dist.is_initialized():
         return True
-    try:  # torchrun's own store, which outlives the ranks
-        address, attempt = os.environ["MASTER_ADDR"], os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-        port, patience = int(os.environ["MASTER_PORT"]), timedelta(seconds=10)
-        store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=patience)
-        return store.add(f"failures/{attempt}", 1) == 1
-    except RuntimeError:
-        return True
+    with suppress(RuntimeError):  # torchrun has ended, and its store with it
+        return dist.distributed_c10d._get_default_store().add("failures", 1) == 1
+    return True
 
 
 def wait() -> None:
@@ -72,15 +66,15 @@ def device(choice: str, gpus: int | None = None) -> str:
     gpus = torch.cuda.device_count() if gpus is None else gpus
     if size() > 1 and choice.startswith("cuda"):
         raise UserError(f"{choice}: each of torchrun's processes has a GPU of its own; use auto or cpu")
-    if choice == "auto":
-        choice = f"cuda:{os.environ['LOCAL_RANK'] if size() > 1 else 0}" if gpus else "cpu"
-    if choice.startswith("cuda"):
-        check_gpu(choice, gpus)
+    if choice == "cuda" or choice == "auto" and gpus:
+        choice = f"cuda:{os.environ['LOCAL_RANK'] if size() > 1 else 0}"
+    choice = "cpu" if choice == "auto" else choice
+    check_gpu(choice, gpus)
     return choice
 
 
 def check_gpu(name: str, gpus: int) -> None:
-    if (torch.device(name).index or 0) >= gpus:
+    if name.startswith("cuda") and torch.device(name).index >= gpus:
         raise UserError(f"there is no device {name} here ({gpus} GPUs)")
 
 
@@ -94,7 +88,7 @@ def shares(sizes: Sequence[int]) -> list[list[int]]:
     return result
 
 
-def in_step(batches: Sequence[Item], filler: Item) -> Iterator[tuple[Item, bool]]:
+def in_step(batches: Sequence, filler) -> Iterator[tuple]:
     """(micro-batch, whether it counts): this rank's own, then `filler` until every rank has run as many.
 
     A pass through a sharded model is collective: a rank that skips one deadlocks the others.
@@ -118,14 +112,13 @@ class DividedSeat:
 
     is_batched = True
 
-    def __init__(self, seat, is_first_only: bool):
-        self.seat = seat
-        self.parts = 1 if is_first_only else size()
+    def __init__(self, seat, parts: int):
+        self.seat, self.parts = seat, parts
         self.group = dist.new_group(backend="gloo", timeout=TIMEOUT)  # its own, so that a thread may ask
 
     def ask(self, questions, progress=None) -> list[list]:
-        own = slice(rank(), None, self.parts) if rank() < self.parts else slice(0)
-        replies = self.seat.ask(questions[own], progress if rank() == 0 else None)
+        own = questions[rank() :: self.parts] if rank() < self.parts else []
+        replies = self.seat.ask(own, progress if rank() == 0 else None)
         gathered: list[list] = [[] for _ in range(size())]
         dist.all_gather_object(gathered, replies, self.group)  # pickled between the ranks, never stored
         return [gathered[index % self.parts][index // self.parts] for index in range(len(questions))]
@@ -136,7 +129,7 @@ class DividedSeat:
 
 def divide(seat, is_first_only: bool = False):
     """is_first_only: only rank 0's seat can answer, because the server is rank 0's."""
-    return DividedSeat(seat, is_first_only) if size() > 1 else seat
+    return DividedSeat(seat, 1 if is_first_only else size()) if size() > 1 else seat
 
 
 def shard(model: Transformer) -> None:
@@ -206,5 +199,4 @@ def whole_copy(model: Transformer) -> Transformer:
     """An unsharded model on the same device, for `copy_parameters` to fill; in a single process the model itself."""
     if size() == 1:
         return model
-    copy = Transformer(model.config).to(model.head_weight.device, model.compute_dtype)
-    return copy.requires_grad_(False)
+    return Transformer(model.config).to(model.head_weight.device, model.compute_dtype).requires_grad_(False)

@@ -29,17 +29,13 @@ TOOL_ROUNDS = 16  # requests per answer; an agent that still wants tools after t
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
 
 
-def estimated_tokens(text: str) -> int:
-    return (len(text) + 3) // 4  # about four characters a token
-
-
 @dataclass
 class Agent:
     """A seat in which `reply(question, seed)` answers, one conversation at a time. It may raise anything."""
 
     reply: Callable[[Question, int], Reply]
     is_batched = False
-    count_tokens = staticmethod(estimated_tokens)
+    count_tokens = staticmethod(lambda text: (len(text) + 3) // 4)  # about four characters a token
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:
         return [[self.reply(q, q.seed + place) for place in range(q.n)] for q in questions]
@@ -53,7 +49,7 @@ def open_agent(spec: str, *where: Any) -> Seat:
         client = Client(url, tries=1)  # the service may not be idempotent
         return Agent(partial(call_function, partial(post, client, path or "response")))
     if not is_url(spec) and is_url(url):
-        return Agent(partial(chat_with_tools, open_seat(url), load_object(tools, list)))
+        return Agent(partial(chat_with_tools, open_seat(url), load_object(tools, Sequence)))
     if not is_url(spec) and ":" in spec and not Path(spec).exists():
         return Agent(partial(call_function, load_object(spec)))
     return open_seat(spec, *where)
@@ -92,8 +88,8 @@ def call_function(function: Callable[..., Any], question: Question, seed: int) -
     content, usage = value.get("content"), value.get("usage") or {}
     if not isinstance(content, str):
         raise TypeError(f"returned {type(content).__name__} instead of a text")
-    read = int(usage.get("prompt_tokens") or estimated_tokens(prompt))
-    written = int(usage.get("completion_tokens") or estimated_tokens(content))
+    read = int(usage.get("prompt_tokens") or Agent.count_tokens(prompt))
+    written = int(usage.get("completion_tokens") or Agent.count_tokens(content))
     return Reply(content, written, False, None, read)
 
 

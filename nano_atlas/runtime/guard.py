@@ -1,16 +1,14 @@
 """Non-degradation: what is promised about the answer that is returned, and how the promise is measured.
 
-*Verified* (ground truth, or a Python evaluator). Every answer is verified, and one with help is returned only if it scores at least as
-high as the student's own. So with any teacher, on every task, the returned answer is never worse than the student alone. It is the
-better of several attempts *by verification*: how much the teaching itself helps is the guided score, reported beside it.
+*Verified* (ground truth, or a Python evaluator). An answer with help is returned only if it scores at least as high as the student's own:
+with any teacher, on every task, the returned answer is never worse. How much the teaching itself helps is the guided score.
 
-*Judged.* Picking the higher of two noisy scores picks luck too. An answer with help is returned only if its score is above the
-student's own by more than z standard errors of the difference (CONFIDENCE). How rare harm then is, is measured: a share (`--audit`) of
-the returned answers with help is judged *again*, together with the student's own, by new samples that had no part in the choice. The
-summary states the Wilson upper bound of the share that comes out worse. It holds for tasks like those audited, and not against a judge
-that is wrong about both answers alike.
+*Judged.* Picking the higher of two noisy scores picks luck too. An answer with help is returned only if its score is above the student's
+own by more than z standard errors of the difference. How rare harm then is, is measured: a share (`--audit`) of the returned answers
+with help is judged *again*, with the student's own, by new samples. The summary states the Wilson upper bound of the share that comes
+out worse. It holds for tasks like those audited, and not against a judge that is wrong about both answers alike.
 
-*Nobody can score.* Nothing is promised: the answer with help is returned unless it lacks a final answer and the student's own has one.
+*Nobody can score.* Nothing is promised: the answer with help is returned unless only the student's own has a final answer.
 """
 
 import math

@@ -1,5 +1,4 @@
-"""How good is an answer? A verifier where the truth is known, a function of the user's, or an ensemble of judges. The first that
-there is decides:
+"""How good is an answer? The first of these that there is decides:
 
     python    --evaluator module:function(task=, answer=, text=, ground_truth=) -> a number from 0 to 1
     exact     the task has a ground truth: 1 or 0
@@ -7,9 +6,8 @@ there is decides:
               it is unsure (uncertainty above UNCERTAINTY), --large-judge sees all of them and decides
     nobody    none of these: the answer has no score. That is not a score of zero; neither is an outage of the judges
 
-Four judges, as published (ATLAS, RIM): *accuracy* and *process* judge any answer, and their mean is its score, so that answers with
-and without guidance are compared on the same scale. *helpfulness* judges the guidance and *diagnostic* the student's approach; a
-teaching is paid for a gain only as far as it caused it, so helpfulness scales positive rewards.
+Four judges, as published (ATLAS, RIM): *accuracy* and *process* judge any answer, and their mean is its score. *helpfulness* judges the
+guidance and scales positive rewards: a teaching is paid as far as it caused a gain. *diagnostic* judges the student's approach.
 """
 
 import math

@@ -4,8 +4,7 @@
     paired     an episode as in training: the teacher reads the student's approach and guides it; the student answers again
     coach      the same with a plan in place of the approach: the student answers with its plan and the teacher's review of it
 
-All begin with the student's own answer, validate *every* answer (`judges`), try again up to --retries times with all guidance so
-far while none is valid, and return the best one (`guard`).
+Every answer is validated (`judges`); up to --retries times more is tried while none with help is valid; the best is returned (`guard`).
 """
 
 from collections.abc import Callable, Sequence
@@ -20,9 +19,8 @@ from nano_atlas.data import Problem
 from nano_atlas.episode import Attempt, EpisodeConfig, guide, sketch
 from nano_atlas.errors import UserError
 from nano_atlas.reward import teaching_reward
-from nano_atlas.runtime import learning
+from nano_atlas.runtime import judges, learning
 from nano_atlas.runtime.guard import Trial, choose_trial
-from nano_atlas.runtime.judges import JudgeConfig, judge
 from nano_atlas.schedule import Call, Fault, Script, ask
 from nano_atlas.seats import Generation, Reply
 
@@ -34,7 +32,7 @@ STYLES = tuple(protocol.TEACHING_STYLES)
 
 
 @dataclass(frozen=True)
-class LaneConfig(JudgeConfig, EpisodeConfig):
+class LaneConfig(judges.JudgeConfig, EpisodeConfig):
     lane: str = option("adaptive", "adaptive: by the student's record", ("adaptive", *LANES), group="lanes")
     retries: int = option(0, "further teachings and answers while none is valid", at_least=0)
     strategies: tuple[str, ...] = option(STYLES, "teaching strategies to choose among", STYLES)
@@ -53,33 +51,23 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
-@dataclass
-class Session:
-    """One task on its way through a lane."""
+@dataclass(kw_only=True)
+class Session(learning.Outcome):
+    """One task on its way through a lane, and what has come of it so far."""
 
-    id: str
     task: Problem
     seed: int
-    style: str = "adaptive"  # how the teacher is asked to teach: a key of protocol.TEACHING_STYLES
-    learning_key: str = "general"  # the kind of task; experience is kept by kind
-    created_at: str = field(default_factory=now)
     lane: str = "paired"
+    strategy: str = "adaptive"  # how the teacher is asked to teach: a key of protocol.TEACHING_STYLES
     choice: dict[str, Any] = field(default_factory=dict)  # {mode, confidence, by} of the lane
     playbook: learning.Playbook | None = None
-    matched: list[str] = field(default_factory=list)  # ids of the skills whose cue applies
-    skills: list[str] = field(default_factory=list)  # and of those that were used
-    advice: list[str] = field(default_factory=list)  # their sentences
-    learned: list[dict] = field(default_factory=list)  # skills that this session taught
+    advice: list[str] = field(default_factory=list)  # sentences of the skills that are used
     approach: str = ""
     plan: list[dict] = field(default_factory=list)  # {id, description, depends_on}
     teachings: list[str] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)  # who spoke, in which order, tokens each
-    chosen: int = 0
-    audited_gain: float | None = None  # returned minus alone, judged anew
-    is_malformed: bool = False  # a teacher's completion without <teaching>
-    is_leak: bool = False
-    reward: float | None = None  # None: unscored
+    chosen: int = 0  # index of the trial that is returned
     fault: str | None = None
 
     @property
@@ -87,22 +75,20 @@ class Session:
         """The trial that stands for the teaching: the best with help, by score; None where there was none."""
         return max(self.trials[1:], key=lambda trial: trial.score or 0.0, default=None)
 
-    @property
-    def guidance(self) -> str:
-        return "\n".join(self.teachings)
-
     def draw(self, kind: str, *parts: object) -> int:
         """The seed of a call: another one for every call of the session, and the same whatever runs beside it."""
-        return derive_seed(self.seed, self.id, kind, len(self.events))
+        return derive_seed(self.seed, self.session_id, kind, len(self.events))
 
 
 def new_session(name: str, task: Problem, experience: learning.Experience, config: LaneConfig) -> Session:
     """Lane and strategy by what is known about this kind of task."""
     key = task.domain or "general"
     choice = choose_lane(experience.records[key], config.lane)
-    style = experience.strategies.choose(key, derive_seed(config.seed, "strategy", name))
-    playbook = experience.playbook if config.skill_writer else None
-    return Session(name, task, config.seed, style, key, lane=choice["mode"], choice=choice, playbook=playbook)
+    session = Session(session_id=name, learning_key=key, created_at=now(), task=task, seed=config.seed)
+    session.lane, session.choice = choice["mode"], choice
+    session.strategy = experience.strategies.choose(key, derive_seed(config.seed, "strategy", name))
+    session.playbook = experience.playbook if config.skill_writer else None
+    return session
 
 
 def choose_lane(record: Sequence[float], forced: str = "adaptive") -> dict[str, Any]:
@@ -173,7 +159,7 @@ def attempts(session: Session, config: LaneConfig) -> Script:
     for _ in range(0 if session.lane == "auto" else 1 + config.retries):
         if (yield from teaching(session, config, shown)) is None:
             continue  # the student would get its own prompt again
-        (given,) = yield from guide(alone, [session.guidance], config, session.draw)
+        (given,) = yield from guide(alone, ["\n".join(session.teachings)], config, session.draw)
         yield from validate(session, config, "coached" if is_coached else "guided", given)
         if session.trials[-1].verdict.is_valid is not False:
             return
@@ -192,12 +178,12 @@ def teaching(session: Session, config: LaneConfig, shown: str) -> Script:
     """The teacher's guidance on what the student has `shown`, or None where its completion holds none."""
     question = session.task.question
     if session.playbook is not None and not session.teachings:
-        seed = derive_seed(session.seed, session.id)
+        seed = derive_seed(session.seed, session.session_id)
         used, session.matched = session.playbook.retrieve(f"{question}\n{shown}", seed)
         session.skills = [entry.id for entry in used]
         session.advice = [entry.imperative for entry in used if entry.imperative]
-        session.style = next((entry.strategy for entry in used if entry.strategy), session.style)
-    style = " ".join((protocol.TEACHING_STYLES[session.style], *session.advice))
+        session.strategy = next((entry.strategy for entry in used if entry.strategy), session.strategy)
+    style = " ".join((protocol.TEACHING_STYLES[session.strategy], *session.advice))
     messages = protocol.teacher_messages(question, shown, style)
     generation = Generation(config.teaching_tokens, config.teacher_temperature, config.top_p)
     ((reply,),) = yield from ask(Call("teacher", "teaching", messages, generation, session.draw("teaching")))
@@ -215,9 +201,9 @@ def validate(session: Session, config: LaneConfig, kind: str, given: Attempt) ->
 
 
 def verdict_on(session: Session, config: LaneConfig, trial: Trial, *seed: Any) -> Script:
-    guidance = "" if trial.kind == "alone" else session.guidance
-    seed = (session.seed, session.id, *seed)
-    return (yield from judge(session.task, trial, config, seed, session.approach, guidance))
+    guidance = "" if trial.kind == "alone" else "\n".join(session.teachings)
+    seed = (session.seed, session.session_id, *seed)
+    return (yield from judges.judge(session.task, trial, config, seed, session.approach, guidance))
 
 
 def reward_of(session: Session, count_tokens: Callable[[str], int]) -> float | None:
@@ -236,7 +222,7 @@ def reward_of(session: Session, count_tokens: Callable[[str], int]) -> float | N
 def audit(session: Session, config: LaneConfig) -> Script:
     """Judges a returned answer with help and the student's own once more, for a share of the judged sessions."""
     alone, returned = session.trials[0], session.trials[session.chosen]
-    is_drawn = derive_seed(session.seed, session.id, "audit") < config.audit * 2**63
+    is_drawn = derive_seed(session.seed, session.session_id, "audit") < config.audit * 2**63
     if returned is not alone and returned.verdict.by == "judges" and is_drawn:
         own = yield from verdict_on(session, config, alone, "audit", alone.kind)
         new = yield from verdict_on(session, config, returned, "audit", returned.kind)
@@ -248,9 +234,9 @@ def learn_skills(session: Session, config: LaneConfig) -> Script:
     """What the skill writer makes of a session that went well; its faults are among the events, and no fault of the session."""
     if config.skill_writer is None or (session.reward or 0.0) < learning.SKILL_REWARD:
         return
-    fields = {"task": session.task.question, "approach": session.approach, "guidance": session.guidance}
-    messages = protocol.request_json(learning.SKILL_REQUEST, **fields, reward=session.reward)
-    seed = derive_seed(session.seed, session.id, "skills")
+    told = {"approach": session.approach, "guidance": "\n".join(session.teachings), "reward": session.reward}
+    messages = protocol.request_json(learning.SKILL_REQUEST, task=session.task.question, **told)
+    seed = derive_seed(session.seed, session.session_id, "skills")
     (answer,) = yield [Call("skill writer", "skills", messages, Generation(500, 0.2), seed)]
     if not isinstance(answer, Fault):
         session.learned = learning.read_entries(answer[0].text, session.task.answer)

@@ -1,6 +1,6 @@
 """What the runtime learns from session to session, without touching a weight: the student's record, teaching strategies, skills.
 
-There is no state file. `Experience` is rebuilt by replaying the outcomes in the traces, so it cannot disagree with them.
+There is no state file: `Experience` is rebuilt by replaying the outcomes in the traces.
 
 *Strategies.* Each kind of task (its learning key, the domain) has a bandit over the ways of teaching: Thompson sampling with Gaussian
 priors (Agrawal & Goyal 2013, arXiv:1209.3353, algorithm 2). The mean reward of a strategy that earned `total` in `count` sessions is
@@ -8,8 +8,7 @@ drawn from Normal(total / (count + 1), 1 / (count + 1)), and the highest draw wi
 
 *Skills.* A --skill-writer reads each session that earned at least SKILL_REWARD and proposes entries of a playbook: a cue that is looked
 for in task and approach, and an imperative for the teacher's prompt, a teaching strategy, or both. In one matching session of five an
-entry is withheld, so that its effect (mean reward with minus without) compares sessions of the same kind; atlas-sdk compares with
-sessions that the cue does not match.
+entry is withheld, so that its effect (mean reward with minus without) compares sessions of the same kind.
 """
 
 import hashlib
@@ -44,6 +43,44 @@ SKILL_REQUEST = (
 )
 
 
+@dataclass
+class Outcome:
+    """The few numbers of a session that the runtime keeps in memory. Scores (0 to 1) are None where nobody could say."""
+
+    session_id: str
+    learning_key: str = ""
+    lane: str = ""
+    strategy: str = ""
+    status: str = "succeeded"  # "succeeded" | "failed"
+    review: str = "approved"  # "approved" | "pending" | "quarantined"
+    created_at: str = ""  # ISO 8601
+    returned_attempt: str = ""  # kind of the trial: "alone" | "guided" | "coached"
+    reward: float | None = None
+    baseline: float | None = None  # score of the student alone
+    guided: float | None = None  # with help; that of the student alone where the teacher gave none
+    returned: float | None = None
+    disagreement: float = 0.0  # largest standard error of a judged score
+    audited_gain: float | None = None  # returned minus baseline, judged again
+    is_leak: bool = False
+    is_malformed: bool = False
+    is_truncated: bool = False  # an answer or a teaching ran into its length limit
+    tokens: dict[str, int] = field(default_factory=dict)  # generated, by actor
+    prompt_tokens: dict[str, int] = field(default_factory=dict)  # read, by actor
+    matched: list[str] = field(default_factory=list)  # ids of skills whose cue applied
+    skills: list[str] = field(default_factory=list)  # ids of skills that were used
+    learned: list[dict] = field(default_factory=list)
+
+    @property
+    def gain(self) -> float | None:
+        return None if self.guided is None or self.baseline is None else self.guided - self.baseline
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """As OpenAI counts tokens."""
+        read, generated = sum(self.prompt_tokens.values()), sum(self.tokens.values())
+        return {"prompt_tokens": read, "completion_tokens": generated, "total_tokens": read + generated}
+
+
 class Experience:
     """What earlier sessions taught: a function of their outcomes, in the order of learning."""
 
@@ -51,8 +88,8 @@ class Experience:
         self.strategies, self.playbook = Strategies(strategies), Playbook()
         self.records: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))  # by learning key
 
-    def learn(self, outcomes: Iterable[Any]) -> None:
-        """From traces.Outcome of sessions that ran side by side: none of them could use what another one taught."""
+    def learn(self, outcomes: Iterable[Outcome]) -> None:
+        """From sessions that ran side by side: none of them could use what another one taught."""
         outcomes = [outcome for outcome in outcomes if outcome.status == "succeeded"]
         for outcome in outcomes:
             self.strategies.learn(outcome.learning_key, outcome.strategy, outcome.reward)
@@ -86,12 +123,10 @@ class Strategies:
     def history(self, learning_key: str) -> dict[str, Any]:
         """Sessions and average reward with one kind of task, over all strategies and by strategy, as they go into a trace."""
         used = {name: rewards for name, rewards in sorted(self.rewards[learning_key].items()) if rewards}
-        by_strategy = {name: average(rewards) for name, rewards in used.items()}
-        return average(sum(used.values(), [])) | {"strategies": by_strategy}
-
-
-def average(rewards: Sequence[float]) -> dict[str, Any]:
-    return {"count": len(rewards), "average_score": fmean(rewards) if rewards else None}
+        by_strategy = {name: {"count": len(r), "average_score": fmean(r)} for name, r in used.items()}
+        rewards = sum(used.values(), [])
+        average = fmean(rewards) if rewards else None
+        return {"count": len(rewards), "average_score": average, "strategies": by_strategy}
 
 
 @dataclass
@@ -154,11 +189,8 @@ class Playbook:
 
     def add(self, proposals: list[dict]) -> None:
         """Entries that sessions proposed, as `read_entries` returns them."""
-        new = {
-            proposal["id"]: Entry(**proposal) for proposal in proposals if proposal["id"] not in self.known
-        }
-        self.entries |= new
-        self.known |= set(new)
+        new = {entry["id"]: Entry(**entry) for entry in proposals if entry["id"] not in self.known}
+        self.entries, self.known = self.entries | new, self.known | set(new)
         while len(self.entries) > PLAYBOOK_SIZE:
             worst = min(self.entries.values(), key=lambda e: (e.effect or 0.0, -e.sessions_observed))
             del self.entries[worst.id]

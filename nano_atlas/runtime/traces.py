@@ -8,7 +8,7 @@ order. A failed session is recorded with `status: failed`; it is done again at t
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,50 +17,10 @@ from nano_atlas.runs import Journal, read_jsonl
 from nano_atlas.runtime.guard import Trial
 from nano_atlas.runtime.judges import Verdict
 from nano_atlas.runtime.lanes import Session
+from nano_atlas.runtime.learning import Outcome
 
 Trace = dict[str, Any]
 NO_TRIAL = Trial("", "", None, 0, False, Verdict(None, "nobody"))  # of a session that failed before its first
-
-
-@dataclass
-class Outcome:
-    """The few numbers of a session that the runtime keeps in memory. Scores (0 to 1) are None where nobody could say."""
-
-    session_id: str
-    learning_key: str = ""
-    lane: str = ""
-    strategy: str = ""
-    status: str = "succeeded"  # "succeeded" | "failed"
-    review: str = "approved"  # "approved" | "pending" | "quarantined"
-    created_at: str = ""  # ISO 8601
-    returned_attempt: str = ""  # kind of the trial: "alone" | "guided" | "coached"
-    reward: float | None = None
-    baseline: float | None = None  # score of the student alone
-    guided: float | None = None  # with help; that of the student alone where the teacher gave none
-    returned: float | None = None
-    disagreement: float = 0.0  # largest standard error of a judged score
-    audited_gain: float | None = None  # returned minus baseline, judged again
-    is_leak: bool = False
-    is_malformed: bool = False
-    is_truncated: bool = False  # an answer or a teaching ran into its length limit
-    tokens: dict[str, int] = field(default_factory=dict)  # generated, by actor
-    prompt_tokens: dict[str, int] = field(default_factory=dict)  # read, by actor
-    matched: list[str] = field(default_factory=list)  # ids of skills whose cue applied
-    skills: list[str] = field(default_factory=list)  # ids of skills that were used
-    learned: list[dict] = field(default_factory=list)
-
-    @property
-    def gain(self) -> float | None:
-        return None if self.guided is None or self.baseline is None else self.guided - self.baseline
-
-    @property
-    def usage(self) -> dict[str, int]:
-        """As OpenAI counts tokens."""
-        read, generated = sum(self.prompt_tokens.values()), sum(self.tokens.values())
-        return {"prompt_tokens": read, "completion_tokens": generated, "total_tokens": read + generated}
-
-
-COPIED = {f.name for f in fields(Outcome)} & {f.name for f in fields(Session)}
 
 
 def session_record(
@@ -76,21 +36,13 @@ def session_record(
     for event in session.events:
         read[event["actor"]] += event.get("prompt_tokens", 0)
         generated[event["actor"]] += event["tokens"]
-    outcome = Outcome(
-        session_id=session.id,
-        strategy=session.style,
-        status="failed" if session.fault else "succeeded",
-        review=review,
-        returned_attempt=returned.kind,
-        baseline=alone.score,
-        guided=None if session.fault or session.lane == "auto" else helped.score,
-        returned=returned.score,
-        disagreement=max(trial.verdict.deviation for trial in trials),
-        is_truncated=any(event.get("is_truncated", False) for event in session.events),
-        tokens=dict(generated),
-        prompt_tokens=dict(read),
-        **{name: getattr(session, name) for name in COPIED},
-    )
+    session.status, session.review = "failed" if session.fault else "succeeded", review
+    session.baseline, session.returned, session.returned_attempt = alone.score, returned.score, returned.kind
+    session.guided = None if session.fault or session.lane == "auto" else helped.score
+    session.disagreement = max(trial.verdict.deviation for trial in trials)
+    session.is_truncated = any(event.get("is_truncated", False) for event in session.events)
+    session.tokens, session.prompt_tokens = dict(generated), dict(read)
+    outcome = Outcome(**{f.name: getattr(session, f.name) for f in fields(Outcome)})
     answer = returned.text if returned.answer is None else returned.answer
     plan = session.plan or [{"id": 1, "description": session.approach, "depends_on": []}]
     reward, guidance = _reward(session, alone, helped), next(reversed(session.teachings), None)
@@ -98,13 +50,13 @@ def session_record(
     step |= {"reward": reward, "validation": {"valid": returned.verdict.is_valid, "guidance": guidance}}
     history = {"attempt_history": [asdict(trial) for trial in session.trials]}
     step |= {"attempts": len(session.trials), "guidance": session.teachings, "metadata": history}
-    about = {"session_id": session.id, "task_id": task.id, "learning_key": session.learning_key}
+    about = {"session_id": session.session_id, "task_id": task.id, "learning_key": session.learning_key}
     usage = {**outcome.usage, "calls": len(session.events)}
     about |= {"status": outcome.status, "created_at": session.created_at, "token_usage": usage}
     about |= {"ground_truth": task.answer, "error": session.fault, **metadata}
     mode = {"mode": session.lane, "confidence": session.choice.get("confidence")}
     adaptive = {"adaptive_mode": session.lane, "confidence": mode["confidence"], "mode_history": [mode]}
-    adaptive |= {"probe": session.choice, "strategy": session.style, "returned": returned.kind}
+    adaptive |= {"probe": session.choice, "strategy": session.strategy, "returned": returned.kind}
     return outcome, {
         "outcome": asdict(outcome),
         "task": task.question,
