@@ -59,9 +59,7 @@ def load_problems(path: Path | str, *, needs_answer=True, bad: list[str] | None 
     without question, without answer (unless `needs_answer` is off), or with an id seen before; with a list `bad`, the complaint
     is added to it instead, and the line left out.
     """
-    problems: dict[str, Problem] = {}
-    left_out: Counter[str] = Counter()
-    traced: set[tuple] = set()
+    problems, traced, left_out = {}, set(), Counter()
     for number, record in read_jsonl(path, bad):
         where, name = f"{path}:{number}", f"{Path(path).stem}:{number}"
         try:
@@ -92,9 +90,9 @@ def _from_trace(trace: dict, needs_answer: bool) -> tuple[dict, str | None]:
     """(a problem's record, why it is left out if it is). atlas-sdk keeps a ground truth in the metadata only."""
     merged = (trace.get("session_metadata") or {}) | {k: v for k, v in trace.items() if v is not None}
     record = {field: merged.get(key) for field, key in TRACE_FIELDS.items()}
-    for key, good in (("status", "succeeded"), ("review_status", "approved")):
+    for what, key, good in (("session", "status", "succeeded"), ("review", "review_status", "approved")):
         if (merged.get(key) or good) != good:
-            return record, f"{key.replace('_status', '').replace('status', 'session')} {merged[key]}"
+            return record, f"{what} {merged[key]}"
     return record, "no ground truth" if needs_answer and record["answer"] is None else None
 
 
@@ -138,9 +136,7 @@ class Example:
     is_target: list[bool]  # learned tokens: what the assistant says, with the token that ends its turn
 
 
-def load_examples(
-    paths: Iterable, tokenizer: Tokenizer, max_length: int, thinking=False
-) -> tuple[list[Example], Counter]:
+def load_examples(paths, tokenizer, max_length: int, thinking=False) -> tuple[list[Example], Counter[str]]:
     """Tokenise every line of the files; also count, by reason, the examples left out (longer than `max_length` tokens).
 
     `thinking` is Qwen3's switch, and must be the one that the model is later sampled with; other templates ignore it. Raises
@@ -193,10 +189,9 @@ def _messages(record: dict, field: str, where: str) -> protocol.Messages:
 def _chat_examples(messages, first: int, tokenizer: Tokenizer, where: str, thinking: bool) -> list[Example]:
     """Learn the assistant turns from index `first` on, each exactly as it would be generated: after the prompt of that turn.
 
-    The mask comes from rendering prefixes, not from searching for markers: what the template writes for `messages[:turn + 1]`
-    beyond the generation prompt of `messages[:turn]`, up to the end-of-turn token, is learned. Usually each turn continues the
-    text before it, and the whole chat is one example. Where a template rewrites earlier turns (Qwen3 drops their reasoning), a
-    turn starts an example of its own.
+    Learned is what the template writes for `messages[:turn + 1]` beyond the generation prompt of `messages[:turn]`, up to the
+    end-of-turn token. Usually each turn continues the text before it, and the whole chat is one example. Where a template
+    rewrites earlier turns (Qwen3 drops their reasoning), a turn starts an example of its own.
     """
     examples: list[Example] = []
     for turn in range(first, len(messages)):
@@ -269,8 +264,8 @@ def steps_per_epoch(lengths: Sequence[int], tokens_per_step: int) -> int:
 def shuffle_epoch(lengths, tokens_per_step: int, seed: int, epoch: int, is_shuffled=True) -> list[list[int]]:
     """The documents (by index) of each optimizer step of an epoch: each once, in an order given by (seed, epoch) or in their own.
 
-    Every epoch has the same number of steps with the same number of documents (give or take one), `tokens_per_step` tokens each
-    on average. Documents are grouped by length only *within* a step, so no step sees only short or only long ones.
+    Each step has as many documents (give or take one), `tokens_per_step` tokens on average. They are grouped by length only
+    *within* a step, so no step sees only short or only long ones.
     """
     order = list(range(len(lengths)))
     if is_shuffled:

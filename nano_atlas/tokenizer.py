@@ -32,7 +32,7 @@ CHATML = """{%- for message in messages %}
 {%- endif %}"""
 
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # code points without a meaning, to stand in for special tokens
-NAMED_TOKENS = [f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")]
+NAMED_TOKENS = {f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")}
 
 
 def _raise(message: str):
@@ -56,11 +56,6 @@ def _compile(template: str, source: str) -> jinja2.Template:
         raise UserError(f"{source}: the chat template is not valid jinja2, {place}") from error
 
 
-def _token_text(value: str | dict | None) -> str | None:
-    """A token of tokenizer_config.json, which is written either as its text or as an AddedToken object."""
-    return value.get("content") if isinstance(value, dict) else value
-
-
 class Tokenizer:
     """Text and chats to ids and back.
 
@@ -69,8 +64,16 @@ class Tokenizer:
     `pad_token`; `config` is the content of `tokenizer_config.json`, `source` the name that error messages use.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, chat_template: str = CHATML, eos_token=None, pad_token=None,
-                 *, eos_ids: Sequence[int] = (), config: dict | None = None, source: str = "tokenizer"):  # fmt: skip
+    def __init__(
+        self,
+        backend,
+        chat_template=CHATML,
+        eos_token=None,
+        pad_token=None,
+        eos_ids=(),
+        config=None,
+        source="tokenizer",
+    ):
         self.backend, self.chat_template, self.source = backend, chat_template, source
         backend.no_truncation()  # some tokenizer.json files carry the settings of a training run
         backend.no_padding()
@@ -110,10 +113,13 @@ class Tokenizer:
             raise UserError(f"{path / 'tokenizer.json'} cannot be read ({error}); {remedy}") from error
         names = ("generation_config.json", "config.json", "tokenizer_config.json")
         *settings, config = (read_json(path / name) for name in names)
+        for name in NAMED_TOKENS & config.keys():  # written as its text or as an AddedToken object
+            if isinstance(config[name], dict):
+                config[name] = config[name]["content"]
 
         def token_ids(name: str) -> list[int]:
             places = [file.get(f"{name}_token_id") for file in settings]
-            places.append(backend.token_to_id(_token_text(config.get(f"{name}_token")) or ""))
+            places.append(backend.token_to_id(config.get(f"{name}_token") or ""))
             found = next((ids for ids in places if ids is not None), [])
             return found if isinstance(found, list) else [found]
 
@@ -212,8 +218,7 @@ class Tokenizer:
                 return {key: neutral(item) for key, item in value.items()}
             return [neutral(item) for item in value] if isinstance(value, list | tuple) else value
 
-        named = {name: _token_text(self.config.get(name)) for name in NAMED_TOKENS}
-        variables = {name: token for name, token in named.items() if token is not None}
+        variables = {name: self.config[name] for name in NAMED_TOKENS if self.config.get(name) is not None}
         variables |= {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         try:
             text = self._template.render(messages=neutral(messages), **variables | neutral(options))
