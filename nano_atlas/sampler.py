@@ -215,7 +215,7 @@ class _Batch:
         config = self.model.config
         self.attention = CachedAttention(config, self.max_rows, _longest(waiting), self.dtype, self.device)
         self.samples: list[Sample] = []
-        self.awaited: tuple = (None, None)  # a prompt some of whose samples still wait, and its prefix
+        self.newest: tuple = (None, None)  # a prompt, some of whose samples may still wait, and its prefix
 
     def admit(self, waiting: deque[Sample]) -> None:
         """Fills free rows from the waiting line, once an eighth of all rows is free (prompts are cheaper by the batch)."""
@@ -228,13 +228,12 @@ class _Batch:
         for prompt_ids, prefix in self._prefixes(list(copies)):
             self.attention.store(slice(row, row + copies[prompt_ids]), prefix)
             row += copies[prompt_ids]
-            is_awaited = waiting and waiting[0].rollout.prompt_ids == prompt_ids
-            self.awaited = (prompt_ids, prefix.clone()) if is_awaited else (None, None)
+        self.newest = prompt_ids, prefix.clone()
 
     def _prefixes(self, prompts: list[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         """Each prompt and the keys and values of its tokens but the last, `[L, 2, T - 1, H_kv, D_head]`, in the given order."""
-        if prompts[0] == self.awaited[0]:
-            yield self.awaited
+        if prompts[0] == self.newest[0]:
+            yield self.newest
             prompts = prompts[1:]
         while prompts:
             total = np.cumsum([len(prompt_ids) for prompt_ids in prompts])
