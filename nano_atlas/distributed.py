@@ -3,8 +3,8 @@
 All ranks hold the same data, take the same decisions, and share the computation: each samples its part of the conversations
 (`divide`) and learns from its part of a step's tokens (`shares`); then all get all results. Each stores its rows of every
 parameter, gradient and moment (Rajbhandari et al. 2020, arXiv:1910.02054, ZeRO stage 3); whole layers exist while they compute.
-Gradients are summed, not averaged, because the losses are already normalised by the whole step: and after each micro-batch,
-because waiting for the last would need an unsharded float32 gradient (33 GB for 8B) to save one transfer of three.
+Gradients are summed, because the losses are normalised by the whole step, and after each micro-batch, because waiting for the last
+would need an unsharded float32 gradient (33 GB for 8B) to save one transfer of three.
 """
 
 import os
@@ -96,8 +96,8 @@ def in_step(batches: Sequence, filler) -> Iterator[tuple]:
     most = torch.tensor(len(batches))
     if size() > 1:
         dist.all_reduce(most, dist.ReduceOp.MAX)
-    yield from ((batch, True) for batch in batches)
-    yield from ((filler, False) for _ in range(int(most) - len(batches)))
+    for index in range(int(most)):
+        yield (batches[index], True) if index < len(batches) else (filler, False)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -135,8 +135,8 @@ def divide(seat, is_first_only: bool = False):
 def shard(model: Transformer) -> None:
     """Cuts the parameters into rows, in place: float32 from here on, and cast to the model's dtype when they are gathered.
 
-    One group per layer, and one of embedding, final norm and head, which stays gathered until the end of the backward pass,
-    because the loss uses `head_weight` outside of the model. FSDP2 gives each rank ceil(rows / N), the last ranks fewer or none.
+    One group per layer, and one of embedding, final norm and head, which stays gathered in the backward pass, because the loss
+    uses `head_weight` outside of the model. FSDP2 gives each rank ceil(rows / N), the last ranks fewer or none.
     """
     if size() == 1:
         return
@@ -180,12 +180,12 @@ def gather_rows(part: Tensor, rows: int) -> Tensor:
 @torch.no_grad()
 def full_parameters(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     """(name, whole tensor) one at a time, in the model's dtype. Collective: all ranks must go through all of them."""
-    if model.compute_dtype is None:
-        yield from ((name, parameter.detach()) for name, parameter in model.named_parameters())
-        return
-    model.reshard()  # a forward pass without a backward one leaves embedding and head gathered
-    for name, parameter in model.named_parameters():
-        yield name, gather_rows(own_part(parameter).to(model.compute_dtype), len(parameter))
+    dtype = model.compute_dtype
+    if dtype is not None:
+        model.reshard()  # a forward pass without a backward one leaves embedding and head gathered
+    for name, weight in model.named_parameters():
+        weight = weight.detach()
+        yield name, weight if dtype is None else gather_rows(own_part(weight).to(dtype), len(weight))
 
 
 def copy_parameters(source: Transformer, target: Transformer) -> None:

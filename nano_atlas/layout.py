@@ -42,8 +42,8 @@ class LayoutConfig:
 class Layout:
     policy: str
     student: str  # "" where it is an endpoint or there is none
+    student_server: bool  # whether a vLLM server is started for the student
     reference: str
-    student_server: bool = False  # whether a vLLM server is started for the student
     server: str = ""  # device or devices of the policy's vLLM server, if one is started here
     urls: tuple[str, ...] = ()  # the policy's vLLM servers, if they are running already
 
@@ -76,15 +76,13 @@ def choose_layout(config: LayoutConfig, student: str, kl: str, gpus: int | None 
     server = "" if urls or rollout == ("embedded",) else asked[1] or spare
     for device in gpus_of(server):
         distributed.check_gpu(device, gpus)
-    is_served = bool(server or urls)
-    if config.overlap and not is_served:
+    if config.overlap and not (server or urls):
         raise UserError("--overlap needs --rollout vllm: the embedded sampler's weights change in training")
 
-    has_full_gpu = is_served and gpus > 1 and is_alone  # vLLM preallocates its GPU's memory
-    is_here = bool(student) and not is_url(student)
+    has_full_gpu = bool(server or urls) and gpus > 1 and is_alone  # vLLM preallocates its GPU's memory
     reference = policy if kl == "exact" or has_full_gpu else spare
-    student_server = is_here and has_full_gpu and has_vllm
-    layout = Layout(policy, spare if is_here else "", reference, student_server, server, urls)
+    place = (spare, has_full_gpu and has_vllm) if student and not is_url(student) else ("", False)
+    layout = Layout(policy, *place, reference, server, urls)
     print(f"{gpus} GPUs, vLLM {'is' if has_vllm else 'is not'} installed: {layout}")
     return layout
 
@@ -115,8 +113,7 @@ def open_student(config, layout: Layout, stack) -> Seat:
         from nano_atlas.vllm import sampler
 
         return sampler.open_student(config, layout, stack)
-    made_by = "name the student's checkpoint directory with --student"
-    frozen = load(config.student, layout.student, config.dtype, made_by)
+    frozen = load(config.student, layout.student, config.dtype, "name the student's directory with --student")
     return distributed.divide(embedded_seat(config, frozen, Tokenizer.from_directory(config.student)))
 
 
