@@ -42,9 +42,9 @@ Named = Iterable[tuple[str, Tensor]]
 
 
 def config_from_dict(values: dict, source: str = "config.json") -> ModelConfig:
-    """The hyper-parameters in a `config.json` of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
+    """The hyper-parameters in a `config.json` of transformers 4 or 5, with the defaults of transformers.
 
-    Defaults of absent fields are those of transformers. Raises UserError naming the field that is missing or not supported.
+    Raises UserError naming the field that is missing or not supported.
     """
 
     def positive(field: str, default: int | None = None) -> int:
