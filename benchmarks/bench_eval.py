@@ -1,11 +1,9 @@
 """How much of the sampler's own speed an evaluation keeps: 500 tasks of the nano world, all arms.
 
-    python -m benchmarks.bench_eval                               # checkpoints of `python train_sft.py` under runs/nano
-    python -m benchmarks.bench_eval --chunk 256                   # what writing more often costs
+    python -m benchmarks.bench_eval     # checkpoints of `python train_sft.py` under runs/nano
 
-An evaluation is run, and every request that it makes of a model is kept. Then each model gets all of its requests in one call of
-its sampler, as if no answer depended on another: as many tokens at the sampler's own speed. Prompts that the evaluation had to send in
-different calls differ in their first token there, so that the one call does not save reading them again. Times are CPU times.
+Every request that an evaluation makes of a model is kept. Then each model gets all of its requests in one call of its sampler, as if
+no answer depended on another. Prompts of different calls differ in their first token there, so that none is read only once.
 """
 
 import sys
@@ -17,7 +15,7 @@ from statistics import median
 
 import eval as evaluation
 from nano_atlas import answers, world
-from nano_atlas.benches.results import STUDENT, TaskLog
+from nano_atlas.benches.arms import STUDENT, TaskLog
 from nano_atlas.config import option, parse, run_script
 from nano_atlas.presets import presets
 from nano_atlas.sampler import Request
@@ -33,20 +31,18 @@ class Config:
 
 
 class Kept:
-    """A sampler that keeps the requests made of it."""
+    """A sampler that keeps the requests made of it, each just as long again."""
 
     def __init__(self, sampler):
         self.sampler, self.requests, self.calls, self.tokens = sampler, [], 0, 0
 
     def generate(self, requests, progress=None):
         rollouts = self.sampler.generate(requests)
-        for request, group in zip(requests, rollouts):
-            for rollout in group:  # just as long again
-                length = len(rollout.completion_ids)
-                params = replace(request.params, max_tokens=length, stop_token_ids=())
-                ids = self.calls, *request.prompt_ids[1:]
-                self.requests.append(Request(ids, params, seed=len(self.requests)))
-                self.tokens += length
+        for request, rollout in ((r, rollout) for r, group in zip(requests, rollouts) for rollout in group):
+            length, ids = len(rollout.completion_ids), (self.calls, *request.prompt_ids[1:])
+            params = replace(request.params, max_tokens=length, stop_token_ids=())
+            self.requests.append(Request(ids, params, seed=len(self.requests)))
+            self.tokens += length
         self.calls += 1
         return rollouts
 
@@ -66,24 +62,18 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder, TaskLog(Path(folder, "tasks.jsonl")) as log:
             argv = ["--student", options.student, "--teacher", *options.teacher, "--out", folder]
             config = parse(evaluation.Config, argv, presets("eval"), "")
-            seats = {STUDENT: config.open(config.student)}
-            seats |= {name: config.open(spec) for name, spec in config.teachers.items()}
+            specs = {STUDENT: config.student, **config.teachers}
+            seats = {name: config.open(spec) for name, spec in specs.items()}
             for seat in seats.values():
                 seat.sampler = Kept(seat.sampler)
             kept = [seat.sampler for seat in seats.values()]
-            work = evaluation.evaluate, config, tasks, log, answers.is_correct, seats.__getitem__
-            evaluated.append(cpu_seconds(*work))
-            alone.append(sum(cpu_seconds(sampler.sampler.generate, sampler.requests) for sampler in kept))
-        tokens, calls = sum(sampler.tokens for sampler in kept), sum(sampler.calls for sampler in kept)
-        print(
-            f"round {round}: {tokens:,} tokens in {calls} calls; CPU time of the evaluation {evaluated[-1]:.1f} s, "
-            f"of the sampler alone {alone[-1]:.1f} s: {100 * alone[-1] / evaluated[-1]:.1f} %"
-        )
-    share = median(100 * mine / whole for mine, whole in zip(alone, evaluated))
-    fastest = 100 * min(alone) / min(evaluated)
-    print(
-        f"of the sampler's throughput the evaluation keeps {share:.1f} % (median), {fastest:.1f} % by the fastest"
-    )
+            arguments = config, tasks, log, answers.is_correct, seats.__getitem__
+            evaluated.append(cpu_seconds(evaluation.evaluate, *arguments))
+            alone.append(sum(cpu_seconds(k.sampler.generate, k.requests) for k in kept))
+        size = f"{sum(s.tokens for s in kept):,} tokens in {sum(s.calls for s in kept)} calls"
+        print(f"round {round}: {size}; CPU seconds {evaluated[-1]:.1f}, of the sampler alone {alone[-1]:.1f}")
+    share = median(mine / whole for mine, whole in zip(alone, evaluated))
+    print(f"of the sampler's throughput the evaluation keeps {100 * share:.1f} % (median)")
 
 
 if __name__ == "__main__":

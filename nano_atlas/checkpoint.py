@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,40 +16,27 @@ from torch import Tensor
 
 from nano_atlas.distributed import full_parameters, rank
 from nano_atlas.errors import UserError
-from nano_atlas.model import Llama3RopeScaling, ModelConfig, Transformer
+from nano_atlas.model import ModelConfig, Transformer
 from nano_atlas.runs import atomic_directory, read_json, write_json
 from nano_atlas.tokenizer import Tokenizer
 
-
-class Family(NamedTuple):
-    architecture: str
-    defaults: dict[str, Any]  # of fields that are absent
-    only: dict[str, tuple]  # fields that change the computation -> the values that `model.py` computes
-
-
-OFF = (False, None)  # and 0, which equals False
-# A bias of Llama, Mistral or Qwen3 would be on o_proj too. Qwen's window is off unless `use_sliding_window`.
-FAMILIES = {
-    "llama": Family("LlamaForCausalLM", {}, {"attention_bias": OFF, "sliding_window": OFF}),
-    "mistral": Family("MistralForCausalLM", {"sliding_window": 4096}, {"attention_bias": OFF, "sliding_window": OFF}),
-    "qwen2": Family("Qwen2ForCausalLM", {}, {}),
-    "qwen3": Family("Qwen3ForCausalLM", {"head_dim": 128}, {"attention_bias": OFF}),
-}  # fmt: skip
-ONLY = {  # the same of all families
-    "hidden_act": ("silu", None),
-    "pretraining_tp": (1, None),
-    "partial_rotary_factor": (1.0, None),
-} | dict.fromkeys(
-    ("mlp_bias", "quantization_config", "attn_logit_softcapping", "final_logit_softcapping", "logit_scale",
-     "use_sliding_window", "num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok",
-     "moe_intermediate_size"), OFF
-)  # fmt: skip
-
+# Fields that change the computation -> the values that `model.py` computes. 0 equals False.
+ONLY = {"hidden_act": ("silu", None), "layer_types": ("full_attention", None)}
+ONLY |= {"pretraining_tp": (1, None), "partial_rotary_factor": (1.0, None)}
+ONLY |= dict.fromkeys("""attention_bias mlp_bias quantization_config attn_logit_softcapping final_logit_softcapping logit_scale
+    sliding_window use_sliding_window num_experts num_local_experts n_routed_experts num_experts_per_tok
+    moe_intermediate_size""".split(), (False, None))  # fmt: skip
+FAMILIES = {  # what absent fields mean, and which of the fields above are ignored: Qwen2 always has biases
+    "llama": ({}, ()),
+    "mistral": ({"sliding_window": 4096}, ()),
+    "qwen2": ({}, ("attention_bias", "sliding_window")),
+    "qwen3": ({"head_dim": 128}, ("sliding_window",)),  # as in Qwen2, `use_sliding_window` switches it
+}
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE_TYPES = {"default": (), "llama3": LLAMA3_ROPE}  # -> parameters
 # What a saved checkpoint may consist of, besides *.safetensors: a directory that holds anything else is not replaced.
-CHECKPOINT_FILES = {
-    "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-}  # fmt: skip
+CHECKPOINT_FILES = """config.json generation_config.json model.safetensors.index.json tokenizer.json tokenizer_config.json
+    special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.jinja""".split()
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Named = Iterable[tuple[str, Tensor]]
 
@@ -70,54 +56,41 @@ def config_from_dict(values: dict, source: str = "config.json") -> ModelConfig:
     kind = values.get("model_type")
     if kind not in FAMILIES:
         raise UserError(f"{source}: model_type={kind!r} is not supported; use one of {', '.join(FAMILIES)}")
-    values = FAMILIES[kind].defaults | values
-    for field, supported in {**ONLY, **FAMILIES[kind].only}.items():
-        if values.get(field) not in supported:
-            shown = " or ".join(map(repr, supported))
-            raise UserError(f"{source}: {field}={values[field]!r} is not supported; only {shown} is")
-    if set(values.get("layer_types") or ()) - {"full_attention"}:
-        raise UserError(f"{source}: layer_types may only contain full_attention, not {values['layer_types']}")
-
+    defaults, ignored = FAMILIES[kind]
+    values = defaults | values
+    for field in sorted(ONLY.keys() - ignored):
+        found, supported = values.get(field), ONLY[field]
+        if not all(value in supported for value in (found if isinstance(found, list) else [found])):
+            raise UserError(f"{source}: {field}={found!r} is not supported; only {supported[0]!r} is")
     heads = positive("num_attention_heads")
     defaults = {"head_dim": positive("hidden_size") // heads, "num_key_value_heads": heads}
-    sizes = {f.name: positive(f.name, defaults.get(f.name)) for f in fields(ModelConfig) if f.type is int}
-    if heads % sizes["num_key_value_heads"] or sizes["head_dim"] % 2:
+    config = {f.name: positive(f.name, defaults.get(f.name)) for f in fields(ModelConfig) if f.type is int}
+    if heads % config["num_key_value_heads"] or config["head_dim"] % 2:
         rule = "num_attention_heads must be a multiple of num_key_value_heads, and head_dim even"
-        raise UserError(f"{source}: {rule}; they are {sizes}")
-    theta, scaling = _rope(values, source)
-    return ModelConfig(
-        model_type=kind,
-        rms_norm_eps=float(values.get("rms_norm_eps", 1e-6)),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
-        attention_bias=kind == "qwen2",
-        qk_norm=kind == "qwen3",
-        **sizes,
-    )
+        raise UserError(f"{source}: {rule}; they are {config}")
+    config |= {"attention_bias": kind == "qwen2", "qk_norm": kind == "qwen3"}
+    config["rms_norm_eps"] = float(values.get("rms_norm_eps", 1e-6))
+    config["tie_word_embeddings"] = bool(values.get("tie_word_embeddings", False))
+    return ModelConfig(kind, **config, **_rope(values, source))
 
 
-def _rope(values: dict, source: str) -> tuple[float, Llama3RopeScaling | None]:
-    """Base and scaling of the rotary embedding from either style of configuration, or from both if they agree."""
+def _rope(values: dict, source: str) -> dict:
+    """`rope_theta` and `rope_scaling` from either style of configuration, or from both if they agree."""
     rope = dict(values.get("rope_parameters") or {})
     old = {"rope_theta": values.get("rope_theta")} | (values.get("rope_scaling") or {})
     for field, value in old.items():
         if value is not None and rope.setdefault(field, value) != value:
             styles = "rope_parameters and rope_scaling or rope_theta"
             raise UserError(f"{source}: {styles} disagree on {field}; remove one of them")
-    theta = float(rope.pop("rope_theta", 10_000.0))
-    rope_type = rope.pop("rope_type", rope.pop("type", "default"))
-    if rope_type not in ("default", "llama3"):
-        raise UserError(f"{source}: rope_type={rope_type!r} is not supported; use 'default' or 'llama3'")
-    names = [field.name for field in fields(Llama3RopeScaling)]
-    for field, value in rope.items():
-        if field not in names and (field, value) != ("partial_rotary_factor", 1.0):
-            raise UserError(f"{source}: {field}={value!r} in the rope parameters is not supported")
-    if rope_type == "default":
-        return theta, None
-    if missing := [name for name in names if name not in rope]:
-        raise UserError(f"{source}: rope_type 'llama3' needs {', '.join(missing)} in the rope parameters")
-    return theta, Llama3RopeScaling(**{name: rope[name] for name in names})
+    theta, old_type = float(rope.pop("rope_theta", 10_000.0)), rope.pop("type", "default")
+    rope_type = rope.pop("rope_type", old_type)
+    if rope.get("partial_rotary_factor") == 1.0:
+        del rope["partial_rotary_factor"]
+    if rope_type not in ROPE_TYPES or rope.keys() != set(ROPE_TYPES[rope_type]):
+        supported = " or ".join(f"{name!r} with {list(names)}" for name, names in ROPE_TYPES.items())
+        found = f"rope_type={rope_type!r} with {sorted(rope)}"
+        raise UserError(f"{source}: rope parameters of {found} are not supported; use {supported}")
+    return {"rope_theta": theta, "rope_scaling": rope or None}
 
 
 def config_to_dict(config: ModelConfig, dtype: torch.dtype, tokenizer: Tokenizer | None = None) -> dict:
@@ -126,16 +99,13 @@ def config_to_dict(config: ModelConfig, dtype: torch.dtype, tokenizer: Tokenizer
     del values["qk_norm"]  # follows from the model type
     if config.model_type in ("qwen2", "mistral"):
         del values["attention_bias"]  # likewise
-    scaling = asdict(config.rope_scaling) | {"rope_type": "llama3"} if config.rope_scaling else None
+    scaling = config.rope_scaling and config.rope_scaling | {"rope_type": "llama3"}
     values["rope_scaling"] = scaling
     values["rope_parameters"] = (scaling or {"rope_type": "default"}) | {"rope_theta": config.rope_theta}
-    values |= {"architectures": [FAMILIES[config.model_type].architecture], "hidden_act": "silu"}
+    values |= {"architectures": [f"{config.model_type.title()}ForCausalLM"], "hidden_act": "silu"}
     values |= dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
-    values |= {"sliding_window": None, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    if tokenizer is not None:
-        ends = list(tokenizer.eos_ids)
-        values |= {"eos_token_id": ends[0] if len(ends) == 1 else ends, "pad_token_id": tokenizer.pad_id}
-    return values
+    values |= dict.fromkeys(("sliding_window", "bos_token_id", "eos_token_id", "pad_token_id"))
+    return values | (tokenizer.generation_config() if tokenizer else {})
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -149,65 +119,60 @@ def read_config(path: str | Path) -> ModelConfig:
     return config_from_dict(read_json(Path(path) / "config.json"), f"{path}/config.json")
 
 
-def load_model(
-    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> Transformer:
-    """A checkpoint directory as a model in `dtype` on `device`.
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
+    """A checkpoint directory as a `Transformer` in `dtype` on `device`.
 
     Tensors are read one at a time from the mapped file straight into their place, so host memory holds the result and one tensor
     more. Raises UserError that names every missing, extra or wrongly shaped tensor.
     """
-    path = Path(path)
     config = read_config(path)
     with torch.device("meta"):
         model = Transformer(config)
+    files, found = _stored_tensors(Path(path))
+    if config.tie_word_embeddings and {HEAD, EMBEDDING} <= found.keys():  # some store it twice
+        if not torch.equal(_read(files, HEAD), _read(files, EMBEDDING)):
+            raise UserError(f"{path}: {HEAD} differs from {EMBEDDING} although tie_word_embeddings is true")
+        del found[HEAD]
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-    found = _stored_tensors(path)
-    problems = [f"missing {name} {shape}" for name, shape in shapes.items() if name not in found]
-    for name, (_, shape) in sorted(found.items()):
-        if name == HEAD and config.tie_word_embeddings and EMBEDDING in found:  # some store it twice
-            if not torch.equal(_read(found, HEAD), _read(found, EMBEDDING)):
-                problems.append(f"{HEAD} differs from {EMBEDDING} although tie_word_embeddings is true")
-        elif name not in shapes:
-            problems.append(f"extra {name} {shape}")
-        elif shape != shapes[name]:
-            problems.append(f"{name} has shape {shape}, should have {shapes[name]}")
+    problems = []
+    for name in sorted(shapes.keys() | found):
+        if found.get(name) != shapes.get(name):
+            problems.append(f"{name}: {found.get(name, 'missing')}, should be {shapes.get(name, 'absent')}")
     if problems:
         listed = "\n  ".join(problems)
         raise UserError(f"{path} does not fit its config.json ({len(problems)} problems):\n  {listed}")
     state = {}
     for name, shape in shapes.items():
         # `copy_` and not a view: the file may be replaced while the model lives, and training writes into its weights
-        state[name] = torch.empty(shape, dtype=dtype, device=device).copy_(_read(found, name))
+        state[name] = torch.empty(shape, dtype=dtype, device=device).copy_(_read(files, name))
     model.load_state_dict(state, assign=True)
     return model
 
 
-def _stored_tensors(path: Path) -> dict[str, tuple[Path, list[int]]]:
-    """{name: (file, shape)} of one `model.safetensors`, or of the shards that the index names."""
-    files, index = [path / "model.safetensors"], path / "model.safetensors.index.json"
-    if not files[0].is_file() and not index.is_file():
+def _stored_tensors(path: Path) -> tuple[dict[str, Path], dict[str, list[int]]]:
+    """The file and the shape of each tensor in one `model.safetensors`, or in the shards that the index names."""
+    names, index = {"model.safetensors"}, path / "model.safetensors.index.json"
+    if not (path / "model.safetensors").is_file():
+        names = set(read_json(index).get("weight_map", {}).values())
+    if not names:
         remedy = "pickled weights are not read, convert them"
         raise UserError(f"{path} has neither model.safetensors nor {index.name}; {remedy}")
-    if not files[0].is_file():
-        files = [path / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-    remedy = "copy or download the checkpoint again"
-    if absent := [file.name for file in files if not file.is_file()]:
-        raise UserError(f"{index} names files that are not there: {', '.join(absent)}; {remedy}")
-    found = {}
-    for file in files:
+    files, shapes = {}, {}
+    for file in sorted(path / name for name in names):
         try:
             with safe_open(file, framework="pt") as tensors:
-                found |= {name: (file, tensors.get_slice(name).get_shape()) for name in tensors.keys()}
-        except SafetensorError as error:
+                shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
+                files |= dict.fromkeys(tensors.keys(), file)
+        except (OSError, SafetensorError) as error:
+            remedy = "copy or download the checkpoint again"
             raise UserError(f"{file} is not a complete safetensors file ({error}); {remedy}") from error
     # old versions of transformers stored a buffer that means nothing
-    return {name: stored for name, stored in found.items() if not name.endswith("rotary_emb.inv_freq")}
+    return files, {name: shape for name, shape in shapes.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
-def _read(stored: dict[str, tuple[Path, list[int]]], name: str) -> Tensor:
+def _read(files: dict[str, Path], name: str) -> Tensor:
     """A tensor as a view of the mapped file. The file is opened anew for each, so that its pages are let go with the tensor."""
-    with safe_open(stored[name][0], framework="pt") as tensors:
+    with safe_open(files[name], framework="pt") as tensors:
         return tensors.get_tensor(name)
 
 
@@ -231,18 +196,13 @@ def in_shards(tensors: Named, max_bytes: float) -> Iterator[dict[str, Tensor]]:
 
 
 def save_model(
-    path: str | Path,
-    model: Transformer,
-    tokenizer: Tokenizer | None,
-    dtype: torch.dtype | None = None,
-    max_shard_bytes: float = 5e9,
-    repeat_tied_head: bool = False,
+    path, model: Transformer, tokenizer, dtype=None, max_shard_bytes: float = 5e9, repeat_tied_head=False
 ) -> None:
     """Writes a directory that `load_model`, transformers and vLLM read, replacing an earlier checkpoint at `path` atomically.
 
     `dtype` converts the weights (default: as they are). Weights above `max_shard_bytes` are split into several files with an
-    index. `repeat_tied_head` stores a tied head once more, under its own name. Collective; rank 0 writes. Raises UserError if
-    `path` holds something else than a checkpoint, which would be lost.
+    index. `repeat_tied_head` stores a tied head once more, under its own name. `tokenizer` may be None. Collective; rank 0 writes.
+    Raises UserError if `path` holds something else than a checkpoint, which would be lost.
     """
     path = Path(path)
     entries = path.iterdir() if path.is_dir() else filter(Path.exists, [path])
@@ -251,25 +211,22 @@ def save_model(
         listed = ", ".join(sorted(foreign)[:5])
         raise UserError(f"{path} holds {listed}, which saving would delete; choose another directory")
     dtype = dtype or model.compute_dtype or model.head_weight.dtype
-    tensors = full_parameters(model)
-    if repeat_tied_head:
-        tensors = with_tied_head(tensors, model.config)
+    whole = full_parameters(model)
+    tensors = with_tied_head(whole, model.config) if repeat_tied_head else whole
     if rank() > 0:
         deque(tensors, maxlen=0)  # takes part in gathering
         return
     with atomic_directory(path) as folder:
-        weight_map, total_bytes = {}, 0
+        weight_map: dict[str, str] = {}
         converted = ((name, tensor.to("cpu", dtype)) for name, tensor in tensors)
         for number, shard in enumerate(in_shards(converted, max_shard_bytes), start=1):
             file = f"model-{number:05}.safetensors"
             save_file(shard, folder / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(shard, file)
-            total_bytes += sum(tensor.nbytes for tensor in shard.values())
         if number == 1:
             (folder / file).rename(folder / "model.safetensors")
         else:
-            index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-            write_json(folder / "model.safetensors.index.json", index)
+            write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
         if tokenizer is not None:
             tokenizer.save(folder)
         write_json(folder / "config.json", config_to_dict(model.config, dtype, tokenizer))

@@ -1,10 +1,8 @@
-"""The dense decoder family of Llama 3.x, Mistral, Qwen2.5 and Qwen3, over flat lists of tokens.
+"""The dense decoder family of Llama 3.x, Mistral, Qwen2.5 and Qwen3, over flat lists of `N` tokens, whichever documents they are of.
 
-Every tensor here is *flat*: `N` tokens, whichever documents they belong to. The `attention` object that the model is called with
-decides what a token may attend to. So one `Transformer` serves packed training (`PackedAttention`), cached decoding (`sampler.py`)
-and scoring, and no computation is spent on padding. Names of modules and parameters are those of the Hugging Face checkpoints.
-
-Simplified against the originals: no dropout, no sliding window, no mixture of experts (such configurations are refused).
+The `attention` object that the model is called with decides what a token may attend to. So one `Transformer` serves packed training
+(`PackedAttention`), cached decoding (`sampler.py`) and scoring, and no computation is spent on padding. Modules and parameters are
+called as in the Hugging Face checkpoints. Simplified: no dropout, no sliding window, no mixture of experts (these are refused).
 """
 
 import math
@@ -18,16 +16,6 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 # (layer index, q [N, H, D_head], k [N, H_kv, D_head], v [N, H_kv, D_head]) -> [N, H, D_head]
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Llama3RopeScaling:
-    """Llama 3.1's frequency interpolation (`rope_type: llama3`)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
 
 
 @dataclass(frozen=True)
@@ -45,7 +33,7 @@ class ModelConfig:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
-    rope_scaling: Llama3RopeScaling | None = None
+    rope_scaling: dict[str, float] | None = None  # the fields of `rope_inverse_frequencies`: Llama 3.1's
     tie_word_embeddings: bool = False
     attention_bias: bool = False  # bias on q, k and v (Qwen2.5)
     qk_norm: bool = False  # RMSNorm over each head of q and k (Qwen3)
@@ -63,17 +51,20 @@ class RMSNorm(nn.Module):
 
 
 def rope_inverse_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
-    """Rotation per position, in radians, of each pair of channels: `[D_head / 2]`, float32."""
+    """Rotation per position, in radians, of each pair of channels: `[D_head / 2]`, float32.
+
+    `rope_scaling` is Llama 3.1's: slow channels are interpolated by `factor`, fast ones kept.
+    """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
     wavelengths = 2 * math.pi / frequencies
-    turns = scaling.original_max_position_embeddings / wavelengths  # full turns within the original context
-    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    smooth = smooth.clamp(0, 1)  # 0: slow channel, interpolated by `factor`; 1: fast channel, kept
-    return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+    turns = scaling["original_max_position_embeddings"] / wavelengths  # within the original context
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * frequencies / scaling["factor"] + kept * frequencies
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -85,25 +76,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        width, bias = config.hidden_size, config.attention_bias
-        self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(width, config.num_attention_heads * config.head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, width, bias=False)
-        if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.qk_norm = config.qk_norm
+        self.head_dim, width, bias = config.head_dim, config.hidden_size, config.attention_bias
+        q_width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(width, q_width, bias)
+        self.k_proj = nn.Linear(width, kv_width, bias)
+        self.v_proj = nn.Linear(width, kv_width, bias)
+        self.o_proj = nn.Linear(q_width, width, bias=False)
+        norm = RMSNorm if config.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = (norm(config.head_dim, config.rms_norm_eps) for _ in "qk")
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, layer: int) -> Tensor:
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # [N, H, D_head]
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # [N, H_kv, D_head]
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [N, H_kv, D_head]
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        attended = attention(layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
-        return self.o_proj(attended.flatten(-2))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (flat.unflatten(-1, (-1, self.head_dim)) for flat in (q, k, v))  # [N, H or H_kv, D_head]
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        return self.o_proj(attention(layer, q, k, v).flatten(-2))  # [N, H, D_head] -> [N, D]
 
 
 class SwiGLU(nn.Module):
@@ -130,16 +117,6 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Decoder(nn.Module):
-    """Embedding, layers and final norm (the checkpoints' `model.` prefix)."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-
 class Transformer(nn.Module):
     """A decoder that returns final hidden states; the output head is `head_weight`, applied by the loss and the sampler.
 
@@ -149,7 +126,10 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
+        self.model = nn.Module()  # for the prefix `model.` of the names
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.recompute_activations = False  # gradient checkpointing, one layer at a time
@@ -178,15 +158,19 @@ class Transformer(nn.Module):
         """Random weights: normal(0, 0.02), output projections scaled down by sqrt(2 L) (GPT-2); reproducible from the seed."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif parameter.ndim == 1:
-                parameter.fill_(1.0)
-            else:
-                is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
-                std = 0.02 / math.sqrt(2 * self.config.num_hidden_layers) if is_output else 0.02
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            if parameter.ndim == 1:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = 0.02 / math.sqrt(2 * self.config.num_hidden_layers) if is_output else 0.02
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
         return self
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The attention kernel, causal unless there is a mask; q `[B, H, T, D_head]`, k and v `[B, H_kv, S, D_head]`."""
+    is_grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=is_grouped)
 
 
 class PackedAttention:
@@ -197,31 +181,26 @@ class PackedAttention:
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu"):
-        self.lengths = list(lengths)
-        self.longest = max(self.lengths)
-        counts = torch.tensor(self.lengths)
-        starts = counts.cumsum(0) - counts
-        rows = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        positions = torch.arange(int(counts.sum())) - starts[rows]
-        self.positions = positions.to(device)  # [N] of each token in its document
-        self.slots = (rows * self.longest + positions).to(device)  # [N] of each token in the flat padded view
-        self.is_rectangular = int(counts.sum()) == len(counts) * self.longest
+        self.lengths, self.longest = list(lengths), max(lengths)
+        columns = torch.arange(self.longest)
+        is_real = columns < torch.tensor(self.lengths)[:, None]  # [B, L_max], of the padded view
+        self.positions = columns.expand_as(is_real)[is_real].to(device)  # [N] of each token in its document
+        self.slots = is_real.flatten().nonzero()[:, 0].to(device)  # [N] of each token in the flat padded view
+        self.is_real, self.is_padded = is_real.to(device), not is_real.all()
 
     def pad(self, x: Tensor) -> Tensor:
         """[N, H, D_head] -> [B, H, L_max, D_head]"""
-        if not self.is_rectangular:
+        if self.is_padded:
             x = x.new_zeros(len(self.lengths) * self.longest, *x.shape[1:]).index_copy(0, self.slots, x)
         return x.unflatten(0, (len(self.lengths), self.longest)).transpose(1, 2)
 
     def unpad(self, x: Tensor) -> Tensor:
         """[B, H, L_max, D_head] -> [N, H, D_head]"""
         x = x.transpose(1, 2).flatten(0, 1)
-        return x if self.is_rectangular else x.index_select(0, self.slots)
+        return x.index_select(0, self.slots) if self.is_padded else x
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = self.pad(q), self.pad(k), self.pad(v)
-        is_grouped = q.shape[1] != k.shape[1]
-        return self.unpad(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped))
+        return self.unpad(attend(self.pad(q), self.pad(k), self.pad(v)))
 
 
 class SharedPromptAttention:
@@ -232,25 +211,16 @@ class SharedPromptAttention:
     With G completions of a long prompt this saves (G - 1) / G of the prompt's work outside of attention.
     """
 
-    def __init__(
-        self,
-        prompt_lengths: Sequence[int],
-        completion_lengths: Sequence[int],
-        prompt_of: Sequence[int],
-        device: torch.device | str,
-    ):
+    def __init__(self, prompt_lengths, completion_lengths, prompt_of: Sequence[int], device):
         self.prompts = PackedAttention(prompt_lengths, device)
         self.completions = PackedAttention(completion_lengths, device)
         self.prompt_of = torch.tensor(prompt_of, device=device)
-        lengths = torch.tensor(prompt_lengths, device=device)[self.prompt_of]  # [R]
-        counts = torch.tensor(completion_lengths, device=device)
-        continued = self.completions.positions + lengths.repeat_interleave(counts)
-        self.positions = torch.cat((self.prompts.positions, continued))
-        sees_prompt = torch.arange(self.prompts.longest, device=device) < lengths[:, None]  # [R, P_max]
+        before = torch.tensor(prompt_lengths)[prompt_of].repeat_interleave(torch.tensor(completion_lengths))
+        self.positions = torch.cat((self.prompts.positions, self.completions.positions + before.to(device)))
         size = self.completions.longest
-        sees_own = torch.ones(size, size, dtype=torch.bool, device=device).tril()  # [C_max, C_max]
-        sees = sees_prompt[:, None].expand(-1, size, -1), sees_own.expand(len(prompt_of), -1, -1)
-        self.mask = torch.cat(sees, dim=-1)[:, None]  # [R, 1, C_max, P_max + C_max]
+        sees_prompt = self.prompts.is_real[self.prompt_of, None].expand(-1, size, -1)  # [R, C_max, P_max]
+        sees_own = torch.ones(len(prompt_of), size, size, dtype=torch.bool, device=device).tril()
+        self.mask = torch.cat((sees_prompt, sees_own), dim=-1)[:, None]  # [R, 1, C_max, P_max + C_max]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         split = len(self.prompts.positions)
@@ -263,6 +233,5 @@ class SharedPromptAttention:
             prompts, completions = self.prompts.pad(x[:split]), self.completions.pad(x[split:])
             return torch.cat((prompts[self.prompt_of], completions), dim=2)
 
-        queries, is_grouped = self.completions.pad(q[split:]), q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(queries, joined(k), joined(v), self.mask, enable_gqa=is_grouped)
+        out = attend(self.completions.pad(q[split:]), joined(k), joined(v), self.mask)
         return torch.cat((on_prompts, self.completions.unpad(out)))

@@ -9,14 +9,13 @@
 What a request yields depends on the weights, its prompt, parameters and seed and the sample's index, not on the batch around it:
 each sample inverts the cumulative distribution at its own uniform numbers (Philox keyed by seed and index). Only float noise is
 left: products round differently at another batch size, which can flip a draw within about 1e-6 of a token's border.
-
-Simplified against vLLM (Kwon et al. 2023, arXiv:2309.06180): the cache is one block of rows as long as the longest request, not
-pages; prefixes are shared in computation, not in memory; no row is ever pre-empted.
+Simplified against vLLM (Kwon et al. 2023, arXiv:2309.06180): a row of cache is as long as the longest request; no pages.
 """
 
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -64,13 +63,7 @@ class Rollout:
     weight_version: int  # of the weights that drew it
 
 
-def draw_tokens(
-    logits: Tensor,
-    uniforms: Tensor,
-    temperature: Tensor,
-    is_greedy: Tensor | None = None,
-    top_p: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def draw_tokens(logits, uniforms, temperature, is_greedy=None, top_p=None) -> tuple[Tensor, Tensor]:
     """One token per row by inverse-CDF sampling: `(tokens [R] int64, logprobs [R] float32)`.
 
     logits `[R, V]` float32; uniforms float64 in [0, 1), temperature float32 > 0, is_greedy bool (rows that take the likeliest
@@ -115,12 +108,10 @@ class CachedAttention:
     """
 
     def __init__(self, config: ModelConfig, rows: int, slots: int, dtype: torch.dtype, device: torch.device):
-        layers, heads = config.num_hidden_layers, config.num_key_value_heads
         # Zeros, not `empty`: a masked slot still takes part in 0 * value and must be finite.
-        self.kv = torch.zeros(layers, 2, rows, heads, slots, config.head_dim, dtype=dtype, device=device)
-        self.flat = self.kv.view(2 * layers, rows * heads * slots, -1).unbind()  # k, v of each layer
-        self.first_slots = torch.arange(rows * heads, device=device).view(rows, heads) * slots
-        self.columns = torch.arange(slots, device=device)
+        shape = (config.num_hidden_layers, 2, rows, config.num_key_value_heads, slots, config.head_dim)
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        self.rows, self.columns = torch.arange(rows, device=device), torch.arange(slots, device=device)
 
     def store(self, rows: slice, kv: Tensor) -> None:
         """The keys and values of a prefix, `[L, 2, T, H_kv, D_head]`, to the start of each of these rows."""
@@ -131,32 +122,38 @@ class CachedAttention:
 
     def begin_step(self, positions: Tensor, longest: int) -> None:
         """positions `[R]`: the slot that each of the first R rows fills now and attends up to; longest: their maximum + 1."""
-        rows = len(positions)
-        self.targets = (self.first_slots[:rows] + positions[:, None]).flatten()
-        mask = torch.zeros(rows, longest, dtype=self.kv.dtype, device=self.kv.device)
-        mask.masked_fill_(self.columns[:longest] > positions[:, None], -torch.inf)
-        self.mask = mask[:, None, None]  # [R, 1, 1, longest], added to the scores
-        # keys and values of each layer: 2 L times [R, H_kv, longest, D_head]
-        self.views = self.kv[:, :, :rows, :, :longest].flatten(0, 1).unbind()
+        self.cells = self.rows[: len(positions)], slice(None), positions
+        self.mask = self.kv.new_zeros(len(positions), 1, 1, longest)  # added to the scores
+        self.mask.masked_fill_((self.columns[:longest] > positions[:, None])[:, None, None], -torch.inf)
+        self.views = self.kv[:, :, : len(positions), :, :longest].unbind()
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.flat[2 * layer].index_copy_(0, self.targets, k.flatten(0, 1))
-        self.flat[2 * layer + 1].index_copy_(0, self.targets, v.flatten(0, 1))
-        keys, values = self.views[2 * layer], self.views[2 * layer + 1]
+        keys, values = self.views[layer]  # [R, H_kv, longest, D_head]
+        keys[self.cells], values[self.cells] = k, v
         grouped = q.unflatten(1, (k.shape[1], -1))  # [R, H_kv, H / H_kv, D_head]
         return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.mask).flatten(1, 2)
 
 
 class Sample(NamedTuple):
-    """One sample that waits or runs; its rollout is the `index`-th of the `request_index`-th request."""
+    """One sample that waits or runs. Its rollout is the one that `generate` returns, and grows."""
 
-    request_index: int
-    index: int
-    request: Request
+    rollout: Rollout
+    params: SamplingParams
+    uniforms: np.ndarray  # [max_tokens] float64
 
     @property
-    def longest(self) -> int:  # tokens it may come to, the prompt included
-        return len(self.request.prompt_ids) + self.request.params.max_tokens
+    def position(self) -> int:
+        """Of its last token; as many slots of the cache are filled."""
+        return len(self.rollout.prompt_ids) + len(self.rollout.completion_ids) - 1
+
+    def extend(self, ids: list[int], logprobs: list[float]) -> bool:
+        """Adds what was drawn, up to the first stop token. Returns whether the sample is finished."""
+        end = next((i for i, token in enumerate(ids, start=1) if token in self.params.stop_token_ids), None)
+        self.rollout.completion_ids += ids[:end]
+        self.rollout.logprobs += logprobs[:end]
+        if end is not None:
+            self.rollout.finish_reason = "stop"
+        return end is not None or len(self.rollout.completion_ids) == self.params.max_tokens
 
 
 class Sampler:
@@ -174,20 +171,23 @@ class Sampler:
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], progress: str | None = None) -> list[list[Rollout]]:
         """`request.n` rollouts per request, in order; `progress` labels a progress bar. Raises UserError for a bad request."""
-        for index, request in enumerate(requests):
-            if fault := _fault(request, self.model.config):
-                raise UserError(f"the prompt of request {index} {fault}")
-        results: list[list[Rollout | None]] = [[None] * request.n for request in requests]
-        waiting = _waiting_line(requests)
-        if not waiting:
-            return results
-        batch = _Batch(self, waiting)
-        with tqdm(None, progress, len(waiting), leave=False, unit="sample", disable=progress is None) as bar:
-            while waiting or batch.samples:
-                batch.admit(waiting)
-                for sample, rollout in batch.decode():
-                    results[sample.request_index][sample.index] = rollout
-                    bar.update()
+        results, by_prompt = [], {}
+        for number, request in enumerate(requests):
+            _check(request, number, self.model.config)
+            group = by_prompt.setdefault(request.prompt_ids, [])
+            for index in range(request.n):
+                rollout = Rollout(request.prompt_ids, [], [], "length", self.weight_version)
+                stream = np.random.Generator(np.random.Philox(key=[request.seed % 2**63, index]))
+                group.append(Sample(rollout, request.params, stream.random(request.params.max_tokens)))
+            results.append([sample.rollout for sample in group[len(group) - request.n :]])
+        groups = sorted(filter(None, by_prompt.values()), key=_longest, reverse=True)  # the shortest tail
+        waiting = deque(chain.from_iterable(groups))
+        if waiting:
+            batch = _Batch(self, waiting)
+            with tqdm(None, progress, len(waiting), leave=False, unit="sample", disable=not progress) as bar:
+                while waiting or batch.samples:
+                    batch.admit(waiting)
+                    bar.update(batch.decode())
         return results
 
     def sync(self, model: Transformer, version: int) -> float:
@@ -205,56 +205,35 @@ class Sampler:
 
 
 class _Batch:
-    """The rows being decoded: `samples[r]`, `state[r]` and row r of the cache belong together."""
+    """The rows being decoded: `samples[r]` and row r of the cache belong together."""
 
     def __init__(self, sampler: Sampler, waiting: Sequence[Sample]):
-        self.model, self.weight_version = sampler.model, sampler.weight_version
-        self.dtype, self.device = self.model.head_weight.dtype, self.model.head_weight.device
+        self.model, head = sampler.model, sampler.model.head_weight
+        self.dtype, self.device = head.dtype, head.device
         self.steps_per_sync = sampler.steps_per_sync or (8 if self.device.type == "cuda" else 1)
         self.max_rows = min(sampler.max_rows, len(waiting))
-        slots = max(sample.longest for sample in waiting)
-        self.attention = CachedAttention(self.model.config, self.max_rows, slots, self.dtype, self.device)
-
-        longest_completion = max(sample.request.params.max_tokens for sample in waiting)
-        most_stops = max(len(sample.request.params.stop_token_ids) for sample in waiting)
-        # `token` is the next input and `position` its place (as many slots are filled); `count` tokens have been drawn.
-        fields = [(name, "i8") for name in ("token", "position", "count", "max_tokens")]
-        fields += [("temperature", "f4"), ("top_p", "f4"), ("stop_token_ids", "i8", (most_stops,))]
-        per_token = (("uniforms", "f8"), ("completion_ids", "i8"), ("logprobs", "f4"))
-        fields += [(name, kind, (longest_completion,)) for name, kind in per_token]
-        self.state = np.zeros(self.max_rows, dtype=fields)
+        config = self.model.config
+        self.attention = CachedAttention(config, self.max_rows, _longest(waiting), self.dtype, self.device)
         self.samples: list[Sample] = []
-        self.awaited: tuple = (None, None)  # a prompt some of whose samples still wait, and its prefix
+        self.newest: tuple = (None, None)  # a prompt, some of whose samples may still wait, and its prefix
 
     def admit(self, waiting: deque[Sample]) -> None:
         """Fills free rows from the waiting line, once an eighth of all rows is free (prompts are cheaper by the batch)."""
-        first_row = row = len(self.samples)
-        free = self.max_rows - first_row
+        row, free = len(self.samples), self.max_rows - len(self.samples)
         if not waiting or free < min(len(waiting), max(1, self.max_rows // 8)):
             return
         entering = [waiting.popleft() for _ in range(min(free, len(waiting)))]
-        for sample, state in zip(entering, self.state[first_row:]):
-            prompt_ids, params = sample.request.prompt_ids, sample.request.params
-            state["token"], state["position"] = prompt_ids[-1], len(prompt_ids) - 1
-            state["count"], state["max_tokens"] = 0, params.max_tokens
-            state["temperature"], state["top_p"] = params.temperature, params.top_p
-            state["stop_token_ids"] = -1  # no token
-            state["stop_token_ids"][: len(params.stop_token_ids)] = params.stop_token_ids
-            stream = np.random.Generator(np.random.Philox(key=[sample.request.seed % 2**64, sample.index]))
-            state["uniforms"][: params.max_tokens] = stream.random(params.max_tokens)
         self.samples += entering
-
-        copies = Counter(sample.request.prompt_ids for sample in entering)  # in order of first appearance
+        copies = Counter(sample.rollout.prompt_ids for sample in entering)  # in order of first appearance
         for prompt_ids, prefix in self._prefixes(list(copies)):
             self.attention.store(slice(row, row + copies[prompt_ids]), prefix)
             row += copies[prompt_ids]
-            is_awaited = bool(waiting) and waiting[0].request.prompt_ids == prompt_ids
-            self.awaited = (prompt_ids, prefix.clone()) if is_awaited else (None, None)
+        self.newest = prompt_ids, prefix.clone()
 
     def _prefixes(self, prompts: list[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         """Each prompt and the keys and values of its tokens but the last, `[L, 2, T - 1, H_kv, D_head]`, in the given order."""
-        if prompts[0] == self.awaited[0]:
-            yield self.awaited
+        if prompts[0] == self.newest[0]:
+            yield self.newest
             prompts = prompts[1:]
         while prompts:
             total = np.cumsum([len(prompt_ids) for prompt_ids in prompts])
@@ -267,78 +246,60 @@ class _Batch:
             self.model(input_ids, attention.positions, attention)
             yield from zip(chunk, attention.kv.split(lengths, dim=2))
 
-    def decode(self) -> Iterator[tuple[Sample, Rollout]]:
-        """A few steps for every row; then yields those that are finished and moves the last rows into the gaps they leave."""
-        rows = len(self.samples)
-        state = self.state[:rows]
-        steps = min(self.steps_per_sync, int((state["max_tokens"] - state["count"]).min()))
-        columns = state["count"][:, None] + np.arange(steps)
-        cells = np.arange(rows)[:, None], columns  # of the fields with a number per token
-        tokens, logprobs = self._steps(steps, state["uniforms"][cells])
-        if np.isnan(logprobs).any():
+    def decode(self) -> int:
+        """A few steps for every row; then the last rows move into the gaps of those that are finished. Returns their number."""
+        left = (s.params.max_tokens - len(s.rollout.completion_ids) for s in self.samples)
+        tokens, logprobs = self._steps(min(self.steps_per_sync, *left))
+        if logprobs.isnan().any():
             raise UserError("the model's logits are NaN: its weights are broken, use an earlier checkpoint")
-        state["completion_ids"][cells], state["logprobs"][cells] = tokens, logprobs
-        state["token"] = tokens[:, -1]
-        state["position"] += steps
-
-        is_stop = (tokens[:, :, None] == state["stop_token_ids"][:, None]).any(-1)  # [R, steps]
-        has_stopped = is_stop.any(1)
-        state["count"] += np.where(has_stopped, is_stop.argmax(1) + 1, steps)
-        is_finished = has_stopped | (state["count"] == state["max_tokens"])
-        for row in is_finished.nonzero()[0].tolist():
-            sample, count = self.samples[row], int(state["count"][row])
-            drawn = (state[field][row, :count].tolist() for field in ("completion_ids", "logprobs"))
-            finish_reason = "stop" if has_stopped[row] else "length"
-            yield sample, Rollout(sample.request.prompt_ids, *drawn, finish_reason, self.weight_version)
-
-        remaining = rows - int(is_finished.sum())
-        holes = is_finished[:remaining].nonzero()[0]
-        movers = (~is_finished[remaining:]).nonzero()[0] + remaining
-        for hole, mover in zip(holes.tolist(), movers.tolist()):
-            self.attention.move(mover, hole, int(state["position"][mover]))
-            state[hole], self.samples[hole] = state[mover], self.samples[mover]
+        drawn = zip(self.samples, tokens.tolist(), logprobs.tolist())
+        is_finished = [sample.extend(ids, values) for sample, ids, values in drawn]
+        remaining = is_finished.count(False)
+        holes = [row for row in range(remaining) if is_finished[row]]
+        movers = [row for row in range(remaining, len(self.samples)) if not is_finished[row]]
+        for hole, mover in zip(holes, movers):
+            self.samples[hole] = self.samples[mover]
+            self.attention.move(mover, hole, self.samples[hole].position)
         del self.samples[remaining:]
+        return len(is_finished) - remaining
 
-    def _steps(self, steps: int, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Decoding steps without a look at the results: drawn tokens `[R, steps]` int64 and their log-probs, float32."""
+    def _steps(self, steps: int) -> tuple[Tensor, Tensor]:
+        """Decoding steps without a look at the results: drawn tokens `[R, steps]` int64 and their log-probs, float32, on the CPU."""
 
-        def to_device(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array.copy()).to(self.device, non_blocking=True)
+        def column(values: Sequence) -> Tensor:
+            return torch.tensor(values).to(self.device, non_blocking=True)[:, None]  # [R, 1]
 
-        state = self.state[: len(self.samples)]
-        tokens, positions = to_device(state["token"]), to_device(state["position"])
-        longest = int(state["position"].max()) + 1
-        greedy = state["temperature"][:, None] == 0
-        temperature = to_device(np.where(greedy, 1, state["temperature"][:, None]))
-        is_greedy = to_device(greedy) if greedy.any() else None
-        top_p = to_device(state["top_p"][:, None]) if (state["top_p"] < 1).any() else None
+        params = [sample.params for sample in self.samples]
+        places = [sample.position for sample in self.samples]
+        last = [(s.rollout.completion_ids or s.rollout.prompt_ids)[-1] for s in self.samples]
+        tokens, positions = column(last)[:, 0], column(places)[:, 0]
+        greedy = [p.temperature == 0 for p in params]
+        is_greedy = column(greedy) if any(greedy) else None
+        temperature = column([p.temperature or 1.0 for p in params])
+        top_p = column([p.top_p for p in params]) if any(p.top_p < 1 for p in params) else None
+        coming = [s.uniforms[len(s.rollout.completion_ids) :][:steps] for s in self.samples]
+        uniforms = torch.from_numpy(np.stack(coming, axis=1)).to(self.device, non_blocking=True)[..., None]
         drawn = []
-        for step, step_uniforms in enumerate(to_device(uniforms.T[:, :, None])):
-            self.attention.begin_step(positions, longest + step)
-            logits = F.linear(self.model(tokens, positions, self.attention), self.model.head_weight).float()
-            tokens, logprobs = draw_tokens(logits, step_uniforms, temperature, is_greedy, top_p)
+        for step in range(steps):  # uniforms[step]: [R, 1]
+            self.attention.begin_step(positions, max(places) + 1 + step)
+            hidden = self.model(tokens, positions, self.attention)
+            logits = F.linear(hidden, self.model.head_weight).float()
+            tokens, logprobs = draw_tokens(logits, uniforms[step], temperature, is_greedy, top_p)
             positions = positions + 1
             drawn.append((tokens, logprobs))
-        return tuple(torch.stack(steps, 1).cpu().numpy() for steps in zip(*drawn))
+        return tuple(torch.stack(values, 1).cpu() for values in zip(*drawn))
 
 
-def _waiting_line(requests: Sequence[Request]) -> deque[Sample]:
-    """All samples: those of one prompt together, prompts that may run longest first (the shortest tail)."""
-    by_prompt: dict[tuple[int, ...], list[Sample]] = {}
-    for request_index, request in enumerate(requests):
-        samples = [Sample(request_index, index, request) for index in range(request.n)]
-        by_prompt.setdefault(request.prompt_ids, []).extend(samples)
-    groups = [group for group in by_prompt.values() if group]
-    groups.sort(key=lambda group: max(sample.longest for sample in group), reverse=True)
-    return deque(sample for group in groups for sample in group)
+def _longest(samples: Sequence[Sample]) -> int:
+    """Tokens that one of them may come to, the prompt included."""
+    return max(len(sample.rollout.prompt_ids) + sample.params.max_tokens for sample in samples)
 
 
-def _fault(request: Request, config: ModelConfig) -> str | None:
-    """Why the model cannot answer a request; None if it can."""
-    prompt, limit, longest = request.prompt_ids, config.max_position_embeddings, request.params.max_tokens
-    if not prompt or not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
-        return f"is empty or has ids outside 0 ... {config.vocab_size - 1}: use this model's tokenizer"
-    if not 1 <= longest <= limit - len(prompt):
-        size = f"has {len(prompt)} tokens, max_tokens = {longest} and the model's max_position_embeddings = {limit}"
-        return f"{size}: give max_tokens from 1 to {limit - len(prompt)}, or shorten the prompt"
-    return None
+def _check(request: Request, number: int, config: ModelConfig) -> None:
+    prompt, max_tokens, limit = request.prompt_ids, request.params.max_tokens, config.max_position_embeddings
+    said, last = f"the prompt of request {number}", config.vocab_size - 1
+    if not prompt or not 0 <= min(prompt) <= max(prompt) <= last:
+        raise UserError(f"{said} is empty or has ids outside 0 ... {last}: use this model's tokenizer")
+    if not 1 <= max_tokens <= limit - len(prompt):
+        said += f" has {len(prompt)} tokens, max_tokens = {max_tokens} and the model's max_position_embeddings = {limit}"
+        raise UserError(f"{said}: give max_tokens from 1 to {limit - len(prompt)}, or shorten the prompt")
