@@ -90,9 +90,7 @@ class Parity:
     def __init__(self, vocab_size: int, limit: float):
         self.token_ids, self.limit = random.Random(0).choices(range(vocab_size), k=self.TOKENS), limit
         self.trainer = torch.zeros(0)  # its log-probs of the sequence, `[TOKENS - 1]` float32 on the CPU
-        self.before: dict[
-            str, tuple[Tensor, Tensor]
-        ] = {}  # per server: both sides' when its own last changed
+        self.before = {}  # by the server's address: the log-probs of both when its own last changed
 
     @torch.no_grad()
     def expect(self, model: Transformer) -> None:
