@@ -80,12 +80,9 @@ def check_gpu(name: str, gpus: int) -> None:
 
 def shares(sizes: Sequence[int]) -> list[list[int]]:
     """Items (by index) of each rank: contiguous, and of equal total size up to one item."""
-    result: list[list[int]] = [[] for _ in range(size())]
-    before, total = 0, sum(sizes)
-    for index, item in enumerate(sizes):
-        result[int((before + item / 2) * len(result) / total)].append(index)  # where the item's middle lies
-        before += item
-    return result
+    lengths = torch.tensor(sizes, dtype=torch.float64)
+    owners = ((lengths.cumsum(0) - lengths / 2) * size() / lengths.sum()).int()  # of each item's middle
+    return [(owners == owner).nonzero().flatten().tolist() for owner in range(size())]
 
 
 def in_step(batches: Sequence, filler) -> Iterator[tuple]:
