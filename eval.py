@@ -20,7 +20,7 @@ Simplified against leaderboards: one greedy answer per task by default (--sample
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, pairwise
@@ -29,18 +29,18 @@ from pathlib import Path
 from statistics import mean
 
 from nano_atlas import answers, world
-from nano_atlas.benches import arms, crmarena, scores
-from nano_atlas.benches.arms import SAME_BUDGET, SHUFFLED, STUDENT, TWO_VOTES, UNTRAINED, TaskLog, TaskResult
+from nano_atlas.benches import arms, crmarena, scores, tau2
+from nano_atlas.benches.arms import SHUFFLED, STUDENT, TWO_VOTES, TaskLog, TaskResult
 from nano_atlas.config import derive_seed, option, parse, run_script
 from nano_atlas.data import Problem, load_problems
-from nano_atlas.episode import Sketch, guide, seeds, sketch, teach
+from nano_atlas.episode import CountTokens, Sketch, guide, seeds, sketch, teach
 from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
 from nano_atlas.reward import RewardConfig
 from nano_atlas.runs import digest
 from nano_atlas.runtime.deploy import with_deployment
 from nano_atlas.schedule import Script, play
-from nano_atlas.seats import Reply, Seat
+from nano_atlas.seats import Seat
 
 VOTE_TEMPERATURE = 0.7  # of the votes where all else is greedy: equal answers are no vote
 CHUNK = 1024  # answers per arm between two writes: what a killed run loses at most
@@ -62,8 +62,8 @@ class Config(arms.ArmsConfig, Benchmark):
     deploy: Path | None = option(None, "YAML that names student and teacher in service", resumable=True)
 
     @property
-    def controls(self) -> Sequence[str]:
-        return arms.CONTROLS if self.full and self.teacher else super().controls
+    def arms(self) -> list[str]:
+        return [*self.seats, *arms.CONTROLS] if self.full and self.teacher else super().arms
 
     def check(self) -> None:
         if self.tables:
@@ -80,13 +80,13 @@ class Config(arms.ArmsConfig, Benchmark):
 def main() -> None:
     argv = sys.argv[1:]
     if "--bench=tau2" in argv or ("--bench", "tau2") in pairwise(argv):
-        from nano_atlas.benches import tau2
-
-        return tau2.main(argv)
-    config = parse(Config, with_deployment(argv, is_evaluation=True), presets("eval"), __doc__)
+        config, compute, own = parse(tau2.Config, argv, {}, tau2.__doc__), tau2.run, tau2.tables
+    else:
+        argv = with_deployment(argv, is_evaluation=True)
+        config, compute, own = parse(Config, argv, presets("eval"), __doc__), run, crmarena.tables
     if not config.tables:
-        run(config)
-    scores.finish(config, crmarena.tables, is_short=not config.full)
+        compute(config)
+    scores.finish(config, own, is_short=not config.full)
 
 
 def run(config: Config) -> None:
@@ -94,9 +94,9 @@ def run(config: Config) -> None:
     tasks, is_right = load_tasks(config), verifier(config)
     query = crmarena.salesforce() if config.bench == "crmarena" else None
 
-    def open_seat(name: str) -> Seat:
-        seat = config.open({STUDENT: config.student, **config.teachers}[name])
-        return crmarena.QueryingSeat(seat, query) if query and name == STUDENT else seat
+    def open_seat(arm: str) -> Seat:
+        seat = config.open(config.seats[arm])
+        return crmarena.QueryingSeat(seat, query) if query and arm == STUDENT else seat
 
     contents = {f"tasks {name}": digest(repr(p).encode() for p in tasks[name]) for name in tasks}
     arms.start_or_continue(config, contents)
@@ -127,41 +127,32 @@ def verifier(config: Config) -> Callable[[str, str], bool]:
 
 
 def evaluate(config: Config, tasks: Tasks, log: TaskLog, is_right: Callable, open_seat: Callable) -> None:
-    """Run each chunk of each arm that the log does not hold whole. Teachers are opened one at a time, and only if needed.
-
-    Arms that do not need each other advance side by side, and chunks mix domains, so that few large calls reach a seat.
-    """
-    problems, size = list(chain(*tasks.values())), max(1, CHUNK // config.samples)
-    seats: dict[str, Seat] = {}
-    scripts, teachers = Scripts(config, tasks, log, seats), [[name] for name in config.teachers]
-    ways = dict.fromkeys(config.arms, scripts.taught) | dict.fromkeys(arms.ALONE, scripts.alone)
-    for stage in [STUDENT, TWO_VOTES], *teachers, [SHUFFLED, UNTRAINED, SAME_BUDGET]:
-        seats.pop("teacher", None)  # the last one, before the next one is opened
-        stage = [arm for arm in stage if arm in config.arms]
-        for start in range(0, len(problems), size):
-            chunk = problems[start : start + size]
-            missing = [arm for arm in stage if any(len(log.get(arm, p)) < config.samples for p in chunk)]
-            if not missing:
-                continue
-            student = seats["student"] = seats.get("student") or open_seat(STUDENT)
-            if "teacher" not in seats:
-                seats["teacher"] = open_seat(*stage) if stage in teachers else student
-            running = [ways[arm](arm, problem) for arm in missing for problem in chunk]
-            progress = f"{', '.join(missing)}: {len(chunk)} of {len(problems)} tasks"
-            results = list(chain(*play(running, seats, progress)))
-            for attempt, gold in ((result.attempt, result.gold) for result in results):
-                attempt.is_correct = attempt.answer is not None and is_right(attempt.answer, gold)
-            log.append(results)
+    """Run what the log does not hold; is_right(answer, gold): a verifier; open_seat(STUDENT or name of a teacher)."""
+    arms.fill(log, config, list(chain(*tasks.values())), open_seat, Arms(config, tasks, log, is_right).answer)
 
 
 @dataclass
-class Scripts:
+class Arms:
     """How each arm answers one task: scripts that return its results, one per sample."""
 
     config: Config
     tasks: Tasks
     log: TaskLog
-    seats: dict[str, Seat]
+    is_right: Callable[[str, str], bool]
+
+    def answer(self, jobs: arms.Jobs, seats: dict[str, Seat]) -> Iterator[list[TaskResult]]:
+        """Some CHUNK results at a time, of all domains, so that few large calls reach a seat."""
+        count, size = seats["teacher"].count_tokens, max(1, CHUNK // self.config.samples)
+        for start in range(0, len(jobs), size):
+            chunk = jobs[start : start + size]
+            scripts = [
+                self.alone(*job) if job[0] in arms.ALONE else self.taught(*job, count) for job in chunk
+            ]
+            label = f"{', '.join(sorted({arm for arm, _ in chunk}))}: {len(chunk)} of {len(jobs)} tasks"
+            results = list(chain(*play(scripts, seats, label)))
+            for attempt, gold in ((result.attempt, result.gold) for result in results):
+                attempt.is_correct = attempt.answer is not None and self.is_right(attempt.answer, gold)
+            yield results
 
     def alone(self, arm: str, problem: Problem) -> Script:
         """The student's own answers. In the arms that vote each is the majority of several, at the price of all of them."""
@@ -177,26 +168,18 @@ class Scripts:
         probe = found.approach, found.approach_tokens
         return [TaskResult(*task, i, problem.answer, attempt, *probe) for i, attempt in enumerate(attempts)]
 
-    def taught(self, arm: str, problem: Problem) -> Script:
+    def taught(self, arm: str, problem: Problem, count_tokens: CountTokens) -> Script:
         """With a teaching. Shuffled, sample i gets the one that the last teacher wrote for sample i of the task's donor."""
-        config, seed, alone = self.config, seeds(self.config.seed), self.log.get(STUDENT, problem)
+        config, seed, alone = self.config.episode, seeds(self.config.seed), self.log.get(STUDENT, problem)
         known = Sketch(problem, alone[0].approach, alone[0].approach_tokens, [own.attempt for own in alone])
         if arm == SHUFFLED:
-            given = self.log.get(next(reversed(config.teachers)), self.donors[problem.domain][problem.id])
-            teachings = [one.teaching for one in given]
-            replies = [Reply(one.teacher_text, one.teacher_tokens, one.is_teacher_truncated) for one in given]
-            told = zip((yield from guide(known, teachings, config.episode, seed)), replies, teachings)
+            given = self.log.get(self.config.last, self.donors[problem.domain][problem.id])
+            attempts = yield from guide(known, [one.teaching for one in given], config, seed)
+            told = [(one.told[1], attempt) for one, attempt in zip(given, attempts)]
         else:
-            count = self.seats["teacher"].count_tokens
-            made = yield from teach(known, config.episode, RewardConfig(), seed, count, config.samples)
-            told = [(episode.guided, episode.reply, episode.teaching) for episode in made]
-        results = []
-        for own, (attempt, reply, teaching) in zip(alone, told):
-            teacher = {"teacher_text": reply.text, "teacher_tokens": reply.tokens, "teaching": teaching}
-            teacher["is_teacher_truncated"] = reply.is_truncated
-            teacher["is_leak"] = teaching is not None and answers.reveals_answer(teaching, own.gold)
-            results.append(replace(own, arm=arm, attempt=attempt, **teacher))
-        return results
+            made = yield from teach(known, config, RewardConfig(), seed, count_tokens, len(alone))
+            told = [(episode.reply, episode.guided) for episode in made]
+        return [own.taught(reply, arm=arm, attempt=attempt) for own, (reply, attempt) in zip(alone, told)]
 
     @cached_property
     def donors(self) -> dict[str, dict[str, Problem]]:
@@ -205,7 +188,7 @@ class Scripts:
     @cached_property
     def budget(self) -> dict[str, int]:
         """By domain: answers of the student alone that cost at least what one of the last teacher's pair does (tokens)."""
-        pair, found = (next(reversed(self.config.teachers)), STUDENT), {}
+        pair, found = (self.config.last, STUDENT), {}
         for domain, problems in self.tasks.items():
             costs = [mean(r.all_tokens for p in problems for r in self.log.get(arm, p)) for arm in pair]
             found[domain] = ceil(costs[0] / max(costs[1], 1))

@@ -1,22 +1,24 @@
-"""What all benchmarks share: arms (ways of answering the same tasks), their options, and results on disk (tasks.jsonl, run.json)."""
+"""What all benchmarks share: arms (ways of answering the same tasks), the order in which they run, and results on disk."""
 
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 
-from nano_atlas.answers import answer_key
+from nano_atlas.answers import answer_key, reveals_answer
 from nano_atlas.checkpoint import is_checkpoint
 from nano_atlas.config import derive_seed, option, refuse_changes, to_json
 from nano_atlas.data import Problem
 from nano_atlas.episode import Attempt, EpisodeConfig
 from nano_atlas.errors import UserError
+from nano_atlas.protocol import parse_teaching
 from nano_atlas.runs import Journal, checkpoint_digest, read_json, read_jsonl, write_json
-from nano_atlas.seats import Seat, is_url, open_seat
+from nano_atlas.seats import Reply, Seat, is_url, open_seat
 
 STUDENT = "student"  # the arm that all others are compared with
 CONTROLS = SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET = "shuffled", "untrained", "two-votes", "same-budget"
@@ -27,6 +29,8 @@ NAMES = {  # in the tables; {last}: the last teacher
 }  # fmt: skip
 RESULT_FILES = "tasks.jsonl", "run.json", "results.json", "tables.md", "tau2-*.json"
 Key = tuple[str, str, str, int]  # of a result: arm, domain, id, sample
+Jobs = Sequence[tuple[str, Problem]]  # arms, and what they are to answer
+Answer = Callable[[Jobs, dict[str, Seat]], Iterator[list["TaskResult"]]]  # seats: "student", "teacher"
 
 
 @dataclass(frozen=True)
@@ -63,19 +67,27 @@ class ArmsConfig:
         return {name or spec.rstrip("/").rpartition("/")[2]: spec for name, spec in parts}
 
     @property
-    def controls(self) -> Sequence[str]:
-        """Without a teacher those of a teacher are left out."""
-        return [arm for arm in self.control if self.teacher or arm not in (SHUFFLED, SAME_BUDGET)]
+    def last(self) -> str:
+        """The teacher that the controls are made of."""
+        return next(reversed(self.teachers), "")
+
+    @property
+    def seats(self) -> dict[str, str]:
+        return {STUDENT: self.student, **self.teachers}
 
     @property
     def arms(self) -> list[str]:
-        return [arm for arm in dict.fromkeys([STUDENT, *self.teachers, *self.controls]) if arm != "none"]
+        """Without a teacher there is nothing to control for: then only what --control asks for, and needs none."""
+        controls = [arm for arm in self.control if arm != "none"]
+        if not self.teacher:
+            is_asked = self.control != type(self).control
+            controls = [arm for arm in controls if is_asked and arm not in (SHUFFLED, SAME_BUDGET)]
+        return list(dict.fromkeys([*self.seats, *controls]))
 
     @property
     def names(self) -> dict[str, str]:
         """What an arm is called in the tables."""
-        last = next(reversed(self.teachers), "")
-        return {name: name for name in self.teachers} | {arm: NAMES[arm].format(last=last) for arm in NAMES}
+        return {arm: NAMES[arm].format(last=self.last) for arm in NAMES} | {arm: arm for arm in self.teachers}
 
     @property
     def episode(self) -> EpisodeConfig:
@@ -84,17 +96,6 @@ class ArmsConfig:
 
     def open(self, spec: str) -> Seat:
         return open_seat(spec, device=self.device, dtype=getattr(torch, self.dtype))
-
-    def contents(self) -> dict[str, str]:
-        """Digests of the checkpoints of all seats, by what messages call them. Raises UserError where there is none."""
-        seats = {STUDENT: self.student, **self.teachers}
-        paths = {name: Path(spec) for name, spec in seats.items() if not is_url(spec)}
-        for path in paths.values():
-            if not is_checkpoint(path):
-                raise UserError(
-                    f"{path}: no checkpoint; train_sft.py and train_grpo.py make a preset's teachers"
-                )
-        return {f"checkpoint {name}": checkpoint_digest(path) for name, path in paths.items()}
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,22 @@ class TaskResult:
         return self.arm, self.domain, self.id, self.sample
 
     @property
+    def told(self) -> tuple[Reply, Reply]:
+        """The student's approach, and what a teacher made of it."""
+        teacher = Reply(self.teacher_text, self.teacher_tokens, self.is_teacher_truncated)
+        return Reply(self.approach, self.approach_tokens, False), teacher
+
+    def taught(self, reply: Reply, **changes) -> Self:
+        """The same task with a teacher's reply."""
+        told = {
+            "teacher_text": reply.text,
+            "teacher_tokens": reply.tokens,
+            "teaching": parse_teaching(reply.text),
+        }
+        is_leak = bool(self.gold and told["teaching"]) and reveals_answer(told["teaching"], self.gold)
+        return replace(self, **told, is_teacher_truncated=reply.is_truncated, is_leak=is_leak, **changes)
+
+    @property
     def all_tokens(self) -> int:
         """Of everyone involved; the student alone needs no probe."""
         return self.attempt.tokens + (self.approach_tokens + self.teacher_tokens) * (self.arm != STUDENT)
@@ -129,8 +146,7 @@ class TaskResult:
 def read_results(path: Path) -> dict[Key, TaskResult]:
     """The results in a tasks.jsonl by their key. Raises UserError for a damaged line."""
     results: dict[Key, TaskResult] = {}
-    has_lines = path.exists() and path.stat().st_size
-    for number, record in read_jsonl(path, is_journal=True) if has_lines else ():
+    for number, record in read_jsonl(path, is_journal=True) if path.exists() and path.stat().st_size else ():
         try:
             result = TaskResult(**record | {"attempt": Attempt(**record["attempt"])})
         except (TypeError, KeyError) as error:
@@ -160,24 +176,46 @@ class TaskLog(Journal):
         return found
 
 
-def start_or_continue(config: ArmsConfig, contents: Mapping[str, str]) -> None:
+def fill(
+    log: TaskLog, config: ArmsConfig, problems: Sequence[Problem], open_seat: Callable, answer: Answer
+) -> None:
+    """Append what the log lacks, in stages. Arms of a stage do not need each other and advance side by side.
+
+    open_seat(arm): called if that seat is needed; a teacher is let go before the next is opened. answer: yields results as they come.
+    """
+    seats: dict[str, Seat] = {}
+    for stage in (
+        [STUDENT, TWO_VOTES],
+        *([name] for name in config.teachers),
+        [SHUFFLED, UNTRAINED, SAME_BUDGET],
+    ):
+        seats.pop("teacher", None)
+        stage = [arm for arm in stage if arm in config.arms]
+        jobs = [(arm, problem) for problem in problems for arm in stage]
+        if jobs := [job for job in jobs if len(log.get(*job)) < config.samples]:
+            seats[STUDENT] = seats.get(STUDENT) or open_seat(STUDENT)
+            seats["teacher"] = open_seat(*stage) if stage[0] in config.teachers else seats[STUDENT]
+            for results in answer(jobs, seats):
+                log.append(results)
+
+
+def start_or_continue(config: ArmsConfig, contents: dict[str, str]) -> None:
     """Write run.json: the options, and digests of checkpoints, tasks and packages, because a path may come to hold other ones.
 
-    Raises UserError naming what differs from the run whose results lie there.
+    Raises UserError naming what differs from the run whose results lie there, or the directory without a checkpoint.
     """
-    out, contents = config.out, config.contents() | contents
-    for pattern in RESULT_FILES if config.restart else ():
-        for file in list(out.glob(pattern)):
-            file.unlink()
-    saved = read_json(out / "run.json")
-    if saved:
+    out, paths = config.out, {name: Path(spec) for name, spec in config.seats.items() if not is_url(spec)}
+    for path in paths.values():
+        if not is_checkpoint(path):
+            raise UserError(f"{path}: no checkpoint; train_sft.py and train_grpo.py make the teachers")
+    contents = {f"checkpoint {name}": checkpoint_digest(path) for name, path in paths.items()} | contents
+    for file in [file for pattern in RESULT_FILES for file in out.glob(pattern)] if config.restart else ():
+        file.unlink()
+    if saved := read_json(out / "run.json"):
         refuse_changes(config, saved["config"], str(out))
-        changed = [name for name, value in contents.items() if saved["contents"].get(name) != value]
-        if changed:
+        if changed := [name for name in contents if saved["contents"].get(name) != contents[name]]:
             what = f"{out} holds results of other contents than now: {', '.join(changed)}"
             raise UserError(f"{what}; choose another --out, or start over with --restart")
-    elif (out / "tasks.jsonl").exists():
-        raise UserError(f"{out}/tasks.jsonl has no run.json beside it; choose another --out, or --restart")
     write_json(out / "run.json", {"config": to_json(config), "contents": contents})
 
 

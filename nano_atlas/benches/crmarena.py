@@ -126,4 +126,4 @@ def tables(config: ArmsConfig, results: Collection[TaskResult]) -> str:
         found = [bool(answer) and not is_correct(answer, "None") for answer in violations]
         rates = (scores.percent(fmean(values) if values else None) for values in (right, found))
         rows.append([config.names.get(arm, "floor: always None"), str(len(pairs)), *rates])
-    return "\n".join(["", *scores.table(rows), ""]) if tasks else ""
+    return "\n".join(["", *scores.table(rows)]) if tasks else ""

@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import tau2.agent.llm_agent
 import tau2.user.user_simulator
@@ -38,11 +37,11 @@ from nano_atlas.answers import visible
 from nano_atlas.config import derive_seed
 from nano_atlas.errors import UserError
 from nano_atlas.runs import digest, files_digest
-from nano_atlas.seats import Generation, Question, Seat
+from nano_atlas.seats import Generation, Question, Reply, Seat
 
-# What a teacher made of an opening: the fields of a TaskResult that are its own
-TOLD = "approach", "approach_tokens", "teacher_text", "teacher_tokens", "is_teacher_truncated", "teaching"
-Guide = Callable[[str, str, str, int], dict[str, Any]]  # (system prompt, case, opening, seed) -> TOLD
+Guide = Callable[
+    [str, str, str, int], tuple[Reply, Reply]
+]  # (system prompt, case, opening, seed) -> approach and teacher's reply
 
 
 class DialogueEnd(Exception):
@@ -89,14 +88,13 @@ def teacher_guide(config, student: Seat, teacher: Seat) -> Guide:
     probing = Generation(config.probe_tokens, config.temperature, config.top_p)
     teaching = Generation(config.teaching_tokens, config.temperature, config.top_p)
 
-    def guide(system_prompt: str, case: str, opening: str, seed: int) -> dict[str, Any]:
+    def guide(system_prompt: str, case: str, opening: str, seed: int) -> tuple[Reply, Reply]:
         probe = [{"role": "system", "content": system_prompt}, *protocol.probe_messages(opening)]
         ((approach,),) = student.ask([Question(probe, probing, derive_seed(seed, "probe", opening))])
         request = protocol.teacher_messages(case, visible(approach.text).strip())
         with lock:
             ((reply,),) = teacher.ask([Question(request, teaching, derive_seed(seed, "teach", opening))])
-        told = reply.text, reply.tokens, reply.is_truncated, protocol.parse_teaching(reply.text)
-        return dict(zip(TOLD, (approach.text, approach.tokens, *told)))
+        return approach, reply
 
     return guide
 
@@ -107,12 +105,14 @@ def only_ticket(task: Task) -> Task:
     return task.model_copy(update=dict.fromkeys(hidden) | {"id": "", "initial_state": InitialState()})
 
 
-def simulate(config, task: Task, seed: int, student, user, guide: Guide | None = None) -> tuple[dict, dict]:
-    """One scored dialogue: a SimulationRun as JSON values, and what a teacher said (TOLD; without one nothing).
+def simulate(
+    config, task: Task, seed: int, student, user, guide: Guide | None = None
+) -> tuple[dict, list[Reply]]:
+    """One scored dialogue: a SimulationRun as JSON values, and what the guide said (without one nothing).
 
     student, user: EndpointSeats; the user is greedy. In solo mode there is none, and the student has the user's tools too.
     """
-    told: dict[str, Any] = {}
+    told: list[Reply] = []
 
     def guided(messages, tools, seed) -> str:
         """The student's system prompt with the teaching, which is asked for in its first own turn."""
@@ -120,8 +120,8 @@ def simulate(config, task: Task, seed: int, student, user, guide: Guide | None =
             opening = task.ticket if config.is_solo else next(m.content for m in messages if m.role == "user")
             names = ", ".join(tool.name for tool in tools)
             case = f"{environment.get_policy()}\n\nTools: {names}\n\nUser: {opening}"
-            told.update(guide(messages[0].content, case, opening, seed))
-        return protocol.guided_system_prompt(messages[0].content, told["teaching"])
+            told.extend(guide(messages[0].content, case, opening, seed))
+        return protocol.guided_system_prompt(messages[0].content, protocol.parse_teaching(told[1].text))
 
     mode = {"solo_mode": config.is_solo}
     environment = build_environment(config.domain, **mode)
@@ -199,7 +199,7 @@ def floors(config, tasks: Sequence[Task]) -> dict[str, str]:
 
 def official(config, tasks: Sequence[Task], arm: str, simulations: Sequence[dict]) -> str:
     """An arm in tau2's own format. Its metrics leave out infrastructure errors; without any, the means are equal."""
-    run = {"domain": config.domain, "num_trials": config.trials, "max_steps": config.max_steps}
+    run = {"domain": config.domain, "num_trials": config.samples, "max_steps": config.max_steps}
     run |= {"llm_agent": f"{config.student} ({arm})", "llm_args_agent": {"temperature": config.temperature}}
     run |= {"llm_user": config.user, "llm_args_user": {"temperature": 0.0}, "seed": config.seed}
     run |= {"agent": "llm_agent_solo", "user": "dummy_user"} if config.is_solo else {}

@@ -14,9 +14,7 @@ from nano_atlas.errors import UserError
 from nano_atlas.runs import read_json, replace_text, write_json
 
 Tasks = dict[str, list[TaskResult]]  # the samples of each task, by its id
-Report = dict[
-    str, list[dict]
-]  # {"scores": of each arm, "differences": of the last teacher to each earlier one}
+Report = dict[str, list[dict]]  # "scores" of each arm, "differences" of the last teacher to each earlier one
 NOTE = """\
 Rates in %, differences in percentage points with their 95 % interval (paired bootstrap over tasks). *Not worse*: tasks on which the
 student with teaching is at least as good as alone, of all tasks and of those it gets right alone. *Answered*: an answer could be
@@ -59,18 +57,18 @@ MEANS: list[tuple[str, str, Callable, Callable[[TaskResult], float | None]]] = [
 
 def make_report(results: Iterable[TaskResult], config: ArmsConfig) -> Report:
     """Score each arm on the tasks of which it has all samples, and compare it on those that the student alone has too."""
-    samples: dict[tuple, list[TaskResult]] = {}
+    groups: dict[tuple[str, str], Tasks] = {}
     for result in sorted(results, key=lambda result: result.sample):
-        samples.setdefault((result.domain, result.arm, result.id), []).append(result)
-    domains: dict[str, dict[str, Tasks]] = {}  # by domain and arm
-    for (domain, arm, name), task in samples.items():
-        if len(task) == config.samples:
-            domains.setdefault(domain, {}).setdefault(arm, {})[name] = task
+        groups.setdefault((result.domain, result.arm), {}).setdefault(result.id, []).append(result)
     report: Report = {"scores": [], "differences": []}
-    for found in domains.values():
-        for arm in [arm for arm in dict.fromkeys([*config.arms, *CONTROLS]) if arm in found]:
-            versus = None if arm == STUDENT else compare(found[arm], found[STUDENT], config.seed)
-            report["scores"].append(score(found[arm]) | {"versus_student": versus})
+    for domain in dict.fromkeys(domain for domain, _ in groups):
+        found: dict[str, Tasks] = {}  # by arm, in the order of the tables
+        for arm in dict.fromkeys([*config.arms, *CONTROLS]):
+            tasks = groups.get((domain, arm), {}).items()
+            if whole := {name: task for name, task in tasks if len(task) == config.samples}:
+                found[arm] = whole
+                versus = None if arm == STUDENT else compare(whole, found[STUDENT], config.seed)
+                report["scores"].append(score(whole) | {"versus_student": versus})
         *earlier, last = [found[name] for name in config.teachers if name in found] or [{}]
         report["differences"] += [compare(last, other, config.seed) for other in earlier]
     return report
@@ -138,7 +136,7 @@ def tables(report: Report, names: dict[str, str]) -> str:
         for row in scores:
             so_far = "" if row["tasks"] == tasks else f" (so far {row['tasks']} tasks)"
             rows.append([names[row["arm"]] + so_far, *cells(row).values()])
-        lines += [f"### {domain}: {tasks} tasks", "", *table(rows), ""]
+        lines += table(rows, f"{domain}: {tasks} tasks")
         for gain in (gain for gain in report["differences"] if gain["domain"] == domain):
             size = f"**{points(gain)}**, McNemar p {p_value(gain['p_value'])}"
             changed = f"{gain['improved']} improved, {gain['degraded']} degraded"
@@ -173,12 +171,13 @@ def summary(report: Report, config: ArmsConfig) -> str:
         gain = f"**{gains[domain, *pair]}**" if (domain, *pair) in gains else ""
         rows.append([f"{domain} ({found[domain, STUDENT]['tasks']})", *cells, gain])
     note = "Accuracy in %, difference in points with its 95 % interval over tasks."
-    return "\n".join([*table(rows if config.teachers else [row[:-1] for row in rows]), "", note, ""])
+    return "\n".join([*table(rows if config.teachers else [row[:-1] for row in rows]), note, ""])
 
 
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
+def table(rows: Sequence[Sequence[str]], title: str = "") -> list[str]:
     """Lines of a Markdown table; the first row is its head, the first column is text and the others are numbers."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     head, *body = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return ["| " + " | ".join(row) + " |" for row in (head, rule, *body)]
+    lines = ["| " + " | ".join(row) + " |" for row in (head, rule, *body)]
+    return [*([f"### {title}", ""] if title else []), *lines, ""]
