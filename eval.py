@@ -4,7 +4,7 @@
     python eval.py --full                                             # all controls and all columns
     python eval.py --preset own --bench gsm8k --data test.jsonl --student DIR --teacher sft=DIR grpo=DIR --out runs/gsm8k
     python eval.py --bench tau2 --help                                # dialogues; crmarena: see nano_atlas/benches/crmarena.py
-    python eval.py --tables --out runs/gsm8k                          # the tables again, without any model
+    python eval.py --tables --out runs/gsm8k                          # the tables again
 
 Every arm answers the same tasks in the same answer format, so arms are compared in pairs:
 
@@ -40,7 +40,6 @@ from nano_atlas.reward import RewardConfig
 from nano_atlas.runs import digest
 from nano_atlas.runtime.deploy import with_deployment
 from nano_atlas.schedule import Script, play
-from nano_atlas.seats import Seat
 
 VOTE_TEMPERATURE = 0.7  # of the votes where all else is greedy: equal answers are no vote
 CHUNK = 1024  # answers per arm between two writes: what a killed run loses at most
@@ -63,7 +62,7 @@ class Config(arms.ArmsConfig, Benchmark):
 
     @property
     def arms(self) -> list[str]:
-        return [*self.seats, *arms.CONTROLS] if self.full and self.teacher else super().arms
+        return [STUDENT, *self.teachers, *arms.CONTROLS] if self.full and self.teacher else super().arms
 
     def check(self) -> None:
         if self.tables:
@@ -93,15 +92,11 @@ def run(config: Config) -> None:
     """Compute whatever config.out does not hold yet."""
     tasks, is_right = load_tasks(config), verifier(config)
     query = crmarena.salesforce() if config.bench == "crmarena" else None
-
-    def open_seat(arm: str) -> Seat:
-        seat = config.open(config.seats[arm])
-        return crmarena.QueryingSeat(seat, query) if query and arm == STUDENT else seat
-
     contents = {f"tasks {name}": digest(repr(p).encode() for p in tasks[name]) for name in tasks}
     arms.start_or_continue(config, contents)
     with TaskLog(config.out / "tasks.jsonl") as log:
-        evaluate(config, tasks, log, is_right, open_seat)
+        answer = Arms(config, tasks, log, is_right, query).answer
+        arms.fill(log, config, list(chain(*tasks.values())), answer)
 
 
 def load_tasks(config: Config) -> Tasks:
@@ -126,11 +121,6 @@ def verifier(config: Config) -> Callable[[str, str], bool]:
     return lambda answer, gold: verify(*(parse(f"\\boxed{{{text}}}") for text in (gold, answer)))
 
 
-def evaluate(config: Config, tasks: Tasks, log: TaskLog, is_right: Callable, open_seat: Callable) -> None:
-    """Run what the log does not hold; is_right(answer, gold): a verifier; open_seat(STUDENT or name of a teacher)."""
-    arms.fill(log, config, list(chain(*tasks.values())), open_seat, Arms(config, tasks, log, is_right).answer)
-
-
 @dataclass
 class Arms:
     """How each arm answers one task: scripts that return its results, one per sample."""
@@ -138,10 +128,13 @@ class Arms:
     config: Config
     tasks: Tasks
     log: TaskLog
-    is_right: Callable[[str, str], bool]
+    is_right: Callable[[str, str], bool]  # verifier of (answer, gold)
+    query: crmarena.Query | None = None  # of a student that may look things up
 
-    def answer(self, jobs: arms.Jobs, seats: dict[str, Seat]) -> Iterator[list[TaskResult]]:
+    def answer(self, jobs: arms.Jobs, seats: arms.Seats) -> Iterator[list[TaskResult]]:
         """Some CHUNK results at a time, of all domains, so that few large calls reach a seat."""
+        if self.query:
+            seats = seats | {STUDENT: crmarena.QueryingSeat(seats[STUDENT], self.query)}
         count, size = seats["teacher"].count_tokens, max(1, CHUNK // self.config.samples)
         for start in range(0, len(jobs), size):
             chunk = jobs[start : start + size]
@@ -175,7 +168,7 @@ class Arms:
         if arm == SHUFFLED:
             given = self.log.get(self.config.last, self.donors[problem.domain][problem.id])
             attempts = yield from guide(known, [one.teaching for one in given], config, seed)
-            told = [(one.told[1], attempt) for one, attempt in zip(given, attempts)]
+            told = [(one.told, attempt) for one, attempt in zip(given, attempts)]
         else:
             made = yield from teach(known, config, RewardConfig(), seed, count_tokens, len(alone))
             told = [(episode.reply, episode.guided) for episode in made]

@@ -343,7 +343,7 @@ def test_the_command_from_seats_to_tables_and_tau2s_own_metrics(tmp_path, monkey
     """Gold replay with a teacher, nothing alone: every number of the report follows, and tau2 scores the files alike."""
     tasks = [TASKS[0], next(t for t in TASKS if "mms_issue" in t.id and t.ticket != TASKS[0].ticket)]
     monkeypatch.setattr(dialogue, "load_tasks", lambda config: tasks)
-    lives = iter([True] * 3)
+    lives = [True] * 3
 
     class ByTask(Recorder):
         """Does nothing unless told to; then replays the gold actions of the task whose ticket is at hand."""
@@ -361,8 +361,8 @@ def test_the_command_from_seats_to_tables_and_tau2s_own_metrics(tmp_path, monkey
     argv = ["eval.py", "--bench", "tau2", "--user", "solo", "--student", "http://s", "--teacher", "grpo=http://t", "--samples", "2",
             "--out", str(tmp_path), "--workers", "2"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", argv)
-    with monkeypatch.context() as patch, pytest.raises(StopIteration):  # dies while the student is alone
-        patch.setattr(dialogue, "simulate", lambda *given: next(lives) and simulate(*given))
+    with monkeypatch.context() as patch, pytest.raises(IndexError):  # dies while the student is alone
+        patch.setattr(dialogue, "simulate", lambda *given: lives.pop() and simulate(*given))
         evaluation.main()
     before = len(read_results(tmp_path / "tasks.jsonl"))
     evaluation.main()  # continues

@@ -3,7 +3,7 @@
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -29,8 +29,8 @@ NAMES = {  # in the tables; {last}: the last teacher
 }  # fmt: skip
 RESULT_FILES = "tasks.jsonl", "run.json", "results.json", "tables.md", "tau2-*.json"
 Key = tuple[str, str, str, int]  # of a result: arm, domain, id, sample
-Jobs = Sequence[tuple[str, Problem]]  # arms, and what they are to answer
-Answer = Callable[[Jobs, dict[str, Seat]], Iterator[list["TaskResult"]]]  # seats: "student", "teacher"
+Jobs = Sequence[tuple[str, Problem]]  # arms, and what each is to answer
+Seats = dict[str, Seat]  # "student", and "teacher": for the arms without one it is the student
 
 
 @dataclass(frozen=True)
@@ -72,21 +72,17 @@ class ArmsConfig:
         return next(reversed(self.teachers), "")
 
     @property
-    def seats(self) -> dict[str, str]:
-        return {STUDENT: self.student, **self.teachers}
-
-    @property
     def arms(self) -> list[str]:
         """Without a teacher there is nothing to control for: then only what --control asks for, and needs none."""
         controls = [arm for arm in self.control if arm != "none"]
         if not self.teacher:
             is_asked = self.control != type(self).control
             controls = [arm for arm in controls if is_asked and arm not in (SHUFFLED, SAME_BUDGET)]
-        return list(dict.fromkeys([*self.seats, *controls]))
+        return list(dict.fromkeys([STUDENT, *self.teachers, *controls]))
 
     @property
     def names(self) -> dict[str, str]:
-        """What an arm is called in the tables."""
+        """In the tables."""
         return {arm: NAMES[arm].format(last=self.last) for arm in NAMES} | {arm: arm for arm in self.teachers}
 
     @property
@@ -121,21 +117,17 @@ class TaskResult:
     def key(self) -> Key:
         return self.arm, self.domain, self.id, self.sample
 
-    @property
-    def told(self) -> tuple[Reply, Reply]:
-        """The student's approach, and what a teacher made of it."""
-        teacher = Reply(self.teacher_text, self.teacher_tokens, self.is_teacher_truncated)
-        return Reply(self.approach, self.approach_tokens, False), teacher
-
     def taught(self, reply: Reply, **changes) -> Self:
         """The same task with a teacher's reply."""
-        told = {
-            "teacher_text": reply.text,
-            "teacher_tokens": reply.tokens,
-            "teaching": parse_teaching(reply.text),
-        }
-        is_leak = bool(self.gold and told["teaching"]) and reveals_answer(told["teaching"], self.gold)
-        return replace(self, **told, is_teacher_truncated=reply.is_truncated, is_leak=is_leak, **changes)
+        teaching = parse_teaching(reply.text)
+        is_leak = bool(self.gold and teaching) and reveals_answer(teaching, self.gold)
+        said = {"teacher_text": reply.text, "teacher_tokens": reply.tokens, "teaching": teaching}
+        return replace(self, **said, is_teacher_truncated=reply.is_truncated, is_leak=is_leak, **changes)
+
+    @property
+    def told(self) -> Reply:
+        """What `taught` was given."""
+        return Reply(self.teacher_text, self.teacher_tokens, self.is_teacher_truncated)
 
     @property
     def all_tokens(self) -> int:
@@ -176,25 +168,20 @@ class TaskLog(Journal):
         return found
 
 
-def fill(
-    log: TaskLog, config: ArmsConfig, problems: Sequence[Problem], open_seat: Callable, answer: Answer
-) -> None:
+def fill(log: TaskLog, config: ArmsConfig, problems: Sequence[Problem], answer: Callable) -> None:
     """Append what the log lacks, in stages. Arms of a stage do not need each other and advance side by side.
 
-    open_seat(arm): called if that seat is needed; a teacher is let go before the next is opened. answer: yields results as they come.
+    answer(jobs, seats): yields lists of results, as they come. Teachers are opened one at a time, and only if needed.
     """
-    seats: dict[str, Seat] = {}
-    for stage in (
-        [STUDENT, TWO_VOTES],
-        *([name] for name in config.teachers),
-        [SHUFFLED, UNTRAINED, SAME_BUDGET],
-    ):
-        seats.pop("teacher", None)
-        stage = [arm for arm in stage if arm in config.arms]
-        jobs = [(arm, problem) for problem in problems for arm in stage]
+    seats: Seats = {}
+    teachers = [[name] for name in config.teachers]
+    for stage in [STUDENT, TWO_VOTES], *teachers, [SHUFFLED, UNTRAINED, SAME_BUDGET]:
+        seats.pop("teacher", None)  # lets it go before the next is opened
+        jobs = [(arm, problem) for problem in problems for arm in config.arms if arm in stage]
         if jobs := [job for job in jobs if len(log.get(*job)) < config.samples]:
-            seats[STUDENT] = seats.get(STUDENT) or open_seat(STUDENT)
-            seats["teacher"] = open_seat(*stage) if stage[0] in config.teachers else seats[STUDENT]
+            seats[STUDENT] = seats.get(STUDENT) or config.open(config.student)
+            is_teacher = stage in teachers
+            seats["teacher"] = config.open(config.teachers[stage[0]]) if is_teacher else seats[STUDENT]
             for results in answer(jobs, seats):
                 log.append(results)
 
@@ -204,7 +191,8 @@ def start_or_continue(config: ArmsConfig, contents: dict[str, str]) -> None:
 
     Raises UserError naming what differs from the run whose results lie there, or the directory without a checkpoint.
     """
-    out, paths = config.out, {name: Path(spec) for name, spec in config.seats.items() if not is_url(spec)}
+    out, specs = config.out, {STUDENT: config.student, **config.teachers}
+    paths = {name: Path(spec) for name, spec in specs.items() if not is_url(spec)}
     for path in paths.values():
         if not is_checkpoint(path):
             raise UserError(f"{path}: no checkpoint; train_sft.py and train_grpo.py make the teachers")

@@ -14,7 +14,6 @@ import importlib.metadata
 import json
 import re
 import threading
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -39,9 +38,8 @@ from nano_atlas.errors import UserError
 from nano_atlas.runs import digest, files_digest
 from nano_atlas.seats import Generation, Question, Reply, Seat
 
-Guide = Callable[
-    [str, str, str, int], tuple[Reply, Reply]
-]  # (system prompt, case, opening, seed) -> approach and teacher's reply
+# (system prompt, case, opening, seed) -> the student's approach and the teacher's reply
+Guide = Callable[[str, str, str, int], tuple[Reply, Reply]]
 
 
 class DialogueEnd(Exception):
@@ -85,15 +83,17 @@ tau2.agent.llm_agent.generate = tau2.user.user_simulator.generate = generate
 def teacher_guide(config, student: Seat, teacher: Seat) -> Guide:
     """A guide that threads may share. A teacher in this process serves them one at a time."""
     lock = threading.Lock() if getattr(teacher, "is_batched", False) else nullcontext()
-    probing = Generation(config.probe_tokens, config.temperature, config.top_p)
-    teaching = Generation(config.teaching_tokens, config.temperature, config.top_p)
 
     def guide(system_prompt: str, case: str, opening: str, seed: int) -> tuple[Reply, Reply]:
+        def question(messages, tokens, kind):
+            generation = Generation(tokens, config.temperature, config.top_p)
+            return [Question(messages, generation, derive_seed(seed, kind, opening))]
+
         probe = [{"role": "system", "content": system_prompt}, *protocol.probe_messages(opening)]
-        ((approach,),) = student.ask([Question(probe, probing, derive_seed(seed, "probe", opening))])
+        ((approach,),) = student.ask(question(probe, config.probe_tokens, "probe"))
         request = protocol.teacher_messages(case, visible(approach.text).strip())
         with lock:
-            ((reply,),) = teacher.ask([Question(request, teaching, derive_seed(seed, "teach", opening))])
+            ((reply,),) = teacher.ask(question(request, config.teaching_tokens, "teach"))
         return approach, reply
 
     return guide
@@ -105,10 +105,8 @@ def only_ticket(task: Task) -> Task:
     return task.model_copy(update=dict.fromkeys(hidden) | {"id": "", "initial_state": InitialState()})
 
 
-def simulate(
-    config, task: Task, seed: int, student, user, guide: Guide | None = None
-) -> tuple[dict, list[Reply]]:
-    """One scored dialogue: a SimulationRun as JSON values, and what the guide said (without one nothing).
+def simulate(config, task: Task, seed: int, student, user, guide: Guide | None = None):
+    """One scored dialogue -> its SimulationRun as JSON values, and a list of what the guide said (without one nothing).
 
     student, user: EndpointSeats; the user is greedy. In solo mode there is none, and the student has the user's tools too.
     """
@@ -123,24 +121,24 @@ def simulate(
             told.extend(guide(messages[0].content, case, opening, seed))
         return protocol.guided_system_prompt(messages[0].content, protocol.parse_teaching(told[1].text))
 
-    mode = {"solo_mode": config.is_solo}
+    mode, generation = {"solo_mode": config.is_solo}, config.episode.answering
     environment = build_environment(config.domain, **mode)
-    seat = {"llm": student, "llm_args": {"generation": config.episode.answering, "guide": guide and guided}}
+    seat = {"llm": student, "llm_args": {"generation": generation, "guide": guide and guided}}
     kind, partner = "llm_agent_solo", DummyUser()
     if not config.is_solo:
-        greedy = {"llm": user, "llm_args": {"generation": Generation(config.answer_tokens, temperature=0.0)}}
+        greedy = {"llm": user, "llm_args": {"generation": config.episode.greedy().answering}}
         kind, partner = "llm_agent", build_user("user_simulator", environment, task, **greedy)
     agent = build_agent(kind, environment, task=only_ticket(task), **seat, **mode)
-    parts = config.domain, agent, partner, environment, task, config.max_steps
-    dialogue = Orchestrator(*parts, seed=seed, **mode)
+    dialogue = Orchestrator(config.domain, agent, partner, environment, task, config.max_steps, seed, **mode)
     try:
         simulation = run_simulation(dialogue)
     except DialogueEnd as end:
         simulation = broken_off(dialogue, *end.args)
-    except UserError as error:
-        simulation = broken_off(dialogue, "infrastructure_error", str(error))
-    except Exception:  # tau2's own, on what a seat said: this one dialogue failed, and the tables count it
-        simulation = broken_off(dialogue, "unexpected_error", traceback.format_exc())
+    except (
+        Exception
+    ) as error:  # tau2 may fail on what a seat said: that is one failed dialogue, which the tables count
+        reason = "infrastructure_error" if isinstance(error, UserError) else "unexpected_error"
+        simulation = broken_off(dialogue, reason, f"{type(error).__name__}: {error}")
     simulation.policy = None  # it stands once in the results' header
     return simulation.model_dump(mode="json", exclude_none=True), told
 
@@ -172,13 +170,10 @@ def contents(config, tasks: Sequence[Task]) -> dict[str, str]:
     """What results are results of: version and digests of package, data and tasks. And the floors of these tasks."""
     folders = DATA_DIR / "tau2/domains" / config.domain, DATA_DIR / "tau2/user_simulator"
     data = (file for folder in folders for file in folder.rglob("*") if file.is_file())
-    return {
-        "tau2 version": importlib.metadata.version("tau2"),
-        "tau2 code": files_digest(sorted(Path(tau2.__file__).parent.rglob("*.py"))),
-        "tau2 data": files_digest(sorted(data)),
-        **floors(config, tasks),
-        "tasks": digest(task.model_dump_json().encode() for task in tasks),
-    }
+    found = {"tau2 version": importlib.metadata.version("tau2"), "tau2 data": files_digest(sorted(data))}
+    found["tau2 code"] = files_digest(sorted(Path(tau2.__file__).parent.rglob("*.py")))
+    found["tasks"] = digest(task.model_dump_json().encode() for task in tasks)
+    return found | floors(config, tasks)
 
 
 def floors(config, tasks: Sequence[Task]) -> dict[str, str]:
@@ -192,8 +187,8 @@ def floors(config, tasks: Sequence[Task]) -> dict[str, str]:
     found = {}
     for name, messages in ("do nothing", [leave]), ("always transfer", [transfer, result, leave]):
         simulation = SimulationRun(messages=messages, **run)
-        rewards = [evaluate_simulation(simulation, task, *how).reward for task in tasks]
-        found[f"floor: {name}"] = f"{100 * mean(rewards):.2f} %"
+        score = mean(evaluate_simulation(simulation, task, *how).reward for task in tasks)
+        found[f"floor: {name}"] = f"{100 * score:.2f} %"
     return found
 
 

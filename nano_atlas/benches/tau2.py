@@ -20,6 +20,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from statistics import mean
@@ -63,14 +64,14 @@ class Config(arms.ArmsConfig):
     workers: int = option(16, "dialogues at a time", resumable=True, at_least=1)
     dry_run: bool = option(False, "only say what would run, and its floors", resumable=True)
 
-    full = True  # every column
+    full = True  # of the columns
 
     def check(self) -> None:
         self.check_arms()
         urls = [self.student] if self.is_solo else [self.student, self.user]
         if not (self.tables or self.dry_run or all(is_url(spec or "") for spec in urls)):
             raise UserError(
-                "--student and --user must be URLs (or --user solo): serve a checkpoint as in --help"
+                "--student and --user must be URLs (or --user solo); serve a checkpoint as in --help"
             )
 
     @property
@@ -90,16 +91,16 @@ def run(config: Config) -> None:
         raise UserError(f"{error}\n{INSTALL}") from None
     tasks = dialogue.load_tasks(config)
     contents = dialogue.contents(config, tasks)
+    problems = [Problem(task.id, "", "", intent(task.id, config.domain)) for task in tasks]
     if config.dry_run:
-        kinds = Counter(intent(task.id, config.domain) for task in tasks)
-        print(f"{len(tasks)} tasks {dict(kinds)}, {config.samples} samples, arms {', '.join(config.arms)}")
+        kinds = dict(Counter(problem.domain for problem in problems))
+        print(f"{len(tasks)} tasks {kinds}, {config.samples} samples, arms {', '.join(config.arms)}")
         print(shown(contents))
         sys.exit()
     arms.start_or_continue(config, contents)
     with TaskLog(config.out / "tasks.jsonl") as log:
-        problems = [Problem(task.id, "", "", intent(task.id, config.domain)) for task in tasks]
-        open_seat = lambda arm: config.open(config.seats[arm])
-        arms.fill(log, config, problems, open_seat, answer(config, problems, tasks, log))
+        answer = partial(dialogues, config, problems, {task.id: task for task in tasks}, log)
+        arms.fill(log, config, problems, answer)
     for arm in config.arms:
         simulations = [result.record for result in log.results.values() if result.arm == arm]
         replace_text(config.out / f"tau2-{arm}.json", dialogue.official(config, tasks, arm, simulations))
@@ -110,35 +111,29 @@ def intent(name: str, domain: str) -> str:
     return (re.findall(r"^\[(\w+)\]", name) or [domain])[0]
 
 
-def answer(config: Config, problems: Sequence[Problem], tasks: Sequence, log: TaskLog) -> arms.Answer:
-    """Has dialogues, one for each trial that the log lacks, `workers` at a time."""
+def dialogues(config: Config, problems: Sequence[Problem], tasks: dict, log: TaskLog, jobs, seats):
+    """One for each trial that the log lacks, `workers` at a time; yields lists of results."""
     from nano_atlas.benches.dialogue import simulate, teacher_guide
 
-    draws, by_id = random.Random(config.seed), {task.id: task for task in tasks}
+    draws = random.Random(config.seed)
     seeds = [draws.randint(0, 1_000_000) for _ in range(config.samples)]  # as tau2 draws them
     donors = arms.derange(problems, config.seed) if SHUFFLED in config.arms else {}
+    student, user = seats["student"], None if config.is_solo else config.open(config.user)
+    ask_teacher = teacher_guide(config, student, seats["teacher"])
 
-    def dialogues(jobs: arms.Jobs, seats: Mapping[str, Any]) -> Iterator[list[TaskResult]]:
-        user = None if config.is_solo else config.open(config.user)
-        taught = teacher_guide(config, seats["student"], seats["teacher"])
+    def run(job: tuple[str, Problem, int]) -> TaskResult:
+        arm, problem, trial = job
+        guide = None if arm == STUDENT else ask_teacher
+        if arm == SHUFFLED:
+            given = log.get(config.last, donors[problem.id])[trial]
+            guide = lambda *_: (Reply(given.approach, given.approach_tokens, False), given.told)
+        simulation, told = simulate(config, tasks[problem.id], seeds[trial], student, user, guide)
+        return task_result((arm, problem.domain, problem.id, trial), simulation | {"trial": trial}, *told)
 
-        def run(job: tuple[str, Problem, int]) -> TaskResult:
-            arm, problem, trial = job
-            guide = None if arm == STUDENT else taught
-            if arm == SHUFFLED:
-                given = log.get(config.last, donors[problem.id])[trial]
-                guide = lambda *_: given.told
-            simulation, told = simulate(
-                config, by_id[problem.id], seeds[trial], seats["student"], user, guide
-            )
-            return task_result((arm, problem.domain, problem.id, trial), simulation | {"trial": trial}, *told)
-
-        left = [(*job, trial) for trial in range(config.samples) for job in jobs]
-        left = [(arm, p, trial) for arm, p, trial in left if (arm, p.domain, p.id, trial) not in log.results]
-        bar = {"total": len(left), "desc": ", ".join(dict(jobs)), "unit": "dialogue"}
-        yield from tqdm(in_parallel(run, left, config.workers), **bar)
-
-    return dialogues
+    trials = [(*job, trial) for trial in range(config.samples) for job in jobs]
+    left = [(arm, p, trial) for arm, p, trial in trials if (arm, p.domain, p.id, trial) not in log.results]
+    bar = {"total": len(left), "desc": ", ".join(dict(jobs)), "unit": "dialogue"}
+    return tqdm(in_parallel(run, left, config.workers), **bar)
 
 
 def in_parallel(run: Callable[..., TaskResult], jobs: Sequence, workers: int) -> Iterator[list[TaskResult]]:
@@ -148,9 +143,8 @@ def in_parallel(run: Callable[..., TaskResult], jobs: Sequence, workers: int) ->
     unreached: list[TaskResult] = []
     with ThreadPool(workers) as pool:
         for result in pool.imap_unordered(run, jobs):
-            is_reached = result.record["termination_reason"] not in UNREACHED
             unreached.append(result)
-            if is_reached:
+            if result.record["termination_reason"] not in UNREACHED:
                 yield unreached
                 unreached = []
             elif len(unreached) == GIVE_UP:
@@ -187,21 +181,13 @@ def tables(config: Config, results: Sequence[TaskResult]) -> str:
     ends = sorted({result.record["termination_reason"] for result in results})
     costs = [["", "dialogues", "covered", "prompt tokens", "seconds", *ends]]
     for arm in config.arms:
-        if runs := [result.record for result in results if result.arm == arm]:
-            count = Counter(run["termination_reason"] for run in runs)
-            covered = scores.percent(1 - sum(count[end] for end in UNREACHED) / len(runs))
-            read = f"{mean(student_tokens(run, 'prompt_tokens') for run in runs):.0f}"
-            seconds = f"{mean(run['duration'] for run in runs):.1f}"
-            costs.append(
-                [
-                    config.names[arm],
-                    str(len(runs)),
-                    covered,
-                    read,
-                    seconds,
-                    *(str(count[end]) for end in ends),
-                ]
-            )
+        runs = [result.record for result in results if result.arm == arm]
+        if runs:
+            counts = {end: sum(run["termination_reason"] == end for run in runs) for end in ends}
+            covered = 1 - sum(counts.get(end, 0) for end in UNREACHED) / len(runs)
+            read = mean(student_tokens(run, "prompt_tokens") for run in runs)
+            row = [config.names[arm], str(len(runs)), scores.percent(covered), f"{read:.0f}"]
+            costs.append([*row, f"{mean(run['duration'] for run in runs):.1f}", *map(str, counts.values())])
     lines = ["", *scores.table(passed, "pass^k"), *scores.table(costs, "dialogues")]
     return "\n".join([*lines, shown(read_json(config.out / "run.json")["contents"]), ""])
 
