@@ -16,7 +16,6 @@ Every arm answers the same tasks in the same answer format, so arms are compared
     same-budget  control, more tokens: the majority of as many answers alone as the last teacher's pair costs (rounded up)
 
 --out gets tasks.jsonl (a line per answer; an interrupted run continues there), run.json, results.json and tables.md.
-Simplified against leaderboards: one greedy answer per task by default (--samples for averages), compared as number or words.
 """
 
 import sys
@@ -33,7 +32,7 @@ from nano_atlas.benches import arms, crmarena, scores, tau2
 from nano_atlas.benches.arms import SHUFFLED, STUDENT, TWO_VOTES, TaskLog, TaskResult
 from nano_atlas.config import derive_seed, option, parse, run_script
 from nano_atlas.data import Problem, load_problems
-from nano_atlas.episode import CountTokens, Sketch, guide, seeds, sketch, teach
+from nano_atlas.episode import Sketch, guide, seeds, sketch, teach
 from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
 from nano_atlas.reward import RewardConfig
@@ -69,7 +68,7 @@ class Config(arms.ArmsConfig, Benchmark):
             return
         if self.student is None:
             raise UserError(f"--preset {self.preset} needs --student DIRECTORY or URL")
-        self.check_arms()
+        super().check()
         if self.samples > 1 and self.temperature == 0:
             raise UserError(f"--temperature 0 gives {self.samples} times the same answer; raise it")
         if bool(self.data) == (self.bench == "nano"):
@@ -95,8 +94,8 @@ def run(config: Config) -> None:
     contents = {f"tasks {name}": digest(repr(p).encode() for p in tasks[name]) for name in tasks}
     arms.start_or_continue(config, contents)
     with TaskLog(config.out / "tasks.jsonl") as log:
-        answer = Arms(config, tasks, log, is_right, query).answer
-        arms.fill(log, config, list(chain(*tasks.values())), answer)
+        problems, how = list(chain(*tasks.values())), Arms(config, tasks, log, is_right, query)
+        arms.fill(log, config, problems, how.answer)
 
 
 def load_tasks(config: Config) -> Tasks:
@@ -135,12 +134,10 @@ class Arms:
         """Some CHUNK results at a time, of all domains, so that few large calls reach a seat."""
         if self.query:
             seats = seats | {STUDENT: crmarena.QueryingSeat(seats[STUDENT], self.query)}
-        count, size = seats["teacher"].count_tokens, max(1, CHUNK // self.config.samples)
+        size = max(1, CHUNK // self.config.samples)
         for start in range(0, len(jobs), size):
             chunk = jobs[start : start + size]
-            scripts = [
-                self.alone(*job) if job[0] in arms.ALONE else self.taught(*job, count) for job in chunk
-            ]
+            scripts = [self.alone(*job) if job[0] in arms.ALONE else self.taught(*job) for job in chunk]
             label = f"{', '.join(sorted({arm for arm, _ in chunk}))}: {len(chunk)} of {len(jobs)} tasks"
             results = list(chain(*play(scripts, seats, label)))
             for attempt, gold in ((result.attempt, result.gold) for result in results):
@@ -161,7 +158,7 @@ class Arms:
         probe = found.approach, found.approach_tokens
         return [TaskResult(*task, i, problem.answer, attempt, *probe) for i, attempt in enumerate(attempts)]
 
-    def taught(self, arm: str, problem: Problem, count_tokens: CountTokens) -> Script:
+    def taught(self, arm: str, problem: Problem) -> Script:
         """With a teaching. Shuffled, sample i gets the one that the last teacher wrote for sample i of the task's donor."""
         config, seed, alone = self.config.episode, seeds(self.config.seed), self.log.get(STUDENT, problem)
         known = Sketch(problem, alone[0].approach, alone[0].approach_tokens, [own.attempt for own in alone])
@@ -170,7 +167,8 @@ class Arms:
             attempts = yield from guide(known, [one.teaching for one in given], config, seed)
             told = [(one.told, attempt) for one, attempt in zip(given, attempts)]
         else:
-            made = yield from teach(known, config, RewardConfig(), seed, count_tokens, len(alone))
+            # nobody reads the rewards here, nor the lengths they depend on
+            made = yield from teach(known, config, RewardConfig(), seed, len, len(alone))
             told = [(episode.reply, episode.guided) for episode in made]
         return [own.taught(reply, arm=arm, attempt=attempt) for own, (reply, attempt) in zip(alone, told)]
 
@@ -181,11 +179,12 @@ class Arms:
     @cached_property
     def budget(self) -> dict[str, int]:
         """By domain: answers of the student alone that cost at least what one of the last teacher's pair does (tokens)."""
-        pair, found = (self.config.last, STUDENT), {}
-        for domain, problems in self.tasks.items():
-            costs = [mean(r.all_tokens for p in problems for r in self.log.get(arm, p)) for arm in pair]
-            found[domain] = ceil(costs[0] / max(costs[1], 1))
-        return found
+
+        def cost(arm: str, problems: list[Problem]) -> float:
+            return mean(result.all_tokens for problem in problems for result in self.log.get(arm, problem))
+
+        last, tasks = self.config.last, self.tasks.items()
+        return {name: ceil(cost(last, found) / max(cost(STUDENT, found), 1)) for name, found in tasks}
 
 
 if __name__ == "__main__":

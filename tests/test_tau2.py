@@ -87,8 +87,8 @@ def test_restart_leaves_nothing_of_the_earlier_run(tmp_path):
 @pytest.mark.parametrize("changes, message", [
     ({"user": None}, "--student and --user must be URLs"),
     ({"student": None}, "or --user solo"),
-    ({"student": "runs/student"}, "serve a checkpoint"),
-    ({"user": "runs/user"}, "serve a checkpoint"),
+    ({"student": "runs/student"}, "served as"),
+    ({"user": "runs/user"}, "served as"),
 ])  # fmt: skip
 def test_student_and_user_are_urls(changes, message):
     with pytest.raises(UserError, match=message):

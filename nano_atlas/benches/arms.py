@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Self
 
@@ -55,7 +56,7 @@ class ArmsConfig:
     tables: bool = option(False, "only print the tables of --out, also of an unfinished run", resumable=True)
     restart: bool = option(False, "start over; discards what --out holds", resumable=True)
 
-    def check_arms(self) -> None:
+    def check(self) -> None:
         if set(NAMES) & set(self.teachers) or len(self.teachers) < len(self.teacher):
             what = f"--teacher {' '.join(self.teacher)}: each needs a name of its own, NAME=PATH"
             raise UserError(f"{what}, other than {STUDENT} and those of the controls")
@@ -68,7 +69,7 @@ class ArmsConfig:
 
     @property
     def last(self) -> str:
-        """The teacher that the controls are made of."""
+        """The teacher whom the controls are made of."""
         return next(reversed(self.teachers), "")
 
     @property
@@ -155,23 +156,20 @@ class TaskLog(Journal):
         self.results = read_results(path)
 
     def append(self, results: Iterable[TaskResult]) -> None:
-        """Write those that are not there yet; they are on the disk when this returns."""
         new = {result.key: result for result in results if result.key not in self.results}
         super().append(vars(result) | {"attempt": vars(result.attempt)} for result in new.values())
         self.results |= new
 
     def get(self, arm: str, problem: Problem) -> list[TaskResult]:
         """The samples of a task that are there, from the first on."""
-        found: list[TaskResult] = []
-        while (key := (arm, problem.domain, problem.id, len(found))) in self.results:
-            found.append(self.results[key])
-        return found
+        keys = ((arm, problem.domain, problem.id, sample) for sample in count())
+        return [self.results[key] for key in takewhile(self.results.__contains__, keys)]
 
 
 def fill(log: TaskLog, config: ArmsConfig, problems: Sequence[Problem], answer: Callable) -> None:
-    """Append what the log lacks, in stages. Arms of a stage do not need each other and advance side by side.
+    """Append what the log lacks. Arms of a stage advance side by side; teachers are opened one at a time, and only if needed.
 
-    answer(jobs, seats): yields lists of results, as they come. Teachers are opened one at a time, and only if needed.
+    answer(jobs, seats): yields lists of results, as they come.
     """
     seats: Seats = {}
     teachers = [[name] for name in config.teachers]
@@ -180,17 +178,14 @@ def fill(log: TaskLog, config: ArmsConfig, problems: Sequence[Problem], answer: 
         jobs = [(arm, problem) for problem in problems for arm in config.arms if arm in stage]
         if jobs := [job for job in jobs if len(log.get(*job)) < config.samples]:
             seats[STUDENT] = seats.get(STUDENT) or config.open(config.student)
-            is_teacher = stage in teachers
-            seats["teacher"] = config.open(config.teachers[stage[0]]) if is_teacher else seats[STUDENT]
+            teacher = config.teachers.get(stage[0])
+            seats["teacher"] = config.open(teacher) if teacher else seats[STUDENT]
             for results in answer(jobs, seats):
                 log.append(results)
 
 
 def start_or_continue(config: ArmsConfig, contents: dict[str, str]) -> None:
-    """Write run.json: the options, and digests of checkpoints, tasks and packages, because a path may come to hold other ones.
-
-    Raises UserError naming what differs from the run whose results lie there, or the directory without a checkpoint.
-    """
+    """Write run.json: options, and digests of checkpoints and whatever else a path may come to hold. Raises UserError for changes."""
     out, specs = config.out, {STUDENT: config.student, **config.teachers}
     paths = {name: Path(spec) for name, spec in specs.items() if not is_url(spec)}
     for path in paths.values():
@@ -216,10 +211,7 @@ def derange(problems: Sequence[Problem], seed: int) -> dict[str, Problem]:
 
 
 def majority(attempts: Sequence[Attempt]) -> Attempt:
-    """The first attempt with the most frequent answer, at the price of all: self-consistency (Wang et al. 2022, arXiv:2203.11171).
-
-    Attempts without an answer have no vote, and of equally frequent answers the one given first wins.
-    """
+    """The first with the most frequent answer, at the price of all: self-consistency (Wang et al. 2022, arXiv:2203.11171)."""
     voters = [attempt for attempt in attempts if attempt.answer is not None]
     votes = Counter(answer_key(voter.answer) for voter in voters)
     first = max(voters, key=lambda voter: votes[answer_key(voter.answer)], default=attempts[0])

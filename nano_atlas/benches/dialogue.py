@@ -1,13 +1,12 @@
 """The official package of τ²-bench (v1.0.1), which runs and scores each dialogue. No other file imports it.
 
-Replaced is the function through which tau2 asks a language model: `generate` sends the same messages and tools to an endpoint.
-Added is the teacher. It is asked once per dialogue, when the student has read the user's first message (in solo mode: the ticket):
+Its function that asks a language model is replaced: `generate` sends the same messages and tools to an endpoint. Added is the teacher,
+who is asked once per dialogue, when the student has read the user's first message (in solo mode: the ticket):
 
     probe     student   its system prompt + the opening                       ->  how it would approach the case
     teaching  TEACHER   policy + names of the tools + opening + approach      ->  guidance, appended to the student's system prompt
 
-Neither can see what a task is scored by: an agent is built from tools and policy alone, in solo mode also from a task of which
-nothing but the ticket is left. `config` is always tau2.Config.
+Neither can see what a task is scored by: an agent is built from tools and policy alone. `config` is always tau2.Config.
 """
 
 import importlib.metadata
@@ -20,14 +19,13 @@ from pathlib import Path
 from statistics import mean
 
 import tau2.agent.llm_agent
-import tau2.user.user_simulator
+import tau2.user.user_simulator as user_simulator
 from tau2.data_model.message import AssistantMessage, ToolCall
 from tau2.data_model.simulation import Results, RewardInfo, SimulationRun, TerminationReason, TextRunConfig
 from tau2.data_model.tasks import InitialState, RewardType, Task
 from tau2.evaluator.evaluator import EvaluationType, evaluate_simulation
 from tau2.orchestrator.orchestrator import Orchestrator
 from tau2.runner import build_agent, build_environment, build_user, get_info, get_tasks, run_simulation
-from tau2.user.user_simulator import DummyUser
 from tau2.utils import DATA_DIR
 from tau2.utils.llm_utils import to_litellm_messages, validate_message_history
 
@@ -37,9 +35,6 @@ from nano_atlas.config import derive_seed
 from nano_atlas.errors import UserError
 from nano_atlas.runs import digest, files_digest
 from nano_atlas.seats import Generation, Question, Reply, Seat
-
-# (system prompt, case, opening, seed) -> the student's approach and the teacher's reply
-Guide = Callable[[str, str, str, int], tuple[Reply, Reply]]
 
 
 class DialogueEnd(Exception):
@@ -77,24 +72,25 @@ def generate(model, messages, generation, tools=None, tool_choice="auto", call_n
     return AssistantMessage(role="assistant", content=text, tool_calls=calls or None, cost=0.0, usage=usage)
 
 
-tau2.agent.llm_agent.generate = tau2.user.user_simulator.generate = generate
+tau2.agent.llm_agent.generate = user_simulator.generate = generate
 
 
-def teacher_guide(config, student: Seat, teacher: Seat) -> Guide:
+def teacher_guide(config, student: Seat, teacher: Seat) -> Callable[..., tuple[Reply, Reply]]:
     """A guide that threads may share. A teacher in this process serves them one at a time."""
     lock = threading.Lock() if getattr(teacher, "is_batched", False) else nullcontext()
 
     def guide(system_prompt: str, case: str, opening: str, seed: int) -> tuple[Reply, Reply]:
-        def question(messages, tokens, kind):
-            generation = Generation(tokens, config.temperature, config.top_p)
-            return [Question(messages, generation, derive_seed(seed, kind, opening))]
+        """The student's approach and the teacher's reply."""
+
+        def said(seat, messages, kind, max_tokens):
+            generation = Generation(max_tokens, config.temperature, config.top_p)
+            return seat.ask([Question(messages, generation, derive_seed(seed, kind, opening))])[0][0]
 
         probe = [{"role": "system", "content": system_prompt}, *protocol.probe_messages(opening)]
-        ((approach,),) = student.ask(question(probe, config.probe_tokens, "probe"))
+        approach = said(student, probe, "probe", config.probe_tokens)
         request = protocol.teacher_messages(case, visible(approach.text).strip())
         with lock:
-            ((reply,),) = teacher.ask(question(request, config.teaching_tokens, "teach"))
-        return approach, reply
+            return approach, said(teacher, request, "teach", config.teaching_tokens)
 
     return guide
 
@@ -105,7 +101,7 @@ def only_ticket(task: Task) -> Task:
     return task.model_copy(update=dict.fromkeys(hidden) | {"id": "", "initial_state": InitialState()})
 
 
-def simulate(config, task: Task, seed: int, student, user, guide: Guide | None = None):
+def simulate(config, task: Task, seed: int, student, user, guide: Callable | None = None):
     """One scored dialogue -> its SimulationRun as JSON values, and a list of what the guide said (without one nothing).
 
     student, user: EndpointSeats; the user is greedy. In solo mode there is none, and the student has the user's tools too.
@@ -124,7 +120,7 @@ def simulate(config, task: Task, seed: int, student, user, guide: Guide | None =
     mode, generation = {"solo_mode": config.is_solo}, config.episode.answering
     environment = build_environment(config.domain, **mode)
     seat = {"llm": student, "llm_args": {"generation": generation, "guide": guide and guided}}
-    kind, partner = "llm_agent_solo", DummyUser()
+    kind, partner = "llm_agent_solo", user_simulator.DummyUser()
     if not config.is_solo:
         greedy = {"llm": user, "llm_args": {"generation": config.episode.greedy().answering}}
         kind, partner = "llm_agent", build_user("user_simulator", environment, task, **greedy)

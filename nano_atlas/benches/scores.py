@@ -83,8 +83,9 @@ def score(tasks: Tasks) -> dict:
     row = {"domain": answers[0].domain, "arm": answers[0].arm, "tasks": count, "accuracy": fmean(means)}
     row["error"] = stdev(means) / sqrt(count) if count > 1 else None  # standard error, over tasks
     row["interval"] = stats.wilson_interval(sum(right), count) if samples == 1 else None
-    for name, estimate in ("pass_at_k", stats.pass_at_k), ("pass_hat_k", stats.pass_hat_k):
-        row[name] = {k: fmean(estimate(samples, c, k) for c in right) for k in range(1, samples + 1)}
+    for estimate in stats.pass_at_k, stats.pass_hat_k:
+        rates = {k: fmean(estimate(samples, c, k) for c in right) for k in range(1, samples + 1)}
+        row[estimate.__name__] = rates
     row["majority"] = fmean(arms.majority([r.attempt for r in task]).is_correct for task in tasks.values())
     for _, name, _, value in MEANS:
         values = [number for result in answers if (number := value(result)) is not None]
@@ -131,9 +132,9 @@ def tables(report: Report, names: dict[str, str]) -> str:
     """Per domain one row per arm, and below it the differences between teachers. `names`: what to call an arm."""
     lines: list[str] = []
     for domain in dict.fromkeys(row["domain"] for row in report["scores"]):
-        scores = [row for row in report["scores"] if row["domain"] == domain]
-        tasks, rows = scores[0]["tasks"], [["", *cells(scores[0])]]
-        for row in scores:
+        found = [row for row in report["scores"] if row["domain"] == domain]
+        tasks, rows = found[0]["tasks"], [["", *cells(found[0])]]
+        for row in found:
             so_far = "" if row["tasks"] == tasks else f" (so far {row['tasks']} tasks)"
             rows.append([names[row["arm"]] + so_far, *cells(row).values()])
         lines += table(rows, f"{domain}: {tasks} tasks")
@@ -167,9 +168,9 @@ def summary(report: Report, config: ArmsConfig) -> str:
     shown = [arm for arm in (STUDENT, *config.teachers, SHUFFLED) if arm in {arm for _, arm in found}]
     rows = [["tasks", *(names[arm] for arm in shown), " − ".join(names[arm] for arm in reversed(pair))]]
     for domain in dict.fromkeys(domain for domain, _ in found):
-        cells = [percent(found.get((domain, arm), {}).get("accuracy")) for arm in shown]
+        accuracies = [percent(found.get((domain, arm), {}).get("accuracy")) for arm in shown]
         gain = f"**{gains[domain, *pair]}**" if (domain, *pair) in gains else ""
-        rows.append([f"{domain} ({found[domain, STUDENT]['tasks']})", *cells, gain])
+        rows.append([f"{domain} ({found[domain, STUDENT]['tasks']})", *accuracies, gain])
     note = "Accuracy in %, difference in points with its 95 % interval over tasks."
     return "\n".join([*table(rows if config.teachers else [row[:-1] for row in rows]), note, ""])
 

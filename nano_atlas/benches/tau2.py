@@ -7,9 +7,7 @@
 
 The official package runs and scores each dialogue (dialogue.py). The arms are those of eval.py without the votes: dialogues change the
 world, so one cannot choose among them afterwards. Student and user are URLs: a server computes the prompt that each turn repeats only
-once, and parses tool calls (`vllm serve MODEL --enable-auto-tool-choice --tool-call-parser hermes` for Qwen3).
-
-A dialogue that a seat breaks off (no text, malformed call, outgrown context) is a failure. So is one whose seat could not be reached,
+once, and parses tool calls (`vllm serve MODEL --enable-auto-tool-choice --tool-call-parser hermes` for Qwen3). A dialogue that a seat breaks off (no text, malformed call, outgrown context) is a failure. So is one whose seat could not be reached,
 which tau2's own metrics leave out; *covered* is the share of the others. tau2-<arm>.json in --out is for `tau2 evaluate-trajs`.
 """
 
@@ -24,7 +22,6 @@ from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from tqdm import tqdm
 
@@ -63,16 +60,13 @@ class Config(arms.ArmsConfig):
     max_steps: int = option(200, "messages and calls until a dialogue is ended as a failure", at_least=1)
     workers: int = option(16, "dialogues at a time", resumable=True, at_least=1)
     dry_run: bool = option(False, "only say what would run, and its floors", resumable=True)
-
-    full = True  # of the columns
+    full = True  # tables always have all columns
 
     def check(self) -> None:
-        self.check_arms()
+        super().check()
         urls = [self.student] if self.is_solo else [self.student, self.user]
         if not (self.tables or self.dry_run or all(is_url(spec or "") for spec in urls)):
-            raise UserError(
-                "--student and --user must be URLs (or --user solo); serve a checkpoint as in --help"
-            )
+            raise UserError("--student and --user must be URLs (or --user solo), served as --help says")
 
     @property
     def is_solo(self) -> bool:
@@ -111,7 +105,7 @@ def intent(name: str, domain: str) -> str:
     return (re.findall(r"^\[(\w+)\]", name) or [domain])[0]
 
 
-def dialogues(config: Config, problems: Sequence[Problem], tasks: dict, log: TaskLog, jobs, seats):
+def dialogues(config: Config, problems: list, tasks: dict, log: TaskLog, jobs: arms.Jobs, seats: arms.Seats):
     """One for each trial that the log lacks, `workers` at a time; yields lists of results."""
     from nano_atlas.benches.dialogue import simulate, teacher_guide
 
@@ -153,7 +147,7 @@ def in_parallel(run: Callable[..., TaskResult], jobs: Sequence, workers: int) ->
     yield unreached
 
 
-def task_result(key: Key, simulation: dict[str, Any], probe: Reply | None = None, reply=None) -> TaskResult:
+def task_result(key: Key, simulation: dict, probe: Reply | None = None, reply=None) -> TaskResult:
     """One line of the log, in the terms of the other benchmarks: right is a reward of 1, and an answer is a proper end."""
     reward, end = simulation["reward_info"]["reward"], simulation["termination_reason"]
     answer = str(reward) if end in ("user_stop", "agent_stop") else None
@@ -163,7 +157,7 @@ def task_result(key: Key, simulation: dict[str, Any], probe: Reply | None = None
     return result.taught(reply, approach=probe.text, approach_tokens=probe.tokens) if reply else result
 
 
-def student_tokens(simulation: dict[str, Any], kind: str) -> int:
+def student_tokens(simulation: dict, kind: str) -> int:
     """prompt_tokens or completion_tokens of all of the student's turns, also of the one that broke the dialogue off."""
     turns = [message.get("usage") for message in simulation["messages"] if message["role"] == "assistant"]
     if simulation["termination_reason"] == "agent_error":
