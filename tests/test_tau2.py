@@ -143,15 +143,11 @@ def test_an_unreached_dialogue_counts_as_a_failure_and_coverage_is_shown(tmp_pat
         [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")
     ]
     table = {row[0]: row[1:] for row in rows}
-    assert table["all: student alone"] == ["2", "25.0", "0.0"] and table["all: grpo"] == [
-        "2",
-        "100.0",
-        "100.0",
-    ]
-    assert table["mms_issue: student alone"] == ["1", "50.0", "0.0"]
-    assert table["PERSONA:None: student alone"] == ["1", "0.0", "0.0"]
-    costs = [row for row in rows if row[:2] in (["", "dialogues"], ["student alone", "5"])]
+    assert table["all: student"] == ["2", "25.0", "0.0"] and table["all: grpo"] == ["2", "100.0", "100.0"]
+    assert table["mms_issue: student"] == ["1", "50.0", "0.0"]
+    assert table["PERSONA:None: student"] == ["1", "0.0", "0.0"]
+    costs = [row for row in rows if row[:2] in (["", "dialogues"], ["student", "5"])]
     ends = ["infrastructure_error", "max_steps", "user_error", "user_stop"]
     assert costs == [["", "dialogues", "covered", "prompt tokens", "seconds", *ends],
-                     ["student alone", "5", "80.0", "100", "2.0", "1", "1", "1", "2"]]  # fmt: skip
+                     ["student", "5", "80.0", "100", "2.0", "1", "1", "1", "2"]]  # fmt: skip
     assert "always transfer 25.00 %" in text and "tau2 version 1.0.1" in text

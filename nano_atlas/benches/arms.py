@@ -24,10 +24,6 @@ from nano_atlas.seats import Reply, Seat, is_url, open_seat
 STUDENT = "student"  # the arm that all others are compared with
 CONTROLS = SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET = "shuffled", "untrained", "two-votes", "same-budget"
 ALONE = STUDENT, TWO_VOTES, SAME_BUDGET  # the arms without a teaching
-NAMES = {  # in the tables; {last}: the last teacher
-    STUDENT: "student alone", SHUFFLED: "control: shuffled {last}", UNTRAINED: "control: untrained",
-    TWO_VOTES: "control: vote of 2", SAME_BUDGET: "control: vote, tokens of {last}",
-}  # fmt: skip
 RESULT_FILES = "tasks.jsonl", "run.json", "results.json", "tables.md", "tau2-*.json"
 Key = tuple[str, str, str, int]  # of a result: arm, domain, id, sample
 Jobs = Sequence[tuple[str, Problem]]  # arms, and what each is to answer
@@ -57,7 +53,7 @@ class ArmsConfig:
     restart: bool = option(False, "start over; discards what --out holds", resumable=True)
 
     def check(self) -> None:
-        if set(NAMES) & set(self.teachers) or len(self.teachers) < len(self.teacher):
+        if {STUDENT, *CONTROLS} & set(self.teachers) or len(self.teachers) < len(self.teacher):
             what = f"--teacher {' '.join(self.teacher)}: each needs a name of its own, NAME=PATH"
             raise UserError(f"{what}, other than {STUDENT} and those of the controls")
 
@@ -80,11 +76,6 @@ class ArmsConfig:
             is_asked = self.control != type(self).control
             controls = [arm for arm in controls if is_asked and arm not in (SHUFFLED, SAME_BUDGET)]
         return list(dict.fromkeys([STUDENT, *self.teachers, *controls]))
-
-    @property
-    def names(self) -> dict[str, str]:
-        """In the tables."""
-        return {arm: NAMES[arm].format(last=self.last) for arm in NAMES} | {arm: arm for arm in self.teachers}
 
     @property
     def episode(self) -> EpisodeConfig:

@@ -116,12 +116,12 @@ def tables(config: ArmsConfig, results: Collection[TaskResult]) -> str:
     """What accuracy on policy violations hides: always answering None, and how many violations are found, whichever article."""
     tasks = [result for result in results if result.domain == VIOLATION]
     answers = {arm: [(r.attempt.answer, r.gold) for r in tasks if r.arm == arm] for arm in config.arms}
-    answers["floor"] = [("None", gold) for _, gold in answers[STUDENT]]
+    answers["always None"] = [("None", gold) for _, gold in answers[STUDENT]]
     rows = [["policy violations", "answers", "accuracy", "violations found"]]
     for arm, pairs in answers.items():
         right = [answer is not None and is_correct(answer, gold) for answer, gold in pairs]
         violations = [answer for answer, gold in pairs if not is_correct(gold, "None")]
         found = [bool(answer) and not is_correct(answer, "None") for answer in violations]
         rates = (scores.percent(fmean(values) if values else None) for values in (right, found))
-        rows.append([config.names.get(arm, "floor: always None"), str(len(pairs)), *rates])
+        rows.append([arm, str(len(pairs)), *rates])
     return "\n".join(["", *scores.table(rows)]) if tasks else ""

@@ -119,7 +119,7 @@ def finish(config: ArmsConfig, own: Callable[[ArmsConfig, list[TaskResult]], str
         raise UserError(f"{config.out} holds no results yet; run the evaluation without --tables first")
     stored = type(config)(**saved["config"] | {"out": config.out})
     report, added = make_report(results, stored), own(stored, results)
-    text = tables(report, stored.names) + added
+    text = tables(report) + added
     if not config.tables:
         write_json(config.out / "results.json", {"run": saved, **report})
         replace_text(config.out / "tables.md", text)
@@ -128,20 +128,20 @@ def finish(config: ArmsConfig, own: Callable[[ArmsConfig, list[TaskResult]], str
     print(text)
 
 
-def tables(report: Report, names: dict[str, str]) -> str:
-    """Per domain one row per arm, and below it the differences between teachers. `names`: what to call an arm."""
+def tables(report: Report) -> str:
+    """Per domain one row per arm, and below it the differences between teachers."""
     lines: list[str] = []
     for domain in dict.fromkeys(row["domain"] for row in report["scores"]):
         found = [row for row in report["scores"] if row["domain"] == domain]
         tasks, rows = found[0]["tasks"], [["", *cells(found[0])]]
         for row in found:
             so_far = "" if row["tasks"] == tasks else f" (so far {row['tasks']} tasks)"
-            rows.append([names[row["arm"]] + so_far, *cells(row).values()])
+            rows.append([row["arm"] + so_far, *cells(row).values()])
         lines += table(rows, f"{domain}: {tasks} tasks")
         for gain in (gain for gain in report["differences"] if gain["domain"] == domain):
             size = f"**{points(gain)}**, McNemar p {p_value(gain['p_value'])}"
             changed = f"{gain['improved']} improved, {gain['degraded']} degraded"
-            lines += [f"{names[gain['arm']]} − {names[gain['other']]}: {size}, {changed}", ""]
+            lines += [f"{gain['arm']} − {gain['other']}: {size}, {changed}", ""]
     return "\n".join([*lines, NOTE])
 
 
@@ -164,9 +164,9 @@ def summary(report: Report, config: ArmsConfig) -> str:
     found = {(row["domain"], row["arm"]): row for row in report["scores"]}
     compared = [*report["differences"], *(row["versus_student"] for row in report["scores"])]
     gains = {(gain["domain"], gain["other"], gain["arm"]): points(gain) for gain in compared if gain}
-    names, pair = config.names, [STUDENT, *config.teachers][-2:]
+    pair = [STUDENT, *config.teachers][-2:]
     shown = [arm for arm in (STUDENT, *config.teachers, SHUFFLED) if arm in {arm for _, arm in found}]
-    rows = [["tasks", *(names[arm] for arm in shown), " − ".join(names[arm] for arm in reversed(pair))]]
+    rows = [["tasks", *shown, " − ".join(reversed(pair))]]
     for domain in dict.fromkeys(domain for domain, _ in found):
         accuracies = [percent(found.get((domain, arm), {}).get("accuracy")) for arm in shown]
         gain = f"**{gains[domain, *pair]}**" if (domain, *pair) in gains else ""

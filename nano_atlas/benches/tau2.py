@@ -85,16 +85,15 @@ def run(config: Config) -> None:
         raise UserError(f"{error}\n{INSTALL}") from None
     tasks = dialogue.load_tasks(config)
     contents = dialogue.contents(config, tasks)
-    problems = [Problem(task.id, "", "", intent(task.id, config.domain)) for task in tasks]
+    tasks_of = {Problem(task.id, "", "", intent(task.id, config.domain)): task for task in tasks}
     if config.dry_run:
-        kinds = dict(Counter(problem.domain for problem in problems))
+        kinds = dict(Counter(problem.domain for problem in tasks_of))
         print(f"{len(tasks)} tasks {kinds}, {config.samples} samples, arms {', '.join(config.arms)}")
         print(shown(contents))
         sys.exit()
     arms.start_or_continue(config, contents)
     with TaskLog(config.out / "tasks.jsonl") as log:
-        answer = partial(dialogues, config, problems, {task.id: task for task in tasks}, log)
-        arms.fill(log, config, problems, answer)
+        arms.fill(log, config, list(tasks_of), partial(dialogues, config, tasks_of, log))
     for arm in config.arms:
         simulations = [result.record for result in log.results.values() if result.arm == arm]
         replace_text(config.out / f"tau2-{arm}.json", dialogue.official(config, tasks, arm, simulations))
@@ -105,13 +104,13 @@ def intent(name: str, domain: str) -> str:
     return (re.findall(r"^\[(\w+)\]", name) or [domain])[0]
 
 
-def dialogues(config: Config, problems: list, tasks: dict, log: TaskLog, jobs: arms.Jobs, seats: arms.Seats):
+def dialogues(config: Config, tasks: dict, log: TaskLog, jobs: arms.Jobs, seats: arms.Seats):
     """One for each trial that the log lacks, `workers` at a time; yields lists of results."""
     from nano_atlas.benches.dialogue import simulate, teacher_guide
 
     draws = random.Random(config.seed)
     seeds = [draws.randint(0, 1_000_000) for _ in range(config.samples)]  # as tau2 draws them
-    donors = arms.derange(problems, config.seed) if SHUFFLED in config.arms else {}
+    donors = arms.derange(list(tasks), config.seed) if SHUFFLED in config.arms else {}
     student, user = seats["student"], None if config.is_solo else config.open(config.user)
     ask_teacher = teacher_guide(config, student, seats["teacher"])
 
@@ -121,7 +120,7 @@ def dialogues(config: Config, problems: list, tasks: dict, log: TaskLog, jobs: a
         if arm == SHUFFLED:
             given = log.get(config.last, donors[problem.id])[trial]
             guide = lambda *_: (Reply(given.approach, given.approach_tokens, False), given.told)
-        simulation, told = simulate(config, tasks[problem.id], seeds[trial], student, user, guide)
+        simulation, told = simulate(config, tasks[problem], seeds[trial], student, user, guide)
         return task_result((arm, problem.domain, problem.id, trial), simulation | {"trial": trial}, *told)
 
     trials = [(*job, trial) for trial in range(config.samples) for job in jobs]
@@ -170,7 +169,7 @@ def tables(config: Config, results: Sequence[TaskResult]) -> str:
     groups = [replace(r, domain=group) for r in results for group in ("all", *PERSONA.findall(r.id))]
     passed = [["", "tasks", *(f"pass^{k}" for k in range(1, config.samples + 1))]]
     for score in scores.make_report([*groups, *results], config)["scores"]:
-        name, rates = f"{score['domain']}: {config.names[score['arm']]}", score["pass_hat_k"].values()
+        name, rates = f"{score['domain']}: {score['arm']}", score["pass_hat_k"].values()
         passed.append([name, str(score["tasks"]), *map(scores.percent, rates)])
     ends = sorted({result.record["termination_reason"] for result in results})
     costs = [["", "dialogues", "covered", "prompt tokens", "seconds", *ends]]
@@ -180,7 +179,7 @@ def tables(config: Config, results: Sequence[TaskResult]) -> str:
             counts = {end: sum(run["termination_reason"] == end for run in runs) for end in ends}
             covered = 1 - sum(counts.get(end, 0) for end in UNREACHED) / len(runs)
             read = mean(student_tokens(run, "prompt_tokens") for run in runs)
-            row = [config.names[arm], str(len(runs)), scores.percent(covered), f"{read:.0f}"]
+            row = [arm, str(len(runs)), scores.percent(covered), f"{read:.0f}"]
             costs.append([*row, f"{mean(run['duration'] for run in runs):.1f}", *map(str, counts.values())])
     lines = ["", *scores.table(passed, "pass^k"), *scores.table(costs, "dialogues")]
     return "\n".join([*lines, shown(read_json(config.out / "run.json")["contents"]), ""])
