@@ -84,7 +84,7 @@ def main() -> None:
         config, compute, own = parse(Config, argv, presets("eval"), __doc__), run, crmarena.tables
     if not config.tables:
         compute(config)
-    scores.finish(config, own, is_short=not config.full)
+    scores.finish(config, own)
 
 
 def run(config: Config) -> None:
@@ -179,12 +179,11 @@ class Arms:
     @cached_property
     def budget(self) -> dict[str, int]:
         """By domain: answers of the student alone that cost at least what one of the last teacher's pair does (tokens)."""
-
-        def cost(arm: str, problems: list[Problem]) -> float:
-            return mean(result.all_tokens for problem in problems for result in self.log.get(arm, problem))
-
-        last, tasks = self.config.last, self.tasks.items()
-        return {name: ceil(cost(last, found) / max(cost(STUDENT, found), 1)) for name, found in tasks}
+        pair, found = (self.config.last, STUDENT), {}
+        for domain, problems in self.tasks.items():
+            costs = [mean(r.all_tokens for p in problems for r in self.log.get(arm, p)) for arm in pair]
+            found[domain] = ceil(costs[0] / max(costs[1], 1))
+        return found
 
 
 if __name__ == "__main__":

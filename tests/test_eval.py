@@ -324,11 +324,9 @@ def test_damaged_results_are_named_by_line(tmp_path):
     run(config)
     file = tmp_path / "tasks.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
-    for damage, message in ((lines[:3] + [b'{"arm": "x"}\n'] + lines[3:], ":4: not a task result"),
-                            (lines[:5] + [b"\0\0\0\n"] + lines[6:], ":6: not JSON")):  # fmt: skip
-        file.write_bytes(b"".join(damage))
-        with pytest.raises(UserError, match=message):
-            run(config)
+    file.write_bytes(b"".join(lines[:5] + [b"\0\0\0\n"] + lines[6:]))
+    with pytest.raises(UserError, match=":6: not JSON"):
+        run(config)
 
 
 def test_two_writers_exclude_each_other(tmp_path):

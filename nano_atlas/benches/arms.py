@@ -128,15 +128,10 @@ class TaskResult:
 
 
 def read_results(path: Path) -> dict[Key, TaskResult]:
-    """The results in a tasks.jsonl by their key. Raises UserError for a damaged line."""
-    results: dict[Key, TaskResult] = {}
-    for number, record in read_jsonl(path, is_journal=True) if path.exists() and path.stat().st_size else ():
-        try:
-            result = TaskResult(**record | {"attempt": Attempt(**record["attempt"])})
-        except (TypeError, KeyError) as error:
-            raise UserError(f"{path}:{number}: not a task result ({error}); delete the line") from None
-        results[result.key] = result
-    return results
+    """What a tasks.jsonl holds. Raises UserError for a damaged line."""
+    lines = read_jsonl(path, is_journal=True) if path.exists() and path.stat().st_size else ()
+    found = (TaskResult(**record | {"attempt": Attempt(**record["attempt"])}) for _, record in lines)
+    return {result.key: result for result in found}
 
 
 class TaskLog(Journal):

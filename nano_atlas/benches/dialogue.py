@@ -44,8 +44,7 @@ class DialogueEnd(Exception):
 def generate(model, messages, generation, tools=None, tool_choice="auto", call_name=None, seed=0, guide=None):
     """Stands in for tau2.utils.llm_utils.generate; `generation` and `guide` come with the `llm_args` that tau2 passes on.
 
-    Reasoning is dropped: it reaches neither the other side nor the history. Raises DialogueEnd for a turn without text and tool
-    call, for arguments that are no JSON object, and for an outgrown context; UserError for a seat that does not answer.
+    Reasoning reaches neither the other side nor the history. Raises DialogueEnd, and UserError for a seat that does not answer.
     """
     validate_message_history(messages)
     wire = [{k: v for k, v in message.items() if v is not None} for message in to_litellm_messages(messages)]
@@ -57,7 +56,7 @@ def generate(model, messages, generation, tools=None, tool_choice="auto", call_n
     except UserError as error:
         if not re.search("context length|max_position_embeddings", str(error)):
             raise
-        raise DialogueEnd("context_window_exceeded", str(error)) from error
+        raise DialogueEnd("context_window_exceeded", str(error), None) from error
     text, calls = visible(reply.text).strip() or None, []
     usage = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.tokens}
     try:
@@ -115,12 +114,12 @@ def simulate(config, task: Task, seed: int, student, user, guide: Callable | Non
             names = ", ".join(tool.name for tool in tools)
             case = f"{environment.get_policy()}\n\nTools: {names}\n\nUser: {opening}"
             told.extend(guide(messages[0].content, case, opening, seed))
-        return protocol.guided_system_prompt(messages[0].content, protocol.parse_teaching(told[1].text))
+        _, reply = told
+        return protocol.guided_system_prompt(messages[0].content, protocol.parse_teaching(reply.text))
 
-    mode, generation = {"solo_mode": config.is_solo}, config.episode.answering
+    mode, kind, partner = {"solo_mode": config.is_solo}, "llm_agent_solo", user_simulator.DummyUser()
     environment = build_environment(config.domain, **mode)
-    seat = {"llm": student, "llm_args": {"generation": generation, "guide": guide and guided}}
-    kind, partner = "llm_agent_solo", user_simulator.DummyUser()
+    seat = {"llm": student, "llm_args": {"generation": config.episode.answering, "guide": guide and guided}}
     if not config.is_solo:
         greedy = {"llm": user, "llm_args": {"generation": config.episode.greedy().answering}}
         kind, partner = "llm_agent", build_user("user_simulator", environment, task, **greedy)
@@ -128,23 +127,18 @@ def simulate(config, task: Task, seed: int, student, user, guide: Callable | Non
     dialogue = Orchestrator(config.domain, agent, partner, environment, task, config.max_steps, seed, **mode)
     try:
         simulation = run_simulation(dialogue)
-    except DialogueEnd as end:
-        simulation = broken_off(dialogue, *end.args)
     except (
         Exception
-    ) as error:  # tau2 may fail on what a seat said: that is one failed dialogue, which the tables count
-        reason = "infrastructure_error" if isinstance(error, UserError) else "unexpected_error"
-        simulation = broken_off(dialogue, reason, f"{type(error).__name__}: {error}")
+    ) as error:  # also of tau2 on what a seat said: one failed dialogue, which the tables count
+        kind = "infrastructure_error" if isinstance(error, UserError) else "unexpected_error"
+        other = DialogueEnd(kind, f"{type(error).__name__}: {error}", None)
+        reason, failure, usage = (error if isinstance(error, DialogueEnd) else other).args
+        dialogue.termination_reason, dialogue.to_role = TerminationReason(reason), None
+        simulation = dialogue._finalize()
+        simulation.reward_info = RewardInfo(reward=0.0)
+        simulation.info = {"failure": failure, "usage": usage}
     simulation.policy = None  # it stands once in the results' header
     return simulation.model_dump(mode="json", exclude_none=True), told
-
-
-def broken_off(dialogue: Orchestrator, reason: str, failure: str, usage=None) -> SimulationRun:
-    dialogue.termination_reason, dialogue.to_role = TerminationReason(reason), None
-    simulation = dialogue._finalize()
-    simulation.reward_info = RewardInfo(reward=0.0)
-    simulation.info = {"failure": failure, "usage": usage}
-    return simulation
 
 
 def load_tasks(config) -> list[Task]:
@@ -178,11 +172,9 @@ def floors(config, tasks: Sequence[Task]) -> dict[str, str]:
     call = ToolCall(id="floor", name="transfer_to_human_agents", arguments={"summary": ""})
     result = build_environment(config.domain, solo_mode=config.is_solo).get_response(call)
     transfer = AssistantMessage(role="assistant", tool_calls=[call], cost=0.0)
-    run = {"id": "floor", "task_id": "", "start_time": "", "end_time": "", "duration": 0}
-    run["termination_reason"], how = "user_stop", (EvaluationType.ALL, config.is_solo, config.domain)
-    found = {}
+    how, found = (EvaluationType.ALL, config.is_solo, config.domain), {}
     for name, messages in ("do nothing", [leave]), ("always transfer", [transfer, result, leave]):
-        simulation = SimulationRun(messages=messages, **run)
+        simulation = SimulationRun.model_construct(messages=messages, termination_reason="user_stop")
         score = mean(evaluate_simulation(simulation, task, *how).reward for task in tasks)
         found[f"floor: {name}"] = f"{100 * score:.2f} %"
     return found

@@ -108,10 +108,10 @@ def compare(tasks: Tasks, others: Tasks, seed: int = 0) -> dict:
     return row | {"non_degradation_correct": 1 - degraded / could_degrade if could_degrade else None}
 
 
-def finish(config: ArmsConfig, own: Callable[[ArmsConfig, list[TaskResult]], str], is_short=False) -> None:
-    """Print the tables of config.out, also of an unfinished run. Unless it is --tables, write them, and results.json.
+def finish(config: ArmsConfig, own: Callable[[ArmsConfig, list[TaskResult]], str]) -> None:
+    """Print tables (without --full a summary) of config.out, also of an unfinished run. Unless it is --tables, write them too.
 
-    own(options of the run, its results): Markdown that a benchmark adds. is_short: print a summary instead of the tables.
+    own(options of the run, its results): Markdown that a benchmark adds.
     """
     saved = read_json(config.out / "run.json")
     results = list(arms.read_results(config.out / "tasks.jsonl").values())
@@ -123,7 +123,7 @@ def finish(config: ArmsConfig, own: Callable[[ArmsConfig, list[TaskResult]], str
     if not config.tables:
         write_json(config.out / "results.json", {"run": saved, **report})
         replace_text(config.out / "tables.md", text)
-    if is_short:
+    if not config.full:
         text = f"{summary(report, stored)}All columns: {config.out / 'tables.md'} (--full)\n{added}"
     print(text)
 
