@@ -16,6 +16,7 @@ Every arm answers the same tasks in the same answer format, so arms are compared
     same-budget  control, more tokens: the majority of as many answers alone as the last teacher's pair costs (rounded up)
 
 --out gets tasks.jsonl (a line per answer; an interrupted run continues there), run.json, results.json and tables.md.
+Simplified against leaderboards: by default one greedy answer per task (--samples for averages), compared as number or words.
 """
 
 import sys

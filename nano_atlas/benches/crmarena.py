@@ -5,8 +5,7 @@
     python eval.py --preset own --bench crmarena --data b2b.jsonl --student URL --teacher grpo=URL --out runs/crm
 
 **Not yet run against the live organisation**, only on a synthetic fixture. A line of --data is a record of the published data set.
-Simplified against it: answers stand in <solution> (gpt-4o extracts them there, so figures differ), only tasks with exact matching
-(no fuzzy matching, no language model as judge of privacy), no simulated user.
+Simplified: answers stand in <solution> (there gpt-4o extracts them, so figures differ); only exact matching; no simulated user.
 """
 
 import json

@@ -159,8 +159,7 @@ def cells(row: dict) -> dict[str, str]:
 
 
 def summary(report: Report, config: ArmsConfig) -> str:
-    """Per domain the accuracy of the student alone, the teachers and the shuffled control, and how much the last teacher is better
-    than the one before it (or, if it is the only one, than the student alone)."""
+    """Per domain the accuracy of student, teachers and shuffled control, and the last teacher minus the one before it (or the student)."""
     found = {(row["domain"], row["arm"]): row for row in report["scores"]}
     compared = [*report["differences"], *(row["versus_student"] for row in report["scores"])]
     gains = {(gain["domain"], gain["other"], gain["arm"]): points(gain) for gain in compared if gain}

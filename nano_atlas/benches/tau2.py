@@ -130,9 +130,7 @@ def dialogues(config: Config, tasks: dict, log: TaskLog, jobs: arms.Jobs, seats:
 
 
 def in_parallel(run: Callable[..., TaskResult], jobs: Sequence, workers: int) -> Iterator[list[TaskResult]]:
-    """Results as they come. GIVE_UP in a row that did not reach a seat end the run instead of failing all that are left; these are
-    not yielded, so they run again when the run is continued.
-    """
+    """Results as they come. GIVE_UP in a row that did not reach a seat end the run, and are not yielded: they can run again."""
     unreached: list[TaskResult] = []
     with ThreadPool(workers) as pool:
         for result in pool.imap_unordered(run, jobs):
@@ -174,8 +172,7 @@ def tables(config: Config, results: Sequence[TaskResult]) -> str:
     ends = sorted({result.record["termination_reason"] for result in results})
     costs = [["", "dialogues", "covered", "prompt tokens", "seconds", *ends]]
     for arm in config.arms:
-        runs = [result.record for result in results if result.arm == arm]
-        if runs:
+        if runs := [result.record for result in results if result.arm == arm]:
             counts = {end: sum(run["termination_reason"] == end for run in runs) for end in ends}
             covered = 1 - sum(counts.get(end, 0) for end in UNREACHED) / len(runs)
             read = mean(student_tokens(run, "prompt_tokens") for run in runs)
