@@ -81,12 +81,12 @@ def config_of(is_solo: bool, max_steps: int = 200) -> tau2.Config:
     return tau2.Config(user="solo" if is_solo else "http://u", answer_tokens=50, max_steps=max_steps)
 
 
-def play(task, student, user=None, guide=None, max_steps=200):
-    return simulate(config_of(user is None, max_steps), task, 1, student, user, guide)
+def play(task, student, user=None, teacher=None, max_steps=200):
+    return simulate(config_of(user is None, max_steps), task, 1, student, user, teacher)
 
 
-def reward(task, student: Script, user: Script | None, guide=None) -> float:
-    return play(task, student, user, guide)[0]["reward_info"]["reward"]
+def reward(task, student: Script, user: Script | None, teacher=None) -> float:
+    return play(task, student, user, teacher)[0]["reward_info"]["reward"]
 
 
 @pytest.mark.parametrize("is_solo", [False, True], ids=["user", "solo"])
@@ -232,9 +232,9 @@ def test_neither_student_nor_teacher_sees_what_a_task_is_scored_by(is_solo):
             Recorder("I would look."),
             Recorder("<thinking>secret</thinking><teaching>Check the SIM.</teaching>"),
         )
-        guide = dialogue.teacher_guide(config_of(is_solo), prober, teacher)
+        student.ask = prober.ask
         # (the scorer looks up actions and assertions by name, so the canaries change nothing for it)
-        assert reward(hidden, student, user, guide) == 1.0
+        assert reward(hidden, student, user, teacher) == 1.0
         prompts = json.dumps([student.shown, prober.asked, teacher.asked])
         assert "CANARY" not in prompts and student.shown and len(prober.asked) == len(teacher.asked) == 1
         gold = [f"{a.name}({json.dumps(a.arguments)})" for a in task.evaluation_criteria.actions]
@@ -271,8 +271,8 @@ def test_the_solo_agent_knows_only_the_ticket():
 def test_without_a_tag_nothing_is_injected():
     student, user = gold_scripts(TASKS[0], False)
     plain, other = gold_scripts(TASKS[0], False)
-    guide = dialogue.teacher_guide(config_of(False), Recorder("plan"), Recorder("no tag"))
-    _, told = play(TASKS[0], student, user, guide)
+    student.ask = Recorder("plan").ask
+    _, told = play(TASKS[0], student, user, Recorder("no tag"))
     reward(TASKS[0], plain, other)
     assert [reply.text for reply in told] == ["plan", "no tag"] and student.shown == plain.shown
 
@@ -330,8 +330,7 @@ def test_a_seat_that_fails_ends_the_dialogue_with_its_reason(error, reason, is_g
 
         ask = complete
 
-    guide = dialogue.teacher_guide(config_of(False), Gone(), Gone()) if is_guided else None
-    simulation, _ = play(TASKS[0], Gone(), Script(text("hi")), guide)
+    simulation, _ = play(TASKS[0], Gone(), Script(text("hi")), Gone() if is_guided else None)
     assert simulation["termination_reason"] == reason and simulation["reward_info"]["reward"] == 0
     assert str(error) in simulation["info"]["failure"]
 

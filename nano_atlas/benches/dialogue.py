@@ -13,7 +13,7 @@ import importlib.metadata
 import json
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean
@@ -35,6 +35,8 @@ from nano_atlas.config import derive_seed
 from nano_atlas.errors import UserError
 from nano_atlas.runs import digest, files_digest
 from nano_atlas.seats import Generation, Question, Reply, Seat
+
+LOCK = threading.Lock()
 
 
 class DialogueEnd(Exception):
@@ -74,24 +76,18 @@ def generate(model, messages, generation, tools=None, tool_choice="auto", call_n
 tau2.agent.llm_agent.generate = user_simulator.generate = generate
 
 
-def teacher_guide(config, student: Seat, teacher: Seat) -> Callable[..., tuple[Reply, Reply]]:
-    """A guide that threads may share. A teacher in this process serves them one at a time."""
-    lock = threading.Lock() if getattr(teacher, "is_batched", False) else nullcontext()
+def consult(config, student: Seat, teacher: Seat, system_prompt: str, case: str, opening: str, seed: int):
+    """The student's approach and the teacher's reply. A teacher in this process answers one thread at a time."""
 
-    def guide(system_prompt: str, case: str, opening: str, seed: int) -> tuple[Reply, Reply]:
-        """The student's approach and the teacher's reply."""
-
-        def said(seat, messages, kind, max_tokens):
-            generation = Generation(max_tokens, config.temperature, config.top_p)
+    def said(seat, messages, kind, max_tokens) -> Reply:
+        generation = Generation(max_tokens, config.temperature, config.top_p)
+        with LOCK if getattr(seat, "is_batched", False) else nullcontext():
             return seat.ask([Question(messages, generation, derive_seed(seed, kind, opening))])[0][0]
 
-        probe = [{"role": "system", "content": system_prompt}, *protocol.probe_messages(opening)]
-        approach = said(student, probe, "probe", config.probe_tokens)
-        request = protocol.teacher_messages(case, visible(approach.text).strip())
-        with lock:
-            return approach, said(teacher, request, "teach", config.teaching_tokens)
-
-    return guide
+    probe = [{"role": "system", "content": system_prompt}, *protocol.probe_messages(opening)]
+    approach = said(student, probe, "probe", config.probe_tokens)
+    request = protocol.teacher_messages(case, visible(approach.text).strip())
+    return approach, said(teacher, request, "teach", config.teaching_tokens)
 
 
 def only_ticket(task: Task) -> Task:
@@ -100,12 +96,12 @@ def only_ticket(task: Task) -> Task:
     return task.model_copy(update=dict.fromkeys(hidden) | {"id": "", "initial_state": InitialState()})
 
 
-def simulate(config, task: Task, seed: int, student, user, guide: Callable | None = None):
-    """One scored dialogue -> its SimulationRun as JSON values, and a list of what the guide said (without one nothing).
+def simulate(config, task: Task, seed: int, student, user, teacher=None, told=()) -> tuple[dict, list[Reply]]:
+    """One scored dialogue: a SimulationRun as JSON values, and what student and teacher said before it (`told`, if it is given).
 
     student, user: EndpointSeats; the user is greedy. In solo mode there is none, and the student has the user's tools too.
     """
-    told: list[Reply] = []
+    told = list(told)
 
     def guided(messages, tools, seed) -> str:
         """The student's system prompt with the teaching, which is asked for in its first own turn."""
@@ -113,13 +109,16 @@ def simulate(config, task: Task, seed: int, student, user, guide: Callable | Non
             opening = task.ticket if config.is_solo else next(m.content for m in messages if m.role == "user")
             names = ", ".join(tool.name for tool in tools)
             case = f"{environment.get_policy()}\n\nTools: {names}\n\nUser: {opening}"
-            told.extend(guide(messages[0].content, case, opening, seed))
+            told.extend(consult(config, student, teacher, messages[0].content, case, opening, seed))
         _, reply = told
         return protocol.guided_system_prompt(messages[0].content, protocol.parse_teaching(reply.text))
 
     mode, kind, partner = {"solo_mode": config.is_solo}, "llm_agent_solo", user_simulator.DummyUser()
     environment = build_environment(config.domain, **mode)
-    seat = {"llm": student, "llm_args": {"generation": config.episode.answering, "guide": guide and guided}}
+    seat = {
+        "llm": student,
+        "llm_args": {"generation": config.episode.answering, "guide": guided if teacher or told else None},
+    }
     if not config.is_solo:
         greedy = {"llm": user, "llm_args": {"generation": config.episode.greedy().answering}}
         kind, partner = "llm_agent", build_user("user_simulator", environment, task, **greedy)

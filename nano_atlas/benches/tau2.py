@@ -106,21 +106,20 @@ def intent(name: str, domain: str) -> str:
 
 def dialogues(config: Config, tasks: dict, log: TaskLog, jobs: arms.Jobs, seats: arms.Seats):
     """One for each trial that the log lacks, `workers` at a time; yields lists of results."""
-    from nano_atlas.benches.dialogue import simulate, teacher_guide
+    from nano_atlas.benches.dialogue import simulate
 
     draws = random.Random(config.seed)
     seeds = [draws.randint(0, 1_000_000) for _ in range(config.samples)]  # as tau2 draws them
     donors = arms.derange(list(tasks), config.seed) if SHUFFLED in config.arms else {}
     student, user = seats["student"], None if config.is_solo else config.open(config.user)
-    ask_teacher = teacher_guide(config, student, seats["teacher"])
 
     def run(job: tuple[str, Problem, int]) -> TaskResult:
         arm, problem, trial = job
-        guide = None if arm == STUDENT else ask_teacher
+        teacher, told = None if arm in (STUDENT, SHUFFLED) else seats["teacher"], []
         if arm == SHUFFLED:
             given = log.get(config.last, donors[problem.id])[trial]
-            guide = lambda *_: (Reply(given.approach, given.approach_tokens, False), given.told)
-        simulation, told = simulate(config, tasks[problem], seeds[trial], student, user, guide)
+            told = [Reply(given.approach, given.approach_tokens, False), given.told]
+        simulation, told = simulate(config, tasks[problem], seeds[trial], student, user, teacher, told)
         return task_result((arm, problem.domain, problem.id, trial), simulation | {"trial": trial}, *told)
 
     trials = [(*job, trial) for trial in range(config.samples) for job in jobs]
