@@ -115,20 +115,16 @@ def simulate(config, task: Task, seed: int, student, user, teacher=None, told=()
 
     mode, kind, partner = {"solo_mode": config.is_solo}, "llm_agent_solo", user_simulator.DummyUser()
     environment = build_environment(config.domain, **mode)
-    seat = {
-        "llm": student,
-        "llm_args": {"generation": config.episode.answering, "guide": guided if teacher or told else None},
-    }
+    options = {"generation": config.episode.answering, "guide": guided if teacher or told else None}
     if not config.is_solo:
-        greedy = {"llm": user, "llm_args": {"generation": config.episode.greedy().answering}}
-        kind, partner = "llm_agent", build_user("user_simulator", environment, task, **greedy)
-    agent = build_agent(kind, environment, task=only_ticket(task), **seat, **mode)
+        greedy = {"generation": config.episode.greedy().answering}
+        kind = "llm_agent"
+        partner = build_user("user_simulator", environment, task, llm=user, llm_args=greedy)
+    agent = build_agent(kind, environment, task=only_ticket(task), llm=student, llm_args=options, **mode)
     dialogue = Orchestrator(config.domain, agent, partner, environment, task, config.max_steps, seed, **mode)
     try:
         simulation = run_simulation(dialogue)
-    except (
-        Exception
-    ) as error:  # also of tau2 on what a seat said: one failed dialogue, which the tables count
+    except Exception as error:  # also of tau2, on what a seat said: one dialogue failed
         kind = "infrastructure_error" if isinstance(error, UserError) else "unexpected_error"
         other = DialogueEnd(kind, f"{type(error).__name__}: {error}", None)
         reason, failure, usage = (error if isinstance(error, DialogueEnd) else other).args
