@@ -42,9 +42,9 @@ Named = Iterable[tuple[str, Tensor]]
 
 
 def config_from_dict(values: dict, source: str = "config.json") -> ModelConfig:
-    """The hyper-parameters in a `config.json` of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
+    """The hyper-parameters in a `config.json` of transformers 4 or 5, with the defaults of transformers.
 
-    Defaults of absent fields are those of transformers. Raises UserError naming the field that is missing or not supported.
+    Raises UserError naming the field that is missing or not supported.
     """
 
     def positive(field: str, default: int | None = None) -> int:
@@ -76,12 +76,13 @@ def config_from_dict(values: dict, source: str = "config.json") -> ModelConfig:
 
 def _rope(values: dict, source: str) -> dict:
     """`rope_theta` and `rope_scaling` from either style of configuration, or from both if they agree."""
-    rope = dict(values.get("rope_parameters") or {})
+    rope = {
+        field: value for field, value in (values.get("rope_parameters") or {}).items() if value is not None
+    }
     old = {"rope_theta": values.get("rope_theta")} | (values.get("rope_scaling") or {})
     for field, value in old.items():
         if value is not None and rope.setdefault(field, value) != value:
-            styles = "rope_parameters and rope_scaling or rope_theta"
-            raise UserError(f"{source}: {styles} disagree on {field}; remove one of them")
+            raise UserError(f"{source}: rope_parameters contradict {field}={value!r}; remove one of them")
     theta, old_type = float(rope.pop("rope_theta", 10_000.0)), rope.pop("type", "default")
     rope_type = rope.pop("rope_type", old_type)
     if rope.get("partial_rotary_factor") == 1.0:
@@ -120,10 +121,9 @@ def read_config(path: str | Path) -> ModelConfig:
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
-    """A checkpoint directory as a `Transformer` in `dtype` on `device`.
+    """A checkpoint directory as a `Transformer`. Host memory holds the result and one tensor more.
 
-    Tensors are read one at a time from the mapped file straight into their place, so host memory holds the result and one tensor
-    more. Raises UserError that names every missing, extra or wrongly shaped tensor.
+    Raises UserError that names every missing, extra or wrongly shaped tensor.
     """
     config = read_config(path)
     with torch.device("meta"):
@@ -143,7 +143,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
         raise UserError(f"{path} does not fit its config.json ({len(problems)} problems):\n  {listed}")
     state = {}
     for name, shape in shapes.items():
-        # `copy_` and not a view: the file may be replaced while the model lives, and training writes into its weights
+        # not a view: the file may be replaced while the model lives, and training writes into its weights
         state[name] = torch.empty(shape, dtype=dtype, device=device).copy_(_read(files, name))
     model.load_state_dict(state, assign=True)
     return model
@@ -200,9 +200,8 @@ def save_model(
 ) -> None:
     """Writes a directory that `load_model`, transformers and vLLM read, replacing an earlier checkpoint at `path` atomically.
 
-    `dtype` converts the weights (default: as they are). Weights above `max_shard_bytes` are split into several files with an
-    index. `repeat_tied_head` stores a tied head once more, under its own name. `tokenizer` may be None. Collective; rank 0 writes.
-    Raises UserError if `path` holds something else than a checkpoint, which would be lost.
+    dtype: default as they are. Above `max_shard_bytes` there are several files and an index. repeat_tied_head: store it once more
+    under its own name. Collective; rank 0 writes. Raises UserError if `path` holds anything that is not a checkpoint's.
     """
     path = Path(path)
     entries = path.iterdir() if path.is_dir() else filter(Path.exists, [path])

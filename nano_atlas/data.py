@@ -51,13 +51,12 @@ class Problem:
 
 
 def load_problems(path: Path | str, *, needs_answer=True, bad: list[str] | None = None) -> list[Problem]:
-    """Read problems in any of the usual layouts: GSM8K and AIME {question|problem, answer}, Arc's RL file {prompt,
-    ground_truth}, {problem_text|input, solution}, and session traces of this runtime or of atlas-sdk {task, ...}.
+    """Problems of the usual layouts: GSM8K and AIME {question|problem, answer}, Arc's RL file {prompt, ground_truth},
+    {problem_text|input, solution}, and session traces of this runtime or of atlas-sdk {task, ...}.
 
-    Without an `id` a problem is called after its line, `test:17`. A trace is left out, and how many were is printed, if its
-    session failed, is not approved or has no ground truth, or if its task has been there before. Raises UserError for a line
-    without question, without answer (unless `needs_answer` is off), or with an id seen before; with a list `bad`, the complaint
-    is added to it instead, and the line left out.
+    Without an `id` a problem is called after its line, `test:17`. A trace is left out, and counted, if its session failed, is not
+    approved or has no ground truth, or if its task has been there before. Raises UserError for a line without question or answer
+    (if it `needs_answer`) or with an id seen before; with a list `bad`, the complaint is added to it, and the line left out.
     """
     problems, traced, left_out = {}, set(), Counter()
     for number, record in read_jsonl(path, bad):
@@ -137,10 +136,9 @@ class Example:
 
 
 def load_examples(paths, tokenizer, max_length: int, thinking=False) -> tuple[list[Example], Counter[str]]:
-    """Tokenise every line of the files; also count, by reason, the examples left out (longer than `max_length` tokens).
+    """Every line of the files, tokenised; also, by reason, how many examples are longer than `max_length` tokens and left out.
 
-    `thinking` is Qwen3's switch, and must be the one that the model is later sampled with; other templates ignore it. Raises
-    UserError for a line of no known kind, with a missing or empty field, or with nothing to learn in it.
+    `thinking` is Qwen3's switch, and must be the one that the model is later sampled with. Raises UserError for a bad line.
     """
     examples, left_out = [], Counter()
     for path in paths:

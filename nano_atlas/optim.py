@@ -1,9 +1,9 @@
 """AdamW on float32 master weights, learning-rate schedules, and training states that resume exactly.
 
-The optimizer updates a float32 copy of each weight, because a relative change of 1e-5 is below the resolution of bfloat16 (2^-8)
-and would be rounded away. Bytes per parameter with bfloat16 compute: 2 (weights) + 4 (gradients, summed in float32 over the
-micro-batches) + 4 (masters) + 8 (the two moments of Adam) = 18. With float32 compute a weight is its own master and gradient
-sum: 16. Masters and moments may live on another device. Of a model sharded over N ranks, each updates its own rows: 16 / N.
+A relative change of 1e-5 is below the resolution of bfloat16 (2^-8), so the optimizer updates a float32 copy of each weight. Bytes
+per parameter with bfloat16 compute: 2 (weights) + 4 (gradients, summed in float32 over the micro-batches) + 4 (masters) + 8 (the two
+moments of Adam) = 18. With float32 compute a weight is its own master and gradient sum: 16. Masters and moments may live on
+another device. Of a model sharded over N ranks, each updates its own rows: 16 / N.
 """
 
 import math
@@ -31,10 +31,8 @@ SCHEDULES = ("cosine", "constant", "linear")
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_fraction: float, schedule: str) -> float:
-    """The rate of optimizer step `step` (0 <= step < total).
-
-    Linear warm-up, counted from 1 so that the first step already moves; then constant, or cosine or linear decay that would
-    reach 0 at step `total`.
+    """The rate of optimizer step `step` (0 <= step < total): linear warm-up, counted from 1 so that the first step already moves;
+    then constant, or cosine or linear decay that would reach 0 at step `total`.
     """
     warmup = round(total * warmup_fraction)
     if step < warmup:
@@ -101,10 +99,7 @@ class MasterAdamW:
         return norm
 
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All that the next step depends on: whole float32 tensors `{parameter name}.{master|step|exp_avg|exp_avg_sq}`.
-
-        Collective: a rank that skips one deadlocks the others.
-        """
+        """All that the next step depends on, whole: `{parameter name}.{master|step|exp_avg|exp_avg_sq}`, float32. Collective."""
         for name, master in self.masters.items():
             for kind, value in {"master": master.detach(), **self.adamws[name].state[master]}.items():
                 whole = value if kind == "step" else gather_rows(value, len(self.parameters[name]))
@@ -114,12 +109,10 @@ class MasterAdamW:
     def load_state_tensor(self, key: str, value: Tensor) -> None:
         """Takes over one of the `state_tensors()`; a master also sets the model's weight. Raises UserError."""
         name, _, kind = key.rpartition(".")
-        if name not in self.masters:
-            raise UserError(f"unknown tensor {key}")
-        if kind != "step":
-            if value.shape != self.parameters[name].shape:
-                raise UserError(f"{key} has shape {list(value.shape)}")
-            value = own_rows(value)
+        is_step = kind == "step"  # a number; all else is of the parameter's shape
+        if name not in self.masters or not (is_step or value.shape == self.parameters[name].shape):
+            raise UserError(f"{key} {list(value.shape)} is not of this model")
+        value = value if is_step else own_rows(value)
         master = self.masters[name]
         if kind == "master":
             self.weights[name].copy_(master.copy_(value))
@@ -135,9 +128,9 @@ def _master(weight: Tensor, choice: torch.device | str) -> Tensor:
 
 
 def open_run(config: Any) -> Path | None:
-    """Start or continue the run in `config.out`: the newest complete state there, or None.
+    """Start or continue the run in `config.out`, which `config.restart` empties: the newest complete state there, or None.
 
-    With `config.restart` the directory is emptied first. Raises UserError where it was started with other options.
+    Raises UserError where it was started with other options.
     """
     if config.restart and rank() == 0:
         shutil.rmtree(config.out, ignore_errors=True)

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import jinja2
 import tokenizers
-from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nano_atlas.errors import UserError
@@ -41,9 +40,8 @@ def _raise(message: str):
 
 def _compile(template: str, source: str) -> jinja2.Template:
     """The environment of transformers' `apply_chat_template`: same block trimming, same filters and functions, sandboxed."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
+    settings = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
+    environment = ImmutableSandboxedEnvironment(**settings)
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's own escapes HTML
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
@@ -52,8 +50,7 @@ def _compile(template: str, source: str) -> jinja2.Template:
     try:
         return environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:
-        place = f"line {error.lineno}: {error.message}"
-        raise UserError(f"{source}: the chat template is not valid jinja2, {place}") from error
+        raise UserError(f"{source}: the chat template fails in line {error.lineno}: {error}") from error
 
 
 class Tokenizer:
@@ -61,18 +58,11 @@ class Tokenizer:
 
     Read from a checkpoint directory by `from_directory`, or made from a `tokenizers.Tokenizer` that knows its special tokens.
     `eos_ids` are all ids that end a generation (default: that of `eos_token`), the first of them is `pad_id` unless there is a
-    `pad_token`; `config` is the content of `tokenizer_config.json`, `source` the name that error messages use.
+    `pad_token`; `source` is the name that error messages use; `config` the content of `tokenizer_config.json`.
     """
 
     def __init__(
-        self,
-        backend,
-        chat_template=CHATML,
-        eos_token=None,
-        pad_token=None,
-        eos_ids=(),
-        config=None,
-        source="tokenizer",
+        self, backend, chat_template=CHATML, eos_token=None, pad_token=None, eos_ids=(), source="tokenizer"
     ):
         self.backend, self.chat_template, self.source = backend, chat_template, source
         backend.no_truncation()  # some tokenizer.json files carry the settings of a training run
@@ -80,11 +70,11 @@ class Tokenizer:
         self._lock = threading.Lock()  # around `encode_special_tokens`, which is a state of the backend
         self._template = _compile(chat_template, source)
         self.config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        self.config |= config or {}
         for name, token in (("eos_token", eos_token), ("pad_token", pad_token)):
-            if token and backend.token_to_id(token) is None:
-                raise UserError(f"{source}: {name} {token!r} is not in the vocabulary")
-            self.config |= {name: token} if token else {}
+            if token:
+                self.config[name] = token
+                if backend.token_to_id(token) is None:
+                    raise UserError(f"{source}: {name} {token!r} is not in the vocabulary")
         self.eos_ids = tuple(eos_ids) or (backend.token_to_id(eos_token),)
         self.pad_id = backend.token_to_id(pad_token) if pad_token else self.eos_ids[0]
 
@@ -103,7 +93,7 @@ class Tokenizer:
     @classmethod
     def from_directory(cls, path: str | Path) -> "Tokenizer":
         """Reads `tokenizer.json` and, if present, `tokenizer_config.json`, `chat_template.jinja`, and the ids that end a
-        generation or pad in `generation_config.json` or else `config.json`. Raises UserError naming the file at fault.
+        generation or pad in `generation_config.json`, else `config.json`. Raises UserError naming the file at fault.
         """
         path = Path(path)
         try:
@@ -129,9 +119,7 @@ class Tokenizer:
         elif isinstance(template, list):
             named = {entry["name"]: entry["template"] for entry in template}
             if "default" not in named:
-                raise UserError(
-                    f"{path / names[2]} has chat templates {sorted(named)}, but none named 'default'"
-                )
+                raise UserError(f"{path} has chat templates {sorted(named)}, but none named 'default'")
             template = named["default"]
         elif template is None:
             template, end_of_turn = CHATML, backend.token_to_id("<|im_end|>")
@@ -140,16 +128,16 @@ class Tokenizer:
             elif end_of_turn not in (None, *eos_ids):
                 eos_ids = [*eos_ids, end_of_turn]
         if not eos_ids:
-            remedy = "add eos_token_id to its generation_config.json"
-            raise UserError(f"{path} names no end-of-sequence token; {remedy}")
-        tokenizer = cls(backend, template, eos_ids=eos_ids, config=config, source=str(path))
+            raise UserError(
+                f"{path} names no end-of-sequence token; put eos_token_id into generation_config.json"
+            )
+        tokenizer = cls(backend, template, eos_ids=eos_ids, source=str(path))
+        tokenizer.config |= config
         tokenizer.pad_id = (token_ids("pad") + eos_ids)[0]
         return tokenizer
 
     def save(self, path: str | Path) -> None:
-        """Writes what `from_directory`, transformers and vLLM read: tokenizer.json, tokenizer_config.json, chat_template.jinja
-        and, because it is the one place for all the ends of a generation, generation_config.json.
-        """
+        """Writes what `from_directory`, transformers and vLLM read; generation_config.json is the place for several ends."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(path / "tokenizer.json"))
@@ -172,18 +160,16 @@ class Tokenizer:
         """Ids of plain text: no token is added, and special tokens that occur in it stay text."""
         ids = self._encode(text, specials_are_text=True)
         if not self._special_ids.isdisjoint(ids):
-            fault = "this vocabulary spells a special token out of ordinary text"
-            raise UserError(f"{self.source}: {fault}, in {text[:200]!r}")
+            raise UserError(f"{self.source}: the vocabulary makes a special token of the text {text[:200]!r}")
         return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
 
     def chat_ids(self, messages: Sequence[dict], add_generation_prompt: bool = True, **options) -> list[int]:
-        """Ids of a chat in the checkpoint's format.
+        """Ids of a chat `[{"role": ..., "content": ...}, ...]` in the checkpoint's format.
 
-        `messages` are `{"role": ..., "content": ...}`; `options` go to the template (Qwen3: `enable_thinking=False`).
-        Raises UserError if the template refuses the messages.
+        `options` go to the template (Qwen3: `enable_thinking=False`). Raises UserError if it refuses the messages.
         """
         text, token_of = self._render(messages, add_generation_prompt, options)
         ids, run = [], ""
@@ -223,6 +209,7 @@ class Tokenizer:
         try:
             text = self._template.render(messages=neutral(messages), **variables | neutral(options))
         except (jinja2.TemplateError, TypeError) as error:
-            fault = f"the chat template cannot render these messages: {error}"
-            raise UserError(f"{self.source}: {fault}") from error
+            raise UserError(
+                f"{self.source}: the chat template cannot render these messages: {error}"
+            ) from error
         return text, {ord(character): token for token, character in character_of.items()}
