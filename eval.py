@@ -3,48 +3,37 @@
     python eval.py                                                    # the nano world: 500 held-out tasks in each domain
     python eval.py --full                                             # all controls and all columns
     python eval.py --preset own --bench gsm8k --data test.jsonl --student DIR --teacher sft=DIR grpo=DIR --out runs/gsm8k
-    python eval.py --preset own --bench aime25 --data aime25.jsonl --samples 16 --temperature 0.6 --top-p 0.95 ...
-    python eval.py --preset own --bench crmarena --data b2b.jsonl ... # needs Salesforce credentials, see nano_atlas/benches/crmarena.py
-    python eval.py --bench tau2 --student URL --teacher URL ...       # dialogues, see `eval.py --bench tau2 --help`
+    python eval.py --bench tau2 --help                                # dialogues; crmarena: see nano_atlas/benches/crmarena.py
     python eval.py --tables --out runs/gsm8k                          # the tables again, without any model
-    python -m benchmarks.claims runs/*/results.json                   # what was published, beside what was measured here
 
 Every arm answers the same tasks in the same answer format, so arms are compared in pairs:
 
     student      alone: its approach (probe) and its answer (baseline), computed once and shared by all other arms
     <teacher>    a --teacher reads question and approach and writes a teaching; with it the student answers again
-    shuffled     control: the last teacher's teachings, each given to *another* task of its domain; a gain that remains comes
-                 from being taught anything at all
-    untrained    control: the student itself as teacher; a gain comes from a second look. The untrained base of a larger
-                 teacher is one more teacher: --teacher base=DIR ...
-    two-votes    control: the majority of two answers of the student alone; the first wins a tie
-    same-budget  control: the majority of as many answers of the student alone as the tokens of the last teacher's pair buy
-                 (rounded up); a teacher that is worth its tokens beats it
+    shuffled     control, any teaching: those of the last teacher, each given to *another* task of its domain
+    untrained    control, a second look: the student itself is the teacher
+    two-votes    control, a second try: the majority of two answers of the student alone; the first wins a tie
+    same-budget  control, more tokens: the majority of as many answers alone as the last teacher's pair costs (rounded up)
 
-In --out, `tasks.jsonl` gets one line per (arm, domain, task, sample) as soon as a chunk of tasks is done; an interrupted run
-continues there, with nothing lost or done twice. `results.json` and `tables.md` are the outcome, `run.json` says of what.
-
-Simplified against leaderboards: one greedy answer per task by default (--samples for averages), answers compared as numbers or
-words (`answers.is_correct`), or by symbolic algebra with --verifier math-verify.
+--out gets tasks.jsonl (a line per answer; an interrupted run continues there), run.json, results.json and tables.md.
+Simplified against leaderboards: one greedy answer per task by default (--samples for averages), compared as number or words.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from math import ceil
 from pathlib import Path
 from statistics import mean
 
 from nano_atlas import answers, world
-from nano_atlas.benches import arms, crmarena
-from nano_atlas.benches.arms import SAME_BUDGET, SHUFFLED, TWO_VOTES, UNTRAINED
-from nano_atlas.benches.results import STUDENT, TaskLog, TaskResult, read_results, start_or_continue
-from nano_atlas.benches.scores import summary, tables
+from nano_atlas.benches import arms, crmarena, scores
+from nano_atlas.benches.arms import SAME_BUDGET, SHUFFLED, STUDENT, TWO_VOTES, UNTRAINED, TaskLog, TaskResult
 from nano_atlas.config import derive_seed, option, parse, run_script
 from nano_atlas.data import Problem, load_problems
-from nano_atlas.episode import Attempt, Sketch, guide, majority, seeds, sketch, teach
+from nano_atlas.episode import Sketch, guide, seeds, sketch, teach
 from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
 from nano_atlas.reward import RewardConfig
@@ -56,14 +45,10 @@ from nano_atlas.seats import Reply, Seat
 VOTE_TEMPERATURE = 0.7  # of the votes where all else is greedy: equal answers are no vote
 CHUNK = 1024  # answers per arm between two writes: what a killed run loses at most
 Tasks = dict[str, list[Problem]]  # by domain
-Opener = Callable[[str], Seat]  # of the student, or of a teacher by name
-Verifier = Callable[[str, str], bool]  # whether an extracted answer and the gold one are equal
 
 
 @dataclass(frozen=True)
-class Benchmark:
-    """The first options of --help."""
-
+class Benchmark:  # a base of Config, so that its options come first
     preset: str = option("nano", "")
     bench: str = option("nano", "benchmark; also: tau2", ("nano", "gsm8k", "aime25", "crmarena"))
     data: Path | None = option(None, "JSONL of problems with gold answers, for all but nano", resumable=True)
@@ -77,8 +62,8 @@ class Config(arms.ArmsConfig, Benchmark):
     deploy: Path | None = option(None, "YAML that names student and teacher in service", resumable=True)
 
     @property
-    def controls(self) -> list[str]:
-        return list(arms.CONTROLS) if self.full else super().controls
+    def controls(self) -> Sequence[str]:
+        return arms.CONTROLS if self.full and self.teacher else super().controls
 
     def check(self) -> None:
         if self.tables:
@@ -97,35 +82,24 @@ def main() -> None:
     if "--bench=tau2" in argv or ("--bench", "tau2") in pairwise(argv):
         from nano_atlas.benches import tau2
 
-        tau2.main(argv)
-        return
+        return tau2.main(argv)
     config = parse(Config, with_deployment(argv, is_evaluation=True), presets("eval"), __doc__)
     if not config.tables:
         run(config)
-    report, stored = arms.stored_report(config.out, Config)
-    results = read_results(config.out / "tasks.jsonl").values()
-    policy = crmarena.tables(results, stored.arms, stored.names)
-    text = tables(report, stored.names) + policy
-    if not config.tables:
-        arms.write_report(config.out, report, text)
-    if not config.full:
-        short = summary(report, list(stored.teachers), SHUFFLED, stored.names)
-        text = f"{short}All columns: {config.out / 'tables.md'} (--full)\n{policy}"
-    print(text)
+    scores.finish(config, crmarena.tables, is_short=not config.full)
 
 
 def run(config: Config) -> None:
     """Compute whatever config.out does not hold yet."""
-    tasks = load_tasks(config)
-    is_right = verifier(config)
+    tasks, is_right = load_tasks(config), verifier(config)
     query = crmarena.salesforce() if config.bench == "crmarena" else None
 
     def open_seat(name: str) -> Seat:
-        seat = config.open(config.student if name == STUDENT else config.teachers[name])
+        seat = config.open({STUDENT: config.student, **config.teachers}[name])
         return crmarena.QueryingSeat(seat, query) if query and name == STUDENT else seat
 
-    digests = {f"tasks {name}": digest(repr(p).encode() for p in domain) for name, domain in tasks.items()}
-    start_or_continue(config, config.contents() | digests)
+    contents = {f"tasks {name}": digest(repr(p).encode() for p in tasks[name]) for name in tasks}
+    arms.start_or_continue(config, contents)
     with TaskLog(config.out / "tasks.jsonl") as log:
         evaluate(config, tasks, log, is_right, open_seat)
 
@@ -140,11 +114,10 @@ def load_tasks(config: Config) -> Tasks:
     return {config.bench: [replace(problem, domain=config.bench) for problem in problems]}
 
 
-def verifier(config: Config) -> Verifier:
-    if config.bench == "crmarena":
-        return crmarena.is_correct
+def verifier(config: Config) -> Callable[[str, str], bool]:
+    """Whether an extracted answer and the gold one are equal."""
     if config.verifier == "exact":
-        return answers.is_correct
+        return crmarena.is_correct if config.bench == "crmarena" else answers.is_correct
     try:
         from math_verify import parse, verify
     except ImportError:
@@ -153,41 +126,32 @@ def verifier(config: Config) -> Verifier:
     return lambda answer, gold: verify(*(parse(f"\\boxed{{{text}}}") for text in (gold, answer)))
 
 
-# ---------------------------------------------------------------------------------------------------------------- the arms
-
-
-def evaluate(config: Config, tasks: Tasks, log: TaskLog, is_right: Verifier, open_seat: Opener) -> None:
+def evaluate(config: Config, tasks: Tasks, log: TaskLog, is_right: Callable, open_seat: Callable) -> None:
     """Run each chunk of each arm that the log does not hold whole. Teachers are opened one at a time, and only if needed.
 
-    Arms that do not need each other advance side by side, and chunks mix domains, so that few large calls reach a seat. A chunk
-    that was cut short is computed again: answers do not depend on where a run was interrupted.
+    Arms that do not need each other advance side by side, and chunks mix domains, so that few large calls reach a seat.
     """
-    problems = [problem for domain in tasks.values() for problem in domain]
-    size = max(1, CHUNK // config.samples)
-    chunks = [problems[start : start + size] for start in range(0, len(problems), size)]
+    problems, size = list(chain(*tasks.values())), max(1, CHUNK // config.samples)
     seats: dict[str, Seat] = {}
-    scripts = Scripts(config, tasks, log, seats)
-    teachers = [[name] for name in config.teachers]
-    for stage in [[STUDENT, TWO_VOTES], *teachers, [SHUFFLED, UNTRAINED, SAME_BUDGET]]:
+    scripts, teachers = Scripts(config, tasks, log, seats), [[name] for name in config.teachers]
+    ways = dict.fromkeys(config.arms, scripts.taught) | dict.fromkeys(arms.ALONE, scripts.alone)
+    for stage in [STUDENT, TWO_VOTES], *teachers, [SHUFFLED, UNTRAINED, SAME_BUDGET]:
         seats.pop("teacher", None)  # the last one, before the next one is opened
-        for chunk in chunks:
-            missing = [arm for arm in stage if arm in config.arms and log.lacks(arm, chunk, config.samples)]
+        stage = [arm for arm in stage if arm in config.arms]
+        for start in range(0, len(problems), size):
+            chunk = problems[start : start + size]
+            missing = [arm for arm in stage if any(len(log.get(arm, p)) < config.samples for p in chunk)]
             if not missing:
                 continue
-            if "student" not in seats:
-                seats["student"] = open_seat(STUDENT)
+            student = seats["student"] = seats.get("student") or open_seat(STUDENT)
             if "teacher" not in seats:
-                seats["teacher"] = open_seat(stage[0]) if stage[0] in config.teachers else seats["student"]
-            running = [scripts.of(arm, problem) for arm in missing for problem in chunk]
+                seats["teacher"] = open_seat(*stage) if stage in teachers else student
+            running = [ways[arm](arm, problem) for arm in missing for problem in chunk]
             progress = f"{', '.join(missing)}: {len(chunk)} of {len(problems)} tasks"
-            finished = play(running, seats, progress)
-            log.append(judged(result, is_right) for results in finished for result in results)
-
-
-def judged(result: TaskResult, is_right: Verifier) -> TaskResult:
-    answer = result.attempt.answer
-    is_correct = answer is not None and is_right(answer, result.gold)
-    return replace(result, attempt=replace(result.attempt, is_correct=is_correct))
+            results = list(chain(*play(running, seats, progress)))
+            for attempt, gold in ((result.attempt, result.gold) for result in results):
+                attempt.is_correct = attempt.answer is not None and is_right(attempt.answer, gold)
+            log.append(results)
 
 
 @dataclass
@@ -199,40 +163,40 @@ class Scripts:
     log: TaskLog
     seats: dict[str, Seat]
 
-    def of(self, arm: str, problem: Problem) -> Script:
-        if arm in (STUDENT, TWO_VOTES, SAME_BUDGET):
-            return self.alone(arm, problem)
-        return self.shuffled(arm, problem) if arm == SHUFFLED else self.taught(arm, problem)
-
     def alone(self, arm: str, problem: Problem) -> Script:
         """The student's own answers. In the arms that vote each is the majority of several, at the price of all of them."""
-        config, task = self.config, (arm, problem.domain, problem.id)
+        config, task, n = self.config, (arm, problem.domain, problem.id), self.config.samples
         episode, seed, votes = config.episode, seeds(config.seed), 1
         if arm != STUDENT:
             votes = 2 if arm == TWO_VOTES else self.budget[problem.domain]
-            temperature = config.temperature or VOTE_TEMPERATURE
-            episode = replace(episode, probe_tokens=0, temperature=(temperature, temperature))
-            number = derive_seed(config.seed, *task, 0)
-            seed = lambda *_: number
-        found = yield from sketch(problem, episode, seed, votes * config.samples)
-        groups = [found.baselines[start :: config.samples] for start in range(config.samples)]
+            warm = config.temperature or VOTE_TEMPERATURE
+            episode = replace(episode, probe_tokens=0, temperature=(warm, warm))
+            seed = lambda *_: derive_seed(config.seed, *task, 0)
+        found = yield from sketch(problem, episode, seed, votes * n)
+        attempts = [arms.majority(found.baselines[sample::n]) for sample in range(n)]
         probe = found.approach, found.approach_tokens
-        return [TaskResult(*task, i, problem.answer, majority(own), *probe) for i, own in enumerate(groups)]
+        return [TaskResult(*task, i, problem.answer, attempt, *probe) for i, attempt in enumerate(attempts)]
 
     def taught(self, arm: str, problem: Problem) -> Script:
-        episode, seed, samples = self.config.episode, seeds(self.config.seed), self.config.samples
-        alone, count = self.log.get(STUDENT, problem), self.seats["teacher"].count_tokens
-        made = yield from teach(known(problem, alone), episode, RewardConfig(), seed, count, samples)
-        return [guided(own, arm, e.guided, e.reply, e.teaching) for own, e in zip(alone, made)]
-
-    def shuffled(self, arm: str, problem: Problem) -> Script:
-        """Sample i of a task gets the teaching that the last teacher wrote for sample i of the task's donor."""
-        episode, seed, alone = self.config.episode, seeds(self.config.seed), self.log.get(STUDENT, problem)
-        given = self.log.get(list(self.config.teachers)[-1], self.donors[problem.domain][problem.id])
-        teachings = [one.teaching for one in given]
-        attempts = yield from guide(known(problem, alone), teachings, episode, seed)
-        replies = [Reply(one.teacher_text, one.teacher_tokens, one.is_teacher_truncated) for one in given]
-        return [guided(own, arm, *told) for own, *told in zip(alone, attempts, replies, teachings)]
+        """With a teaching. Shuffled, sample i gets the one that the last teacher wrote for sample i of the task's donor."""
+        config, seed, alone = self.config, seeds(self.config.seed), self.log.get(STUDENT, problem)
+        known = Sketch(problem, alone[0].approach, alone[0].approach_tokens, [own.attempt for own in alone])
+        if arm == SHUFFLED:
+            given = self.log.get(next(reversed(config.teachers)), self.donors[problem.domain][problem.id])
+            teachings = [one.teaching for one in given]
+            replies = [Reply(one.teacher_text, one.teacher_tokens, one.is_teacher_truncated) for one in given]
+            told = zip((yield from guide(known, teachings, config.episode, seed)), replies, teachings)
+        else:
+            count = self.seats["teacher"].count_tokens
+            made = yield from teach(known, config.episode, RewardConfig(), seed, count, config.samples)
+            told = [(episode.guided, episode.reply, episode.teaching) for episode in made]
+        results = []
+        for own, (attempt, reply, teaching) in zip(alone, told):
+            teacher = {"teacher_text": reply.text, "teacher_tokens": reply.tokens, "teaching": teaching}
+            teacher["is_teacher_truncated"] = reply.is_truncated
+            teacher["is_leak"] = teaching is not None and answers.reveals_answer(teaching, own.gold)
+            results.append(replace(own, arm=arm, attempt=attempt, **teacher))
+        return results
 
     @cached_property
     def donors(self) -> dict[str, dict[str, Problem]]:
@@ -241,31 +205,11 @@ class Scripts:
     @cached_property
     def budget(self) -> dict[str, int]:
         """By domain: answers of the student alone that cost at least what one of the last teacher's pair does (tokens)."""
-
-        def price(arm: str, domain: str) -> float:
-            return mean(r.all_tokens for problem in self.tasks[domain] for r in self.log.get(arm, problem))
-
-        last = list(self.config.teachers)[-1]
-        return {name: ceil(price(last, name) / max(price(STUDENT, name), 1)) for name in self.tasks}
-
-
-def known(problem: Problem, alone: list[TaskResult]) -> Sketch:
-    """What the student did alone, from the log: the same for every arm."""
-    return Sketch(problem, alone[0].approach, alone[0].approach_tokens, [one.attempt for one in alone])
-
-
-def guided(own: TaskResult, arm: str, attempt: Attempt, reply: Reply, teaching: str | None) -> TaskResult:
-    """`own`, the student's result alone, after a teaching. reply: the teacher's whole completion."""
-    return replace(
-        own,
-        arm=arm,
-        attempt=attempt,
-        teacher_text=reply.text,
-        teacher_tokens=reply.tokens,
-        is_teacher_truncated=reply.is_truncated,
-        teaching=teaching,
-        is_leak=teaching is not None and answers.reveals_answer(teaching, own.gold),
-    )
+        pair, found = (next(reversed(self.config.teachers)), STUDENT), {}
+        for domain, problems in self.tasks.items():
+            costs = [mean(r.all_tokens for p in problems for r in self.log.get(arm, p)) for arm in pair]
+            found[domain] = ceil(costs[0] / max(costs[1], 1))
+        return found
 
 
 if __name__ == "__main__":

@@ -6,19 +6,14 @@
     python runtime_loop.py --rounds 3                            # run, export, train, test, promote, three times over
     python runtime_loop.py --serve 8080                          # the pair behind an OpenAI-compatible endpoint
 
-Student, teacher and judges are each a checkpoint directory, the URL of an OpenAI-compatible server, an HTTP service or a Python
-function (`agents`). A line of the tasks file has a `question` and, where it is known, an `answer`. The loop has the three parts of
-the published one:
+A line of the tasks file has a `question` and, where it is known, an `answer`. The three parts are the published ones:
 
     task analysis     how much help: a lane, by the student's record; a teaching strategy, by what has worked so far (`learning`)
-    experimentation   answer, teaching and answer again (`lanes`); every answer is validated (`judges`), and the best one returned,
-                      never one below the student's own (`guard`)
+    experimentation   answer, teaching, answer again (`lanes`); each is validated (`judges`), and the best one returned (`guard`)
     trace export      each session appended to traces.jsonl (`traces`); --export selects those worth training on (`review`)
 
-The traces are the only state. Strategies, skills, records and metrics are rebuilt by replaying them, so a run that was killed
-continues where it stopped, and repeats only the sessions that were under way. Sessions in which an agent failed are recorded as such;
-the same command tries those again. A task is known by its content (domain, question, answer): lines may move, and a task edited
-since is a new one.
+The traces are the only state: all else is rebuilt by replaying them. A run that was killed continues where it stopped, and tries
+failed sessions again. A task is known by its content, not by its line.
 """
 
 import hashlib
@@ -26,28 +21,22 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from nano_atlas import world
+from nano_atlas import schedule, world
 from nano_atlas.config import option, parse, refuse_changes, run_script, to_json
 from nano_atlas.data import Problem, load_problems
 from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
 from nano_atlas.runs import Journal, RunLog, checkpoint_digest, read_json, write_json
-from nano_atlas.runtime.agents import open_agent
-from nano_atlas.runtime.deploy import DeployConfig, with_deployment
-from nano_atlas.runtime.lanes import LaneConfig, Session, new_session, now, run_session
-from nano_atlas.runtime.learning import Experience
-from nano_atlas.runtime.promotion import PromotionConfig, run_rounds
-from nano_atlas.runtime.report import runtime_metrics, summary
-from nano_atlas.runtime.review import STATUSES, Selection, export_traces, record_reviews, show_sessions
-from nano_atlas.runtime.traces import Outcome, past_outcomes, session_record
-from nano_atlas.schedule import drive
+from nano_atlas.runtime import agents, deploy, lanes, promotion, report, review
+from nano_atlas.runtime.learning import Experience, Outcome
+from nano_atlas.runtime.traces import past_outcomes, session_record
 from nano_atlas.seats import Seat
 
 
@@ -70,24 +59,22 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class Config(Selection, PromotionConfig, DeployConfig, LaneConfig, RunConfig):
+class Config(review.Selection, promotion.PromotionConfig, deploy.DeployConfig, lanes.LaneConfig, RunConfig):
     export: Path | None = option(None, "file for the selected traces", group="review", resumable=True)
-    show: str | None = option(None, "list the sessions of this status", STATUSES, resumable=True)
+    show: str | None = option(None, "list the sessions of this status", review.STATUSES, resumable=True)
     approve: tuple[str, ...] = option((), "ids (or their beginnings) of sessions to approve", resumable=True)
-    quarantine: tuple[str, ...] = option(
-        (), "the same of those that must not train a teacher", resumable=True
-    )
+    quarantine: tuple[str, ...] = option((), "ids of those that must not train a teacher", resumable=True)
     note: str = option("", "why, for --approve and --quarantine", resumable=True)
     require_approval: bool = option(False, "record sessions as pending: none is exported before --approve")
 
     def check(self) -> None:
-        for base in (Selection, DeployConfig, LaneConfig):
+        for base in (review.Selection, deploy.DeployConfig, lanes.LaneConfig):
             base.check(self)
         actions = ("restart", "export", "show", "approve", "quarantine", "rounds")
         wanted = [name for name in actions if getattr(self, name)] + ["serve"] * (self.serve is not None)
         if len(wanted) > 1:
             raise UserError(f"--{' and --'.join(wanted)} are different things to do; use one of them")
-        if not {"export", "rounds"} & set(wanted) and not Selection.is_default(self):
+        if wanted not in (["export"], ["rounds"]) and not review.Selection.is_default(self):
             raise UserError("the options that select traces are for --export and --rounds; add one of them")
         needed = ["student", "teacher"] + ["tasks"] * (self.preset != "nano" and self.serve is None)
         missing = [f"--{name}" for name in needed if getattr(self, name) is None]
@@ -95,17 +82,10 @@ class Config(Selection, PromotionConfig, DeployConfig, LaneConfig, RunConfig):
             raise UserError(f"--preset {self.preset} needs {' '.join(missing)}")
 
 
-# ------------------------------------------------------------------------------------------------------------- the loop
-
-
 def run(config: Config, tasks: Sequence[Problem], seats: Mapping[str, Seat] | None = None) -> list[Outcome]:
     """Bring every task to a trace, and return the outcome of each in the order of the tasks. seats: by default `open_seats`."""
     seats = seats or open_seats(config)
-    with (
-        Journal(config.out / "traces.jsonl") as journal,
-        RunLog(config.out / "metrics.jsonl") as log,
-        tqdm(total=len(tasks), unit="task", desc="runtime") as bar,
-    ):
+    with Journal(config.out / "traces.jsonl") as journal, RunLog(config.out / "metrics.jsonl") as log:
         settle_options(config)
         experience, ids = Experience(config.strategies), session_ids(tasks)
         done = {past.session_id: past for past in past_outcomes(journal) if past.status == "succeeded"}
@@ -116,41 +96,43 @@ def run(config: Config, tasks: Sequence[Problem], seats: Mapping[str, Seat] | No
 
         # Batches are fixed by position, and experience grows by whole batches: a run that was interrupted, be it in the middle of
         # a batch, makes the same choices as one that never was.
-        for start in range(0, len(tasks), config.batch):
+        for start in tqdm(range(0, len(tasks), config.batch), unit="batch", desc="runtime"):
             batch = ids[start : start + config.batch]
-            missing = {name: task for name, task in zip(batch, tasks[start:]) if name not in done}
-            sessions = {name: new_session(name, task, experience, config) for name, task in missing.items()}
+            missing = [(name, task) for name, task in zip(batch, tasks[start:]) if name not in done]
+            sessions = [lanes.new_session(name, task, experience, config) for name, task in missing]
             count_tokens = seats["teacher"].count_tokens
-            scripts = {name: run_session(session, config, count_tokens) for name, session in sessions.items()}
-            for finished in drive(scripts, seats, workers=config.workers, timeout=config.timeout):
+            scripts = {
+                session.session_id: lanes.run_session(session, config, count_tokens) for session in sessions
+            }
+            for finished in schedule.drive(scripts, seats, workers=config.workers, timeout=config.timeout):
                 recorded = [record(session, experience, config) for session in finished.values()]
                 journal.append(trace for _, trace in recorded)
                 done |= {outcome.session_id: outcome for outcome, _ in recorded}
-                bar.update(len(recorded))
             outcomes = [done[name] for name in batch]
             experience.learn(outcomes)
-            log.log(start + len(batch), **runtime_metrics(outcomes), skills=len(experience.playbook.entries))
-            bar.update(len(batch) - len(missing))
+            log.log(
+                start + len(batch),
+                **report.runtime_metrics(outcomes),
+                skills=len(experience.playbook.entries),
+            )
     if config.skill_writer:  # to read; nothing reads it back
-        write_json(config.out / "playbook.json", {"entries": experience.playbook.summary()})
+        entries = [asdict(entry) | {"effect": entry.effect} for entry in experience.playbook.entries.values()]
+        write_json(config.out / "playbook.json", {"entries": entries})
     return [done[name] for name in ids]
 
 
-def record(session: Session, experience: Experience, config: Config) -> tuple[Outcome, dict]:
+def record(session: lanes.Session, experience: Experience, config: Config) -> tuple[Outcome, dict]:
     """The outcome of a finished session, and its trace."""
     metadata = {name: getattr(config, name) for name in ("student", "teacher", "seed")}
-    return session_record(
-        session,
-        review="pending" if config.require_approval else "approved",
-        metadata=metadata | {"completed_at": now()},
-        learning_history=experience.strategies.history(session.learning_key),
-    )
+    metadata["completed_at"] = lanes.now()
+    status = "pending" if config.require_approval else "approved"
+    history = experience.strategies.history(session.learning_key)
+    return session_record(session, review=status, metadata=metadata, learning_history=history)
 
 
 def session_ids(tasks: Sequence[Problem]) -> list[str]:
     """Names that depend on the content of a task alone; the second of two equal tasks is told from the first by its count."""
-    seen: Counter[str] = Counter()
-    names = []
+    seen, names = Counter(), []
     for task in tasks:
         content = json.dumps([task.domain, task.question, task.answer])
         seen[content] += 1
@@ -165,10 +147,8 @@ def settle_options(config: Config) -> None:
     saved = read_json(path) or now
     refuse_changes(config, saved["options"], str(config.out))
     if saved["weights"] != now["weights"]:
-        raise UserError(
-            f"{config.out} holds traces of other weights of the student or the teacher; "
-            "choose another --out, or start over with --restart"
-        )
+        cause = f"{config.out} holds traces of other weights of the student or the teacher"
+        raise UserError(f"{cause}; choose another --out, or start over with --restart")
     write_json(path, saved)
 
 
@@ -176,30 +156,29 @@ def set_aside(directory: Path) -> None:
     """For --restart: what all else is made from is kept under other names."""
     with Journal(directory / "traces.jsonl"):  # not while another process writes it
         number = next(n for n in count(1) if not Path(f"{directory}/traces.jsonl.{n}").exists())
-        for path in (directory / "traces.jsonl", directory / "reviews.jsonl", directory / "config.json"):
+        for path in (directory / name for name in ("traces.jsonl", "reviews.jsonl", "config.json")):
             if path.exists():
                 path.rename(f"{path}.{number}")
 
 
-# --------------------------------------------------------------------------------------------------------- the command
-
-
 def open_seats(config: Config) -> dict[str, Seat]:
     """Everybody a session may talk to, by the names that its calls use; one checkpoint in several seats is loaded once."""
-    specs = {"student": config.student, "teacher": config.teacher, "judge": config.judge}
-    specs |= {"large judge": config.large_judge, "skill writer": config.skill_writer}
+    names = ("student", "teacher", "judge", "large judge", "skill writer")
+    specs = {name: getattr(config, name.replace(" ", "_")) for name in names}
     opened = {spec: open_seat(config, spec) for spec in dict.fromkeys(specs.values()) if spec is not None}
     return {name: opened[spec] for name, spec in specs.items() if spec is not None}
 
 
 def open_seat(config: Config, spec: str) -> Seat:
-    return open_agent(spec, config.device, getattr(torch, config.dtype))
+    if spec == presets("runtime_loop")["nano"].overrides["teacher"] and not Path(spec).exists():
+        raise UserError(f"{spec} is not there yet; make it with: python train_sft.py && python train_grpo.py")
+    return agents.open_agent(spec, config.device, getattr(torch, config.dtype))
 
 
 def load_tasks(config: Config) -> list[Problem]:
     if config.tasks is None:  # may train the next teacher, so not the tasks that eval.py holds out
         return world.held_out(config.domain, config.count, f"runtime/{config.seed}")
-    bad: list[str] | None = [] if config.skip_bad else None
+    bad = [] if config.skip_bad else None
     tasks = load_problems(config.tasks, needs_answer=False, bad=bad)
     if bad:
         print(f"left out {len(bad)} malformed lines of {config.tasks}:", *bad, sep="\n  ")
@@ -207,19 +186,19 @@ def load_tasks(config: Config) -> list[Problem]:
 
 
 def main() -> None:
-    config = parse(Config, with_deployment(sys.argv[1:]), presets("runtime_loop"), __doc__)
+    config = parse(Config, deploy.with_deployment(sys.argv[1:]), presets("runtime_loop"), __doc__)
     traces, named = config.out / "traces.jsonl", config.approve or config.quarantine
     if config.export is not None:
-        selected, total = export_traces(traces, config.export, config)
+        selected, total = review.export_traces(traces, config.export, config)
         print(f"{config.export}: {selected} of {total} traces, for train_grpo.py --problems {config.export}")
     elif config.show is not None:
-        print(*show_sessions(config.out, config.show), sep="\n")
+        print(*review.show_sessions(config.out, config.show), sep="\n")
     elif named:
         status = "approved" if config.approve else "quarantined"
-        for name in record_reviews(config.out, named, status, config.note):
+        for name in review.record_reviews(config.out, named, status, config.note):
             print(f"{name} {status}")
     elif config.rounds:
-        run_rounds(config, load_tasks(config), run, open_seat)
+        promotion.run_rounds(config, load_tasks(config), run, open_seat)
     elif config.serve is not None:
         from nano_atlas.runtime.serve import serve_pair
 
@@ -229,7 +208,7 @@ def main() -> None:
         tasks, seats = load_tasks(config), open_seats(config)
         if config.restart:
             set_aside(config.out)
-        print(summary(run(config, tasks, seats)))
+        print(report.summary(run(config, tasks, seats)))
         print(f"  traces             {traces}")
 
 

@@ -101,10 +101,6 @@ class GrpoConfig:
 class Config(LayoutConfig, RewardConfig, EpisodeConfig, GrpoConfig, RunConfig):
     max_logp_diff: float = 0.1  # nats per token by which trainer and sampler may differ about fresh samples
 
-    @property
-    def longest_completion(self) -> int:
-        return self.answer_tokens if self.reward == "exact" else self.teaching_tokens
-
     def check(self) -> None:
         if self.teacher_temperature <= 0:
             raise UserError("--temperature: a greedy teacher samples no group to compare; above 0, please")
@@ -150,10 +146,10 @@ def grpo_token_loss(
 ) -> Tensor:
     """The loss of each token, `[T]` float32 (DeepSeekMath, arXiv:2402.03300, equation 3); all arguments `[T]`, log-probs in nats.
 
-    logprobs: of the policy, with gradient; old_logprobs: of the policy that the step began with, which are the same numbers in the
-    step's first update; sampled_logprobs: what the sampler reported. Sampler and trainer never compute quite the same (kernels,
-    precision), and with --overlap the sampler is one update behind, so the policy's term is weighted by p_old / p_sampler,
-    truncated (Ionides 2008; for LLMs Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training").
+    logprobs: of the policy, with gradient; old_logprobs: of the policy before the step's first update (in which they are the same
+    numbers); sampled_logprobs: what the sampler reported. These are never quite the trainer's (kernels, precision), and with
+    --overlap one update old; so the policy's term is weighted by p_old / p_sampler, truncated (Ionides 2008; for LLMs Yao et al.
+    2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training").
     """
     low, high = config.clip
     ratio = (logprobs - old_logprobs).exp()
@@ -221,15 +217,13 @@ def backward(
             t = batch.rows[chunk]
             old = logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs[t]
             kl = k3_kl(logprobs, tokens.ref_logprobs[t]) if is_k3 else exact_kl
-            return grpo_token_loss(
-                logprobs, old, tokens.sampled_logprobs[t], tokens.advantages[t], kl, config
-            )
+            sampled, advantages = tokens.sampled_logprobs[t], tokens.advantages[t]
+            return grpo_token_loss(logprobs, old, sampled, advantages, kl, config)
 
-        hidden, weights = predicting_states(policy, batch), tokens.weights[batch.rows] * is_own
+        hidden, head = predicting_states(policy, batch), policy.head_weight
+        weights = tokens.weights[batch.rows] * is_own
         options = {"temperature": config.teacher_temperature, "reference": exact}
-        loss, stats = fused_token_loss(
-            hidden, policy.head_weight, batch.targets, token_loss, weights, **options
-        )
+        loss, stats = fused_token_loss(hidden, head, batch.targets, token_loss, weights, **options)
         loss.backward()
         loss_sum += loss.detach()
         if is_own:
@@ -267,10 +261,10 @@ def update(
         batching = config.tokens_per_batch, config.teacher_temperature, own
         ref_logprobs = completion_logprobs(reference, samples, *batching).to(device)
     sampled = torch.tensor([x for sample in samples for x in sample.rollout.logprobs], device=device)
-    weights = per_token(token_weights(lengths, config.normalization, config.longest_completion))
-    tokens = StepTokens(
-        weights, per_token([sample.advantage for sample in samples]), sampled, ref_logprobs, None
-    )
+    advantages = per_token([sample.advantage for sample in samples])
+    longest = config.answer_tokens if config.reward == "exact" else config.teaching_tokens
+    weights = per_token(token_weights(lengths, config.normalization, longest))
+    tokens = StepTokens(weights, advantages, sampled, ref_logprobs, old_logprobs=None)
 
     metrics, (low, high) = {}, config.clip
     for _ in range(config.updates_per_batch):
@@ -289,12 +283,12 @@ def update(
                 "clip_ratio": 0.0,
                 "grad_norm": 0.0,
             }
-            if is_fresh and not metrics["sampling/logp_diff_mean"] <= config.max_logp_diff:
+            if is_fresh and not difference.mean() <= config.max_logp_diff:
                 raise UserError(
-                    f"trainer and sampler disagree about the sampled tokens by {difference.mean():.3f} nats on average "
-                    f"({config.max_logp_diff} are allowed): the sampler's weights or prompts are not the trainer's"
+                    f"trainer and sampler disagree about the sampled tokens by {difference.mean():.3f} nats on average, "
+                    f"above {config.max_logp_diff}: the sampler's weights or prompts are not the trainer's"
                 )
-        ratio, advantages = (logprobs - tokens.old_logprobs).exp(), tokens.advantages
+        ratio = (logprobs - tokens.old_logprobs).exp()
         is_clipped = ((ratio < 1 - low) & (advantages < 0)) | ((ratio > 1 + high) & (advantages > 0))
         metrics["clip_ratio"] += is_clipped.float().mean().item() / config.updates_per_batch
         metrics["grad_norm"] += optimizer.step(rate) / config.updates_per_batch

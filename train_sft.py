@@ -18,30 +18,21 @@ of its own; a step is measured in tokens; on one GPU the optimizer's state may l
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from nano_atlas import distributed
+from nano_atlas import data, distributed, optim
 from nano_atlas.checkpoint import is_checkpoint, load_model, save_model
 from nano_atlas.config import derive_seed, option, parse, run_script, to_json
-from nano_atlas.data import (
-    Example,
-    collate,
-    count_targets,
-    load_examples,
-    pack,
-    padding_share,
-    shuffle_epoch,
-    steps_per_epoch,
-)
+from nano_atlas.data import Example, collate, count_targets, load_examples
 from nano_atlas.errors import UserError
 from nano_atlas.loss import batch_loss
 from nano_atlas.model import PackedAttention, Transformer
-from nano_atlas.optim import MasterAdamW, learning_rate, load_training_state, open_run, save_training_state
 from nano_atlas.presets import presets
 from nano_atlas.runs import RunLog, checkpoint_digest, files_digest, read_json, write_jsonl
 from nano_atlas.tokenizer import Tokenizer
@@ -62,9 +53,7 @@ class Config:
     save_every: int = option(100, "steps between training states", above=0, resumable=True)
     wandb: str = option("", "mirror the metrics to this Weights & Biases project", resumable=True)
 
-    max_length: int = option(
-        4096, "longest example (tokens); longer ones are left out", group="data", above=0
-    )
+    max_length: int = option(4096, "longest example (tokens); others are left out", group="data", above=0)
     shuffle: bool = option(True, "random order; --no-shuffle keeps that of the files, as a curriculum")
     held_out: float = option(0.02, "share of the examples that only gives eval_loss", at_least=0, below=1)
     eval_data: tuple[Path, ...] = option((), "JSONL files that give eval_loss too")
@@ -75,14 +64,10 @@ class Config:
     tokens_per_step: int = option(32768, "tokens in one optimizer step, on average", above=0)
     tokens_per_batch: int = option(8192, "most tokens in one micro-batch; memory depends on it", above=0)
     lr: float = option(1e-5, "peak learning rate", above=0)
-    weight_decay: float = option(
-        1e-4, "decoupled decay of the matrices, times the learning rate, per step", at_least=0
-    )
+    weight_decay: float = option(1e-4, "decoupled decay of the matrices, times the rate", at_least=0)
 
     device: str = option("auto", "where the model is: cpu, cuda:1, ...", group="layout", resumable=True)
-    optimizer_device: str = option(
-        "auto", "where masters and moments are; auto: with the model", resumable=True
-    )
+    optimizer_device: str = option("auto", "where masters and moments are", resumable=True)
     dtype: str = option("float32", "compute precision; masters are always float32", ["float32", "bfloat16"])
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, 4/3 the time")
     compile: bool = option(False, "compile the layers (torch.compile): faster, after a minute")
@@ -90,10 +75,6 @@ class Config:
     def check(self) -> None:
         if not self.data and self.preset != "nano":
             raise UserError("--data names no file to learn from")
-        if self.tokens_per_batch > self.tokens_per_step:
-            raise UserError(
-                f"--tokens-per-batch {self.tokens_per_batch} is more than --tokens-per-step {self.tokens_per_step}"
-            )
 
 
 # --------------------------------------------------------------------------------------------------------------- setup
@@ -131,25 +112,25 @@ def load_data(config: Config, tokenizer: Tokenizer) -> tuple[list[Example], list
 # ---------------------------------------------------------------------------------------------------------------- loop
 
 
-def micro_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[list[int]]]:
-    """Of each rank, the documents (by index) of each of its micro-batches."""
-    shares = distributed.shares(lengths)
-    return [
-        [[share[i] for i in group] for group in pack([lengths[i] for i in share], tokens_per_batch)]
-        for share in shares
-    ]
+def micro_batches(examples: Sequence[Example], tokens_per_batch: int) -> list[list[Example]]:
+    """This rank's share of a step, in micro-batches."""
+    lengths = [len(example.input_ids) - 1 for example in examples]
+    share = distributed.shares(lengths)[distributed.rank()]
+    groups = data.pack([lengths[i] for i in share], tokens_per_batch)
+    return [[examples[share[i]] for i in group] for group in groups]
+
+
+def losses(model: Transformer, examples: Sequence[Example], tokens_per_batch: int) -> Iterator[Tensor]:
+    """Of each micro-batch of this rank: `[]`; over all ranks they sum to the mean -log p of the target tokens, in nats."""
+    total, device = count_targets(examples), model.head_weight.device
+    own = micro_batches(examples, tokens_per_batch)
+    for documents, is_own in distributed.in_step(own, examples[:1]):
+        yield batch_loss(model, collate(documents, device), total) * is_own
 
 
 @torch.no_grad()
-def evaluate(
-    model: Transformer, examples: list[Example], tokens_per_batch: int, device: torch.device
-) -> float:
-    """Mean -log p of the target tokens, in nats."""
-    batches = micro_batches([len(example.input_ids) - 1 for example in examples], tokens_per_batch)
-    loss, total = torch.zeros((), device=device), count_targets(examples)
-    for documents, is_own in distributed.in_step(batches[distributed.rank()], [0]):
-        loss += batch_loss(model, collate([examples[i] for i in documents], device), total) * is_own
-    return distributed.sum_over_ranks(loss).item()
+def evaluate(model: Transformer, examples: Sequence[Example], tokens_per_batch: int) -> float:
+    return distributed.sum_over_ranks(sum(losses(model, examples, tokens_per_batch))).item()
 
 
 def train(config: Config, resumed: Path | None) -> None:
@@ -161,7 +142,7 @@ def train(config: Config, resumed: Path | None) -> None:
     learned, held_out = load_data(config, tokenizer)
     data_digest = files_digest((*config.data, *config.eval_data))
     lengths = [len(example.input_ids) - 1 for example in learned]
-    epoch_steps = steps_per_epoch(lengths, config.tokens_per_step)
+    epoch_steps = data.steps_per_epoch(lengths, config.tokens_per_step)
     total_steps = config.steps or config.epochs * epoch_steps
     print(f"{len(learned)} examples, {sum(lengths):,} tokens, {total_steps} steps; {len(held_out)} held out")
     if resumed:
@@ -173,11 +154,10 @@ def train(config: Config, resumed: Path | None) -> None:
             return
 
     model = load(config)
-    device, rank = model.head_weight.device, distributed.rank()
     where = config.optimizer_device
-    optimizer = MasterAdamW(model, weight_decay=config.weight_decay, state_device=where)
-    first_step = load_training_state(resumed, optimizer)["step"] if resumed else 0
-    bar = {"total": total_steps, "initial": first_step, "unit": "step", "disable": rank > 0}
+    optimizer = optim.MasterAdamW(model, weight_decay=config.weight_decay, state_device=where)
+    first_step = optim.load_training_state(resumed, optimizer)["step"] if resumed else 0
+    bar = {"total": total_steps, "initial": first_step, "unit": "step", "disable": distributed.rank() > 0}
     with (
         RunLog(config.out / "metrics.jsonl", first_step, config.wandb, to_json(config)) as log,
         tqdm(desc=config.out.name, **bar) as progress,
@@ -186,34 +166,29 @@ def train(config: Config, resumed: Path | None) -> None:
             started, is_last = time.perf_counter(), step + 1 == total_steps
             epoch, index = divmod(step, epoch_steps)
             if index == 0 or step == first_step:
-                plan = shuffle_epoch(lengths, config.tokens_per_step, config.seed, epoch, config.shuffle)
-            examples, step_lengths = [learned[i] for i in plan[index]], [lengths[i] for i in plan[index]]
-            batches = micro_batches(step_lengths, config.tokens_per_batch)
-            targets, loss = count_targets(examples), torch.zeros((), device=device)
-            for documents, is_own in distributed.in_step(batches[rank], [0]):
-                batch = collate([examples[i] for i in documents], device)
-                partial_loss = batch_loss(model, batch, targets) * is_own
-                partial_loss.backward()
-                loss += partial_loss.detach()
+                plan = data.shuffle_epoch(lengths, config.tokens_per_step, config.seed, epoch, config.shuffle)
+            examples, loss = (
+                [learned[i] for i in plan[index]],
+                torch.zeros((), device=model.head_weight.device),
+            )
+            for part in losses(model, examples, config.tokens_per_batch):
+                part.backward()
+                loss += part.detach()
             distributed.sum_over_ranks(loss)
-            rate = learning_rate(step, total_steps, config.lr, WARMUP, "cosine")
+            rate = optim.learning_rate(step, total_steps, config.lr, WARMUP, "cosine")
             metrics = {"loss": loss.item(), "lr": rate, "grad_norm": optimizer.step(rate)}
-            speed = sum(step_lengths) / (time.perf_counter() - started)
+            tokens = sum(lengths[i] for i in plan[index])
+            speed = tokens / (time.perf_counter() - started)
 
             if held_out and ((step + 1) % config.eval_every == 0 or is_last):
-                metrics["eval_loss"] = evaluate(model, held_out, config.tokens_per_batch, device)
-            metrics |= {
-                "epoch": (step + 1) / epoch_steps,
-                "tokens": sum(step_lengths),
-                "target_tokens": targets,
-            }
-            metrics |= {"tokens_per_second": speed, "skipped_steps": optimizer.skipped_steps}
-            metrics["padding_share"] = padding_share(sum(batches, []), step_lengths)
+                metrics["eval_loss"] = evaluate(model, held_out, config.tokens_per_batch)
+            metrics |= {"epoch": (step + 1) / epoch_steps, "tokens": tokens, "tokens_per_second": speed}
+            metrics |= {"target_tokens": count_targets(examples), "skipped_steps": optimizer.skipped_steps}
             log.log(step + 1, **metrics)
             progress.set_postfix_str(f"loss {metrics['loss']:.3f}, {speed:,.0f} tokens/s")
             progress.update()
             if (step + 1) % config.save_every == 0 or is_last:
-                save_training_state(config.out / "state", optimizer, step + 1, data=data_digest)
+                optim.save_training_state(config.out / "state", optimizer, step + 1, data=data_digest)
 
     save_model(config.out / "model", model, tokenizer)
     print(f"{config.out}: model, metrics.jsonl, state")
@@ -234,7 +209,7 @@ def write_nano_demonstrations(config: Config, path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, sys.argv[1:] if argv is None else argv, presets("train_sft"), __doc__)
     print(f"{config.preset}: {presets('train_sft')[config.preset].help}", flush=True)
-    resumed = open_run(config)
+    resumed = optim.open_run(config)
     if not config.data:  # only the nano preset may leave them out
         config = replace(config, data=(config.out / "demonstrations.jsonl",))
         if distributed.rank() == 0 and not resumed:

@@ -18,8 +18,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -30,6 +30,8 @@ from benchmarks.jobs import markdown
 from nano_atlas.config import option, parse, run_script
 
 VARIANTS = ("plain", "nano", "nano-eager", "nano-grpo", "trl", "torch")
+CLOCKS = ("seconds", "cpu_seconds")
+PREPARED: dict = {}  # in a process of its own: what to call
 
 
 @dataclass(frozen=True)
@@ -52,22 +54,20 @@ def build(variant: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> Call
     if variant == "plain":
         return lambda: F.cross_entropy((hidden @ weight.T).float(), targets)
     if variant == "torch":  # the chunked path of torch >= 2.13 with its own defaults
-        if not hasattr(F, "linear_cross_entropy"):
-            raise ImportError(f"torch {torch.__version__} has no linear_cross_entropy")
+        from torch.nn.functional import linear_cross_entropy
+
         options = torch.nn.LinearCrossEntropyOptions()
-        return lambda: F.linear_cross_entropy(hidden, weight, targets, options=options)
+        return lambda: linear_cross_entropy(hidden, weight, targets, options=options)
     from nano_atlas.loss import fused_token_loss
     from train_grpo import GrpoConfig, grpo_token_loss, k3_kl
 
-    def sft(logprobs: Tensor, kl: None, rows: slice) -> Tensor:
-        return -logprobs
-
-    def grpo(logprobs: Tensor, kl: None, rows: slice) -> Tensor:
+    def token_loss(logprobs: Tensor, kl: None, rows: slice) -> Tensor:
+        if variant != "nano-grpo":
+            return -logprobs
         now, kl = logprobs.detach(), k3_kl(logprobs, ref_logprobs[rows])
         return grpo_token_loss(logprobs, now, now, advantages[rows], kl, GrpoConfig)
 
     if variant != "trl":
-        token_loss = grpo if variant == "nano-grpo" else sft
         return lambda: fused_token_loss(hidden, weight, targets, token_loss, weights)[0]
     from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
@@ -94,8 +94,8 @@ def memory(device: str, is_start: bool) -> int:
     return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def serve(pipe: Connection, variant: str, dtype: str, tokens: int, config: Config) -> None:
-    """The worker: measures one call at once, and one more for each message."""
+def prepare(variant: str, dtype: str, tokens: int, config: Config) -> None:
+    """The first thing that a process does; it leaves what `measure` calls."""
     if variant == "nano-eager":
         os.environ["NANO_ATLAS_COMPILE"] = "0"
     torch.set_num_threads(config.threads)
@@ -104,52 +104,48 @@ def serve(pipe: Connection, variant: str, dtype: str, tokens: int, config: Confi
     hidden = torch.randn(tokens, config.width).to(**options).requires_grad_()
     weight = (torch.randn(config.vocabulary, config.width) * 0.05).to(**options).requires_grad_()
     targets = torch.randint(config.vocabulary, (tokens,), device=config.device)
+    PREPARED.update(parameters=(hidden, weight), device=config.device)
     try:
-        loss_of = build(variant, hidden, weight, targets)
+        PREPARED["loss"] = build(variant, hidden, weight, targets)
     except ImportError as error:
-        pipe.send({"missing": str(error)})
-        return
-    while True:
-        hidden.grad = weight.grad = None
-        gc.collect()
-        before = memory(config.device, is_start=True)
-        started, cpu_started = time.perf_counter(), time.process_time()
-        loss_of().backward()
-        peak = memory(config.device, is_start=False)  # waits for a GPU
-        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-        pipe.send({"seconds": seconds, "cpu_seconds": cpu_seconds, "extra_bytes": peak - before})
-        if not pipe.recv():
-            return
+        PREPARED["missing"] = str(error)
+
+
+def measure() -> dict:
+    if "missing" in PREPARED:
+        return PREPARED
+    for parameter in PREPARED["parameters"]:
+        parameter.grad = None
+    gc.collect()
+    before = memory(PREPARED["device"], is_start=True)
+    started, cpu_started = time.perf_counter(), time.process_time()
+    PREPARED["loss"]().backward()
+    peak = memory(PREPARED["device"], is_start=False)  # waits for a GPU
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "megabytes": (peak - before) / 1e6}
 
 
 def compare(config: Config, tokens: int, dtype: str) -> None:
-    pipes, calls = {}, {}
+    spawn, processes, rows = multiprocessing.get_context("spawn"), {}, []
     for variant in config.variants:
-        pipes[variant], theirs = multiprocessing.Pipe()
-        arguments = (theirs, variant, dtype, tokens, config)
-        multiprocessing.get_context("spawn").Process(target=serve, args=arguments, daemon=True).start()
-        theirs.close()
-        calls[variant] = [pipes[variant].recv()]
-    present = [variant for variant in config.variants if "missing" not in calls[variant][0]]
-    for _ in range(config.rounds):
-        for variant in present:
-            pipes[variant].send(True)
-            calls[variant].append(pipes[variant].recv())
-    rows = []
-    for variant, (first, *rest) in calls.items():
-        if variant not in present:
+        processes[variant] = ProcessPoolExecutor(1, spawn, prepare, (variant, dtype, tokens, config))
+    rounds = []
+    for _ in range(config.rounds + 1):
+        rounds.append({variant: process.submit(measure).result() for variant, process in processes.items()})
+    for variant in config.variants:
+        first, *calls = [calls[variant] for calls in rounds]
+        plain = [calls.get("plain", dict.fromkeys(first, float("nan"))) for calls in rounds[1:]]
+        if "missing" in first:
             rows.append([variant, first["missing"], *[""] * 4])
             continue
-        pipes[variant].send(False)
-        plain = calls.get("plain", [{}])[1:] or [dict.fromkeys(first, float("nan"))] * len(rest)
-
-        def ratio(clock: str) -> str:
-            return f"{statistics.median(call[clock] / other[clock] for call, other in zip(rest, plain)):.2f}"
-
-        milliseconds = 1e3 * statistics.median(call["seconds"] for call in rest)
-        megabytes = max(call["extra_bytes"] for call in rest) / 1e6
-        numbers = [f"{milliseconds:.1f}", ratio("seconds"), ratio("cpu_seconds"), f"{megabytes:.0f}"]
-        rows.append([variant, *numbers, f"{first['seconds']:.1f}"])
+        pairs = list(zip(calls, plain))
+        ratio, cpu = (statistics.median(a[clock] / b[clock] for a, b in pairs) for clock in CLOCKS)
+        milliseconds = 1e3 * statistics.median(call["seconds"] for call in calls)
+        megabytes = max(call["megabytes"] for call in calls)
+        numbers = f"{milliseconds:.1f} {ratio:.2f} {cpu:.2f} {megabytes:.0f} {first['seconds']:.1f}"
+        rows.append([variant, *numbers.split()])
+    for process in processes.values():
+        process.shutdown()
     place = f"{dtype} on {config.device}, {config.rounds} rounds"
     print(f"\nN={tokens} D={config.width} V={config.vocabulary} {place}\n")
     print(markdown("variant | median ms | ratio | cpu | extra MB | first s", rows), flush=True)

@@ -11,15 +11,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from nano_atlas.benches.results import STUDENT
+from nano_atlas.benches.arms import CONTROLS, STUDENT
+from nano_atlas.benches.scores import points
 from nano_atlas.config import run_script
 from nano_atlas.errors import UserError
 from nano_atlas.runs import read_json
-from nano_atlas.stats import in_points
-
-Row = dict[str, Any]  # a Score of results.json, with its Comparison in "versus_student"
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ def _percent(rate: float | None) -> str:
     return "–" if rate is None else f"{100 * rate:.1f} %"
 
 
-def _accuracy(score: Row) -> str:
+def _accuracy(score: dict) -> str:
     spread = ""
     if score["interval"]:
         spread = " [{:.1f}, {:.1f}]".format(*(100 * bound for bound in score["interval"]))
@@ -44,24 +41,19 @@ def _accuracy(score: Row) -> str:
     return f"{100 * score['accuracy']:.1f}{spread} %"
 
 
-def _gain(alone: Row, arm: Row) -> str:
-    return in_points(arm["versus_student"]["delta"], arm["versus_student"]["interval"]) + " points"
+def _tokens(alone: dict, arm: dict) -> str:
+    names = "student_tokens", "all_tokens"
+    student, everyone = (100 * (arm[name] / max(alone["student_tokens"], 1) - 1) for name in names)
+    return f"student {student:+.1f} %, with probe and teacher {everyone:+.1f} %"
 
 
-def _non_degradation(alone: Row, arm: Row) -> str:
+def _non_degradation(alone: dict, arm: dict) -> str:
     of_all, of_right = (arm["versus_student"][f"non_degradation{of}"] for of in ("", "_correct"))
     return f"{_percent(of_all)} of all tasks, {_percent(of_right)} of those right alone"
 
 
-def _tokens(alone: Row, arm: Row) -> str:
-    student, everyone = (
-        100 * (arm[name] / max(alone["student_tokens"], 1) - 1) for name in ("student_tokens", "all_tokens")
-    )
-    return f"student {student:+.1f} %, with probe and teacher {everyone:+.1f} %"
-
-
-MEASURES: dict[str, Callable[[Row, Row], str]] = {  # of the student alone and the arm in question
-    "gain": _gain,
+MEASURES: dict[str, Callable[[dict, dict], str]] = {  # of the student alone and the arm in question
+    "gain": lambda alone, arm: points(arm["versus_student"]) + " points",
     "accuracy": lambda alone, arm: f"{_accuracy(arm)}, alone {_accuracy(alone)}",
     "completion": lambda alone, arm: f"{_percent(arm['completion'])}, alone {_percent(alone['completion'])}",
     "non-degradation": _non_degradation,
@@ -103,26 +95,23 @@ def claims_table(files: list[Path]) -> str:
     return "\n".join(lines)
 
 
-def _measured(claim: Claim, path: Path, results: Row) -> list[tuple[str, str, str, str]]:
+def _measured(claim: Claim, path: Path, results: dict) -> list[tuple[str, str, str, str]]:
     """Per domain, of the last teacher, the one that the controls are made of: value, number of tasks, controls, file."""
-    measure, config, rows = MEASURES[claim.measure], results["run"]["config"], []
-    if config["bench"] not in claim.benches:
+    measure, rows = MEASURES[claim.measure], []
+    if results["run"]["config"]["bench"] not in claim.benches:
         return []
     for domain in dict.fromkeys(score["domain"] for score in results["scores"]):
         scores = {score["arm"]: score for score in results["scores"] if score["domain"] == domain}
-        taught = [arm for arm in scores if arm not in (STUDENT, *config["control"])]
+        taught = [arm for arm in scores if arm not in (STUDENT, *CONTROLS)]
         if STUDENT in scores and taught:
             alone, last = scores[STUDENT], taught[-1]
-            controls = [name for name in config["control"] if name in scores]
-            against = "; ".join(f"{name}: {measure(alone, scores[name])}" for name in controls) or "none"
+            controls = [f"{name}: {measure(alone, scores[name])}" for name in CONTROLS if name in scores]
             value = f"{domain}, {last}: {measure(alone, scores[last])}"
-            rows.append((value, str(scores[last]["tasks"]), against, str(path)))
+            rows.append((value, str(scores[last]["tasks"]), "; ".join(controls) or "none", str(path)))
     return rows
 
 
 def main() -> None:
-    if any(argument.startswith("-") for argument in sys.argv[1:]):
-        raise UserError("usage: python -m benchmarks.claims RESULTS.json ...")
     print(claims_table(list(map(Path, sys.argv[1:]))))
 
 

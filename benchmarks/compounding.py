@@ -1,7 +1,6 @@
 """Does it compound? The closed loop against its counterfactuals, round by round, on held-out tasks of a domain the teacher is new to.
 
     python -m benchmarks.compounding                        # after train_sft.py; three rounds on crm
-    python -m benchmarks.compounding --domain telecom --out runs/nano/compounding-telecom
 
     both          runtime -> export -> train_grpo.py --problems -> promotion (`runtime_loop.py --rounds`)
     online        the runtime alone: the teacher stays, the strategies learn from the same tasks
@@ -13,8 +12,6 @@ Every arm has seen the same tasks after each round, or done the same number of s
 so differences to the student alone are paired. Results are files; the same command continues with what is missing.
 """
 
-import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -29,18 +26,17 @@ from nano_atlas.data import Problem
 from nano_atlas.episode import EpisodeConfig, attempt, seeds, sketch, teach
 from nano_atlas.errors import UserError
 from nano_atlas.presets import NANO_LENGTHS
-from nano_atlas.protocol import TEACHING_STYLES, Messages, baseline_messages
+from nano_atlas.protocol import Messages, baseline_messages
 from nano_atlas.reward import RewardConfig
 from nano_atlas.runs import read_json, write_json, write_jsonl
 from nano_atlas.runtime.agents import open_agent
 from nano_atlas.runtime.deploy import read_deployment
-from nano_atlas.runtime.learning import Strategies
+from nano_atlas.runtime.promotion import call
 from nano_atlas.runtime.traces import read_traces
 from nano_atlas.schedule import play
 from nano_atlas.seats import Generation, Question, Seat
 from nano_atlas.stats import mean_in_points
 
-ROOT = Path(__file__).parents[1]
 SHOTS = 3  # examples of the few-shot arm
 ARMS = ("both", "online", "offline", "fine-tuning", "few-shot")
 
@@ -58,13 +54,6 @@ class Config:
     tune_options: str = option("--epochs 3 --lr 1e-3", "options of train_sft.py for the fine-tuned student")
     seed: int = option(0, "of tasks and sampling")
     out: Path = option(Path("runs/nano/compounding"), "directory of the results")
-
-
-def call(script: str, more: str = "", **options: object) -> None:
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    command = [sys.executable, str(ROOT / script), *flags, *shlex.split(more)]
-    if subprocess.run(command).returncode != 0:
-        raise UserError(f"{shlex.join(command)} failed; its message is above")
 
 
 def run_arms(config: Config) -> None:
@@ -98,46 +87,45 @@ def right_answers(config: Config, rounds: int) -> list[Messages]:
         if text is not None:
             chats.append([*baseline_messages(trace["task"]), {"role": "assistant", "content": text}])
     if not chats:
-        raise UserError(
-            f"the student solved none of the first {rounds * config.tasks} tasks: nothing to tune it on"
-        )
+        raise UserError(f"the student solved no task in the first {rounds} rounds: nothing to tune it on")
     return chats
 
 
 def best_style(config: Config, rounds: int) -> str:
     """The strategy that has earned most per session in the first rounds."""
-    bandit = Strategies(tuple(TEACHING_STYLES))
+    rewards: dict[str, list[float]] = {}
     for outcome, _ in islice(read_traces(config.out / "online/traces.jsonl"), rounds * config.tasks):
-        bandit.learn(config.domain, outcome.strategy, outcome.reward)
-    known = bandit.history(config.domain)["strategies"]
-    return max(known, key=lambda name: known[name]["average_score"], default="adaptive")
+        if outcome.reward is not None:
+            rewards.setdefault(outcome.strategy, []).append(outcome.reward)
+    return max(sorted(rewards), key=lambda style: fmean(rewards[style]), default="adaptive")
 
 
 def measure(config: Config, arm: str, number: int, problems: Sequence[Problem], student: Seat) -> list[int]:
     """Which held-out tasks the arm solves after round `number`; round 0 is where all arms but few-shot start."""
     if arm in ("fine-tuning", "few-shot"):
-        shots: Messages = []
-        if arm == "few-shot" and number:
-            shots = [message for chat in right_answers(config, number)[:SHOTS] for message in chat]
-        elif number:
+        chats = right_answers(config, number)[:SHOTS] if arm == "few-shot" and number else []
+        if arm == "fine-tuning" and number:
             student = open_agent(str(config.out / f"tuned-{number}/model"))
-        answering = Generation(NANO_LENGTHS["answer_tokens"], 0.0)
+        shots = [message for chat in chats for message in chat]
         asked = [(shots + baseline_messages(p.question), derive_seed("compounding", p.id)) for p in problems]
+        answering = Generation(NANO_LENGTHS["answer_tokens"], 0.0)
         replies = student.ask([Question(messages, answering, seed) for messages, seed in asked])
         return [int(attempt(reply, p.answer).is_correct) for (reply,), p in zip(replies, problems)]
-    place, style = config.teacher, "adaptive"
-    if arm == "offline" and number:
-        place = str(config.out / f"offline-{number}/model")
-    elif arm == "both" and number:
-        place = read_json(config.out / f"both/round-{number}/promotion.json")["teacher"]
-    elif arm == "online" and number:
-        style = best_style(config, number)
+    place = config.teacher
+    if number and arm != "online":
+        offline = str(config.out / f"offline-{number}/model")
+        place = offline if arm == "offline" else promotion(config, number)["teacher"]
+    style = best_style(config, number) if number and arm == "online" else "adaptive"
     greedy, seed = EpisodeConfig(**NANO_LENGTHS).greedy(), seeds("compounding")
     seats = {"student": student, "teacher": open_agent(place)}
     sketches = play([sketch(problem, greedy, seed) for problem in problems], seats)
     count_tokens, rewards = seats["teacher"].count_tokens, RewardConfig()
     scripts = [teach(alone, greedy, rewards, seed, count_tokens, style=style) for alone in sketches]
     return [int(episode.guided.is_correct) for (episode,) in play(scripts, seats)]
+
+
+def promotion(config: Config, number: int) -> dict:
+    return read_json(config.out / f"both/round-{number}/promotion.json")
 
 
 def table(config: Config, results: dict[str, list[list[int]]]) -> str:
@@ -152,14 +140,10 @@ def table(config: Config, results: dict[str, list[list[int]]]) -> str:
         for base in (alone, rows[0]):
             cells.append(mean_in_points([after - before for before, after in zip(base, rows[-1])]))
         lines.append(f"| {arm} | {' | '.join(cells)} |")
-    decisions = []
-    for number in range(1, config.rounds + 1):
-        decision = read_json(config.out / f"both/round-{number}/promotion.json")
-        decisions.append(
-            f"round {number}: {'yes' if decision['is_promoted'] else 'no'}, {decision['reason']}"
-        )
+    made = {number: promotion(config, number) for number in range(1, config.rounds + 1)}
+    said = [f"round {n}: {'yes' if made[n]['is_promoted'] else 'no'}, {made[n]['reason']}" for n in made]
     in_service = read_deployment(config.out / "both/deploy.yaml")["teacher"]["spec"]
-    return "\n".join([*lines, "", f"Promotions: {'; '.join(decisions)}; in service: {in_service}."])
+    return "\n".join([*lines, "", f"Promotions: {'; '.join(said)}; in service: {in_service}."])
 
 
 def main() -> None:

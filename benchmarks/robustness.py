@@ -10,7 +10,7 @@ directory of its own. *Whole plan* is the student's accuracy when it is told the
 
     headroom recovered = (GRPO - SFT) / (whole plan - SFT)        where there is any: 5 points or more
 
-The other students are made first, by nano_atlas/world/pretrain.py with another seed or other amounts of text (4 to 9 minutes each).
+The other students are made first, by benchmarks/pretrain.py with another seed or other amounts of text (4 to 9 minutes each).
 """
 
 import itertools
@@ -69,7 +69,7 @@ def student_path(name: str, out: Path) -> Path:
 
 def make_student(name: str, out: Path) -> Job:
     place = student_path(name, out)
-    command = ["-m", "nano_atlas.world.pretrain", "--out", place, *OTHERS[name].split()]
+    command = ["-m", "benchmarks.pretrain", "--out", place, *OTHERS[name].split()]
     return Job(place, lambda: call(place.with_suffix(".log"), 1, *command))
 
 

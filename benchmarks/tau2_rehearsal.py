@@ -49,9 +49,7 @@ TRANSFER, DONE = CALL % ("transfer_to_human_agents", '{"summary": "No service."}
 PARAMETERS = {"properties": {"summary": {"type": "string"}}}
 TOOLS = ("get_customer_by_phone", "transfer_to_human_agents", "toggle_airplane_mode", "done")
 SCHEMAS = [{"type": "function", "function": {"name": name, "parameters": PARAMETERS}} for name in TOOLS]
-OFFERED = "".join(
-    "\n" + json.dumps(schema) for schema in SCHEMAS
-)  # where there are tools, a system prompt ends so
+OFFERED = "".join("\n" + json.dumps(schema) for schema in SCHEMAS)  # so ends a system prompt with tools
 APPROACH = "I would look at the line first."
 TEACHING = "<thinking>It is stuck.</thinking>\n<teaching>Transfer the customer to a human agent.</teaching>"
 CONVERSATIONS, STEPS = 1200, 420  # to learn from; of learning them
@@ -71,19 +69,18 @@ def conversation(texts: str, is_solo: bool, draws: random.Random) -> list[dict[s
     start = draws.randrange(max(1, len(texts) - length))
     policy = texts[start : start + length] + draws.choice(["", OFFERED])
     question, kind = draws.choice([COMPLAINT, policy[:200]]), draws.randrange(6)
+    system = {"role": "system", "content": policy}
     if kind == 0:
-        case = f"{policy}\n\nTools: a, b\n\nUser: {question}"
-        turns = [protocol.teacher_messages(case, APPROACH)[0]["content"], TEACHING]
-    elif kind == 1:
-        turns = [protocol.probe_messages(question)[0]["content"], APPROACH]
-    else:
-        result = draws.choice(["Transfer successful", "{}", "Error: " + policy[:60]])
-        transfer = [TRANSFER, f"<tool_response>{result}</tool_response>"]
-        turns = [GREETING, COMPLAINT, *transfer, HOLD] if kind < 4 else [GREETING, COMPLAINT, HOLD, GOODBYE]
-        turns = [*transfer, DONE] if is_solo else turns
+        request = protocol.teacher_messages(f"{policy}\n\nTools: a, b\n\nUser: {question}", APPROACH)
+        return [*request, {"role": "assistant", "content": TEACHING}]
+    if kind == 1:
+        return [system, *protocol.probe_messages(question), {"role": "assistant", "content": APPROACH}]
+    result = draws.choice(["Transfer successful", "{}", "Error: " + policy[:60]])
+    transfer = [TRANSFER, f"<tool_response>{result}</tool_response>"]
+    turns = [GREETING, COMPLAINT, *transfer, HOLD] if kind < 4 else [GREETING, COMPLAINT, HOLD, GOODBYE]
+    turns = [*transfer, DONE] if is_solo else turns
     roles = ["assistant", "user"] if len(turns) % 2 else ["user", "assistant"]
-    chat = [{"role": role, "content": turn} for role, turn in zip(roles * 3, turns)]
-    return chat if kind == 0 else [{"role": "system", "content": policy}, *chat]
+    return [system, *({"role": role, "content": turn} for role, turn in zip(roles * 3, turns))]
 
 
 def newborn(texts: Sequence[str]) -> tuple[Transformer, Tokenizer]:
@@ -94,8 +91,8 @@ def newborn(texts: Sequence[str]) -> tuple[Transformer, Tokenizer]:
     settings = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
     backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=8192, **settings))
     tokenizer = Tokenizer(backend, CHAT, eos_token="<|im_end|>", pad_token="<|pad|>")
-    shape = ModelConfig("qwen3", tokenizer.vocab_size, 64, 192, 2, 2, 1, 32, max_position_embeddings=40960, rope_theta=1e6,
-                        tie_word_embeddings=True, qk_norm=True)  # fmt: skip
+    more = {"max_position_embeddings": 40960, "rope_theta": 1e6, "tie_word_embeddings": True, "qk_norm": True}
+    shape = ModelConfig("qwen3", tokenizer.vocab_size, 64, 192, 2, 2, 1, 32, **more)
     return Transformer(shape).initialize(0), tokenizer
 
 
@@ -105,7 +102,7 @@ def main() -> None:
     files = sorted([*data.glob("domains/telecom/*.md"), *data.glob("user_simulator/*.md")])
     if not files:
         raise UserError(
-            "TAU2_DATA_DIR must name tau2's data: `eval.py --bench tau2 --dry-run` says how to get it"
+            "TAU2_DATA_DIR must name tau2's data; `eval.py --bench tau2 --dry-run` says how to get it"
         )
     texts, draws = "\n".join(file.read_text() for file in files), random.Random(0)
     place, root = config.out / config.mode, Path(__file__).parents[1]
@@ -114,18 +111,18 @@ def main() -> None:
         said = (turn["content"] for chat in chats[:200] for turn in chat)
         save_model(place / "init", *newborn([texts, *said]))
         write_jsonl(place / "chats.jsonl", [{"messages": chat} for chat in chats])
-    files = ["--data", place / "chats.jsonl", "--model", place / "init", "--out", place / "sft"]
-    lengths = "--tokens-per-step 10000 --tokens-per-batch 10000 --max-length 10000".split()
-    learning = f"--preset own --device cpu --lr 1e-2 --steps {STEPS}".split()
-    subprocess.run([sys.executable, root / "train_sft.py", *learning, *lengths, *files], check=True)
+    files = f"--data {place}/chats.jsonl --model {place}/init --out {place}/sft"
+    lengths = "--tokens-per-step 10000 --tokens-per-batch 10000 --max-length 10000"
+    learning = f"--preset own --device cpu --lr 1e-2 --steps {STEPS} {lengths} {files}"
+    subprocess.run([sys.executable, root / "train_sft.py", *learning.split()], check=True)
     options = "--enforce-eager --enable-auto-tool-choice --tool-call-parser hermes".split()
     with VllmServer((place / "sft/model").resolve(), place / "vllm.log", options=options) as server:
         user = "solo" if config.mode == "solo" else server.url
-        seats = f"--user {user} --student {server.url} --teacher taught={server.url} --control none".split()
-        lengths = "--max-steps 20 --answer-tokens 200 --teaching-tokens 64 --probe-tokens 32".split()
-        run = f"--limit {config.limit} --trials 1 --temperature 0 --workers 8 --restart --out {place}/results".split()
-        command = [config.python, root / "eval.py", "--bench", "tau2", *seats, *lengths, *run]
-        subprocess.run(command, check=True)
+        seats = f"--user {user} --student {server.url} --teacher taught={server.url} --control none"
+        lengths = "--max-steps 20 --answer-tokens 200 --teaching-tokens 64 --probe-tokens 32"
+        run = f"--limit {config.limit} --trials 1 --temperature 0 --workers 8 --restart --out {place}/results"
+        evaluation = f"--bench tau2 {seats} {lengths} {run}".split()
+        subprocess.run([config.python, root / "eval.py", *evaluation], check=True)
 
 
 if __name__ == "__main__":

@@ -54,10 +54,8 @@ def policy_batches(
         groups.setdefault(tuple(samples[index].rollout.prompt_ids), []).append(index)
     batches: list[list[tuple[tuple[int, ...], list[int]]]] = [[]]
     room = tokens_per_batch
-    for prompt, members in sorted(
-        groups.items(), key=lambda group: len(group[0])
-    ):  # similar lengths together
-        for index in sorted(members, key=lambda i: len(samples[i].rollout.completion_ids)):
+    for prompt in sorted(groups, key=len):  # similar lengths together
+        for index in sorted(groups[prompt], key=lambda i: len(samples[i].rollout.completion_ids)):
             size = len(samples[index].rollout.completion_ids) - 1
             is_new = not batches[-1] or batches[-1][-1][0] != prompt
             if batches[-1] and size + is_new * len(prompt) > room:

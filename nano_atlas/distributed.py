@@ -3,16 +3,15 @@
 All ranks hold the same data, take the same decisions, and share the computation: each samples its part of the conversations
 (`divide`) and learns from its part of a step's tokens (`shares`); then all get all results. Each stores its rows of every
 parameter, gradient and moment (Rajbhandari et al. 2020, arXiv:1910.02054, ZeRO stage 3); whole layers exist while they compute.
-Gradients are summed, not averaged, because the losses are already normalised by the whole step: and after each micro-batch,
-because waiting for the last would need an unsharded float32 gradient (33 GB for 8B) to save one transfer of three.
+Gradients are summed, because the losses are normalised by the whole step, and after each micro-batch, because waiting for the last
+would need an unsharded float32 gradient (33 GB for 8B) to save one transfer of three.
 """
 
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,6 @@ from nano_atlas.errors import UserError
 from nano_atlas.model import Transformer
 
 TIMEOUT = timedelta(hours=2)  # for a collective: the other ranks may be sampling long answers or evaluating
-Item = TypeVar("Item")
 
 
 def rank() -> int:
@@ -40,7 +38,7 @@ def process_group() -> Iterator[None]:
         yield
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
-    if torch.cuda.is_available() and int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
+    if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
@@ -52,13 +50,9 @@ def is_first_failure() -> bool:
     """Whether this rank is the first of the job to fail. Only that one reports; the others exit silently."""
     if not dist.is_initialized():
         return True
-    try:  # torchrun's own store, which outlives the ranks
-        address, attempt = os.environ["MASTER_ADDR"], os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-        port, patience = int(os.environ["MASTER_PORT"]), timedelta(seconds=10)
-        store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=patience)
-        return store.add(f"failures/{attempt}", 1) == 1
-    except RuntimeError:
-        return True
+    with suppress(RuntimeError):  # torchrun has ended, and its store with it
+        return dist.distributed_c10d._get_default_store().add("failures", 1) == 1
+    return True
 
 
 def wait() -> None:
@@ -72,29 +66,26 @@ def device(choice: str, gpus: int | None = None) -> str:
     gpus = torch.cuda.device_count() if gpus is None else gpus
     if size() > 1 and choice.startswith("cuda"):
         raise UserError(f"{choice}: each of torchrun's processes has a GPU of its own; use auto or cpu")
-    if choice == "auto":
-        choice = f"cuda:{os.environ['LOCAL_RANK'] if size() > 1 else 0}" if gpus else "cpu"
-    if choice.startswith("cuda"):
-        check_gpu(choice, gpus)
+    if choice == "cuda" or choice == "auto" and gpus:
+        choice = f"cuda:{os.environ['LOCAL_RANK'] if size() > 1 else 0}"
+    choice = "cpu" if choice == "auto" else choice
+    check_gpu(choice, gpus)
     return choice
 
 
 def check_gpu(name: str, gpus: int) -> None:
-    if (torch.device(name).index or 0) >= gpus:
+    if name.startswith("cuda") and torch.device(name).index >= gpus:
         raise UserError(f"there is no device {name} here ({gpus} GPUs)")
 
 
 def shares(sizes: Sequence[int]) -> list[list[int]]:
     """Items (by index) of each rank: contiguous, and of equal total size up to one item."""
-    result: list[list[int]] = [[] for _ in range(size())]
-    before, total = 0, sum(sizes)
-    for index, item in enumerate(sizes):
-        result[int((before + item / 2) * len(result) / total)].append(index)  # where the item's middle lies
-        before += item
-    return result
+    lengths = torch.tensor(sizes, dtype=torch.float64)
+    owners = ((lengths.cumsum(0) - lengths / 2) * size() / lengths.sum()).int()  # of each item's middle
+    return [(owners == owner).nonzero().flatten().tolist() for owner in range(size())]
 
 
-def in_step(batches: Sequence[Item], filler: Item) -> Iterator[tuple[Item, bool]]:
+def in_step(batches: Sequence, filler) -> Iterator[tuple]:
     """(micro-batch, whether it counts): this rank's own, then `filler` until every rank has run as many.
 
     A pass through a sharded model is collective: a rank that skips one deadlocks the others.
@@ -102,8 +93,8 @@ def in_step(batches: Sequence[Item], filler: Item) -> Iterator[tuple[Item, bool]
     most = torch.tensor(len(batches))
     if size() > 1:
         dist.all_reduce(most, dist.ReduceOp.MAX)
-    yield from ((batch, True) for batch in batches)
-    yield from ((filler, False) for _ in range(int(most) - len(batches)))
+    for index in range(int(most)):
+        yield (batches[index], True) if index < len(batches) else (filler, False)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -118,14 +109,13 @@ class DividedSeat:
 
     is_batched = True
 
-    def __init__(self, seat, is_first_only: bool):
-        self.seat = seat
-        self.parts = 1 if is_first_only else size()
+    def __init__(self, seat, parts: int):
+        self.seat, self.parts = seat, parts
         self.group = dist.new_group(backend="gloo", timeout=TIMEOUT)  # its own, so that a thread may ask
 
     def ask(self, questions, progress=None) -> list[list]:
-        own = slice(rank(), None, self.parts) if rank() < self.parts else slice(0)
-        replies = self.seat.ask(questions[own], progress if rank() == 0 else None)
+        own = questions[rank() :: self.parts] if rank() < self.parts else []
+        replies = self.seat.ask(own, progress if rank() == 0 else None)
         gathered: list[list] = [[] for _ in range(size())]
         dist.all_gather_object(gathered, replies, self.group)  # pickled between the ranks, never stored
         return [gathered[index % self.parts][index // self.parts] for index in range(len(questions))]
@@ -136,14 +126,14 @@ class DividedSeat:
 
 def divide(seat, is_first_only: bool = False):
     """is_first_only: only rank 0's seat can answer, because the server is rank 0's."""
-    return DividedSeat(seat, is_first_only) if size() > 1 else seat
+    return DividedSeat(seat, 1 if is_first_only else size()) if size() > 1 else seat
 
 
 def shard(model: Transformer) -> None:
     """Cuts the parameters into rows, in place: float32 from here on, and cast to the model's dtype when they are gathered.
 
-    One group per layer, and one of embedding, final norm and head, which stays gathered until the end of the backward pass,
-    because the loss uses `head_weight` outside of the model. FSDP2 gives each rank ceil(rows / N), the last ranks fewer or none.
+    One group per layer, and one of embedding, final norm and head, which stays gathered in the backward pass, because the loss
+    uses `head_weight` outside of the model. FSDP2 gives each rank ceil(rows / N), the last ranks fewer or none.
     """
     if size() == 1:
         return
@@ -187,12 +177,12 @@ def gather_rows(part: Tensor, rows: int) -> Tensor:
 @torch.no_grad()
 def full_parameters(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     """(name, whole tensor) one at a time, in the model's dtype. Collective: all ranks must go through all of them."""
-    if model.compute_dtype is None:
-        yield from ((name, parameter.detach()) for name, parameter in model.named_parameters())
-        return
-    model.reshard()  # a forward pass without a backward one leaves embedding and head gathered
-    for name, parameter in model.named_parameters():
-        yield name, gather_rows(own_part(parameter).to(model.compute_dtype), len(parameter))
+    dtype = model.compute_dtype
+    if dtype is not None:
+        model.reshard()  # a forward pass without a backward one leaves embedding and head gathered
+    for name, weight in model.named_parameters():
+        weight = weight.detach()
+        yield name, weight if dtype is None else gather_rows(own_part(weight).to(dtype), len(weight))
 
 
 def copy_parameters(source: Transformer, target: Transformer) -> None:
@@ -206,5 +196,4 @@ def whole_copy(model: Transformer) -> Transformer:
     """An unsharded model on the same device, for `copy_parameters` to fill; in a single process the model itself."""
     if size() == 1:
         return model
-    copy = Transformer(model.config).to(model.head_weight.device, model.compute_dtype)
-    return copy.requires_grad_(False)
+    return Transformer(model.config).to(model.head_weight.device, model.compute_dtype).requires_grad_(False)

@@ -8,13 +8,12 @@ Each is a script for `schedule.play` or `schedule.drive`. Probe and baselines ar
 problem, so the teachings compete from the same state and the reward carries no noise that the teacher did not cause.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 from nano_atlas import protocol
-from nano_atlas.answers import answer_key, extract_answer, is_correct, reveals_answer
+from nano_atlas.answers import extract_answer, is_correct, reveals_answer
 from nano_atlas.config import derive_seed, option
 from nano_atlas.data import Problem
 from nano_atlas.reward import RewardConfig, efficiency, teaching_reward
@@ -197,20 +196,6 @@ def attempt(reply: Reply, gold: str | None) -> Attempt:
     answer = extract_answer(reply.text)
     is_right = gold is not None and is_correct(answer, gold)
     return Attempt(reply.text, answer, is_right, reply.tokens, reply.is_truncated)
-
-
-def majority(attempts: Sequence[Attempt]) -> Attempt:
-    """The first attempt with the most frequent answer, at the price of all: self-consistency (Wang et al. 2022, arXiv:2203.11171).
-
-    Attempts without an answer have no vote, and of equally frequent answers the one given first wins.
-    """
-    keys = [None if attempt.answer is None else answer_key(attempt.answer) for attempt in attempts]
-    votes = Counter(key for key in keys if key is not None)
-    first = (
-        keys.index(max(votes, key=votes.__getitem__)) if votes else 0
-    )  # max: the first of the most frequent
-    tokens, is_truncated = sum(a.tokens for a in attempts), any(a.is_truncated for a in attempts)
-    return replace(attempts[first], tokens=tokens, is_truncated=is_truncated)
 
 
 # --------------------------------------------------------------------------------------------------------- what came of it

@@ -4,13 +4,10 @@ Whatever is left on "auto" follows from the machine, and the choice is printed w
 """
 
 import re
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -43,18 +40,12 @@ class LayoutConfig:
 
 @dataclass(frozen=True)
 class Layout:
-    """Devices, and who samples on them."""
-
     policy: str
     student: str  # "" where it is an endpoint or there is none
+    student_server: bool  # whether a vLLM server is started for the student
     reference: str
-    student_rollout: str  # "embedded" | "vllm" | "endpoint" | "none"
     server: str = ""  # device or devices of the policy's vLLM server, if one is started here
     urls: tuple[str, ...] = ()  # the policy's vLLM servers, if they are running already
-
-    def serves_on(self, device: str) -> bool:
-        """Whether the policy's server, if it is started here, uses this GPU."""
-        return device in gpus_of(self.server)
 
 
 def gpus_of(devices: str) -> list[str]:
@@ -66,40 +57,34 @@ def gpus_of(devices: str) -> list[str]:
 def choose_layout(config: LayoutConfig, student: str, kl: str, gpus: int | None = None) -> Layout:
     """Fills in what is "auto" and prints the choice. Raises UserError for what is not there or does not go together.
 
-    student: checkpoint directory or URL; "" where no student is asked. kl: "exact" puts the reference beside the policy.
+    student: checkpoint directory or URL; "" for none. kl: "exact" puts the reference beside the policy.
     """
     gpus = torch.cuda.device_count() if gpus is None else gpus
     is_alone, has_vllm = distributed.size() == 1, find_spec("vllm") is not None
     policy = distributed.device(config.device, gpus)
-    policy = "cuda:0" if policy == "cuda" else policy
     others = [f"cuda:{index}" for index in range(gpus) if f"cuda:{index}" != policy]
     spare = others[-1] if others and is_alone else policy
 
-    rollout, reason = config.rollout, "as asked"
+    rollout = config.rollout
     if rollout == ("auto",):
         rollout = ("vllm",) if gpus > 1 and is_alone and has_vllm else ("embedded",)
-        reason = f"{gpus} GPUs, vLLM {'is' if has_vllm else 'is not'} installed"
     urls, asked = rollout if all(map(is_url, rollout)) else (), ROLLOUT.fullmatch(" ".join(rollout))
     if not urls and not asked:
         raise UserError(f"--rollout must be auto, embedded, vllm, vllm:DEVICE or URLs, not {rollout}")
-    server = "" if urls or rollout == ("embedded",) else asked[1] or spare
     if rollout == ("vllm",) and gpus and not is_alone:
         raise UserError("under torchrun name GPUs on which no process trains: --rollout vllm:cuda:6,7")
+    server = "" if urls or rollout == ("embedded",) else asked[1] or spare
     for device in gpus_of(server):
         distributed.check_gpu(device, gpus)
-    is_served = bool(server or urls)
-    if config.overlap and not is_served:
+    if config.overlap and not (server or urls):
         raise UserError("--overlap needs --rollout vllm: the embedded sampler's weights change in training")
 
-    has_full_gpu = is_served and gpus > 1 and is_alone  # vLLM preallocates its GPU's memory
-    student_device, student_rollout = spare, "vllm" if has_full_gpu and has_vllm else "embedded"
-    if not student or is_url(student):
-        student_device, student_rollout = "", "endpoint" if student else "none"
+    has_full_gpu = bool(server or urls) and gpus > 1 and is_alone  # vLLM preallocates its GPU's memory
     reference = policy if kl == "exact" or has_full_gpu else spare
-    sampler = f"vLLM at {', '.join(urls)}" if urls else f"vLLM on {server}" if server else "this process"
-    print(f"policy: trained on {policy}, sampled by {sampler} ({reason})")
-    print(f"student: {student_rollout} on {student_device or student}; reference on {reference}")
-    return Layout(policy, student_device, reference, student_rollout, server, urls)
+    place = (spare, has_full_gpu and has_vllm) if student and not is_url(student) else ("", False)
+    layout = Layout(policy, *place, reference, server, urls)
+    print(f"{gpus} GPUs, vLLM {'is' if has_vllm else 'is not'} installed: {layout}")
+    return layout
 
 
 def load(path: str | Path, device: str, dtype: str, made_by: str) -> Transformer:
@@ -109,33 +94,31 @@ def load(path: str | Path, device: str, dtype: str, made_by: str) -> Transformer
     return load_model(path, dtype=getattr(torch, dtype), device=device)
 
 
-def open_policy(
-    config, layout: Layout, policy: Transformer, tokenizer: Tokenizer, version: int, stack: ExitStack
-) -> TokenSeat:
-    """The policy's seat; its sampler has the weights of `policy` as `version`. What was started ends with `stack`."""
+def open_policy(config, layout, policy: Transformer, tokenizer, version: int, stack) -> TokenSeat:
+    """The policy's seat, with the weights of `policy` as `version`. stack: the ExitStack that ends what is started."""
     if layout.server or layout.urls:
-        from nano_atlas.vllm.opening import open_served_policy
+        from nano_atlas.vllm import sampler
 
-        return open_served_policy(config, layout, policy, tokenizer, version, stack)
-    whole = distributed.whole_copy(policy)
-    seat = EmbeddedSeat(whole, tokenizer, thinking=config.thinking, max_rows=config.cache_rows)
+        return sampler.open_policy(config, layout, policy, tokenizer, version, stack)
+    seat = embedded_seat(config, distributed.whole_copy(policy), tokenizer)
     seat.sampler.sync(policy, version)
     return distributed.divide(seat)
 
 
-def open_student(config, layout: Layout, stack: ExitStack) -> Seat:
+def open_student(config, layout: Layout, stack) -> Seat:
     """The frozen student's seat. Raises UserError where `config.student` is no checkpoint, or an endpoint that does not answer."""
-    if layout.student_rollout == "endpoint":
+    if is_url(config.student):
         return distributed.divide(open_seat(config.student))
-    if layout.student_rollout == "vllm":
-        from nano_atlas.vllm.opening import open_served_student
+    if layout.student_server:
+        from nano_atlas.vllm import sampler
 
-        return open_served_student(config, layout, stack)
-    made_by = "name the student's checkpoint directory with --student"
-    frozen = load(config.student, layout.student, config.dtype, made_by)
-    tokenizer = Tokenizer.from_directory(config.student)
-    seat = EmbeddedSeat(frozen, tokenizer, thinking=config.thinking, max_rows=config.cache_rows)
-    return distributed.divide(seat)
+        return sampler.open_student(config, layout, stack)
+    frozen = load(config.student, layout.student, config.dtype, "name the student's directory with --student")
+    return distributed.divide(embedded_seat(config, frozen, Tokenizer.from_directory(config.student)))
+
+
+def embedded_seat(config, model: Transformer, tokenizer: Tokenizer) -> EmbeddedSeat:
+    return EmbeddedSeat(model, tokenizer, thinking=config.thinking, max_rows=config.cache_rows)
 
 
 class Pipeline:
@@ -144,11 +127,11 @@ class Pipeline:
     is_ahead: the next step is sampled while this one trains, from weights that are one update old.
     """
 
-    def __init__(self, produce: Callable[[int], Any], sampler: Any, last_step: int, is_ahead: bool):
+    def __init__(self, produce, sampler, last_step: int, is_ahead: bool):
         self.produce, self.sampler, self.last_step, self.is_ahead = produce, sampler, last_step, is_ahead
         self.thread, self.upcoming = ThreadPoolExecutor(1), None
 
-    def take(self, step: int) -> tuple[Any, bool]:
+    def take(self, step: int) -> tuple:
         """-> the batch, and whether it is from the present weights."""
         is_fresh = self.upcoming is None
         batch = self.produce(step) if is_fresh else self.upcoming.result()

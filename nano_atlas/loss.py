@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 # (logprobs [n], kl [n] | None, rows) -> loss [n]; `rows` is the slice of the N tokens that the chunk holds
 TokenLoss = Callable[[Tensor, Tensor | None, slice], Tensor]
+Reference = tuple[Tensor, Tensor]  # its hidden states [N, D_ref] and head [V, D_ref]
 
 MAX_CHUNK_TOKENS = 1024  # beyond this, longer matrix products are no faster
 CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}  # logits in one chunk: 128 MiB and 1 GiB of float32
@@ -52,10 +53,7 @@ class TokenStats(NamedTuple):
     kl: Tensor | None  # full-vocabulary KL(policy || reference); None without a reference
 
 
-# ---- elementwise kernels over one chunk of logits [n, V]; everything inside is float32 ------------------------------------
-
-
-Reference = tuple[Tensor, Tensor]  # its hidden states [N, D_ref] and head [V, D_ref]
+# ---- elementwise kernels over one chunk of logits [n, V]; everything inside is float32
 
 
 def _chunk_stats(logits, ref_logits, target_logits, inverse_temperature):
@@ -98,14 +96,9 @@ _compiled = cache(partial(torch.compile, dynamic=True, fullgraph=True))
 def _run(kernel: Callable, *arguments):
     setting = os.environ.get("NANO_ATLAS_COMPILE", "")
     if setting not in ("", "0", "1"):
-        raise ValueError(
-            f"environment variable NANO_ATLAS_COMPILE is {setting!r}; use 0, 1 or leave it unset"
-        )
+        raise ValueError(f"NANO_ATLAS_COMPILE is {setting!r}; use 0, 1 or leave it unset")
     is_compiled = setting == "1" or (setting == "" and arguments[0].shape[1] >= MIN_COMPILED_VOCABULARY)
     return (_compiled(kernel) if is_compiled else kernel)(*arguments)
-
-
-# ---- the pass over the chunks ----------------------------------------------------------------------------------------------
 
 
 def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
@@ -194,9 +187,6 @@ class _GradientInForward(torch.autograd.Function):
             raise RuntimeError("the fused loss keeps its gradient for one backward pass; compute it again")
         gradients, ctx.gradients = ctx.gradients, None  # handed on, not copied: [V, D] is large
         return *(None if gradient is None else gradient.mul_(d_loss) for gradient in gradients), *[None] * 5
-
-
-# ---- what others call ------------------------------------------------------------------------------------------------------
 
 
 def fused_token_loss(

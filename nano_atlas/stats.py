@@ -1,7 +1,4 @@
-"""The statistics of a paired comparison: intervals, tests, and the scores of several samples per task.
-
-Everything here takes plain numbers and knows nothing of teaching. Rates and differences are fractions, not percent.
-"""
+"""The statistics of a paired comparison, on plain numbers. Rates and differences are fractions, not percent."""
 
 import math
 from collections.abc import Sequence
@@ -22,19 +19,15 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def paired_bootstrap(
-    differences: Sequence[float], *, seed: int = 0, resamples: int = 10_000, confidence: float = 0.95
-) -> tuple[float, float]:
+def paired_bootstrap(differences: Sequence[float], seed=0, confidence: float = 0.95) -> tuple[float, float]:
     """Percentile interval of the mean of `differences`, one per task (Efron 1979, Ann. Stat. 7).
 
     Tasks are drawn with replacement, both arms of a task together, so what makes a task hard for both arms cancels. The mean of a
     resample depends only on how often each *value* was drawn, and those counts are multinomial, so they are drawn directly.
     """
     values, counts = np.unique(np.asarray(differences, dtype=np.float64), return_counts=True)
-    total = counts.sum()
-    drawn = np.random.default_rng(seed).multinomial(
-        total, counts / total, size=resamples
-    )  # [resamples, values]
+    total, generator = counts.sum(), np.random.default_rng(seed)
+    drawn = generator.multinomial(total, counts / total, size=10_000)  # [resamples, values]
     low, high = np.quantile(drawn @ values / total, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
@@ -51,10 +44,7 @@ def mean_in_points(differences: Sequence[float]) -> str:
 
 
 def mcnemar(improved: int, degraded: int) -> float:
-    """Two-sided exact p-value of McNemar's test: are tasks that change as likely to change for the worse as for the better?
-
-    improved, degraded: tasks right in one arm only; tasks equal in both arms do not enter.
-    """
+    """Two-sided exact p-value of McNemar's test: is a task that is right in one arm only as likely to be so in either?"""
     changed = improved + degraded
     tail = sum(math.comb(changed, k) for k in range(min(improved, degraded) + 1))
     return min(1.0, 2 * tail / 2**changed)
@@ -62,21 +52,9 @@ def mcnemar(improved: int, degraded: int) -> float:
 
 def pass_hat_k(samples: int, correct: int, k: int) -> float:
     """pass^k: unbiased estimate of the chance that all of k samples are right (Yao et al. 2024, arXiv:2406.12045)."""
-    if not 1 <= k <= samples or not 0 <= correct <= samples:
-        raise ValueError(f"pass^{k} from {correct} right of {samples} samples")
     return math.comb(correct, k) / math.comb(samples, k)
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
     """pass@k: unbiased estimate of the chance that one of k samples is right (Chen et al. 2021, arXiv:2107.03374)."""
     return 1 - pass_hat_k(samples, samples - correct, k)  # not all of them are wrong
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error s / sqrt(n), s with n - 1 in the denominator; the error of a single value is NaN.
-
-    For avg@n the values are the means of each task's samples: tasks are independent draws, samples of one task are not.
-    """
-    array = np.asarray(values, dtype=np.float64)
-    error = float(array.std(ddof=1) / math.sqrt(len(array))) if len(array) > 1 else math.nan
-    return float(array.mean()), error

@@ -6,12 +6,13 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from nano_atlas.errors import UserError
-from nano_atlas.runtime.agents import PythonAgent, open_agent, tool_schema
+from nano_atlas.runtime.agents import Agent, call_function, open_agent, tool_schema
 from nano_atlas.schedule import LONGEST_REPLY, Call, Fault, drive
 from nano_atlas.seats import Generation, Question, Reply
 
@@ -51,6 +52,10 @@ def server():
     running.server_close()
 
 
+def python_agent(function) -> Agent:
+    return Agent(partial(call_function, function))
+
+
 def ask(agent) -> Reply:
     ((reply,),) = agent.ask([Question(MESSAGES, GENERATION, 5)])
     return reply
@@ -87,15 +92,15 @@ def counted(prompt, metadata):
 )
 def test_python_functions_of_every_kind_also_under_a_running_event_loop(function, text):
     async def main():
-        return await asyncio.get_running_loop().run_in_executor(None, ask, PythonAgent(function))
+        return await asyncio.get_running_loop().run_in_executor(None, ask, python_agent(function))
 
-    assert ask(PythonAgent(function)).text == asyncio.run(main()).text == text
+    assert ask(python_agent(function)).text == asyncio.run(main()).text == text
 
 
 def test_usage_counts_where_it_is_told_and_is_estimated_where_not():
-    assert (ask(PythonAgent(counted)).prompt_tokens, ask(PythonAgent(counted)).tokens) == (11, 7)
-    assert (ask(PythonAgent(slow)).prompt_tokens, ask(PythonAgent(slow)).tokens) == (3, 3)
-    unknown = PythonAgent(lambda prompt, metadata: {"content": "42", "usage": {"completion_tokens": None}})
+    assert (ask(python_agent(counted)).prompt_tokens, ask(python_agent(counted)).tokens) == (11, 7)
+    assert (ask(python_agent(slow)).prompt_tokens, ask(python_agent(slow)).tokens) == (3, 3)
+    unknown = python_agent(lambda prompt, metadata: {"content": "42", "usage": {"completion_tokens": None}})
     assert ask(unknown).tokens == 1
 
 
@@ -109,7 +114,7 @@ def test_a_python_agent_is_found_by_its_name(tmp_path, monkeypatch):
     for spec, complaint in (
         ("my_agent:nobody", "nobody"),
         ("no_such_module:f", "No module"),
-        ("my_agent:number", "not a function"),
+        ("my_agent:number", "not a Callable"),
     ):
         with pytest.raises(UserError, match=complaint):
             open_agent(spec)
@@ -216,7 +221,7 @@ def test_faults_stay_with_the_call_that_had_them(server):
         raise KeyError("lost")
 
     agents = [
-        PythonAgent(f)
+        python_agent(f)
         for f in (
             raises,
             lambda **_: hang.wait(60),
@@ -225,7 +230,7 @@ def test_faults_stay_with_the_call_that_had_them(server):
             lambda **_: "x" * (LONGEST_REPLY + 1),
         )
     ]
-    agents += [open_agent(f"post+{server.url}{path}") for path in statuses] + [PythonAgent(plain)]
+    agents += [open_agent(f"post+{server.url}{path}") for path in statuses] + [python_agent(plain)]
     began = time.monotonic()
     replies = calls(agents, timeout=1.5)
     hang.set()
@@ -261,7 +266,7 @@ def test_workers_bound_how_many_calls_run_at_a_time_and_sessions_do_not_wait_for
             running -= 1
         return "ok"
 
-    assert calls([PythonAgent(count)] * 12, workers=3) == ["ok"] * 12 and most == 3
+    assert calls([python_agent(count)] * 12, workers=3) == ["ok"] * 12 and most == 3
 
     def two_steps(seat):
         yield [Call(seat, "first", MESSAGES, GENERATION, 0)]
@@ -272,7 +277,7 @@ def test_workers_bound_how_many_calls_run_at_a_time_and_sessions_do_not_wait_for
     def waits(prompt, metadata):
         return "released" if gate.wait(60) else "stuck"
 
-    seats = {"quick": PythonAgent(plain), "slow": PythonAgent(waits)}
+    seats = {"quick": python_agent(plain), "slow": python_agent(waits)}
     order = [
         key
         for group in drive({key: two_steps(key) for key in ("slow", "quick")}, seats, workers=4, timeout=60)
@@ -308,6 +313,6 @@ def test_calls_to_a_checkpoint_go_together_and_a_prompt_it_cannot_take_fails_alo
 def test_a_script_can_be_driven_in_a_thread_of_an_event_loop():
     async def main():
         with ThreadPoolExecutor(1) as pool:
-            return await asyncio.get_running_loop().run_in_executor(pool, calls, [PythonAgent(slow)])
+            return await asyncio.get_running_loop().run_in_executor(pool, calls, [python_agent(slow)])
 
     assert asyncio.run(main()) == ["6 times 7?"]

@@ -11,18 +11,16 @@ from nano_atlas.errors import UserError
 
 def results(bench, tasks=50):
     def score(arm, right, tokens, versus):
-        return {
+        values = {
             "domain": bench,
             "arm": arm,
             "tasks": tasks,
             "accuracy": right,
             "error": 0.01,
-            "interval": [right - 0.1, right + 0.1],
             "completion": 0.9,
-            "student_tokens": tokens,
-            "all_tokens": tokens * 2,
-            "versus_student": versus,
         }
+        lengths = {"student_tokens": tokens, "all_tokens": tokens * 2, "interval": [right - 0.1, right + 0.1]}
+        return values | lengths | {"versus_student": versus}
 
     versus = {
         "delta": 0.25,
@@ -30,15 +28,12 @@ def results(bench, tasks=50):
         "non_degradation": 0.96,
         "non_degradation_correct": None,
     }
-    return {
-        "run": {"config": {"bench": bench, "teacher": ["grpo=x"], "control": ["untrained", "none"]}},
-        "scores": [
-            score("student", 0.5, 100, None),
-            score("sft", 0.6, 90, versus),
-            score("grpo", 0.75, 80, versus),
-            score("untrained", 0.5, 100, versus | {"delta": 0.0}),
-        ],
-    }
+    rows = ("student", 0.5, 100, None), ("sft", 0.6, 90, versus), ("grpo", 0.75, 80, versus)
+    control = score(
+        "untrained", 0.5, 100, versus | {"delta": 0.0}
+    )  # of a run with --full: no --control names it
+    run = {"config": {"bench": bench, "teacher": ["grpo=x"], "control": ["shuffled"]}}
+    return {"run": run, "scores": [*(score(*row) for row in rows), control]}
 
 
 def test_each_claim_has_its_source_and_what_the_files_say(tmp_path, monkeypatch, capsys):

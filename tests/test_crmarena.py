@@ -9,8 +9,7 @@ import eval as evaluation
 from nano_atlas import protocol
 from nano_atlas.answers import extract_answer
 from nano_atlas.benches import crmarena
-from nano_atlas.benches.arms import SAME_BUDGET, SHUFFLED, TWO_VOTES, UNTRAINED
-from nano_atlas.benches.results import STUDENT, read_results
+from nano_atlas.benches.arms import SAME_BUDGET, SHUFFLED, STUDENT, TWO_VOTES, UNTRAINED, read_results
 from nano_atlas.errors import UserError
 from nano_atlas.seats import Generation, Question, Reply
 
@@ -65,9 +64,9 @@ class Agent:
 def query(text):
     agent = int(text[-1])
     return (
-        ("no such field", False)
+        "Error: no such field"
         if agent == 3
-        else (json.dumps([ARTICLES[agent]] if ARTICLES[agent] else []), True)
+        else "Rows: " + json.dumps([ARTICLES[agent]] * bool(ARTICLES[agent]))
     )
 
 
@@ -99,7 +98,7 @@ def test_a_student_that_only_queries_is_stopped():
             return Reply("<execute>again 0</execute>", 1, False)
 
     agent = Endless()
-    ((reply,),) = crmarena.QueryingSeat(agent, lambda text: ("x" * 9999, True)).ask(
+    ((reply,),) = crmarena.QueryingSeat(agent, lambda text: "Rows: " + "x" * 9999).ask(
         [Question(protocol.baseline_messages("agent 0"), Generation(9), 0)]
     )
     assert agent.calls == crmarena.TURNS == reply.tokens and extract_answer(reply.text) is None
@@ -126,7 +125,7 @@ def test_tasks_are_read_by_kind_and_what_cannot_be_scored_is_counted(tasks_file,
     assert "1 tasks left out" in capsys.readouterr().out
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"idx": 1, "task": "x"}\n')
-    with pytest.raises(UserError, match="bad.jsonl:1: .*answer, query, reward_metric"):
+    with pytest.raises(UserError, match="bad.jsonl:1: needs idx, task, query, reward_metric, answer"):
         crmarena.load_tasks(bad, None)
 
 

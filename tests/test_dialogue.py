@@ -24,9 +24,8 @@ from tau2.utils import DATA_DIR, llm_utils  # noqa: E402
 
 import eval as evaluation  # noqa: E402
 from nano_atlas.benches import dialogue, tau2  # noqa: E402
+from nano_atlas.benches.arms import STUDENT, read_results  # noqa: E402
 from nano_atlas.benches.dialogue import simulate  # noqa: E402
-from nano_atlas.benches.results import STUDENT, read_results  # noqa: E402
-from nano_atlas.episode import EpisodeConfig  # noqa: E402
 from nano_atlas.errors import UserError  # noqa: E402
 from nano_atlas.seats import EndpointSeat, Generation, Reply  # noqa: E402
 
@@ -78,8 +77,12 @@ def gold_scripts(task, is_solo: bool) -> tuple[Script, Script | None]:
     return Script(*turns["assistant"], text("?")), Script(*turns["user"], text("###STOP###"))
 
 
+def config_of(is_solo: bool, max_steps: int = 200) -> tau2.Config:
+    return tau2.Config(user="solo" if is_solo else "http://u", answer_tokens=50, max_steps=max_steps)
+
+
 def play(task, student, user=None, guide=None, max_steps=200):
-    return simulate(task, "telecom", student, user, Generation(50), guide, 1, max_steps)
+    return simulate(config_of(user is None, max_steps), task, 1, student, user, guide)
 
 
 def reward(task, student: Script, user: Script | None, guide=None) -> float:
@@ -103,7 +106,7 @@ def test_gold_actions_score_everything_and_trivial_policies_the_floors(is_solo):
     assert all(tau2.intent(task.id, "") == "service_issue" for task, r in zip(SOME, transferred) if r)
     floors = {"do nothing": nothing, "always transfer": transferred}
     expected = {f"floor: {name}": f"{100 * mean(rewards):.2f} %" for name, rewards in floors.items()}
-    assert dialogue.floors(SOME, "telecom", is_solo) == expected
+    assert dialogue.floors(config_of(is_solo), SOME) == expected
 
 
 # ---------------------------------------------------------------------------------------------------- what is in the prompts
@@ -178,11 +181,7 @@ def test_without_guidance_requests_are_those_of_the_official_agent(monkeypatch):
             _, state = agent.generate_next_message(message, state)
 
     with recorded_server() as (url, ours):
-        talk(
-            dialogue.GuidedAgent(
-                tools, policy, llm=EndpointSeat(url), llm_args={"generation": Generation(50)}
-            )
-        )
+        talk(LLMAgent(tools, policy, llm=EndpointSeat(url), llm_args={"generation": Generation(50)}))
     with recorded_server() as (url, official):
         monkeypatch.setattr("tau2.agent.llm_agent.generate", llm_utils.generate)
         talk(LLMAgent(tools, policy, llm="openai/m", llm_args={"api_base": url, "api_key": "EMPTY"}))
@@ -233,7 +232,7 @@ def test_neither_student_nor_teacher_sees_what_a_task_is_scored_by(is_solo):
             Recorder("I would look."),
             Recorder("<thinking>secret</thinking><teaching>Check the SIM.</teaching>"),
         )
-        guide = dialogue.teacher_guide(prober, teacher, EpisodeConfig())
+        guide = dialogue.teacher_guide(config_of(is_solo), prober, teacher)
         # (the scorer looks up actions and assertions by name, so the canaries change nothing for it)
         assert reward(hidden, student, user, guide) == 1.0
         prompts = json.dumps([student.shown, prober.asked, teacher.asked])
@@ -272,10 +271,10 @@ def test_the_solo_agent_knows_only_the_ticket():
 def test_without_a_tag_nothing_is_injected():
     student, user = gold_scripts(TASKS[0], False)
     plain, other = gold_scripts(TASKS[0], False)
-    guide = dialogue.teacher_guide(Recorder("plan"), Recorder("no tag"), EpisodeConfig())
+    guide = dialogue.teacher_guide(config_of(False), Recorder("plan"), Recorder("no tag"))
     _, told = play(TASKS[0], student, user, guide)
     reward(TASKS[0], plain, other)
-    assert told.teaching is None and told.teacher_text == "no tag" and student.shown == plain.shown
+    assert told["teaching"] is None and told["teacher_text"] == "no tag" and student.shown == plain.shown
 
 
 # ------------------------------------------------------------------------------------------------- what goes wrong in dialogues
@@ -331,7 +330,7 @@ def test_a_seat_that_fails_ends_the_dialogue_with_its_reason(error, reason, is_g
 
         ask = complete
 
-    guide = dialogue.teacher_guide(Gone(), Gone(), EpisodeConfig()) if is_guided else None
+    guide = dialogue.teacher_guide(config_of(False), Gone(), Gone()) if is_guided else None
     simulation, _ = play(TASKS[0], Gone(), Script(text("hi")), guide)
     assert simulation["termination_reason"] == reason and simulation["reward_info"]["reward"] == 0
     assert str(error) in simulation["info"]["failure"]
@@ -343,7 +342,7 @@ def test_a_seat_that_fails_ends_the_dialogue_with_its_reason(error, reason, is_g
 def test_the_command_from_seats_to_tables_and_tau2s_own_metrics(tmp_path, monkeypatch, capsys):
     """Gold replay with a teacher, nothing alone: every number of the report follows, and tau2 scores the files alike."""
     tasks = [TASKS[0], next(t for t in TASKS if "mms_issue" in t.id and t.ticket != TASKS[0].ticket)]
-    monkeypatch.setattr(tau2, "load_tasks", lambda config: tasks)
+    monkeypatch.setattr(dialogue, "load_tasks", lambda config: tasks)
     deaths = [4]  # while the student is alone
 
     class ByTask(Recorder):

@@ -148,4 +148,4 @@ def test_a_script_for_one_process_refuses_torchrun(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         config.run_script(lambda: print("never"))
     said = capsys.readouterr()
-    assert said.out == "" and "error: this script is work for one process: start it with python" in said.err
+    assert said.out == "" and "error: this script is for one process: start it with python" in said.err

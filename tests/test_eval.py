@@ -11,8 +11,8 @@ import pytest
 import eval as evaluation
 from eval import Config, evaluate
 from nano_atlas import answers, protocol
-from nano_atlas.benches.arms import SAME_BUDGET, SHUFFLED, TWO_VOTES, UNTRAINED, derange
-from nano_atlas.benches.results import STUDENT, TaskLog, read_results, start_or_continue
+from nano_atlas.benches import arms
+from nano_atlas.benches.arms import SAME_BUDGET, SHUFFLED, STUDENT, TWO_VOTES, UNTRAINED, TaskLog
 from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
 from nano_atlas.reward import MALFORMED_PENALTY
@@ -112,7 +112,7 @@ def run(config, tasks=TASKS, student=None, teachers=None, is_right=answers.is_co
     seats = {STUDENT: student or Seat(student_rule)}
     seats |= {name: Seat(rule) for name, rule in TEACHERS.items()} if teachers is None else teachers
     tasks_now = {f"tasks {name}": repr(problems) for name, problems in tasks.items()}
-    start_or_continue(config, config.contents() | tasks_now)
+    arms.start_or_continue(config, tasks_now)
     with TaskLog(config.out / "tasks.jsonl") as log, pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "CHUNK", chunk * config.samples)
         evaluate(config, tasks, log, is_right, seats.__getitem__)
@@ -181,10 +181,12 @@ def test_shuffled_teachings_go_each_to_one_other_task(tmp_path):
 @pytest.mark.parametrize("count", [2, 3, 50])
 def test_a_derangement_leaves_nothing_in_place(count):
     problems = [Problem(str(i), "?", "1") for i in range(count)]
-    donors = derange(problems, seed=5)
+    donors = arms.derange(problems, seed=5)
     assert sorted(p.id for p in donors.values()) == sorted(donors)
     assert all(name != p.id for name, p in donors.items())
-    assert derange(problems, seed=5) == donors and (count < 50 or derange(problems, seed=6) != donors)
+    assert arms.derange(problems, seed=5) == donors and (
+        count < 50 or arms.derange(problems, seed=6) != donors
+    )
 
 
 def test_one_task_cannot_be_shuffled(tmp_path):
@@ -261,10 +263,10 @@ def test_a_killed_run_continues_to_the_same_results(tmp_path, unbroken, cut):
 @pytest.mark.parametrize("deaths", [[5], [40, 60, 31, 20], [1] * 5])
 def test_a_run_that_dies_while_asking_loses_one_chunk(tmp_path, deaths):
     for stop_after in deaths:
-        before = len(read_results(tmp_path / "tasks.jsonl"))
+        before = len(arms.read_results(tmp_path / "tasks.jsonl"))
         with pytest.raises(KeyboardInterrupt):
             run(config_for(tmp_path), student=Seat(student_rule, stop_after))
-        after = len(read_results(tmp_path / "tasks.jsonl"))
+        after = len(arms.read_results(tmp_path / "tasks.jsonl"))
         assert after >= before + (stop_after - 16) // 3
     results, _ = run(config_for(tmp_path))
     assert results == run(config_for(tmp_path / "whole"))[0]
@@ -282,11 +284,11 @@ def test_a_finished_run_asks_nobody(tmp_path):
     ({"student": "http://other"}, "--student"),
 ])  # fmt: skip
 def test_a_changed_option_is_refused_by_name(tmp_path, changes, named):
-    start_or_continue(config_for(tmp_path), {})
+    arms.start_or_continue(config_for(tmp_path), {})
     with pytest.raises(UserError, match=named):
-        start_or_continue(config_for(tmp_path, **changes), {})
+        arms.start_or_continue(config_for(tmp_path, **changes), {})
     (tmp_path / "tasks.jsonl").write_text("{}\n")
-    start_or_continue(config_for(tmp_path, restart=True, **changes), {})
+    arms.start_or_continue(config_for(tmp_path, restart=True, **changes), {})
     assert not (tmp_path / "tasks.jsonl").exists()
 
 

@@ -25,8 +25,9 @@ FLOORS = {
     **dict.fromkeys((Path(name).stem for name in SCRIPTS), 3),
     "benchmarks": 4,
 }
+# The twelve files of README's "Reading the code".
 READING_PATH = ("train_sft.py", "train_grpo.py", *(f"nano_atlas/{name}.py" for name in (
-    "protocol", "episode", "reward", "model", "tokenizer", "loss", "batching", "sampler", "seats", "optim")))  # fmt: skip
+    "protocol", "reward", "episode", "schedule", "seats", "sampler", "model", "batching", "loss", "optim")))  # fmt: skip
 OPTIONS = {"train_sft": 25, "train_grpo": 40, "eval": 25, "runtime_loop": 45}
 
 

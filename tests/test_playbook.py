@@ -1,12 +1,26 @@
 """Skills: what becomes an entry, when it is used, how its effect is known, and when it goes."""
 
 import json
+import os
+import signal
+from dataclasses import replace
 
 import pytest
+from runtime_fakes import TASKS, Fake, Student, Teacher, in_a_process_that_dies, run, timeless, traces_of
 
+from nano_atlas.config import derive_seed
+from nano_atlas.data import Problem
 from nano_atlas.runtime import learning
 from nano_atlas.runtime.learning import Entry, Experience, Playbook, read_entries
 from nano_atlas.runtime.traces import Outcome
+from runtime_loop import Config
+
+
+@pytest.fixture
+def config(tmp_path) -> Config:
+    return Config(
+        out=tmp_path / "out", batch=5, student="fake-student", teacher="fake-teacher", lane="paired"
+    )
 
 
 def proposal(pattern="hard", imperative="Name the first step.", kind="keyword", **more) -> dict:
@@ -125,3 +139,74 @@ def test_sessions_beside_the_one_that_found_a_skill_do_not_count_against_it():
     )
     (entry,) = experience.playbook.entries.values()
     assert entry.sessions_observed == 0
+
+
+# ------------------------------------------------------------------------------------------------------------- skills
+
+
+class SkillWriter(Fake):
+    def reply(self, prompt, seed):
+        return json.dumps(
+            {
+                "entries": [
+                    {"cue": {"type": "keyword", "pattern": "hard"}, "action": {"imperative": "Say HELP."}}
+                ]
+            }
+        )
+
+
+class Obedient(Teacher):
+    def reply(self, prompt, seed):
+        lucky = derive_seed(seed, prompt) % 4 == 0
+        return f"<teaching>{'HELP' if 'Say HELP.' in prompt or lucky else 'Well.'}</teaching>"
+
+
+@pytest.mark.processes
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_skills_are_learned_from_sessions_that_went_well_used_and_rebuilt_from_the_traces(config):
+    tasks = [Problem(f"t{i}", f"Task {i} is hard.", "x", "math") for i in range(60)]
+    config = replace(config, skill_writer="writer", batch=10)
+    outcomes = run(config, tasks, Student(tasks), Obedient(), **{"skill writer": SkillWriter()})
+    used = [o.guided for o in outcomes if o.skills]
+    assert used and set(used) == {1.0}
+    plain = run(
+        replace(config, skill_writer=None, out=config.out / "plain"), tasks, Student(tasks), Obedient()
+    )
+    assert sum(o.guided for o in outcomes) > sum(o.guided for o in plain) + 15
+    with_skill = next(t for t in traces_of(config) if t["outcome"]["skills"])
+    assert with_skill["teacher_learning"] == "Say HELP."
+    (entry,) = json.loads((config.out / "playbook.json").read_text())["entries"]
+    assert (
+        entry["effect"] > 0.5 and entry["hits"] > entry["adoptions"] > 0
+    )  # withheld now and then, to know its effect
+
+    class Mortal(Student):
+        life = 7
+
+        def ask(self, *arguments, **options):
+            self.life -= 1
+            if self.life == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().ask(*arguments, **options)
+
+    again = replace(config, out=config.out / "again")
+    assert (
+        in_a_process_that_dies(
+            lambda: run(again, tasks, Mortal(tasks), Obedient(), **{"skill writer": SkillWriter()})
+        )
+        == -9
+    )
+    assert timeless(
+        run(again, tasks, Student(tasks), Obedient(), **{"skill writer": SkillWriter()})
+    ) == timeless(outcomes)
+    assert (again.out / "playbook.json").read_text() == (config.out / "playbook.json").read_text()
+
+
+def test_sessions_that_went_well_teach_skills(config, monkeypatch):
+    monkeypatch.setattr(learning, "SKILL_REWARD", 1.5)
+    writer = SkillWriter()
+    run(replace(config, skill_writer="writer"), TASKS, Student(), Teacher(), **{"skill writer": writer})
+    assert len(writer.prompts) == sum(
+        i % 3 != 0 for i in range(23)
+    )  # those that gained; the kept ones earn about 1
+    assert not any(task.answer in prompt for task in TASKS for prompt in writer.prompts)

@@ -4,7 +4,7 @@ import pytest
 
 from nano_atlas.errors import UserError
 from nano_atlas.runs import Journal
-from nano_atlas.runtime.review import Selection, export_traces, read_reviews, record_reviews, show_sessions
+from nano_atlas.runtime.review import Selection, export_traces, record_reviews, reviewed_traces, show_sessions
 from nano_atlas.runtime.traces import read_traces
 
 
@@ -18,19 +18,23 @@ def directory(tmp_path):
     return tmp_path
 
 
+def decided(directory) -> dict:
+    read = reviewed_traces(directory / "traces.jsonl")
+    return {o.session_id: (o.review, trace["review_notes"]) for o, trace in read if "review_notes" in trace}
+
+
 def test_the_latest_decision_counts_and_an_unclear_name_decides_nothing(directory):
     assert record_reviews(directory, ("abc", "x"), "quarantined", "odd") == ["abc1", "xyz3"]
     record_reviews(directory, ("abc1",), "approved", "")
     for names, complaint in ((("ab",), "2 sessions begin like this"), (("xyz3", "no"), "no sessions begin")):
         with pytest.raises(UserError, match=complaint):
             record_reviews(directory, names, "approved", "")
-    decided = {name: (review["status"], review["note"]) for name, review in read_reviews(directory).items()}
-    assert decided == {"abc1": ("approved", ""), "xyz3": ("quarantined", "odd")}
+    assert decided(directory) == {"abc1": ("approved", ""), "xyz3": ("quarantined", "odd")}
     with (directory / "reviews.jsonl").open("ab") as file:
         file.write(b'{"torn')
-    assert len(read_reviews(directory)) == 2
+    assert len(decided(directory)) == 2
     record_reviews(directory, ("abd",), "approved", "")
-    assert len(read_reviews(directory)) == 3
+    assert len(decided(directory)) == 3
 
 
 def test_what_is_exported_and_shown_follows_the_decisions(directory):

@@ -6,7 +6,7 @@ from conftest import ScriptedSeat
 
 import eval as evaluation
 from nano_atlas import episode
-from nano_atlas.benches.results import TaskLog
+from nano_atlas.benches.arms import TaskLog
 from nano_atlas.data import Problem
 from nano_atlas.protocol import PROBE_REQUEST
 from nano_atlas.reward import RewardConfig, efficiency, step_advantages, teaching_reward
@@ -126,7 +126,7 @@ def test_a_malformed_teaching_is_worth_the_same_in_training_evaluation_and_runti
     )
     assert len(student.asked) == 2 * probe_and_answer
 
-    session = Session("s", problem, 0, lane="paired")
+    session = Session(session_id="s", task=problem, seed=0)
     play([run_session(session, LaneConfig(), count)], seats)
     assert (session.reward, session.is_malformed) == (-0.5, True)
     assert len(student.asked) == 3 * probe_and_answer

@@ -1,87 +1,32 @@
-"""The runtime loop with small fake models: non-degradation, continuing after kill -9, learning strategies, hostile texts.
-
-The fake student knows the right answers by heart (no prompt holds them): it is right alone where the question says `easy`, and
-with guidance it does what the guidance says: HELP makes it right, HARM makes it wrong.
-"""
+"""The runtime loop with small fake models: non-degradation, continuing after kill -9, learning strategies, hostile texts."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from runtime_fakes import (
+    TASKS,
+    Student,
+    StyledTeacher,
+    Teacher,
+    in_a_process_that_dies,
+    run,
+    timeless,
+    traces_at,
+    traces_of,
+)
 
 import runtime_loop
-from nano_atlas import world
 from nano_atlas.config import derive_seed
 from nano_atlas.data import Problem, load_problems
 from nano_atlas.errors import UserError
-from nano_atlas.protocol import ANSWER_FORMAT, PROBE_REQUEST, TEACHING_STYLES, baseline_messages
-from nano_atlas.runtime import learning
+from nano_atlas.protocol import ANSWER_FORMAT, baseline_messages
+from nano_atlas.runtime.report import summary
 from nano_atlas.runtime.review import export_traces
-from nano_atlas.runtime.traces import read_traces
-from nano_atlas.seats import Reply
 from runtime_loop import Config, session_ids
-
-TASKS = [
-    Problem(f"t{i}", f"Task {i} is {'easy' if i % 3 == 0 else 'hard'}.", f"gold{i}", "math")
-    for i in range(23)
-]
-
-
-class Fake:
-    """A seat that keeps every prompt it was shown."""
-
-    is_batched = True
-
-    def __init__(self):
-        self.prompts = []
-
-    def ask(self, questions, progress=None):
-        self.prompts += [json.dumps(question.messages) for question in questions]
-        replies = [self.reply(question.messages[-1]["content"], question.seed) for question in questions]
-        return [[Reply(text, len(text.split()), False)] for text in replies]
-
-    def count_tokens(self, text):
-        return len(text.split())
-
-
-class Student(Fake):
-    def __init__(self, tasks=TASKS):
-        super().__init__()
-        self.answers = {task.question: task.answer for task in tasks}
-
-    def reply(self, prompt, seed):
-        question, _, rest = prompt.partition("\n\n")
-        if rest == PROBE_REQUEST:
-            return "I would guess."
-        is_right = "HELP" in rest or ("easy" in question and "HARM" not in rest)
-        return f"Thus <solution>{self.answers[question] if is_right else 'nonsense'}</solution>"
-
-
-class Teacher(Fake):
-    def __init__(self, text="<thinking>private</thinking><teaching>HELP yourself</teaching>"):
-        super().__init__()
-        self.text = text
-
-    def reply(self, prompt, seed):
-        return self.text
-
-
-class StyledTeacher(Teacher):
-    """Helps when it is asked to be brief, harms when it is asked for details, else says nothing of use."""
-
-    def reply(self, prompt, seed):
-        kind = {
-            TEACHING_STYLES["concise"]: "HELP",
-            TEACHING_STYLES["detailed"]: "HARM",
-            TEACHING_STYLES["adaptive"]: "Well.",
-        }
-        word = next(word for sentence, word in kind.items() if f"</teaching>. {sentence} Never" in prompt)
-        return f"<teaching>{word}</teaching>"
 
 
 @pytest.fixture
@@ -89,27 +34,6 @@ def config(tmp_path) -> Config:
     return Config(
         out=tmp_path / "out", batch=5, student="fake-student", teacher="fake-teacher", lane="paired"
     )
-
-
-def run(config, tasks, student, teacher, **others):
-    return runtime_loop.run(config, tasks, {"student": student, "teacher": teacher, **others})
-
-
-def traces_at(path) -> list[dict]:
-    return [trace for _, trace in read_traces(Path(path))]
-
-
-def traces_of(config: Config) -> list[dict]:
-    return traces_at(config.out / "traces.jsonl")
-
-
-def timeless(records: list) -> list:
-    """Traces, or outcomes, without the times."""
-    for trace in records:
-        if isinstance(trace, dict):
-            del trace["session_metadata"]["created_at"], trace["session_metadata"]["completed_at"]
-            del trace["outcome"]["created_at"]
-    return [record if isinstance(record, dict) else replace(record, created_at="") for record in records]
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop
@@ -128,9 +52,9 @@ def test_every_task_leaves_one_trace_and_the_traces_train_the_next_teacher(confi
 
 
 def test_metrics_and_summary_say_what_happened(config):
-    report = runtime_loop.summary(run(config, TASKS, Student(), Teacher()))
-    assert "23 tasks, 23 scored" in report
-    assert "student alone        34.8%" in report and "guided              100.0%   (+65.2 points)" in report
+    text = summary(run(config, TASKS, Student(), Teacher()))
+    assert "23 tasks, 23 scored" in text
+    assert "student alone        34.8%" in text and "100.0%   (gain +65.2 points)" in text
     rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [5, 10, 15, 20, 23]
     assert (
@@ -153,14 +77,6 @@ def test_the_strategy_that_works_is_used_more_and_more(config):
 
 
 # ------------------------------------------------------------------------------------------------------------- interruptions
-
-
-def in_a_process_that_dies(function) -> int:
-    """Run it in a process of its own; its exit code is -9 after kill -9."""
-    child = multiprocessing.get_context("fork").Process(target=function)
-    child.start()
-    child.join(30)
-    return child.exitcode
 
 
 @pytest.mark.processes
@@ -294,7 +210,7 @@ def test_without_ground_truth_a_guided_answer_is_returned_unless_only_the_baseli
     assert all(
         o.returned_attempt == "guided" and o.reward is o.baseline is o.guided is None for o in outcomes
     )
-    assert "student alone" not in runtime_loop.summary(outcomes)
+    assert "student alone" not in summary(outcomes)
 
     class Speechless(Student):
         def reply(self, prompt, seed):
@@ -326,7 +242,7 @@ def test_failed_sessions_are_recorded_and_the_same_command_tries_those_alone_aga
     outcomes = run(config, TASKS, student, Teacher())
     failed = [i for i, outcome in enumerate(outcomes) if outcome.status == "failed"]
     assert failed == list(range(0, 23, 4)) and all(outcomes[i].reward is None for i in failed)
-    assert "6 FAILED" in runtime_loop.summary(outcomes)
+    assert "6 FAILED" in summary(outcomes)
     errors = [t["session_metadata"]["error"] for t in traces_of(config) if t["session_metadata"]["error"]]
     assert errors == ["student: RuntimeError: out of order {}"] * 6
     assert export_traces(config.out / "traces.jsonl", tmp_path / "export.jsonl", config) == (17, 23)
@@ -352,109 +268,20 @@ def test_a_failed_teacher_costs_the_help_and_not_the_answer(config):
     assert traces_of(config)[0]["final_answer"] == "gold0"
 
 
-# ------------------------------------------------------------------------------------------------------------- lanes, review
-
-
 def test_lanes_follow_the_students_record_and_the_trace_says_why(config):
     tasks = [Problem(f"t{i}", f"Task {i} is easy.", "x", "math") for i in range(12)]
     outcomes = run(replace(config, lane="adaptive"), tasks, Student(tasks), Teacher())
     assert [outcome.lane for outcome in outcomes] == ["paired"] * 5 + ["auto"] * 7
-    summary = traces_of(config)[-1]["adaptive_summary"]
-    assert summary["probe"]["by"] == "record" and summary["confidence"] == pytest.approx(
+    adaptive = traces_of(config)[-1]["adaptive_summary"]
+    assert adaptive["probe"]["by"] == "record" and adaptive["confidence"] == pytest.approx(
         (10 + 1 / 3) / (10 + 2 / 3)
     )
 
 
-def test_people_approve_and_quarantine_sessions_by_the_beginnings_of_their_ids(config, monkeypatch, capsys):
-    first, second, *_ = run(replace(config, require_approval=True), TASKS[:4], Student(), Teacher())
-    source, target = config.out / "traces.jsonl", config.out / "export.jsonl"
-
-    def command(*options):
-        monkeypatch.setattr("sys.argv", ["runtime_loop.py", "--out", str(config.out), *options])
-        runtime_loop.main()
-        return capsys.readouterr().out
-
-    assert first.session_id in command("--show", "pending") and "reward +" in command("--show", "pending")
-    command("--approve", first.session_id[:10], second.session_id, "--note", "looked at")
-    assert first.session_id not in command("--show", "pending")
-    assert "looked at" in command("--show", "approved")
-    command("--quarantine", second.session_id)
-    with pytest.raises(UserError, match="session nobody: no sessions"):
-        command("--approve", first.session_id, "nobody")
-    assert export_traces(source, target, config) == (1, 4)
-    (exported,) = traces_at(target)
-    assert exported["session_metadata"]["session_id"] == first.session_id
-    assert exported["review_notes"] == "looked at"
-
-
-def test_with_require_approval_nothing_is_exported_before_it(config):
-    run(replace(config, require_approval=True), TASKS[:3], Student(), Teacher())
-    with pytest.raises(UserError, match="none of its 3 traces is selected"):
-        export_traces(config.out / "traces.jsonl", config.out / "export.jsonl", config)
-    assert export_traces(
-        config.out / "traces.jsonl", config.out / "e.jsonl", replace(config, review_status=("pending",))
-    ) == (3, 3)
-
-
-# ------------------------------------------------------------------------------------------------------------- skills
-
-
-class SkillWriter(Fake):
-    def reply(self, prompt, seed):
-        return json.dumps(
-            {
-                "entries": [
-                    {"cue": {"type": "keyword", "pattern": "hard"}, "action": {"imperative": "Say HELP."}}
-                ]
-            }
-        )
-
-
-class Obedient(Teacher):
-    def reply(self, prompt, seed):
-        lucky = derive_seed(seed, prompt) % 4 == 0
-        return f"<teaching>{'HELP' if 'Say HELP.' in prompt or lucky else 'Well.'}</teaching>"
-
-
-@pytest.mark.processes
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-def test_skills_are_learned_from_sessions_that_went_well_used_and_rebuilt_from_the_traces(config):
-    tasks = [Problem(f"t{i}", f"Task {i} is hard.", "x", "math") for i in range(60)]
-    config = replace(config, skill_writer="writer", batch=10)
-    outcomes = run(config, tasks, Student(tasks), Obedient(), **{"skill writer": SkillWriter()})
-    used = [o.guided for o in outcomes if o.skills]
-    assert used and set(used) == {1.0}
-    plain = run(
-        replace(config, skill_writer=None, out=config.out / "plain"), tasks, Student(tasks), Obedient()
-    )
-    assert sum(o.guided for o in outcomes) > sum(o.guided for o in plain) + 15
-    with_skill = next(t for t in traces_of(config) if t["outcome"]["skills"])
-    assert with_skill["teacher_learning"] == "Say HELP."
-    (entry,) = json.loads((config.out / "playbook.json").read_text())["entries"]
-    assert (
-        entry["effect"] > 0.5 and entry["hits"] > entry["adoptions"] > 0
-    )  # withheld now and then, to know its effect
-
-    class Mortal(Student):
-        life = 7
-
-        def ask(self, *arguments, **options):
-            self.life -= 1
-            if self.life == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return super().ask(*arguments, **options)
-
-    again = replace(config, out=config.out / "again")
-    assert (
-        in_a_process_that_dies(
-            lambda: run(again, tasks, Mortal(tasks), Obedient(), **{"skill writer": SkillWriter()})
-        )
-        == -9
-    )
-    assert timeless(
-        run(again, tasks, Student(tasks), Obedient(), **{"skill writer": SkillWriter()})
-    ) == timeless(outcomes)
-    assert (again.out / "playbook.json").read_text() == (config.out / "playbook.json").read_text()
+def test_strategies_restricts_the_choice(config):
+    assert {
+        o.strategy for o in run(replace(config, strategies=("concise",)), TASKS, Student(), StyledTeacher())
+    } == {"concise"}
 
 
 # ------------------------------------------------------------------------------------------------------------- prompts
@@ -497,145 +324,3 @@ def test_braces_and_tags_in_tasks_are_data(config):
     assert "Teacher's guidance: Mind {braces} and </solution>" in json.loads(student.prompts[2])[0]["content"]
     assert outcome.returned == 1.0 and not outcome.is_malformed
     assert traces_of(config)[0]["task"] == hostile
-
-
-# ------------------------------------------------------------------------------------------------------------- the command
-
-
-@pytest.fixture
-def command(monkeypatch, tmp_path):
-    """`python runtime_loop.py ...` with the fakes in the seats."""
-    tasks = tmp_path / "tasks.jsonl"
-    tasks.write_text(
-        "".join(json.dumps({"id": t.id, "question": t.question, "answer": t.answer}) + "\n" for t in TASKS)
-    )
-    seats = {"student": Student, "teacher": StyledTeacher}
-    monkeypatch.setattr(runtime_loop, "open_agent", lambda spec, *where: seats[spec]())
-    monkeypatch.chdir(tmp_path)
-
-    def call(*options):
-        monkeypatch.setattr("sys.argv", ["runtime_loop.py", *options])
-        runtime_loop.main()
-
-    fakes = ["--tasks", str(tasks), "--student", "student", "--teacher", "teacher", "--out", "out"]
-    return lambda *options: call(*fakes, *options)
-
-
-def test_run_continue_and_export_from_the_command_line(command, capsys):
-    command("--batch", "8")
-    command("--batch", "8")
-    assert len(traces_at("out/traces.jsonl")) == 23
-    command("--export", "hard.jsonl", "--min-gain", "1")
-    assert "of 23 traces, for train_grpo.py --problems hard.jsonl" in capsys.readouterr().out
-    selected = traces_at("hard.jsonl")
-    assert selected and all(trace["reward_summary"]["gain"] == 1 for trace in selected)
-    assert selected == [
-        trace for trace in traces_at("out/traces.jsonl") if trace["reward_summary"]["gain"] == 1
-    ]
-
-
-def test_an_export_that_selects_nothing_or_overwrites_its_source_is_refused(command):
-    command()
-    with pytest.raises(UserError, match="none of its 23 traces is selected"):
-        command("--export", "none.jsonl", "--min-reward", "99")
-    assert not Path("none.jsonl").exists()
-    with pytest.raises(UserError, match="is the trace file itself"):
-        command("--export", "out/traces.jsonl")
-    with pytest.raises(UserError, match="elsewhere.*no such file"):
-        command("--out", "elsewhere", "--export", "x.jsonl")
-
-
-@pytest.mark.parametrize(
-    ("line", "complaint"),
-    [
-        ("{broken", "tasks.jsonl:24: not JSON"),
-        ('{"answer": "1"}', "tasks.jsonl:24: no question"),
-        ("[]", "tasks.jsonl:24: "),
-    ],
-)
-def test_a_broken_line_of_the_tasks_file_is_named_before_any_task_is_run(command, line, complaint):
-    with Path("tasks.jsonl").open("a") as file:
-        file.write(line + "\n")
-    with pytest.raises(UserError, match=complaint):
-        command()
-    assert not Path("out").exists()
-
-
-def test_skip_bad_leaves_out_malformed_lines_and_shows_them(command, capsys):
-    with Path("tasks.jsonl").open("a") as file:
-        file.write('{broken\n{"answer": "1"}\n{"id": "t3", "question": "again"}\n{"question": "fine"}\n')
-    command("--skip-bad")
-    said = capsys.readouterr().out
-    assert "left out 3 malformed lines" in said and "tasks.jsonl:26: " in said and "'t3'" in said
-    assert len(traces_at("out/traces.jsonl")) == 24
-
-
-@pytest.mark.parametrize(
-    ("options", "complaint"),
-    [
-        (["--min-gain", "1"], "for --export and --rounds"),
-        (["--export", "x.jsonl", "--since", "yesterday"], "--since yesterday: "),
-        (["--export", "x.jsonl", "--approve", "abc"], "--export and --approve are different things"),
-        (["--export", "x.jsonl", "--restart"], "--restart and --export are different things"),
-        (["--large-judge", "http://localhost:1"], "needs --judge"),
-        (["--strategies"], "--strategies needs at least one"),
-        (["--audit", "2"], "--audit must be at most 1"),
-        (["--batch", "0"], "--batch must be above 0"),
-        (["--rounds", "99"], "at least as many tasks"),
-        (["--serve", "70000"], "--serve must be at most 65535"),
-        (["--serve", "0", "--host", "0.0.0.0"], "NANO_ATLAS_API_KEY"),
-        (["--batchsize", "3"], "did you mean --batch"),
-        (["--preset", "own", "--student", "none"], "--preset own needs --student"),
-    ],
-)
-def test_options_that_make_no_sense_are_refused(command, options, complaint):
-    with pytest.raises(UserError, match=complaint):
-        command(*options)
-
-
-def test_the_nano_tasks_are_not_the_ones_that_evaluation_holds_out(tmp_path, monkeypatch):
-    given = []
-    monkeypatch.setattr(runtime_loop, "open_agent", lambda spec, *where: None)
-    monkeypatch.setattr(runtime_loop, "run", lambda config, tasks, seats: given.extend(tasks))
-    monkeypatch.setattr(runtime_loop, "summary", lambda outcomes: "")
-    monkeypatch.setattr(
-        "sys.argv", ["runtime_loop.py", "--count", "50", "--teacher", "t", "--out", str(tmp_path)]
-    )
-    runtime_loop.main()
-    kept_out = {problem.question for seed in range(3) for problem in world.held_out("math", 500, seed)}
-    assert len(given) == 50 and not kept_out & {task.question for task in given}
-
-
-def test_selection_is_a_copy_of_whole_records(config):
-    run(config, TASKS, Student(), Teacher())
-    source = config.out / "traces.jsonl"
-    assert export_traces(source, config.out / "all.jsonl", config) == (23, 23)
-    assert (config.out / "all.jsonl").read_bytes() == source.read_bytes()
-
-
-# ------------------------------------------------------------------------------------------- options that nothing above turns
-
-
-def test_strategies_restricts_the_choice(config):
-    assert {
-        o.strategy for o in run(replace(config, strategies=("concise",)), TASKS, Student(), StyledTeacher())
-    } == {"concise"}
-
-
-def test_sessions_that_went_well_teach_skills(config, monkeypatch):
-    monkeypatch.setattr(learning, "SKILL_REWARD", 1.5)
-    writer = SkillWriter()
-    run(replace(config, skill_writer="writer"), TASKS, Student(), Teacher(), **{"skill writer": writer})
-    assert len(writer.prompts) == sum(
-        i % 3 != 0 for i in range(23)
-    )  # those that gained; the kept ones earn about 1
-    assert not any(task.answer in prompt for task in TASKS for prompt in writer.prompts)
-
-
-def test_every_seat_is_opened_and_one_model_once(config, monkeypatch):
-    opened = []
-    monkeypatch.setattr(runtime_loop, "open_agent", lambda spec, *where: opened.append(spec) or object())
-    config = replace(config, student="s", teacher="t", judge="t", large_judge="l", skill_writer="w")
-    seats = runtime_loop.open_seats(config)
-    assert opened == ["s", "t", "l", "w"] and seats["judge"] is seats["teacher"]
-    assert set(seats) == {"student", "teacher", "judge", "large judge", "skill writer"}

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -195,8 +194,7 @@ def test_without_a_key_everybody_is_answered(monkeypatch):
         Trial("alone", "hi", None, 1, True, Verdict(None, "nobody")),
         Outcome("s1", tokens={"student": 1}),
     )
-    with ThreadPoolExecutor() as pool:
-        app = TestClient(make_app(lambda question, options: answer, pool))
-        client = openai.OpenAI(base_url="http://testserver/v1", api_key="any", http_client=app)
-        (choice,) = ask(client).choices
+    app = TestClient(make_app(lambda *asked: answer))
+    client = openai.OpenAI(base_url="http://testserver/v1", api_key="any", http_client=app)
+    (choice,) = ask(client).choices
     assert (choice.message.content, choice.finish_reason) == ("hi", "length")

@@ -10,8 +10,9 @@ from types import ModuleType
 import pytest
 
 import eval as evaluation
+from nano_atlas import benches
 from nano_atlas.benches import tau2
-from nano_atlas.benches.results import STUDENT, TaskLog, start_or_continue
+from nano_atlas.benches.arms import STUDENT, TaskLog, start_or_continue
 from nano_atlas.benches.tau2 import Config, in_parallel, intent, student_tokens, task_result
 from nano_atlas.config import run_script
 from nano_atlas.errors import UserError
@@ -35,6 +36,8 @@ def test_a_missing_package_ends_with_the_commands_that_install_it(found, monkeyp
     for name in [name for name in sys.modules if name.startswith("tau2.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tau2", found)
+    monkeypatch.delitem(sys.modules, "nano_atlas.benches.dialogue", raising=False)
+    monkeypatch.delattr(benches, "dialogue", raising=False)
     monkeypatch.setattr(sys, "argv", ["eval.py", "--bench", "tau2", "--dry-run"])
     with pytest.raises(SystemExit) as exit_:
         run_script(evaluation.main)
@@ -81,8 +84,8 @@ def test_restart_leaves_nothing_of_the_earlier_run(tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"user": None}, "needs --student URL and --user URL"),
-    ({"student": None}, "needs --student URL"),
+    ({"user": None}, "--student and --user must be URLs"),
+    ({"student": None}, "or --user solo"),
     ({"student": "runs/student"}, "serve a checkpoint"),
     ({"user": "runs/user"}, "serve a checkpoint"),
 ])  # fmt: skip
@@ -93,7 +96,7 @@ def test_student_and_user_are_urls(changes, message):
 
 
 @pytest.mark.parametrize("changes, arms", [
-    ({}, [STUDENT, "grpo", "shuffled", "untrained"]), ({"teacher": ()}, [STUDENT]), ({"control": ("none",)}, [STUDENT, "grpo"]),
+    ({}, [STUDENT, "grpo", "shuffled", "untrained"]), ({"teacher": ()}, [STUDENT, "untrained"]), ({"control": ("none",)}, [STUDENT, "grpo"]),
     ({"user": "solo", "control": ("untrained",)}, [STUDENT, "grpo", "untrained"]),
 ])  # fmt: skip
 def test_teachers_and_controls_are_arms(changes, arms):

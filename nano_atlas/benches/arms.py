@@ -1,24 +1,32 @@
-"""What all benchmarks of eval.py share: the arms that they compare, their options, and the report on a directory of results."""
+"""What all benchmarks share: arms (ways of answering the same tasks), their options, and results on disk (tasks.jsonl, run.json)."""
 
 import random
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from nano_atlas.benches.results import STUDENT, read_results
-from nano_atlas.benches.scores import Report, make_report
+from nano_atlas.answers import answer_key
 from nano_atlas.checkpoint import is_checkpoint
-from nano_atlas.config import derive_seed, option
+from nano_atlas.config import derive_seed, option, refuse_changes, to_json
 from nano_atlas.data import Problem
-from nano_atlas.episode import EpisodeConfig
+from nano_atlas.episode import Attempt, EpisodeConfig
 from nano_atlas.errors import UserError
-from nano_atlas.runs import checkpoint_digest, read_json, replace_text, write_json
+from nano_atlas.runs import Journal, checkpoint_digest, read_json, read_jsonl, write_json
 from nano_atlas.seats import Seat, is_url, open_seat
 
+STUDENT = "student"  # the arm that all others are compared with
 CONTROLS = SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET = "shuffled", "untrained", "two-votes", "same-budget"
+ALONE = STUDENT, TWO_VOTES, SAME_BUDGET  # the arms without a teaching
+NAMES = {  # in the tables; {last}: the last teacher
+    STUDENT: "student alone", SHUFFLED: "control: shuffled {last}", UNTRAINED: "control: untrained",
+    TWO_VOTES: "control: vote of 2", SAME_BUDGET: "control: vote, tokens of {last}",
+}  # fmt: skip
+RESULT_FILES = "tasks.jsonl", "run.json", "results.json", "tables.md", "tau2-*.json"
+Key = tuple[str, str, str, int]  # of a result: arm, domain, id, sample
 
 
 @dataclass(frozen=True)
@@ -44,11 +52,7 @@ class ArmsConfig:
     restart: bool = option(False, "start over; discards what --out holds", resumable=True)
 
     def check_arms(self) -> None:
-        needy = {SHUFFLED, SAME_BUDGET} & set(self.arms)
-        if needy and not self.teacher and not self.tables:
-            raise UserError(f"--control {min(needy)} needs a --teacher, which it is the control of")
-        taken = {STUDENT, *CONTROLS} & set(self.teachers)
-        if taken or len(self.teachers) < len(self.teacher):
+        if set(NAMES) & set(self.teachers) or len(self.teachers) < len(self.teacher):
             what = f"--teacher {' '.join(self.teacher)}: each needs a name of its own, NAME=PATH"
             raise UserError(f"{what}, other than {STUDENT} and those of the controls")
 
@@ -59,25 +63,19 @@ class ArmsConfig:
         return {name or spec.rstrip("/").rpartition("/")[2]: spec for name, spec in parts}
 
     @property
-    def controls(self) -> list[str]:
-        return [control for control in dict.fromkeys(self.control) if control != "none"]
+    def controls(self) -> Sequence[str]:
+        """Without a teacher those of a teacher are left out."""
+        return [arm for arm in self.control if self.teacher or arm not in (SHUFFLED, SAME_BUDGET)]
 
     @property
     def arms(self) -> list[str]:
-        return [STUDENT, *self.teachers, *self.controls]
+        return [arm for arm in dict.fromkeys([STUDENT, *self.teachers, *self.controls]) if arm != "none"]
 
     @property
     def names(self) -> dict[str, str]:
         """What an arm is called in the tables."""
-        last = "".join(list(self.teachers)[-1:])
-        return {
-            **{name: name for name in self.teachers},
-            STUDENT: "student alone",
-            SHUFFLED: f"control: shuffled {last}",
-            UNTRAINED: "control: untrained",
-            TWO_VOTES: "control: vote of 2",
-            SAME_BUDGET: f"control: vote, tokens of {last}",
-        }
+        last = next(reversed(self.teachers), "")
+        return {name: name for name in self.teachers} | {arm: NAMES[arm].format(last=last) for arm in NAMES}
 
     @property
     def episode(self) -> EpisodeConfig:
@@ -90,13 +88,97 @@ class ArmsConfig:
     def contents(self) -> dict[str, str]:
         """Digests of the checkpoints of all seats, by what messages call them. Raises UserError where there is none."""
         seats = {STUDENT: self.student, **self.teachers}
-        directories = {name: Path(spec) for name, spec in seats.items() if not is_url(spec)}
-        for path in directories.values():
+        paths = {name: Path(spec) for name, spec in seats.items() if not is_url(spec)}
+        for path in paths.values():
             if not is_checkpoint(path):
                 raise UserError(
                     f"{path}: no checkpoint; train_sft.py and train_grpo.py make a preset's teachers"
                 )
-        return {f"checkpoint {name}": checkpoint_digest(path) for name, path in directories.items()}
+        return {f"checkpoint {name}": checkpoint_digest(path) for name, path in paths.items()}
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One answer of the student: a line of tasks.jsonl. Lengths in generated tokens. Alone, it has nothing of a teacher."""
+
+    arm: str
+    domain: str
+    id: str
+    sample: int  # from 0
+    gold: str
+    attempt: Attempt
+    approach: str = ""
+    approach_tokens: int = 0
+    teacher_text: str = ""
+    teacher_tokens: int = 0
+    is_teacher_truncated: bool = False
+    teaching: str | None = None  # None: no well-formed teaching; the attempt is the student's own
+    is_leak: bool = False
+    record: dict | None = None  # what a benchmark itself records of the answer: τ²-bench its SimulationRun
+
+    @property
+    def key(self) -> Key:
+        return self.arm, self.domain, self.id, self.sample
+
+    @property
+    def all_tokens(self) -> int:
+        """Of everyone involved; the student alone needs no probe."""
+        return self.attempt.tokens + (self.approach_tokens + self.teacher_tokens) * (self.arm != STUDENT)
+
+
+def read_results(path: Path) -> dict[Key, TaskResult]:
+    """The results in a tasks.jsonl by their key. Raises UserError for a damaged line."""
+    results: dict[Key, TaskResult] = {}
+    has_lines = path.exists() and path.stat().st_size
+    for number, record in read_jsonl(path, is_journal=True) if has_lines else ():
+        try:
+            result = TaskResult(**record | {"attempt": Attempt(**record["attempt"])})
+        except (TypeError, KeyError) as error:
+            raise UserError(f"{path}:{number}: not a task result ({error}); delete the line") from None
+        results[result.key] = result
+    return results
+
+
+class TaskLog(Journal):
+    """The append-only tasks.jsonl with its only writer, and the results that it holds."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.results = read_results(path)
+
+    def append(self, results: Iterable[TaskResult]) -> None:
+        """Write those that are not there yet; they are on the disk when this returns."""
+        new = {result.key: result for result in results if result.key not in self.results}
+        super().append(vars(result) | {"attempt": vars(result.attempt)} for result in new.values())
+        self.results |= new
+
+    def get(self, arm: str, problem: Problem) -> list[TaskResult]:
+        """The samples of a task that are there, from the first on."""
+        found: list[TaskResult] = []
+        while (key := (arm, problem.domain, problem.id, len(found))) in self.results:
+            found.append(self.results[key])
+        return found
+
+
+def start_or_continue(config: ArmsConfig, contents: Mapping[str, str]) -> None:
+    """Write run.json: the options, and digests of checkpoints, tasks and packages, because a path may come to hold other ones.
+
+    Raises UserError naming what differs from the run whose results lie there.
+    """
+    out, contents = config.out, config.contents() | contents
+    for pattern in RESULT_FILES if config.restart else ():
+        for file in list(out.glob(pattern)):
+            file.unlink()
+    saved = read_json(out / "run.json")
+    if saved:
+        refuse_changes(config, saved["config"], str(out))
+        changed = [name for name, value in contents.items() if saved["contents"].get(name) != value]
+        if changed:
+            what = f"{out} holds results of other contents than now: {', '.join(changed)}"
+            raise UserError(f"{what}; choose another --out, or start over with --restart")
+    elif (out / "tasks.jsonl").exists():
+        raise UserError(f"{out}/tasks.jsonl has no run.json beside it; choose another --out, or --restart")
+    write_json(out / "run.json", {"config": to_json(config), "contents": contents})
 
 
 def derange(problems: Sequence[Problem], seed: int) -> dict[str, Problem]:
@@ -107,17 +189,13 @@ def derange(problems: Sequence[Problem], seed: int) -> dict[str, Problem]:
     return {problem.id: circle[index - 1] for index, problem in enumerate(circle)}
 
 
-def stored_report(out: Path, kind: type[ArmsConfig]) -> tuple[Report, ArmsConfig]:
-    """The report on all arms in a directory's tasks.jsonl, and the options of the run."""
-    saved, results = read_json(out / "run.json"), read_results(out / "tasks.jsonl")
-    if not saved or not results:
-        raise UserError(f"{out} holds no results yet; run the evaluation without --tables first")
-    config = kind(**saved["config"])
-    arms = list(dict.fromkeys([*config.arms, *CONTROLS]))
-    return make_report(results.values(), arms, list(config.teachers), config.samples, config.seed), config
+def majority(attempts: Sequence[Attempt]) -> Attempt:
+    """The first attempt with the most frequent answer, at the price of all: self-consistency (Wang et al. 2022, arXiv:2203.11171).
 
-
-def write_report(out: Path, report: Report, text: str) -> None:
-    """Write results.json, and `text` as tables.md."""
-    write_json(out / "results.json", {"run": read_json(out / "run.json"), **asdict(report)})
-    replace_text(out / "tables.md", text)
+    Attempts without an answer have no vote, and of equally frequent answers the one given first wins.
+    """
+    voters = [attempt for attempt in attempts if attempt.answer is not None]
+    votes = Counter(answer_key(voter.answer) for voter in voters)
+    first = max(voters, key=lambda voter: votes[answer_key(voter.answer)], default=attempts[0])
+    tokens, is_truncated = sum(a.tokens for a in attempts), any(a.is_truncated for a in attempts)
+    return replace(first, tokens=tokens, is_truncated=is_truncated)

@@ -1,198 +1,22 @@
-"""The scores of each arm of an evaluation, paired comparisons, and their tables.
+"""What comes of an evaluation: the scores of each arm, paired comparisons, and their tables.
 
-An *arm* is one way of answering the same tasks: the student alone, the student with some teacher, or a control.
+A score and a comparison are dicts, as results.json has them. Rates are in [0, 1], lengths in generated tokens per answer.
 """
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import fmean
+from collections.abc import Callable, Iterable, Sequence
+from math import sqrt
+from statistics import fmean, stdev
 
 from nano_atlas import stats
-from nano_atlas.benches.results import STUDENT, TaskResult
-from nano_atlas.episode import majority
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One arm minus another on the same tasks. A task's score is the share of its samples that are right."""
-
-    domain: str
-    arm: str
-    other: str
-    tasks: int
-    delta: float  # mean difference of scores, in [-1, 1]
-    interval: tuple[float, float]  # its 95 % interval, paired bootstrap over tasks
-    p_value: float | None  # McNemar, exact; None for several samples per task, where it does not apply
-    improved: int  # tasks
-    degraded: int
-    non_degradation: float  # share of tasks that are not worse
-    non_degradation_correct: float | None  # the same of the tasks that `other` ever got right
-
-
-@dataclass(frozen=True)
-class Score:
-    """One arm in one domain. Rates in [0, 1] over all answers; lengths in generated tokens per answer."""
-
-    domain: str
-    arm: str
-    tasks: int
-    accuracy: float  # with several samples: avg@n
-    error: float | None  # its standard error over tasks
-    interval: tuple[float, float] | None  # 95 %, Wilson; None for several samples per task
-    pass_at_k: dict[int, float]  # at least one of k samples is right
-    pass_hat_k: dict[int, float]  # all k samples are right
-    majority: float  # the most frequent answer of a task's samples is right: maj@n
-    completion: float  # an answer could be extracted
-    truncated: float
-    student_tokens: float
-    all_tokens: float  # answer + probe + teacher's whole completion
-    leak: float | None  # the teaching holds the gold answer
-    leak_free_accuracy: float | None  # of the answers whose teaching does not
-    malformed: float | None  # there is no teaching
-    versus_student: Comparison | None
-
-
-@dataclass(frozen=True)
-class Report:
-    scores: list[Score]
-    differences: list[Comparison]  # of the last teacher to each earlier one
-
-    @property
-    def domains(self) -> list[str]:
-        return list(dict.fromkeys(score.domain for score in self.scores))
-
+from nano_atlas.benches import arms
+from nano_atlas.benches.arms import ALONE, CONTROLS, SHUFFLED, STUDENT, ArmsConfig, TaskResult
+from nano_atlas.errors import UserError
+from nano_atlas.runs import read_json, replace_text, write_json
 
 Tasks = dict[str, list[TaskResult]]  # the samples of each task, by its id
-
-
-def make_report(
-    results: Iterable[TaskResult], arms: Sequence[str], teachers: Sequence[str], samples: int, seed: int = 0
-) -> Report:
-    """Score each arm on the tasks of which it has all `samples`, and compare it on those that the student alone has too.
-
-    arms: in the order of the tables; teachers: those among them of which the last is compared with each earlier one.
-    """
-    found: dict[tuple[str, str, str], list[TaskResult]] = {}  # by domain, arm and task
-    for result in sorted(results, key=lambda result: result.sample):
-        found.setdefault((result.domain, result.arm, result.id), []).append(result)
-    whole: dict[tuple[str, str], Tasks] = {}  # by domain and arm
-    for (domain, arm, name), task in found.items():
-        if len(task) == samples:
-            whole.setdefault((domain, arm), {})[name] = task
-    report = Report([], [])
-    for domain in dict.fromkeys(domain for domain, _ in whole):
-        alone = whole.get((domain, STUDENT))
-        for arm in arms:
-            if tasks := whole.get((domain, arm)):
-                versus = compare(tasks, alone, seed) if alone and arm != STUDENT else None
-                report.scores.append(score(tasks, versus))
-        *earlier, last = [whole[domain, name] for name in teachers if (domain, name) in whole] or [{}]
-        report.differences.extend(compare(last, other, seed) for other in earlier)
-    return report
-
-
-def compare(tasks: Tasks, others: Tasks, seed: int = 0) -> Comparison:
-    """The arm of `tasks` minus the arm of `others`, on the tasks that both have."""
-    shared = [name for name in tasks if name in others]
-    before, after = (
-        [fmean(result.attempt.is_correct for result in arm[name]) for name in shared]
-        for arm in (others, tasks)
-    )
-    changes = [new - old for new, old in zip(after, before)]
-    could_degrade = sum(share > 0 for share in before)
-    improved, degraded = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
-    first, other = tasks[shared[0]], others[shared[0]]
-    return Comparison(
-        domain=first[0].domain,
-        arm=first[0].arm,
-        other=other[0].arm,
-        tasks=len(shared),
-        delta=fmean(changes),
-        interval=stats.paired_bootstrap(changes, seed=seed),
-        p_value=stats.mcnemar(improved, degraded) if len(first) == len(other) == 1 else None,
-        improved=improved,
-        degraded=degraded,
-        non_degradation=1 - degraded / len(shared),
-        non_degradation_correct=1 - degraded / could_degrade if could_degrade else None,
-    )
-
-
-def score(tasks: Tasks, versus_student: Comparison | None) -> Score:
-    """Of one arm in one domain, with the same number of samples of every task."""
-    answers = [result for task in tasks.values() for result in task]
-    samples = len(answers) // len(tasks)
-    right = [sum(result.attempt.is_correct for result in task) for task in tasks.values()]
-    accuracy, error = stats.mean_and_error([count / samples for count in right])
-    is_taught = any(result.teacher_tokens for result in answers)
-    has_gold = is_taught and bool(answers[0].gold)
-    leak_free = [result.attempt.is_correct for result in answers if not result.is_leak]
-    ks = range(1, samples + 1)
-    return Score(
-        domain=answers[0].domain,
-        arm=answers[0].arm,
-        tasks=len(tasks),
-        accuracy=accuracy,
-        error=None if math.isnan(error) else error,
-        interval=stats.wilson_interval(sum(right), len(tasks)) if samples == 1 else None,
-        pass_at_k={k: fmean(stats.pass_at_k(samples, count, k) for count in right) for k in ks},
-        pass_hat_k={k: fmean(stats.pass_hat_k(samples, count, k) for count in right) for k in ks},
-        majority=fmean(majority([result.attempt for result in task]).is_correct for task in tasks.values()),
-        completion=fmean(result.attempt.answer is not None for result in answers),
-        truncated=fmean(result.attempt.is_truncated for result in answers),
-        student_tokens=fmean(result.attempt.tokens for result in answers),
-        all_tokens=fmean(result.all_tokens for result in answers),
-        leak=fmean(result.is_leak for result in answers) if has_gold else None,
-        leak_free_accuracy=fmean(leak_free) if has_gold and leak_free else None,
-        malformed=fmean(result.teaching is None for result in answers) if is_taught else None,
-        versus_student=versus_student,
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------- tables
-
-
-def _percent(rate: float | None) -> str:
-    return "" if rate is None else f"{100 * rate:.1f}"
-
-
-def _p_value(p: float | None) -> str:
-    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _points(comparison: Comparison) -> str:
-    return stats.in_points(comparison.delta, comparison.interval)
-
-
-Column = Callable[[Score], str]
-
-
-def _versus(show: Callable[[Comparison], str]) -> Column:
-    return lambda score: show(score.versus_student) if score.versus_student else ""
-
-
-ACCURACY: dict[str, Column] = {"accuracy": lambda score: _percent(score.accuracy)}
-AVERAGES: dict[str, Column] = {  # the same with n samples per task
-    "avg@{n}": lambda score: " ± ".join(filter(None, map(_percent, (score.accuracy, score.error)))),
-    "pass@{n}": lambda score: _percent(score.pass_at_k[max(score.pass_at_k)]),
-    "pass^{n}": lambda score: _percent(score.pass_hat_k[max(score.pass_hat_k)]),
-    "maj@{n}": lambda score: _percent(score.majority),
-}
-COLUMNS: dict[str, Column] = {
-    "Δ to alone": _versus(_points),
-    "McNemar p": _versus(lambda versus: _p_value(versus.p_value)),
-    "improved": _versus(lambda versus: str(versus.improved)),
-    "degraded": _versus(lambda versus: str(versus.degraded)),
-    "not worse": _versus(lambda versus: _percent(versus.non_degradation)),
-    "…of right": _versus(lambda versus: _percent(versus.non_degradation_correct)),
-    "answered": lambda score: _percent(score.completion),
-    "cut off": lambda score: _percent(score.truncated),
-    "student tokens": lambda score: f"{score.student_tokens:.0f}",
-    "all tokens": lambda score: f"{score.all_tokens:.0f}",
-    "leaks": lambda score: _percent(score.leak),
-    "without": lambda score: _percent(score.leak_free_accuracy),
-    "malformed": lambda score: _percent(score.malformed),
-}
+Report = dict[
+    str, list[dict]
+]  # {"scores": of each arm, "differences": of the last teacher to each earlier one}
 NOTE = """\
 Rates in %, differences in percentage points with their 95 % interval (paired bootstrap over tasks). *Not worse*: tasks on which the
 student with teaching is at least as good as alone, of all tasks and of those it gets right alone. *Answered*: an answer could be
@@ -202,51 +26,159 @@ could be extracted, and the student's own answer counts.
 """
 
 
-def tables(report: Report, names: Mapping[str, str]) -> str:
-    """Markdown: per domain one row per arm, and below it the differences between teachers. `names`: what to call an arm."""
+def percent(rate: float | None) -> str:
+    return "" if rate is None else f"{100 * rate:.1f}"
+
+
+def p_value(p: float | None) -> str:
+    if p is None:
+        return "–"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def points(versus: dict) -> str:
+    return stats.in_points(versus["delta"], versus["interval"])
+
+
+# A column: its head, its name in a comparison or score, how it is shown; of a score also its value for one answer (None: not counted).
+VERSUS_STUDENT = [
+    ("McNemar p", "p_value", p_value), ("improved", "improved", str), ("degraded", "degraded", str),
+    ("not worse", "non_degradation", percent), ("…of right", "non_degradation_correct", percent),
+]  # fmt: skip
+MEANS: list[tuple[str, str, Callable, Callable[[TaskResult], float | None]]] = [
+    ("answered", "completion", percent, lambda r: r.attempt.answer is not None),
+    ("cut off", "truncated", percent, lambda r: r.attempt.is_truncated),
+    ("student tokens", "student_tokens", "{:.0f}".format, lambda r: r.attempt.tokens),
+    ("all tokens", "all_tokens", "{:.0f}".format, lambda r: r.all_tokens),
+    ("leaks", "leak", percent, lambda r: r.is_leak if r.gold and r.arm not in ALONE else None),
+    ("without", "leak_free_accuracy", percent,
+     lambda r: r.attempt.is_correct if r.gold and r.arm not in ALONE and not r.is_leak else None),
+    ("malformed", "malformed", percent, lambda r: r.teaching is None if r.arm not in ALONE else None),
+]  # fmt: skip
+
+
+def make_report(results: Iterable[TaskResult], config: ArmsConfig) -> Report:
+    """Score each arm on the tasks of which it has all samples, and compare it on those that the student alone has too."""
+    samples: dict[tuple, list[TaskResult]] = {}
+    for result in sorted(results, key=lambda result: result.sample):
+        samples.setdefault((result.domain, result.arm, result.id), []).append(result)
+    domains: dict[str, dict[str, Tasks]] = {}  # by domain and arm
+    for (domain, arm, name), task in samples.items():
+        if len(task) == config.samples:
+            domains.setdefault(domain, {}).setdefault(arm, {})[name] = task
+    report: Report = {"scores": [], "differences": []}
+    for found in domains.values():
+        for arm in [arm for arm in dict.fromkeys([*config.arms, *CONTROLS]) if arm in found]:
+            versus = None if arm == STUDENT else compare(found[arm], found[STUDENT], config.seed)
+            report["scores"].append(score(found[arm]) | {"versus_student": versus})
+        *earlier, last = [found[name] for name in config.teachers if name in found] or [{}]
+        report["differences"] += [compare(last, other, config.seed) for other in earlier]
+    return report
+
+
+def score(tasks: Tasks) -> dict:
+    """One arm in one domain, with the same number of samples of every task."""
+    answers = [result for task in tasks.values() for result in task]
+    count, samples = len(tasks), len(answers) // len(tasks)
+    right = [sum(result.attempt.is_correct for result in task) for task in tasks.values()]
+    means = [number / samples for number in right]
+    row = {"domain": answers[0].domain, "arm": answers[0].arm, "tasks": count, "accuracy": fmean(means)}
+    row["error"] = stdev(means) / sqrt(count) if count > 1 else None  # standard error, over tasks
+    row["interval"] = stats.wilson_interval(sum(right), count) if samples == 1 else None
+    for name, estimate in ("pass_at_k", stats.pass_at_k), ("pass_hat_k", stats.pass_hat_k):
+        row[name] = {k: fmean(estimate(samples, c, k) for c in right) for k in range(1, samples + 1)}
+    row["majority"] = fmean(arms.majority([r.attempt for r in task]).is_correct for task in tasks.values())
+    for _, name, _, value in MEANS:
+        values = [number for result in answers if (number := value(result)) is not None]
+        row[name] = fmean(values) if values else None
+    return row
+
+
+def compare(tasks: Tasks, others: Tasks, seed: int = 0) -> dict:
+    """The arm of `tasks` minus the arm of `others`, on the tasks that both have. A task's score is the share of its right samples."""
+    shared = [name for name in tasks if name in others]
+    pairs = [[fmean(r.attempt.is_correct for r in arm[name]) for arm in (others, tasks)] for name in shared]
+    changes = [after - before for before, after in pairs]
+    improved, degraded = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
+    could_degrade = sum(before > 0 for before, _ in pairs)
+    first, *more = tasks[shared[0]]
+    row = {"domain": first.domain, "arm": first.arm, "other": others[shared[0]][0].arm, "tasks": len(shared)}
+    row |= {"delta": fmean(changes), "interval": stats.paired_bootstrap(changes, seed)}
+    row["p_value"] = None if more else stats.mcnemar(improved, degraded)  # a test of single answers
+    row |= {"improved": improved, "degraded": degraded, "non_degradation": 1 - degraded / len(shared)}
+    return row | {"non_degradation_correct": 1 - degraded / could_degrade if could_degrade else None}
+
+
+def finish(config: ArmsConfig, own: Callable[[ArmsConfig, list[TaskResult]], str], is_short=False) -> None:
+    """Print the tables of config.out, also of an unfinished run. Unless it is --tables, write them, and results.json.
+
+    own(options of the run, its results): Markdown that a benchmark adds. is_short: print a summary instead of the tables.
+    """
+    saved = read_json(config.out / "run.json")
+    results = list(arms.read_results(config.out / "tasks.jsonl").values())
+    if not saved or not results:
+        raise UserError(f"{config.out} holds no results yet; run the evaluation without --tables first")
+    stored = type(config)(**saved["config"] | {"out": config.out})
+    report, added = make_report(results, stored), own(stored, results)
+    text = tables(report, stored.names) + added
+    if not config.tables:
+        write_json(config.out / "results.json", {"run": saved, **report})
+        replace_text(config.out / "tables.md", text)
+    if is_short:
+        text = f"{summary(report, stored)}All columns: {config.out / 'tables.md'} (--full)\n{added}"
+    print(text)
+
+
+def tables(report: Report, names: dict[str, str]) -> str:
+    """Per domain one row per arm, and below it the differences between teachers. `names`: what to call an arm."""
     lines: list[str] = []
-    for domain in report.domains:
-        scores = [score for score in report.scores if score.domain == domain]
-        samples, tasks = max(scores[0].pass_at_k), scores[0].tasks
-        columns = (ACCURACY if samples == 1 else AVERAGES) | COLUMNS
-        rows = [["", *(head.format(n=samples) for head in columns)]]
-        for score in scores:
-            so_far = "" if score.tasks == tasks else f" (so far {score.tasks} tasks)"
-            rows.append([names[score.arm] + so_far, *(show(score) for show in columns.values())])
+    for domain in dict.fromkeys(row["domain"] for row in report["scores"]):
+        scores = [row for row in report["scores"] if row["domain"] == domain]
+        tasks, rows = scores[0]["tasks"], [["", *cells(scores[0])]]
+        for row in scores:
+            so_far = "" if row["tasks"] == tasks else f" (so far {row['tasks']} tasks)"
+            rows.append([names[row["arm"]] + so_far, *cells(row).values()])
         lines += [f"### {domain}: {tasks} tasks", "", *table(rows), ""]
-        for gain in report.differences:
-            if gain.domain == domain:
-                sizes = f"**{_points(gain)}**, McNemar p {_p_value(gain.p_value)}"
-                changed = f"{gain.improved} improved, {gain.degraded} degraded"
-                lines += [f"{names[gain.arm]} − {names[gain.other]}: {sizes}, {changed}", ""]
+        for gain in (gain for gain in report["differences"] if gain["domain"] == domain):
+            size = f"**{points(gain)}**, McNemar p {p_value(gain['p_value'])}"
+            changed = f"{gain['improved']} improved, {gain['degraded']} degraded"
+            lines += [f"{names[gain['arm']]} − {names[gain['other']]}: {size}, {changed}", ""]
     return "\n".join([*lines, NOTE])
 
 
-def summary(report: Report, teachers: list[str], control: str, names: Mapping[str, str]) -> str:
-    """Markdown: per domain the accuracy of the student alone, of each teacher and of a control, and what the last teacher is better
+def cells(row: dict) -> dict[str, str]:
+    """A score as the tables show it, by the heads of the columns."""
+    n, accuracy, versus = len(row["pass_at_k"]), percent(row["accuracy"]), row["versus_student"]
+    shown = {"accuracy": accuracy}
+    if n > 1:
+        rates = row["pass_at_k"][n], row["pass_hat_k"][n], row["majority"]
+        shown = {f"avg@{n}": f"{accuracy} ± {percent(row['error'])}"}
+        shown |= zip((f"pass@{n}", f"pass^{n}", f"maj@{n}"), map(percent, rates))
+    shown["Δ to alone"] = points(versus) if versus else ""
+    shown |= {head: show(versus[name]) if versus else "" for head, name, show in VERSUS_STUDENT}
+    return shown | {head: "" if row[name] is None else show(row[name]) for head, name, show, _ in MEANS}
+
+
+def summary(report: Report, config: ArmsConfig) -> str:
+    """Per domain the accuracy of the student alone, the teachers and the shuffled control, and how much the last teacher is better
     than the one before it (or, if it is the only one, than the student alone)."""
-    found = {(score.domain, score.arm): score for score in report.scores}
-    compared = [*report.differences, *(score.versus_student for score in report.scores)]
-    gains = {(gain.domain, gain.other, gain.arm): gain for gain in compared if gain}
-    arms = [STUDENT, *teachers, *({control} & {arm for _, arm in found})]
-    pair = [STUDENT, *teachers][-2:]
-    rows = [["tasks", *(names[arm] for arm in arms), " − ".join(names[arm] for arm in reversed(pair))]]
-    for domain in report.domains:
-        scores = [found.get((domain, arm)) for arm in arms]
-        tasks = max(score.tasks for score in scores if score)
-        gain = gains.get((domain, *pair))
-        cells = [_percent(score and score.accuracy) for score in scores]
-        rows.append([f"{domain} ({tasks})", *cells, f"**{_points(gain)}**" if gain else ""])
+    found = {(row["domain"], row["arm"]): row for row in report["scores"]}
+    compared = [*report["differences"], *(row["versus_student"] for row in report["scores"])]
+    gains = {(gain["domain"], gain["other"], gain["arm"]): points(gain) for gain in compared if gain}
+    names, pair = config.names, [STUDENT, *config.teachers][-2:]
+    shown = [arm for arm in (STUDENT, *config.teachers, SHUFFLED) if arm in {arm for _, arm in found}]
+    rows = [["tasks", *(names[arm] for arm in shown), " − ".join(names[arm] for arm in reversed(pair))]]
+    for domain in dict.fromkeys(domain for domain, _ in found):
+        cells = [percent(found.get((domain, arm), {}).get("accuracy")) for arm in shown]
+        gain = f"**{gains[domain, *pair]}**" if (domain, *pair) in gains else ""
+        rows.append([f"{domain} ({found[domain, STUDENT]['tasks']})", *cells, gain])
     note = "Accuracy in %, difference in points with its 95 % interval over tasks."
-    return "\n".join([*table(rows if teachers else [row[:-1] for row in rows]), "", note, ""])
+    return "\n".join([*table(rows if config.teachers else [row[:-1] for row in rows]), "", note, ""])
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table; the first row is its head, the first column is text and the others are numbers."""
     widths = [max(map(len, column)) for column in zip(*rows)]
+    head, *body = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    aligned = [
-        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
-        for row in rows
-    ]
-    return ["| " + " | ".join(row) + " |" for row in (aligned[0], rule, *aligned[1:])]
+    return ["| " + " | ".join(row) + " |" for row in (head, rule, *body)]

@@ -7,16 +7,14 @@
     tau2 view --file runs/mms/tau2-grpo.json                                          # the dialogues
 
 The official package runs and scores each dialogue (dialogue.py); this file says which, and what became of them. The arms are those
-of eval.py without the votes: dialogues change the world, so one cannot choose among them afterwards. Student and user are URLs: each
-turn repeats a prompt of some 8,000 tokens, which a server computes only once, and a server parses tool calls in each family's format
-(`vllm serve MODEL --enable-auto-tool-choice --tool-call-parser hermes` for Qwen3). A teacher may be a checkpoint too.
+of eval.py without the votes: dialogues change the world, so one cannot choose among them afterwards. Student and user are URLs: a
+server computes the prompt that each turn repeats (8,000 tokens) only once, and parses tool calls in each family's format
+(`vllm serve MODEL --enable-auto-tool-choice --tool-call-parser hermes` for Qwen3).
 
 A dialogue that a seat breaks off (no text, malformed call, outgrown context) is a failure. So is one whose seat could not be reached,
-which tau2's own metrics leave out; *covered* is the share of dialogues without such an error. In --out, tasks.jsonl gets a line per
-dialogue, to which an interrupted run is continued; tau2-<arm>.json is for `tau2 evaluate-trajs`, which scores it again.
+which tau2's own metrics leave out; *covered* is the share of the others. tau2-<arm>.json in --out is for `tau2 evaluate-trajs`.
 """
 
-import importlib.metadata
 import os
 import random
 import re
@@ -32,13 +30,12 @@ from typing import Any
 from tqdm import tqdm
 
 from nano_atlas.benches import arms, scores
-from nano_atlas.benches.arms import SHUFFLED, UNTRAINED
-from nano_atlas.benches.results import Key, TaskLog, TaskResult, read_results, start_or_continue
+from nano_atlas.benches.arms import SHUFFLED, UNTRAINED, Key, TaskLog, TaskResult
 from nano_atlas.config import option, parse
 from nano_atlas.episode import Attempt
 from nano_atlas.errors import UserError
-from nano_atlas.runs import digest, files_digest, read_json, replace_text
-from nano_atlas.seats import Generation, is_url
+from nano_atlas.runs import read_json, replace_text
+from nano_atlas.seats import is_url
 
 INSTALL = """--bench tau2 needs the official package and its data:
     git clone --branch v1.0.1 https://github.com/sierra-research/tau2-bench
@@ -70,16 +67,10 @@ class Config(arms.ArmsConfig):
     def check(self) -> None:
         self.check_arms()
         seats = [self.student] if self.is_solo else [self.student, self.user]
-        is_run = not (self.tables or self.dry_run)
-        if is_run and not all(spec and is_url(spec) for spec in seats):
+        if not (self.tables or self.dry_run or all(is_url(spec or "") for spec in seats)):
             raise UserError(
-                "--bench tau2 needs --student URL and --user URL, or --user solo; serve a checkpoint with "
-                "`vllm serve DIRECTORY --enable-auto-tool-choice --tool-call-parser hermes`"
+                "--student and --user must be URLs (or --user solo): serve a checkpoint as in --help"
             )
-
-    @property
-    def controls(self) -> list[str]:
-        return super().controls if self.teacher else []
 
     @property
     def samples(self) -> int:
@@ -93,139 +84,75 @@ class Config(arms.ArmsConfig):
 def main(argv: Sequence[str]) -> None:
     config = parse(Config, argv, {}, __doc__)
     if not config.tables:
-        contents = require_tau2(config.domain)
-        from nano_atlas.benches.dialogue import floors
-
-        tasks = load_tasks(config)
-        contents |= floors(tasks, config.domain, config.is_solo)
-        if config.dry_run:
-            kinds = Counter(intent(task.id, config.domain) for task in tasks)
-            print(f"{len(tasks)} tasks {dict(kinds)}, {config.trials} trials, arms {', '.join(config.arms)}")
-            print(shown(contents))
-            return
-        contents["tasks"] = digest(task.model_dump_json().encode() for task in tasks)
-        start_or_continue(config, config.contents() | contents)
-        with TaskLog(config.out / "tasks.jsonl") as log:
-            evaluate(config, tasks, log)
-            write_official(config, tasks, log)
-    report, stored = arms.stored_report(config.out, Config)
-    text = scores.tables(report, stored.names) + own_tables(stored, config.out)
-    if not config.tables:
-        arms.write_report(config.out, report, text)
-    print(text)
+        run(config)
+    if config.tables or not config.dry_run:
+        scores.finish(config, own_tables)
 
 
-# ------------------------------------------------------------------------------------------------------ the package and its tasks
-
-
-def require_tau2(domain: str) -> dict[str, str]:
-    """Import tau2 quietly, and say what of it is there: version, digests of code and data."""
-    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # instead of a download
+def run(config: Config) -> None:
+    """Everything that needs the official package, which is imported without a word and without a download."""
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     try:
-        import tau2.orchestrator
         from loguru import logger
-    except ImportError:
-        raise UserError(INSTALL) from None
-    logger.disable("tau2")
-    from tau2.utils import DATA_DIR
 
-    folders = [DATA_DIR / "tau2/domains" / domain, DATA_DIR / "tau2/user_simulator"]
-    if not all(folder.is_dir() for folder in folders):
-        raise UserError(f"{DATA_DIR} does not hold the data of the domain {domain}.\n{INSTALL}")
-    code = Path(tau2.orchestrator.__file__).parents[1].rglob("*.py")
-    data = (file for folder in folders for file in folder.rglob("*") if file.is_file())
-    return {
-        "tau2 version": importlib.metadata.version("tau2"),
-        "tau2 code": files_digest(sorted(code)),
-        "tau2 data": files_digest(sorted(data)),
-    }
-
-
-def load_tasks(config: Config) -> list:
-    from tau2.data_model.tasks import RewardType
-    from tau2.runner import get_tasks, load_task_splits
-
-    splits = load_task_splits(config.domain) or {}
-    if config.split not in splits:
-        raise UserError(f"--split {config.split}: {config.domain} has {', '.join(splits) or 'none'}")
-    tasks = [task for task in get_tasks(config.domain, config.split) if (config.tasks or "") in task.id]
-    tasks = tasks[: config.limit]
-    if not tasks:
-        raise UserError(f"--tasks {config.tasks}: no id in --domain {config.domain} contains it")
-    if any(RewardType.NL_ASSERTION in (task.evaluation_criteria.reward_basis or ()) for task in tasks):
-        raise UserError(
-            f"--domain {config.domain} has tasks scored by a language model, which tau2 fixes to be gpt-4.1; "
-            "choose one scored by the state of the world alone, such as telecom"
-        )
-    if config.is_solo and any(task.ticket is None for task in tasks):
-        raise UserError(f"--user solo needs tasks with a ticket, which --domain {config.domain} has not")
-    return tasks
+        logger.disable("tau2")
+        from nano_atlas.benches import dialogue
+    except ImportError as error:
+        raise UserError(f"{error}\n{INSTALL}") from None
+    tasks = dialogue.load_tasks(config)
+    contents = dialogue.contents(config, tasks)
+    if config.dry_run:
+        kinds = Counter(intent(task.id, config.domain) for task in tasks)
+        print(f"{len(tasks)} tasks {dict(kinds)}, {config.trials} trials, arms {', '.join(config.arms)}")
+        return print(shown(contents))
+    arms.start_or_continue(config, contents)
+    with TaskLog(config.out / "tasks.jsonl") as log:
+        evaluate(config, tasks, log)
+    for arm in config.arms:
+        simulations = [result.record for result in log.results.values() if result.arm == arm]
+        replace_text(config.out / f"tau2-{arm}.json", dialogue.official(config, tasks, arm, simulations))
 
 
 def intent(name: str, domain: str) -> str:
-    """The kind of a telecom task, which its id begins with; of the others, the domain."""
-    match = re.match(r"\[(\w+)\]", name)
-    return match[1] if match else domain
-
-
-# ---------------------------------------------------------------------------------------------------------------- the dialogues
+    """The kind of a telecom task, which its id begins with; of other tasks the domain."""
+    return (re.findall(r"^\[(\w+)\]", name) or [domain])[0]
 
 
 def evaluate(config: Config, tasks: Sequence, log: TaskLog) -> None:
     """Every (arm, task, trial) that the log lacks, `workers` at a time. Teachers are opened one after the other."""
-    from nano_atlas.benches.dialogue import repeat, simulate, teacher_guide
+    from nano_atlas.benches.dialogue import TOLD, simulate, teacher_guide
 
     draws = random.Random(config.seed)
     seeds = [draws.randint(0, 1_000_000) for _ in range(config.trials)]  # as tau2 draws them
-    generation = Generation(config.answer_tokens, config.temperature, config.top_p)
     donors = arms.derange(tasks, config.seed) if SHUFFLED in config.arms else {}
     jobs = [(task, trial) for trial in range(config.trials) for task in tasks]
-    student = user = guide = None
 
     def key(arm: str, task: Any, trial: int) -> Key:
         return arm, intent(task.id, config.domain), task.id, trial
 
     def run(task: Any, trial: int) -> TaskResult:
-        told = guide
+        own_guide = guide
         if arm == SHUFFLED:
-            told = repeat(log.results[key(list(config.teachers)[-1], donors[task.id], trial)])
-        seats = student, user, generation, told
-        simulation, guidance = simulate(task, config.domain, *seats, seeds[trial], config.max_steps)
-        return task_result(key(arm, task, trial), simulation | {"trial": trial}, vars(guidance))
+            given = log.results[key(list(config.teachers)[-1], donors[task.id], trial)]
+            own_guide = lambda *_: {name: getattr(given, name) for name in TOLD}
+        simulation, told = simulate(config, task, seeds[trial], student, user, own_guide)
+        return task_result(key(arm, task, trial), simulation | {"trial": trial}, told)
 
+    missing = {arm: [job for job in jobs if key(arm, *job) not in log.results] for arm in config.arms}
+    if not any(missing.values()):
+        return
+    student = config.open(config.student)
+    user = None if config.is_solo else config.open(config.user)
     with tqdm(total=len(jobs) * len(config.arms), initial=len(log.results), unit="dialogue") as bar:
-        for arm in config.arms:
-            missing = [job for job in jobs if key(arm, *job) not in log.results]
-            if not missing:
-                continue
-            student = student or config.open(config.student)
-            user = user or (None if config.is_solo else config.open(config.user))
-            teacher, guide = student if arm == UNTRAINED else None, None  # frees the teacher before
-            if arm in config.teachers:
-                teacher = config.open(config.teachers[arm])
-            if teacher:
-                guide = teacher_guide(student, teacher, config.episode)
+        for arm in filter(missing.get, config.arms):
             bar.set_description(arm)
-            for result in in_parallel(run, missing, config.workers):
+            teacher = guide = None  # frees the last one before the next is opened
+            if arm == UNTRAINED or arm in config.teachers:
+                teacher = student if arm == UNTRAINED else config.open(config.teachers[arm])
+                guide = teacher_guide(config, student, teacher)
+            for result in in_parallel(run, missing[arm], config.workers):
                 log.append([result])
                 bar.update()
-
-
-def task_result(key: Key, simulation: dict[str, Any], told: dict[str, Any]) -> TaskResult:
-    """One line of the log, in the terms of the other benchmarks: right is a reward of 1, and an answer is a proper end."""
-    reward, end = simulation["reward_info"]["reward"], simulation["termination_reason"]
-    answer = str(reward) if end in ("user_stop", "agent_stop") else None
-    tokens = student_tokens(simulation, "completion_tokens")
-    attempt = Attempt("", answer, reward > 1 - 1e-6, tokens, is_truncated=end == "max_steps")
-    return TaskResult(*key, "", attempt, **told, record=simulation)
-
-
-def student_tokens(simulation: dict[str, Any], kind: str) -> int:
-    """prompt_tokens or completion_tokens of all of the student's turns, also of the one that broke the dialogue off."""
-    turns = [message.get("usage") for message in simulation["messages"] if message["role"] == "assistant"]
-    if simulation["termination_reason"] == "agent_error":
-        turns.append(simulation.get("info", {}).get("usage"))
-    return sum(usage[kind] for usage in turns if usage)
 
 
 def in_parallel(run: Callable[..., TaskResult], jobs: Sequence[tuple], workers: int) -> Iterator[TaskResult]:
@@ -250,52 +177,44 @@ def in_parallel(run: Callable[..., TaskResult], jobs: Sequence[tuple], workers: 
         pool.shutdown(cancel_futures=True)
 
 
-# ------------------------------------------------------------------------------------------------------------------ the outcome
+def task_result(key: Key, simulation: dict[str, Any], told: dict[str, Any]) -> TaskResult:
+    """One line of the log, in the terms of the other benchmarks: right is a reward of 1, and an answer is a proper end."""
+    reward, end = simulation["reward_info"]["reward"], simulation["termination_reason"]
+    answer = str(reward) if end in ("user_stop", "agent_stop") else None
+    tokens = student_tokens(simulation, "completion_tokens")
+    attempt = Attempt("", answer, reward > 1 - 1e-6, tokens, is_truncated=end == "max_steps")
+    return TaskResult(*key, "", attempt, **told, record=simulation)
 
 
-def write_official(config: Config, tasks: Sequence, log: TaskLog) -> None:
-    """A file per arm in tau2's own format. Its metrics leave out infrastructure errors; without any, the means are equal."""
-    from tau2.data_model.simulation import Results, SimulationRun, TextRunConfig
-    from tau2.runner import get_info
-
-    names = ("llm_agent_solo", "dummy_user") if config.is_solo else ("llm_agent", "user_simulator")
-    run = {"domain": config.domain, "agent": names[0], "user": names[1], "llm_user": config.user}
-    run |= {"llm_args_agent": {"temperature": config.temperature}, "llm_args_user": {"temperature": 0.0}}
-    run |= {"num_trials": config.trials, "max_steps": config.max_steps, "seed": config.seed}
-    for arm in config.arms:
-        info = get_info(TextRunConfig(llm_agent=f"{config.student} ({arm})", **run))
-        mine = [result.record for result in log.results.values() if result.arm == arm]
-        simulations = [SimulationRun.model_validate(record) for record in mine]
-        official = Results(info=info, tasks=tasks, simulations=simulations)
-        replace_text(config.out / f"tau2-{arm}.json", official.model_dump_json(indent=1))
+def student_tokens(simulation: dict[str, Any], kind: str) -> int:
+    """prompt_tokens or completion_tokens of all of the student's turns, also of the one that broke the dialogue off."""
+    turns = [message.get("usage") for message in simulation["messages"] if message["role"] == "assistant"]
+    if simulation["termination_reason"] == "agent_error":
+        turns.append(simulation.get("info", {}).get("usage"))
+    return sum(usage[kind] for usage in turns if usage)
 
 
-COSTS: dict[str, Callable[[list[dict]], str]] = {  # of an arm's simulations
-    "dialogues": lambda runs: str(len(runs)),
-    "covered": lambda runs: f"{100 * mean(run['termination_reason'] not in UNREACHED for run in runs):.1f}",
-    "prompt tokens": lambda runs: f"{mean(student_tokens(run, 'prompt_tokens') for run in runs):.0f}",
-    "seconds": lambda runs: f"{mean(run['duration'] for run in runs):.1f}",
-}
-
-
-def own_tables(config: Config, out: Path) -> str:
+def own_tables(config: Config, results: Sequence[TaskResult]) -> str:
     """Markdown: pass^k by intent and persona; cost and end of each arm's dialogues; and of what package and data this is true."""
-    results = list(read_results(out / "tasks.jsonl").values())
     groups = [replace(r, domain=group) for r in results for group in ("all", *PERSONA.findall(r.id))]
     passed = [["", "tasks", *(f"pass^{k}" for k in range(1, config.trials + 1))]]
-    for score in scores.make_report([*groups, *results], config.arms, [], config.trials).scores:
-        name, rates = config.names.get(score.arm, score.arm), score.pass_hat_k.values()
-        passed.append([f"{score.domain}: {name}", str(score.tasks), *(f"{100 * rate:.1f}" for rate in rates)])
+    for score in scores.make_report([*groups, *results], config)["scores"]:
+        name, rates = f"{score['domain']}: {config.names[score['arm']]}", score["pass_hat_k"].values()
+        passed.append([name, str(score["tasks"]), *map(scores.percent, rates)])
     ends = sorted({result.record["termination_reason"] for result in results})
-    costs = [["", *COSTS, *ends]]
+    costs = [["", "dialogues", "covered", "prompt tokens", "seconds", *ends]]
     for arm in config.arms:
-        runs = [result.record for result in results if result.arm == arm]
-        if runs:
+        if runs := [result.record for result in results if result.arm == arm]:
             count = Counter(run["termination_reason"] for run in runs)
-            shares = [*(show(runs) for show in COSTS.values()), *(str(count[end]) for end in ends)]
-            costs.append([config.names.get(arm, arm), *shares])
+            covered = scores.percent(1 - sum(count[end] for end in UNREACHED) / len(runs))
+            read = f"{mean(student_tokens(run, 'prompt_tokens') for run in runs):.0f}"
+            seconds, counts = (
+                f"{mean(run['duration'] for run in runs):.1f}",
+                [str(count[end]) for end in ends],
+            )
+            costs.append([config.names[arm], str(len(runs)), covered, read, seconds, *counts])
     lines = ["", "### pass^k", "", *scores.table(passed), "", "### dialogues", "", *scores.table(costs), ""]
-    return "\n".join([*lines, shown(read_json(out / "run.json")["contents"]), ""])
+    return "\n".join([*lines, shown(read_json(config.out / "run.json")["contents"]), ""])
 
 
 def shown(contents: Mapping[str, str]) -> str:

@@ -1,11 +1,7 @@
 """Which student and which teacher are in service: a small YAML file that the runtime and the evaluation read and promotion rewrites.
 
     teacher:
-      llm:
-        provider: huggingface
-        model: /models/atlas-teacher-grpo
-        temperature: 0.2
-        max_output_tokens: 512
+      llm: {provider: huggingface, model: /models/atlas-teacher-grpo, temperature: 0.2, max_output_tokens: 512}
 
 A `student:` section has the same form. Providers: `huggingface` (model: a checkpoint directory), `openai` (an OpenAI-compatible
 server at api_base; model: its name there, if it serves several), `http` and `python` (model: as in `agents`).
@@ -25,27 +21,20 @@ from nano_atlas.episode import EpisodeConfig
 from nano_atlas.errors import UserError
 from nano_atlas.runs import replace_text
 
-SPECS = {
-    "huggingface": "{model}",
-    "python": "{model}",
-    "http": "post+{model}",
-    "openai": "{api_base}#{model}",
-}
+SPECS = {"huggingface": "{model}", "python": "{model}", "http": "post+{model}"}
+SPECS["openai"] = "{api_base}#{model}"
 LENGTHS = {"student": "--answer-tokens", "teacher": "--teaching-tokens"}
+OPTIONS = ("provider", "temperature", "max_output_tokens")  # the other keys are those of a provider's spec
 KEY_VARIABLE = "NANO_ATLAS_API_KEY"
 
 
 @dataclass(frozen=True)
 class DeployConfig:
-    deploy: Path | None = option(
-        None, "YAML file that says which student and teacher are in service", group="service", resumable=True
-    )
+    deploy: Path | None = option(None, "YAML that names the pair", group="service", resumable=True)
     serve: int | None = option(
-        None, "port of an OpenAI-compatible endpoint (0: any)", resumable=True, at_least=0, at_most=65535
+        None, "port of an endpoint (0: any)", resumable=True, at_least=0, at_most=65535
     )
-    host: str = option(
-        "127.0.0.1", f"address to serve on; others than this machine need {KEY_VARIABLE}", resumable=True
-    )
+    host: str = option("127.0.0.1", f"address; others than this machine need {KEY_VARIABLE}", resumable=True)
 
     def check(self) -> None:
         is_local = self.host in ("127.0.0.1", "localhost", "::1")
@@ -54,24 +43,22 @@ class DeployConfig:
 
 
 def with_deployment(argv: Sequence[str], is_evaluation: bool = False) -> list[str]:
-    """The command line with what the file of --deploy says put before it as flags: explicit flags override the file, the file presets.
+    """The command line, with what the file of --deploy says put before it as flags, so that explicit flags override the file.
 
-    eval.py samples both seats at its own --temperature and gives its teachers names.
+    eval.py gives its teachers names, and samples both seats at its own --temperature.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--deploy", nargs="?")
     path = parser.parse_known_args(argv)[0].deploy
-    seats = read_deployment(path) if path else {}
-    flags: list[str] = []
+    seats, flags = read_deployment(path) if path else {}, []
     for name, llm in seats.items():
-        is_named = is_evaluation and name == "teacher"
-        flags += [f"--{name}", f"deployed={llm['spec']}" if is_named else llm["spec"]]
-        if "max_output_tokens" in llm:
-            flags += [LENGTHS[name], str(llm["max_output_tokens"])]
-    if not is_evaluation and any("temperature" in llm for llm in seats.values()):
-        defaults = zip(LENGTHS, EpisodeConfig.temperature)
-        known = [seats.get(name, {}).get("temperature", default) for name, default in defaults]
-        flags += ["--temperature", *map(str, known)]
+        named = "deployed=" if is_evaluation and name == "teacher" else ""
+        flags += [f"--{name}", named + llm["spec"]]
+        flags += [LENGTHS[name], str(llm["max_output_tokens"])] if "max_output_tokens" in llm else []
+    defaults = dict(zip(LENGTHS, EpisodeConfig.temperature))
+    given = {name: llm["temperature"] for name, llm in seats.items() if "temperature" in llm}
+    if given and not is_evaluation:
+        flags += ["--temperature", *map(str, (defaults | given).values())]
     return [*flags, *argv]
 
 
@@ -81,16 +68,15 @@ def read_deployment(path: Path | str) -> dict[str, dict[str, Any]]:
     try:
         for name, section in yaml.safe_load(Path(path).read_text(encoding="utf-8")).items():
             llm = section["llm"]
-            known = ["provider", "model", "temperature", "max_output_tokens"]
+            template = SPECS.get(llm["provider"], "")
+            unknown = [key for key in llm if key not in OPTIONS and f"{{{key}}}" not in template]
+            if unknown or list(section) != ["llm"] or name not in LENGTHS or not template:
+                found = f"{', '.join(section)}: {llm['provider']} {unknown}"
+                raise UserError(f"{path}: {name}: {found} is unknown")
             if llm["provider"] == "openai":
-                known, llm = [*known, "api_base"], {"model": ""} | llm
-            unknown = [*(set(section) - {"llm"}), *(set(llm) - set(known)), *({name} - set(LENGTHS))]
-            if unknown or llm["provider"] not in SPECS:
-                raise UserError(f"{path}: {name}: {unknown or llm['provider']} is unknown")
-            seats[name] = {**llm, "spec": SPECS[llm["provider"]].format(**llm).rstrip("#")}
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+                llm = {"model": ""} | llm
+            seats[name] = {**llm, "spec": template.format(**llm).rstrip("#")}
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
         cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"{path}: not a deployment file ({cause})") from None
     return seats

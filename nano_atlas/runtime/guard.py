@@ -1,18 +1,14 @@
 """Non-degradation: what is promised about the answer that is returned, and how the promise is measured.
 
-*Verified* (ground truth, or a Python evaluator). Every answer is verified, the student's own included, and one with help is returned
-only if it scores at least as high. So with any teacher, however harmful, and on every single task, the returned answer is never worse
-than the student alone. It is the better of several attempts *by verification*: how much the teaching itself helps is the guided score,
-reported beside it.
+*Verified* (ground truth, or a Python evaluator). An answer with help is returned only if it scores at least as high as the student's own:
+with any teacher, on every task, the returned answer is never worse. How much the teaching itself helps is the guided score.
 
-*Judged.* A judge's score is noisy, and picking the higher of two noisy scores picks luck too. An answer with help is returned only
-if its score is above the student's own by more than z standard errors of the difference (CONFIDENCE). That makes harm rare, and
-how rare is measured: of the answers with help that were returned, a share (`--audit`) is judged *again*, together with the student's
-own, by new samples that had no part in the choice. The summary states the Wilson upper bound of the share that comes out worse: "at
-most x % of the returned answers are below the student's own, at 95 % confidence, by this judge". It holds for tasks like those
-audited, and not against a judge that is wrong about both answers alike.
+*Judged.* Picking the higher of two noisy scores picks luck too. An answer with help is returned only if its score is above the student's
+own by more than z standard errors of the difference. How rare harm then is, is measured: a share (`--audit`) of the returned answers
+with help is judged *again*, with the student's own, by new samples. The summary states the Wilson upper bound of the share that comes
+out worse. It holds for tasks like those audited, and not against a judge that is wrong about both answers alike.
 
-*Nobody can score.* Nothing is promised: the answer with help is returned unless it lacks a final answer and the student's own has one.
+*Nobody can score.* Nothing is promised: the answer with help is returned unless only the student's own has a final answer.
 """
 
 import math
@@ -35,7 +31,7 @@ class Trial:
     answer: str | None  # what stands in <solution>
     tokens: int
     is_truncated: bool
-    verdict: Verdict
+    verdict: Verdict | None = None  # None: not judged yet
 
     @property
     def score(self) -> float | None:
@@ -44,18 +40,20 @@ class Trial:
 
 def choose_trial(trials: Sequence[Trial]) -> int:
     """Which trial is returned; the module's docstring says why."""
-    alone, by, last = trials[0], trials[0].verdict.by, len(trials) - 1
-    if by == "nobody":
+    alone, last = trials[0], len(trials) - 1
+    if alone.verdict.by == "nobody":
         return 0 if trials[last].answer is None and alone.answer is not None else last
     scored = [index for index in range(1, len(trials)) if trials[index].score is not None]
     if alone.score is None or not scored:
         return 0
     best = max(scored, key=lambda index: trials[index].score)
-    gain = trials[best].score - alone.score
-    if by != "judges":
-        return best if gain >= 0 else 0
-    z = NormalDist().inv_cdf(CONFIDENCE)
-    return best if gain > z * math.hypot(trials[best].verdict.deviation, alone.verdict.deviation) else 0
+    gain, noise = (
+        trials[best].score - alone.score,
+        math.hypot(trials[best].verdict.deviation, alone.verdict.deviation),
+    )
+    if alone.verdict.by == "judges":
+        return best if gain > NormalDist().inv_cdf(CONFIDENCE) * noise else 0
+    return best if gain >= 0 else 0
 
 
 def degradation_bound(audited_gains: Sequence[float]) -> tuple[int, float]:

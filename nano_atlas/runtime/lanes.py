@@ -1,11 +1,10 @@
-"""Lanes: how much help one task gets. Each is a script for `schedule.drive` that reads from top to bottom.
+"""Lanes: how much help one task gets.
 
     auto       the student alone
     paired     an episode as in training: the teacher reads the student's approach and guides it; the student answers again
     coach      the same with a plan in place of the approach: the student answers with its plan and the teacher's review of it
 
-All begin with the student's own answer, validate *every* answer (`judges`), try again up to --retries times with all guidance so
-far while none is valid, and return the best one (`guard`).
+Every answer is validated (`judges`); up to --retries times more is tried while none with help is valid; the best is returned (`guard`).
 """
 
 from collections.abc import Callable, Sequence
@@ -17,12 +16,11 @@ from nano_atlas import protocol
 from nano_atlas.answers import last_json, reveals_answer, visible
 from nano_atlas.config import derive_seed, option
 from nano_atlas.data import Problem
-from nano_atlas.episode import Attempt, EpisodeConfig, Sketch, guide, sketch
+from nano_atlas.episode import Attempt, EpisodeConfig, guide, sketch
 from nano_atlas.errors import UserError
 from nano_atlas.reward import teaching_reward
-from nano_atlas.runtime import learning
+from nano_atlas.runtime import judges, learning
 from nano_atlas.runtime.guard import Trial, choose_trial
-from nano_atlas.runtime.judges import JudgeConfig, judge
 from nano_atlas.schedule import Call, Fault, Script, ask
 from nano_atlas.seats import Generation, Reply
 
@@ -34,7 +32,7 @@ STYLES = tuple(protocol.TEACHING_STYLES)
 
 
 @dataclass(frozen=True)
-class LaneConfig(JudgeConfig, EpisodeConfig):
+class LaneConfig(judges.JudgeConfig, EpisodeConfig):
     lane: str = option("adaptive", "adaptive: by the student's record", ("adaptive", *LANES), group="lanes")
     retries: int = option(0, "further teachings and answers while none is valid", at_least=0)
     strategies: tuple[str, ...] = option(STYLES, "teaching strategies to choose among", STYLES)
@@ -53,33 +51,23 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
-@dataclass
-class Session:
-    """One task on its way through a lane."""
+@dataclass(kw_only=True)
+class Session(learning.Outcome):
+    """One task on its way through a lane, and what has come of it so far."""
 
-    id: str
     task: Problem
     seed: int
-    style: str = "adaptive"  # how the teacher is asked to teach: a key of protocol.TEACHING_STYLES
-    learning_key: str = "general"  # the kind of task; experience is kept by kind
-    created_at: str = field(default_factory=now)
     lane: str = "paired"
+    strategy: str = "adaptive"  # how the teacher is asked to teach: a key of protocol.TEACHING_STYLES
     choice: dict[str, Any] = field(default_factory=dict)  # {mode, confidence, by} of the lane
     playbook: learning.Playbook | None = None
-    matched: list[str] = field(default_factory=list)  # ids of the skills whose cue applies
-    skills: list[str] = field(default_factory=list)  # and of those that were used
-    advice: list[str] = field(default_factory=list)  # their sentences
-    learned: list[dict] = field(default_factory=list)  # skills that this session taught
+    advice: list[str] = field(default_factory=list)  # sentences of the skills that are used
     approach: str = ""
     plan: list[dict] = field(default_factory=list)  # {id, description, depends_on}
     teachings: list[str] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)  # who spoke, in which order, tokens each
-    chosen: int = 0
-    audited_gain: float | None = None  # returned minus alone, judged anew
-    is_malformed: bool = False  # a teacher's completion without <teaching>
-    is_leak: bool = False
-    reward: float | None = None  # None: unscored
+    chosen: int = 0  # index of the trial that is returned
     fault: str | None = None
 
     @property
@@ -89,19 +77,18 @@ class Session:
 
     def draw(self, kind: str, *parts: object) -> int:
         """The seed of a call: another one for every call of the session, and the same whatever runs beside it."""
-        return derive_seed(self.seed, self.id, kind, len(self.events))
-
-
-# ------------------------------------------------------------------------------------------------------- task analysis
+        return derive_seed(self.seed, self.session_id, kind, len(self.events))
 
 
 def new_session(name: str, task: Problem, experience: learning.Experience, config: LaneConfig) -> Session:
     """Lane and strategy by what is known about this kind of task."""
     key = task.domain or "general"
     choice = choose_lane(experience.records[key], config.lane)
-    style = experience.strategies.choose(key, derive_seed(config.seed, "strategy", name))
-    playbook = experience.playbook if config.skill_writer else None
-    return Session(name, task, config.seed, style, key, lane=choice["mode"], choice=choice, playbook=playbook)
+    session = Session(session_id=name, learning_key=key, created_at=now(), task=task, seed=config.seed)
+    session.lane, session.choice = choice["mode"], choice
+    session.strategy = experience.strategies.choose(key, derive_seed(config.seed, "strategy", name))
+    session.playbook = experience.playbook if config.skill_writer else None
+    return session
 
 
 def choose_lane(record: Sequence[float], forced: str = "adaptive") -> dict[str, Any]:
@@ -109,16 +96,12 @@ def choose_lane(record: Sequence[float], forced: str = "adaptive") -> dict[str, 
 
     Its capability is their mean, with two thirds of an answer that is worth 0.5 counted in.
     """
-    if forced != "adaptive":
-        return {"mode": forced, "confidence": None, "by": "--lane"}
-    if not record:
-        return {"mode": "paired", "confidence": None, "by": "no record"}
+    if forced != "adaptive" or not record:
+        lane, by = ("paired", "no record") if forced == "adaptive" else (forced, "--lane")
+        return {"mode": lane, "confidence": None, "by": by}
     capability = (sum(record) + 1 / 3) / (len(record) + 2 / 3)
     lane = next((lane for lane, least in THRESHOLDS.items() if capability >= least), "coach")
     return {"mode": lane, "confidence": capability, "by": "record"}
-
-
-# ----------------------------------------------------------------------------------------------------- experimentation
 
 
 def run_session(session: Session, config: LaneConfig, count_tokens: Callable[[str], int]) -> Script:
@@ -130,22 +113,21 @@ def run_session(session: Session, config: LaneConfig, count_tokens: Callable[[st
         except StopIteration:
             return session
         answers = yield calls
-        session.events += [event_of(call, answer) for call, answer in zip(calls, answers)]
+        session.events += map(event_of, calls, answers)
 
 
 def event_of(call: Call, answer: list[Reply] | Fault) -> dict[str, Any]:
     event = {"event": call.kind, "actor": call.seat}
     if isinstance(answer, Fault):
         return event | {"tokens": 0, "fault": str(answer)}
-    (reply,) = answer
-    event |= {name: getattr(reply, name) for name in ("tokens", "prompt_tokens", "is_truncated")}
-    return event | {"text": reply.text} if call.seat == "teacher" else event
+    event |= {name: getattr(answer[0], name) for name in ("tokens", "prompt_tokens", "is_truncated")}
+    return event | {"text": answer[0].text} if call.seat == "teacher" else event
 
 
 def whole_session(session: Session, config: LaneConfig, count_tokens: Callable[[str], int]) -> Script:
-    """A fault ends its lane; what was reached until then counts all the same."""
+    """A fault ends the lane; what was reached until then counts all the same."""
     try:
-        yield from {"auto": auto, "paired": paired, "coach": coach}[session.lane](session, config)
+        yield from attempts(session, config)
     except Fault as fault:
         session.fault = str(fault)
     if session.trials:
@@ -155,29 +137,33 @@ def whole_session(session: Session, config: LaneConfig, count_tokens: Callable[[
         yield from learn_skills(session, config)
 
 
-def auto(session: Session, config: LaneConfig) -> Script:
-    alone = yield from sketch(session.task, replace(config, probe_tokens=0), session.draw)
+def attempts(session: Session, config: LaneConfig) -> Script:
+    """The student's answer alone and, unless the lane is `auto`, with help: again and again while none with help is valid.
+
+    The first teaching is given also to a student that was right alone: what it does then is part of its worth.
+    """
+    task, is_coached = session.task, session.lane == "coach"
+    if is_coached:
+        messages = protocol.user_turn(task.question, PLAN_REQUEST)
+        call = Call("student", "plan", messages, config.answering, session.draw("plan"))
+        ((reply,),) = yield from ask(call)
+        steps = list(enumerate(parse_plan(reply.text), start=1))
+        session.plan = [{"id": number, "description": step, "depends_on": []} for number, step in steps]
+        session.approach = "\n".join(f"{number}. {step}" for number, step in steps)
+    probing = config if session.lane == "paired" else replace(config, probe_tokens=0)
+    alone = yield from sketch(task, probing, session.draw)
+    shown = session.approach = session.approach or alone.approach
     yield from validate(session, config, "alone", alone.baselines[0])
-
-
-def paired(session: Session, config: LaneConfig) -> Script:
-    alone = yield from sketch(session.task, config, session.draw)
-    session.approach = alone.approach
-    yield from validate(session, config, "alone", alone.baselines[0])
-    yield from with_help(session, config, "guided", alone)
-
-
-def coach(session: Session, config: LaneConfig) -> Script:
-    messages = protocol.user_turn(session.task.question, PLAN_REQUEST)
-    generation = Generation(config.answer_tokens, config.student_temperature, config.top_p)
-    ((reply,),) = yield from ask(Call("student", "plan", messages, generation, session.draw("plan")))
-    steps = list(enumerate(parse_plan(reply.text), start=1))
-    session.plan = [{"id": number, "description": step, "depends_on": []} for number, step in steps]
-    session.approach = "\n".join(f"{number}. {step}" for number, step in steps)
-    alone = yield from sketch(session.task, replace(config, probe_tokens=0), session.draw)
-    yield from validate(session, config, "alone", alone.baselines[0])
-    planned = replace(session.task, question=f"{session.task.question}\n\nYour plan: {session.approach}")
-    yield from with_help(session, config, "coached", replace(alone, problem=planned))
+    if is_coached:
+        alone.problem = replace(task, question=f"{task.question}\n\nYour plan: {session.approach}")
+    for _ in range(0 if session.lane == "auto" else 1 + config.retries):
+        if (yield from teaching(session, config, shown)) is None:
+            continue  # the student would get its own prompt again
+        (given,) = yield from guide(alone, ["\n".join(session.teachings)], config, session.draw)
+        yield from validate(session, config, "coached" if is_coached else "guided", given)
+        if session.trials[-1].verdict.is_valid is not False:
+            return
+        shown = visible(given.text).strip()
 
 
 def parse_plan(text: str) -> list[str]:
@@ -188,44 +174,16 @@ def parse_plan(text: str) -> list[str]:
     return [str(step).strip() for step in steps if step][:MOST_STEPS] or [visible(text).strip()]
 
 
-def validate(session: Session, config: LaneConfig, kind: str, given: Attempt) -> Script:
-    """Adds the student's answer to the session's trials, with its verdict."""
-    verdict = yield from verdict_on(session, config, kind, given, len(session.trials))
-    session.trials.append(Trial(kind, given.text, given.answer, given.tokens, given.is_truncated, verdict))
-
-
-def verdict_on(session: Session, config: LaneConfig, kind: str, given: Attempt | Trial, *seed: Any) -> Script:
-    guidance = "" if kind == "alone" else "\n".join(session.teachings)
-    seed = (session.seed, session.id, *seed)
-    return (yield from judge(session.task, given, config, seed, session.approach, guidance))
-
-
-def with_help(session: Session, config: LaneConfig, kind: str, alone: Sketch) -> Script:
-    """Teaching and answer; again while no answer with help is valid, now on the failed answer and with all guidance so far.
-
-    The first teaching is given also to a student that was right alone: what it does then is part of its worth.
-    """
-    shown = session.approach
-    for _ in range(1 + config.retries):
-        if (yield from teaching(session, config, shown)) is None:
-            continue  # the student would get its own prompt again
-        (given,) = yield from guide(alone, ["\n".join(session.teachings)], config, session.draw)
-        yield from validate(session, config, kind, given)
-        if session.trials[-1].verdict.is_valid is not False:
-            return
-        shown = visible(given.text).strip()
-
-
 def teaching(session: Session, config: LaneConfig, shown: str) -> Script:
     """The teacher's guidance on what the student has `shown`, or None where its completion holds none."""
     question = session.task.question
     if session.playbook is not None and not session.teachings:
-        seed = derive_seed(session.seed, session.id)
+        seed = derive_seed(session.seed, session.session_id)
         used, session.matched = session.playbook.retrieve(f"{question}\n{shown}", seed)
         session.skills = [entry.id for entry in used]
         session.advice = [entry.imperative for entry in used if entry.imperative]
-        session.style = next((entry.strategy for entry in used if entry.strategy), session.style)
-    style = " ".join((protocol.TEACHING_STYLES[session.style], *session.advice))
+        session.strategy = next((entry.strategy for entry in used if entry.strategy), session.strategy)
+    style = " ".join((protocol.TEACHING_STYLES[session.strategy], *session.advice))
     messages = protocol.teacher_messages(question, shown, style)
     generation = Generation(config.teaching_tokens, config.teacher_temperature, config.top_p)
     ((reply,),) = yield from ask(Call("teacher", "teaching", messages, generation, session.draw("teaching")))
@@ -235,40 +193,50 @@ def teaching(session: Session, config: LaneConfig, shown: str) -> Script:
     return told
 
 
+def validate(session: Session, config: LaneConfig, kind: str, given: Attempt) -> Script:
+    """Adds the student's answer to the session's trials, with its verdict."""
+    trial = Trial(kind, given.text, given.answer, given.tokens, given.is_truncated)
+    trial.verdict = yield from verdict_on(session, config, trial, len(session.trials))
+    session.trials.append(trial)
+
+
+def verdict_on(session: Session, config: LaneConfig, trial: Trial, *seed: Any) -> Script:
+    guidance = "" if trial.kind == "alone" else "\n".join(session.teachings)
+    seed = (session.seed, session.session_id, *seed)
+    return (yield from judges.judge(session.task, trial, config, seed, session.approach, guidance))
+
+
 def reward_of(session: Session, count_tokens: Callable[[str], int]) -> float | None:
     """The published reward of the session's teaching, or None where a score is missing or nobody was to teach."""
     alone, helped, gold = session.trials[0].score, session.helped, session.task.answer
     session.is_leak = gold is not None and any(reveals_answer(told, gold) for told in session.teachings)
-    if session.fault is not None or alone is None or session.lane == "auto":
-        return None
-    if helped is None:
-        return teaching_reward(alone, None)
-    if helped.score is None:
+    is_unscored = alone is None or (helped is not None and helped.score is None)
+    if session.fault is not None or session.lane == "auto" or is_unscored:
         return None
     length = sum(count_tokens(told) for told in session.teachings)
-    reward = teaching_reward(alone, helped.score, length, session.is_leak)
-    credit = helped.verdict.helpfulness
+    reward = teaching_reward(alone, helped and helped.score, length, session.is_leak)
+    credit = helped and helped.verdict.helpfulness
     return reward * credit if credit is not None and reward > 0 else reward
 
 
 def audit(session: Session, config: LaneConfig) -> Script:
     """Judges a returned answer with help and the student's own once more, for a share of the judged sessions."""
     alone, returned = session.trials[0], session.trials[session.chosen]
-    is_drawn = derive_seed(session.seed, session.id, "audit") < config.audit * 2**63
+    is_drawn = derive_seed(session.seed, session.session_id, "audit") < config.audit * 2**63
     if returned is not alone and returned.verdict.by == "judges" and is_drawn:
-        own = yield from verdict_on(session, config, alone.kind, alone, "audit", alone.kind)
-        new = yield from verdict_on(session, config, returned.kind, returned, "audit", returned.kind)
+        own = yield from verdict_on(session, config, alone, "audit", alone.kind)
+        new = yield from verdict_on(session, config, returned, "audit", returned.kind)
         if None not in (own.score, new.score):
             session.audited_gain = new.score - own.score
 
 
 def learn_skills(session: Session, config: LaneConfig) -> Script:
     """What the skill writer makes of a session that went well; its faults are among the events, and no fault of the session."""
-    if config.skill_writer is None or session.reward is None or session.reward < learning.SKILL_REWARD:
+    if config.skill_writer is None or (session.reward or 0.0) < learning.SKILL_REWARD:
         return
     told = {"approach": session.approach, "guidance": "\n".join(session.teachings), "reward": session.reward}
     messages = protocol.request_json(learning.SKILL_REQUEST, task=session.task.question, **told)
-    seed = derive_seed(session.seed, session.id, "skills")
+    seed = derive_seed(session.seed, session.session_id, "skills")
     (answer,) = yield [Call("skill writer", "skills", messages, Generation(500, 0.2), seed)]
     if not isinstance(answer, Fault):
         session.learned = learning.read_entries(answer[0].text, session.task.answer)

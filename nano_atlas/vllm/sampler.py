@@ -1,79 +1,69 @@
-"""`VllmSampler`: the interface of `Sampler` in front of vLLM servers. Token ids in, token ids and log-probs out.
+"""`VllmSampler`: the interface of `Sampler` in front of vLLM servers, and the seats that sample through it.
 
-Each request is one HTTP request (its `n` samples share the prefill), and many are under way at once. Every sync puts a tag on the
-servers' weights; it is compared before and after each `generate`. So no rollout carries the version of weights that it was not
-drawn with, even where somebody has restarted a server in between.
+Every sync puts a tag on the servers' weights, which is compared before and after each `generate`: no rollout carries a version of
+weights that it was not drawn with, even where somebody has restarted a server in between.
 """
 
+import shlex
+import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from itertools import cycle
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from nano_atlas import distributed
+from nano_atlas.config import derive_seed
 from nano_atlas.errors import UserError
+from nano_atlas.layout import Layout, gpus_of
 from nano_atlas.model import Transformer
 from nano_atlas.sampler import Request, Rollout
-from nano_atlas.seats import Client, ServerLost
+from nano_atlas.seats import Client, ServerLost, TokenSeat
+from nano_atlas.tokenizer import Tokenizer
 from nano_atlas.vllm.server import VllmServer
-from nano_atlas.vllm.sync import FileTransfer, NcclTransfer, Parity, sequence_logprobs
+from nano_atlas.vllm.sync import FileTransfer, NcclTransfer, Parity
 
+SHARED_MEMORY = Path("/dev/shm")
 CONNECTIONS = 64  # requests under way per server
 TIMEOUT = 600.0  # seconds within which a server must answer one request
-RECOVERIES = 2  # within one call, before giving up
+TRIES = 3  # of one call, each with a new server, before giving up
 
 
 class VllmSampler:
-    """Samples from vLLM servers that hold the policy's weights (`transfer` and `parity` given) or a frozen model's (neither).
+    """Samples from vLLM servers that hold the policy's weights, or a frozen model's (no `transfer`, no `parity`).
 
-    urls: the servers, which take turns; none on ranks of torchrun that only take part in gathering the weights. server: the one
-    that was started here and may be restarted. shares_gpu: the servers sleep between `rest` and their next use. Raises UserError
-    where a server is not as this needs it.
+    urls: the servers, which take turns; none on ranks of torchrun that only help to gather the weights. server: the `VllmServer`
+    that was started here and may be restarted. sleeps: the servers free their GPU between `rest` and their next use.
     """
 
-    def __init__(
-        self,
-        urls: Sequence[str],
-        server: VllmServer | None = None,
-        transfer: FileTransfer | NcclTransfer | None = None,
-        parity: Parity | None = None,
-        shares_gpu: bool = False,
-    ):
-        self.server, self.transfer, self.parity, self.shares_gpu = server, transfer, parity, shares_gpu
+    def __init__(self, urls: Sequence[str], server=None, transfer=None, parity=None, sleeps=False):
+        self.server, self.transfer, self.parity, self.sleeps = server, transfer, parity, sleeps
         self.clients = [Client(url, connections=CONNECTIONS, timeout=TIMEOUT) for url in urls]
         self.context = min(map(context_of, self.clients), default=0)  # tokens
-        self.weight_version, self.tag, self.is_asleep = 0, "", False
-        self._trainer_logprobs: Tensor | None = None
+        self.weight_version, self.tag = 0, ""
+        self._pool = ThreadPoolExecutor(max(1, CONNECTIONS * len(self.clients)))
 
     def generate(self, requests: Sequence[Request], progress: str | None = None) -> list[list[Rollout]]:
-        """`request.n` rollouts per request, in order; `progress` labels a progress bar. Raises UserError for a bad request.
-
-        Where a server is lost and can be replaced, or turns out to have had other weights, all requests are sent again.
-        """
+        """As `Sampler.generate`. All requests are sent again if a server is lost, or turns out to have had other weights."""
         needed = max((len(r.prompt_ids) + r.params.max_tokens for r in requests), default=0)
         if needed > self.context:  # vLLM would shorten the answers
             raise UserError(f"{needed} tokens exceed the server's --max-model-len of {self.context}")
 
-        def sample() -> list[list[Rollout]]:
+        def sample():
             for client in self._changed():
                 self._load(client)
-            pool = ThreadPoolExecutor(max(1, CONNECTIONS * len(self.clients)))
-            try:
-                answers = pool.map(self._ask, requests, cycle(self.clients))
-                bar = tqdm(answers, progress, len(requests), unit="prompt", disable=not progress, leave=False)
-                groups = list(bar)
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)  # after a loss nobody waits for the rest
+            answers = self._pool.map(self._ask, requests, cycle(self.clients))
+            groups = list(tqdm(answers, progress, len(requests), disable=not progress, leave=False))
             if changed := self._changed():
                 raise ServerLost(f"{changed[0].url} was restarted, or another run uses it")
             return groups
 
-        return self._with_recovery(sample)
+        return self._try(sample)
 
     def _ask(self, request: Request, client: Client) -> list[Rollout]:
         params = request.params
@@ -90,19 +80,16 @@ class VllmSampler:
             ids, logprobs, reason = choice["token_ids"], choice["logprobs"], choice["finish_reason"]
             if not ids or not logprobs or reason not in ("stop", "length"):
                 raise ServerLost(f"{client.url} ended a completion after {len(ids)} tokens: {reason}")
-            logprobs = logprobs["token_logprobs"]
-            rollouts.append(Rollout(request.prompt_ids, ids, logprobs, reason, self.weight_version))
+            drawn = ids, logprobs["token_logprobs"], reason
+            rollouts.append(Rollout(request.prompt_ids, *drawn, self.weight_version))
         return rollouts
 
     def sync(self, model: Transformer, version: int) -> float:
-        """The servers get the weights of `model`, which are from now on `version`; returns the parity difference (nats).
-
-        Raises UserError where the weights did not arrive (see `Parity`), or could not be sent.
-        """
-        self._trainer_logprobs = sequence_logprobs(model, self.parity.token_ids)
+        """The servers get `version` of the weights; returns the parity difference (nats). Raises UserError if they did not."""
+        self.parity.expect(model)
         self.transfer.stage(model)
         self.weight_version, self.tag = version, uuid.uuid4().hex
-        return self._with_recovery(lambda: max(map(self._load, self.clients), default=0.0))
+        return self._try(lambda: max(map(self._load, self.clients), default=0.0))
 
     def _load(self, client: Client) -> float:
         client.request("POST", "/pause?mode=wait")
@@ -111,48 +98,47 @@ class VllmSampler:
             client.request("POST", "/reset_prefix_cache")  # keys and values of the old weights
             client.request("POST", "/update_weight_version", {"new_version": self.tag})
         finally:  # others may use the server too
-            client.request("POST", "/resume", tries=1, timeout=10.0)
-        scored = self.prompt_logprobs(client, self.parity.token_ids)
-        return self.parity.check(client.url, self._trainer_logprobs, scored)
+            with suppress(ServerLost):  # which would hide how it was lost
+                client.request("POST", "/resume", tries=1, timeout=10.0)
+        return self.parity.check(client.url, prompt_logprobs(client, self.parity.token_ids))
 
     def _changed(self) -> list[Client]:
         """The servers that have not our present weights."""
         tags = {c: c.request("GET", "/weight_info")["weight_version"] for c in self.clients if self.transfer}
         return [client for client, tag in tags.items() if tag != self.tag]
 
-    def prompt_logprobs(self, client: Client, token_ids: list[int]) -> Tensor:
-        """The server's log-probs `[T - 1]` of each token but the first given those before it, at temperature 1; nats."""
-        body = {"prompt": token_ids, "max_tokens": 1, "prompt_logprobs": 0}
-        answer = client.request("POST", "/v1/completions", body, choices=1)
-        scored = zip(answer["choices"][0]["prompt_logprobs"][1:], token_ids[1:], strict=True)
-        return torch.tensor([entry[str(token)]["logprob"] for entry, token in scored])
-
-    def _with_recovery(self, action: Callable[[], Any], recoveries: int = RECOVERIES) -> Any:
+    def _try(self, action):
         """Runs `action`, which sees to the weights, and runs it anew where a server is lost meanwhile."""
-        try:
-            for client in self.clients if self.is_asleep else ():
-                client.request("POST", "/wake_up")
-            self.is_asleep = False
-            return action()
-        except ServerLost as lost:
-            if not recoveries or not (self.server or self.transfer):
-                raise
-            tqdm.write(f"recovering: {lost}")
-        if self.server:
-            self.server.restart()  # reads the checkpoint of the last sync, or the frozen model
-            self.is_asleep = False
-        return self._with_recovery(action, recoveries - 1)
+        for tries_left in reversed(range(TRIES)):
+            try:
+                for client in self.clients if self.sleeps else ():
+                    client.request("POST", "/wake_up")
+                return action()
+            except ServerLost as lost:
+                if not tries_left or not (self.server or self.transfer):
+                    raise
+                tqdm.write(f"recovering: {lost}")
+            if self.server:
+                self.server.restart()  # reads the checkpoint of the last sync, or the frozen model
 
     def rest(self) -> None:
-        """Frees the GPU that is shared with the trainer until the next call, by vLLM's sleep mode."""
-        for client in self.clients if self.shares_gpu and not self.is_asleep else ():
+        """Until the next call a GPU that is shared with the trainer is free, by vLLM's sleep mode."""
+        for client in self.clients if self.sleeps else ():
             client.request("POST", "/sleep?level=1")
-        self.is_asleep = self.shares_gpu
 
     def close(self) -> None:
         """Ends what is under way, in whichever thread; not the servers."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
         for client in self.clients:
             client.close()
+
+
+def prompt_logprobs(client: Client, token_ids: list[int]) -> Tensor:
+    """The server's log-probs `[T - 1]` of each token but the first given those before it, at temperature 1; nats."""
+    body = {"prompt": token_ids, "max_tokens": 1, "prompt_logprobs": 0}
+    (choice,) = client.request("POST", "/v1/completions", body, choices=1)["choices"]
+    scored = zip(choice["prompt_logprobs"][1:], token_ids[1:], strict=True)
+    return torch.tensor([entry[str(token)]["logprob"] for entry, token in scored])
 
 
 def context_of(client: Client) -> int:
@@ -163,3 +149,52 @@ def context_of(client: Client) -> int:
             return config["max_model_len"]
     flags = "VLLM_SERVER_DEV_MODE=1 and --logprobs-mode processed_logprobs (on a CPU, --no-enable-chunked-prefill)"
     raise UserError(f"{client.url} must be a running vLLM server, started with {flags}")
+
+
+def open_policy(config, layout, policy: Transformer, tokenizer, version: int, stack: ExitStack) -> TokenSeat:
+    """The policy's seat on `layout.urls`, or on a server of its own. Under torchrun rank 0 has the servers.
+
+    Weights go by NCCL to own servers on GPUs of their own; else by file, through shared memory or, to other servers, OUT/served.
+    """
+    is_first, sleeps = distributed.rank() == 0, layout.policy in gpus_of(layout.server)
+    is_nccl = layout.server.startswith("cuda") and not sleeps and distributed.size() == 1
+    folder, server, urls = config.out / "served", None, layout.urls if is_first else ()
+    if layout.server and SHARED_MEMORY.is_dir():
+        folder = SHARED_MEMORY / f"nano-atlas-{derive_seed(str(config.out.resolve()))}"
+    files = FileTransfer(folder / "model", tokenizer)
+    if layout.server:
+        files.stage(policy)  # what the server starts from, and starts from again if it must
+    if layout.server and is_first:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        options = ["--weight-transfer-config", '{"backend": "nccl"}'] if is_nccl else []
+        options += ["--enable-sleep-mode"] if sleeps else []
+        server = make_server(config, layout, layout.server, files.folder, "vllm.log", options, folder)
+        urls = (stack.enter_context(server).url,)
+    parity = Parity(policy.config.vocab_size, config.max_logp_diff)
+    sampler = VllmSampler(urls, server, NcclTransfer() if is_nccl else files, parity, sleeps)
+    stack.callback(sampler.close)
+    difference = sampler.sync(policy, version)
+    print(f"weights by {'NCCL' if is_nccl else 'file'}; the server differs by {difference:.1e} nats a token")
+    return distributed.divide(TokenSeat(sampler, tokenizer, thinking=config.thinking), is_first_only=True)
+
+
+def open_student(config, layout: Layout, stack: ExitStack) -> TokenSeat:
+    """The student's seat on a server of its own."""
+    server = make_server(config, layout, layout.student, config.student, "vllm_student.log")
+    sampler = VllmSampler([stack.enter_context(server).url], server)
+    stack.callback(sampler.close)
+    return TokenSeat(sampler, Tokenizer.from_directory(config.student), thinking=config.thinking)
+
+
+def make_server(config, layout: Layout, device, model, log: str, options=(), orphan="") -> VllmServer:
+    """A server that is not started yet. The user's --vllm-args come last and override the others."""
+    memory = ["--gpu-memory-utilization", str(memory_share(layout, device))] if device != "cpu" else []
+    options = *memory, *options, *shlex.split(config.vllm_args)
+    return VllmServer(model, config.out / log, device, config.dtype, options, orphan)
+
+
+def memory_share(layout: Layout, device: str) -> float:
+    """The part of a GPU's memory that a server takes for weights and KV cache, beside the trainer, the student or nobody."""
+    if layout.policy in gpus_of(device):
+        return 0.35
+    return 0.45 if layout.student in gpus_of(layout.server) else 0.9

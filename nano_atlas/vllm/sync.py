@@ -1,12 +1,10 @@
 """The trainer's weights on their way to a vLLM server, and the proof that they have arrived.
 
-Two ways with the same steps, `stage` on the trainer's side and `load` per server: `FileTransfer` writes a checkpoint that the server
-reads again, `NcclTransfer` broadcasts from GPU to GPU. After each, `Parity` compares the log-probs of one sequence.
+Both ways have two steps, `stage` on the trainer's side and `load` per server; then `Parity` compares the log-probs of one sequence.
 """
 
 import random
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,14 +18,11 @@ from nano_atlas.model import PackedAttention, Transformer
 from nano_atlas.seats import Client
 from nano_atlas.tokenizer import Tokenizer
 
-PROBE_TOKENS = 64
-
 
 class FileTransfer:
-    """A checkpoint in `folder`, best on shared memory, which servers of the same machine (or file system) read again.
+    """A checkpoint in `folder`, which servers of the same machine (or file system) read again.
 
-    A tied head is in it twice. Otherwise vLLM on a CPU silently keeps the old head: it packs a tied head when it starts, and
-    `reload_weights` packs it anew only where it meets `lm_head.weight`.
+    A tied head is in it twice: vLLM on a CPU silently keeps the head of its start unless it meets `lm_head.weight`.
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer):
@@ -46,86 +41,78 @@ class FileTransfer:
 
 
 class NcclTransfer:
-    """vLLM's own weight transfer: a broadcast from the policy's GPU to the workers of one server, no file in between.
+    """vLLM's own weight transfer: a broadcast from the policy's GPU to the workers of one server.
 
-    Written against the trainer-side classes of vLLM 0.32 (`vllm/distributed/weight_transfer/nccl_engine.py`). **Not run with NCCL
-    itself**, which takes two GPUs; the tests run the rest with a real server, and broadcast through a TCP store. The server must be
-    started with `--weight-transfer-config '{"backend": "nccl"}'`.
+    Written against vLLM 0.32 (`vllm/distributed/weight_transfer/nccl_engine.py`). **Not run with NCCL itself**, which takes two
+    GPUs; the tests run the rest with a real server, and broadcast through a TCP store.
     """
 
-    def __init__(self):
-        self.engine: Any = None
-        self.staged: Transformer | None = None
+    engine, staged = None, None  # vLLM's end of the connection; the model, until it is sent
 
     def stage(self, model: Transformer) -> None:
-        self.staged = model  # the same each time
+        self.staged = model
 
     @torch.no_grad()
     def load(self, client: Client) -> None:
         """Once per `stage`, because the trainer's weights move on. Raises UserError where they do not get there."""
-        import requests  # through which vLLM's own client talks to the server
-
-        if self.staged is None:
+        model, self.staged = self.staged, None
+        if model is None:
             raise UserError(f"{client.url} lost weights that went by NCCL; continue from the last state")
         try:
-            self.engine = self.engine or self._connect(client, self.staged)
-            self.staged = None
+            self.engine = self.engine or connect(client, model)
             self.engine.send_weights()
-        except requests.RequestException as error:
+        except OSError as error:  # what vLLM's own client raises, too
             raise UserError(f"{client.url} did not take the weights: {error}; its log says more") from error
 
-    def _connect(self, client: Client, model: Transformer) -> Any:
-        from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient, ModuleSource
-        from vllm.distributed.weight_transfer import nccl_engine as nccl
-        from vllm.utils.network_utils import get_ip, get_open_port
 
-        ranks = 1 + client.request("GET", "/get_world_size")["world_size"]
-        place = {"master_address": get_ip(), "master_port": get_open_port()}
-        info = nccl.NCCLTrainerInitInfo(rank=0, world_size=ranks, **place)
-        torch.cuda.set_device(model.head_weight.device)  # on which the communicator is opened
-        ends = {"client": HTTPVLLMWeightSyncClient(client.url), "source": ModuleSource(model)}
-        return nccl.NCCLTrainerWeightTransferEngine.trainer_init(info, **ends)
+def connect(client: Client, model: Transformer):
+    """vLLM's trainer side, connected to the workers of the server."""
+    from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient, ModuleSource, nccl_engine
+    from vllm.utils.network_utils import get_ip, get_open_port
 
-
-@torch.no_grad()
-def sequence_logprobs(model: Transformer, token_ids: list[int]) -> Tensor:
-    """Log-probs `[T - 1]`, float32, on the CPU, of each token but the first given those before it; nats."""
-    device = model.head_weight.device
-    attention = PackedAttention([len(token_ids)], device)
-    hidden = model(torch.tensor(token_ids, device=device), attention.positions, attention)[:-1]
-    return token_stats(hidden, model.head_weight, torch.tensor(token_ids[1:], device=device)).logprobs.cpu()
+    ranks = 1 + client.request("GET", "/get_world_size")["world_size"]
+    info = nccl_engine.NCCLTrainerInitInfo(get_ip(), get_open_port(), ranks, rank=0)
+    torch.cuda.set_device(model.head_weight.device)  # on which the communicator is opened
+    ends = {"client": HTTPVLLMWeightSyncClient(client.url), "source": ModuleSource(model)}
+    return nccl_engine.NCCLTrainerWeightTransferEngine.trainer_init(info, **ends)
 
 
 class Parity:
     """Compares trainer and server on a fixed sequence after each sync, and says which of the two is stale.
 
-    The first comparison measures what their kernels differ by (float32: 1e-6 nats; bfloat16: some 1e-2). Later ones may come to
-    `FACTOR` times that, at least to `FLOOR`. A server that gives bit for bit what it gave before is stale as soon as the trainer
-    has moved by a hundredth of that since.
+    limit: what the difference may come to (mean over tokens, nats). The first one measures what the two sides' kernels differ by
+    (float32: 1e-6; bfloat16: some 1e-2); later ones may come to five times that. A server that gives bit for bit what it gave
+    before is stale as soon as the trainer has moved by a hundredth of the limit since.
     """
 
-    FACTOR, FLOOR = 5.0, 1e-4
+    TOKENS, FACTOR, FLOOR = 64, 5.0, 1e-4
 
-    def __init__(self, vocab_size: int, largest_start: float):
-        """largest_start: what the first comparison may come to (mean over tokens, nats)."""
-        self.token_ids = random.Random(0).choices(range(vocab_size), k=PROBE_TOKENS)
-        self.limit = largest_start
-        # per server: the trainer's and the server's log-probs when the latter last changed
-        self.before: dict[str, tuple[Tensor, Tensor]] = {}
+    def __init__(self, vocab_size: int, limit: float):
+        self.token_ids, self.limit = random.Random(0).choices(range(vocab_size), k=self.TOKENS), limit
+        self.trainer = torch.zeros(0)  # its log-probs of the sequence, `[TOKENS - 1]` float32 on the CPU
+        self.before = {}  # by the server's address: the log-probs of both when its own last changed
 
-    def check(self, url: str, trainer: Tensor, server: Tensor) -> float:
-        """The mean absolute difference in nats. Raises UserError where it is too large."""
-        difference = l1_loss(server, trainer).item()
-        old_trainer, old_server = self.before.get(url, (trainer, server))
+    @torch.no_grad()
+    def expect(self, model: Transformer) -> None:
+        """From now on the servers should have the weights of `model`."""
+        device = model.head_weight.device
+        attention, ids = PackedAttention([self.TOKENS], device), torch.tensor(self.token_ids, device=device)
+        hidden = model(ids, attention.positions, attention)[:-1]
+        self.trainer = token_stats(hidden, model.head_weight, ids[1:]).logprobs.cpu()
+
+    def check(self, url: str, server: Tensor) -> float:
+        """The difference to the server's log-probs `[TOKENS - 1]`. Raises UserError where it is too large."""
+        difference, is_first = l1_loss(server, self.trainer).item(), not self.before
+        old_trainer, old_server = self.before.setdefault(url, (self.trainer, server))
         is_same = torch.equal(server, old_server)
-        is_unmoved = is_same and l1_loss(trainer, old_trainer).item() > self.limit / 100
+        is_unmoved = is_same and l1_loss(self.trainer, old_trainer).item() > self.limit / 100
         if is_unmoved or not difference <= self.limit:
             is_stale = is_unmoved or l1_loss(server, old_trainer).item() < difference
             found = "the weights from before" if is_stale else "other weights (on a CPU: an old tied head?)"
             said = f"{difference:.2g} nats a token on the same sequence ({self.limit:.2g} are allowed)"
             raise UserError(f"{url} and the trainer differ by {said}: the server has {found}")
-        if not self.before:
+        if is_first:
             self.limit = min(self.limit, max(self.FLOOR, self.FACTOR * difference))
-        if url not in self.before or not is_same:
-            self.before[url] = trainer, server
+        if not is_same:
+            self.before[url] = self.trainer, server
         return difference

@@ -11,7 +11,7 @@ name the order, which contains no value and so no answer.
     Each is the one it names +4.      Each is the one it names -1.      Each is the one it names +2.
     What number is Tom?               In what state is Router?          Who signs Waiver?
 
-The student (0.7M parameters, Qwen3's layout) is shipped; pretrain.py made it. It can look up, compute and follow a plan.
+The student (0.7M parameters, Qwen3's layout) is shipped; benchmarks/pretrain.py made it. It can look up, compute and follow a plan.
 """
 
 import random

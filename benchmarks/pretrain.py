@@ -1,6 +1,6 @@
 """How the nano world's student was made from random weights.
 
-    python -m nano_atlas.world.pretrain --out runs/student --seed 4      # 4 to 7 minutes on one core
+    python -m benchmarks.pretrain --out runs/student --seed 4      # 4 to 7 minutes on one core
 
 First it learns to look up (about 200 steps of 1,024 tokens); then from all kinds of texts, until it follows plans (1,100 steps); then a
 little more at a falling rate (800 steps). Seed 4 is shipped in nano_atlas/world/student. It is not made on each machine, because
