@@ -77,11 +77,11 @@ def load_problems(path: Path | str, *, needs_answer=True, bad: list[str] | None 
             if bad is None:
                 raise
             bad.append(str(error))
+    said = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+    if left_out and not problems:
+        raise UserError(f"{path}: no trace here makes a problem ({said})")
     if left_out:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        if not problems:
-            raise UserError(f"{path}: no trace here makes a problem ({reasons})")
-        print(f"{path}: {len(problems)} problems; traces left out: {reasons}")
+        print(f"{path}: {len(problems)} problems; traces left out: {said}")
     return list(problems.values())
 
 
@@ -225,8 +225,8 @@ class Batch:
 
 def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
     is_target = torch.tensor([flag for example in examples for flag in example.is_target[1:]])
-    input_ids = torch.tensor([token for example in examples for token in example.input_ids[:-1]])
     next_ids = torch.tensor([token for example in examples for token in example.input_ids[1:]])
+    input_ids = torch.tensor([token for example in examples for token in example.input_ids[:-1]])
     lengths = [len(example.input_ids) - 1 for example in examples]
     positions, targets = is_target.nonzero()[:, 0], next_ids[is_target]
     return Batch(input_ids.to(device), lengths, positions.to(device), targets.to(device))
