@@ -76,9 +76,8 @@ def config_from_dict(values: dict, source: str = "config.json") -> ModelConfig:
 
 def _rope(values: dict, source: str) -> dict:
     """`rope_theta` and `rope_scaling` from either style of configuration, or from both if they agree."""
-    rope = {
-        field: value for field, value in (values.get("rope_parameters") or {}).items() if value is not None
-    }
+    new = values.get("rope_parameters") or {}
+    rope = {field: value for field, value in new.items() if value is not None}
     old = {"rope_theta": values.get("rope_theta")} | (values.get("rope_scaling") or {})
     for field, value in old.items():
         if value is not None and rope.setdefault(field, value) != value:
@@ -154,9 +153,7 @@ def _stored_tensors(path: Path) -> tuple[dict[str, Path], dict[str, list[int]]]:
     if not (path / "model.safetensors").is_file():
         names = set(read_json(path / "model.safetensors.index.json").get("weight_map", {}).values())
     if not names:
-        raise UserError(
-            f"{path} has neither model.safetensors nor its index; pickled weights must be converted"
-        )
+        raise UserError(f"{path} has neither model.safetensors nor its index; convert pickled weights first")
     files, shapes = {}, {}
     for file in sorted(path / name for name in names):
         try:

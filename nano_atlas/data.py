@@ -87,10 +87,11 @@ def load_problems(path: Path | str, *, needs_answer=True, bad: list[str] | None 
 
 def _from_trace(trace: dict, needs_answer: bool) -> tuple[dict, str | None]:
     """(a problem's record, why it is left out if it is). atlas-sdk keeps a ground truth in the metadata only."""
-    merged = (trace.get("session_metadata") or {}) | {k: v for k, v in trace.items() if v is not None}
+    parts = trace.get("session_metadata") or {}, trace
+    merged = {key: value for part in parts for key, value in part.items() if value not in (None, "")}
     record = {field: merged.get(key) for field, key in TRACE_FIELDS.items()}
     for what, key, good in (("session", "status", "succeeded"), ("review", "review_status", "approved")):
-        if (merged.get(key) or good) != good:
+        if merged.get(key, good) != good:
             return record, f"{what} {merged[key]}"
     return record, "no ground truth" if needs_answer and record["answer"] is None else None
 
