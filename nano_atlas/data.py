@@ -77,20 +77,21 @@ def load_problems(path: Path | str, *, needs_answer=True, bad: list[str] | None 
             if bad is None:
                 raise
             bad.append(str(error))
+    said = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+    if left_out and not problems:
+        raise UserError(f"{path}: no trace here makes a problem ({said})")
     if left_out:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        if not problems:
-            raise UserError(f"{path}: no trace here makes a problem ({reasons})")
-        print(f"{path}: {len(problems)} problems; traces left out: {reasons}")
+        print(f"{path}: {len(problems)} problems; traces left out: {said}")
     return list(problems.values())
 
 
 def _from_trace(trace: dict, needs_answer: bool) -> tuple[dict, str | None]:
     """(a problem's record, why it is left out if it is). atlas-sdk keeps a ground truth in the metadata only."""
-    merged = (trace.get("session_metadata") or {}) | {k: v for k, v in trace.items() if v is not None}
+    parts = trace.get("session_metadata") or {}, trace
+    merged = {key: value for part in parts for key, value in part.items() if value not in (None, "")}
     record = {field: merged.get(key) for field, key in TRACE_FIELDS.items()}
     for what, key, good in (("session", "status", "succeeded"), ("review", "review_status", "approved")):
-        if (merged.get(key) or good) != good:
+        if merged.get(key, good) != good:
             return record, f"{what} {merged[key]}"
     return record, "no ground truth" if needs_answer and record["answer"] is None else None
 
@@ -225,8 +226,8 @@ class Batch:
 
 def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
     is_target = torch.tensor([flag for example in examples for flag in example.is_target[1:]])
-    input_ids = torch.tensor([token for example in examples for token in example.input_ids[:-1]])
     next_ids = torch.tensor([token for example in examples for token in example.input_ids[1:]])
+    input_ids = torch.tensor([token for example in examples for token in example.input_ids[:-1]])
     lengths = [len(example.input_ids) - 1 for example in examples]
     positions, targets = is_target.nonzero()[:, 0], next_ids[is_target]
     return Batch(input_ids.to(device), lengths, positions.to(device), targets.to(device))

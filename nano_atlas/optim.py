@@ -145,10 +145,9 @@ def open_run(config: Any) -> Path | None:
 
 
 def save_training_state(root: Path, optimizer: MasterAdamW, step: int, **extra: Any) -> None:
-    """Write `root/step-00000120/` (safetensors and state.json) and delete the older states.
+    """Write `root/step-00000120/` (safetensors and state.json), atomically, and delete the older states.
 
-    The directory appears under its name only when it is complete, so an interrupted save leaves the one before. Weights are
-    stored once, as masters. No random generator has a state to store: each draw's seed is derived from (seed, step).
+    Weights are stored once, as masters. No random generator has a state to store: seeds are derived from (seed, step).
     """
     tensors = optimizer.state_tensors()
     if rank() > 0:
