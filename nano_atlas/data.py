@@ -250,12 +250,6 @@ def pack(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
     return batches
 
 
-def padding_share(batches: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:
-    """Padded slots / all slots of the attention kernel's views, 0 (none) to 1."""
-    slots = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
-    return 1 - sum(lengths[index] for batch in batches for index in batch) / slots
-
-
 def steps_per_epoch(lengths: Sequence[int], tokens_per_step: int) -> int:
     return min(len(lengths), math.ceil(sum(lengths) / tokens_per_step))
 
