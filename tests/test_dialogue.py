@@ -274,7 +274,7 @@ def test_without_a_tag_nothing_is_injected():
     guide = dialogue.teacher_guide(config_of(False), Recorder("plan"), Recorder("no tag"))
     _, told = play(TASKS[0], student, user, guide)
     reward(TASKS[0], plain, other)
-    assert told["teaching"] is None and told["teacher_text"] == "no tag" and student.shown == plain.shown
+    assert [reply.text for reply in told] == ["plan", "no tag"] and student.shown == plain.shown
 
 
 # ------------------------------------------------------------------------------------------------- what goes wrong in dialogues
@@ -343,15 +343,12 @@ def test_the_command_from_seats_to_tables_and_tau2s_own_metrics(tmp_path, monkey
     """Gold replay with a teacher, nothing alone: every number of the report follows, and tau2 scores the files alike."""
     tasks = [TASKS[0], next(t for t in TASKS if "mms_issue" in t.id and t.ticket != TASKS[0].ticket)]
     monkeypatch.setattr(dialogue, "load_tasks", lambda config: tasks)
-    deaths = [4]  # while the student is alone
+    lives = [True] * 3
 
     class ByTask(Recorder):
         """Does nothing unless told to; then replays the gold actions of the task whose ticket is at hand."""
 
         def complete(self, messages, generation, seed, **tools):
-            deaths[0] -= 1
-            if deaths[0] == 0:
-                raise KeyboardInterrupt
             prompt = messages[0]["content"]
             task = next(task for task in tasks if task.ticket in prompt)
             said = call("done", {})
@@ -361,10 +358,11 @@ def test_the_command_from_seats_to_tables_and_tau2s_own_metrics(tmp_path, monkey
 
     seats = {"http://s": ByTask("I look"), "http://t": Recorder("<teaching>Do it.</teaching>")}
     monkeypatch.setattr(tau2.Config, "open", lambda self, spec: seats[spec])
-    argv = ["eval.py", "--bench", "tau2", "--user", "solo", "--student", "http://s", "--teacher", "grpo=http://t", "--trials", "2",
+    argv = ["eval.py", "--bench", "tau2", "--user", "solo", "--student", "http://s", "--teacher", "grpo=http://t", "--samples", "2",
             "--out", str(tmp_path), "--workers", "2"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", argv)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(IndexError):  # dies while the student is alone
+        patch.setattr(dialogue, "simulate", lambda *given: lives.pop() and simulate(*given))
         evaluation.main()
     before = len(read_results(tmp_path / "tasks.jsonl"))
     evaluation.main()  # continues
@@ -383,6 +381,6 @@ def test_the_command_from_seats_to_tables_and_tau2s_own_metrics(tmp_path, monkey
         official = Results.load(tmp_path / f"tau2-{arm}.json")
         metrics = compute_metrics(official)
         assert metrics.avg_reward == expected and metrics.pass_hat_ks == {1: expected, 2: expected}
-    with pytest.raises(UserError, match="--trials 2 -> 3"):
-        monkeypatch.setattr(sys, "argv", [*argv, "--trials", "3"])
+    with pytest.raises(UserError, match="--samples 2 -> 3"):
+        monkeypatch.setattr(sys, "argv", [*argv, "--samples", "3"])
         evaluation.main()
