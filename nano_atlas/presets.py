@@ -12,53 +12,51 @@ from nano_atlas.config import Preset
 
 NANO_STUDENT = Path(__file__).parent / "world" / "student"  # it comes with the package
 NANO = Path("runs/nano")
-NANO_LENGTHS = {"probe_tokens": 40, "teaching_tokens": 96, "answer_tokens": 120}
+NANO_SAMPLING = {
+    "student": str(NANO_STUDENT),
+    "probe_tokens": 40,
+    "teaching_tokens": 96,
+    "answer_tokens": 120,
+}
 
 
-def _paths(run: Path) -> dict[str, dict[str, Any]]:
-    """Where each script finds what the one before it has made."""
+def _preset(help: str, run: Path, **settings: dict[str, Any]) -> tuple:
+    """The `settings` of each script, and where it finds what the one before it has made."""
     sft, grpo = run / "teacher-sft", run / "teacher-grpo"
-    return {
+    paths = {
         "train_sft": {"out": sft},
         "train_grpo": {"out": grpo, "teacher": sft / "model"},
         "eval": {"out": run / "eval", "teacher": (f"sft={sft / 'model'}", f"grpo={grpo / 'model'}")},
         "runtime_loop": {"out": run / "runtime", "teacher": str(grpo / "model")},
     }
+    return help, {script: paths[script] | settings[script] for script in paths}
 
 
-def _language_model(
-    help: str, run: str, student: str, teacher: str, lengths: int, rows: int, **more: Any
-) -> tuple:
+def _language_model(help, run, student, teacher, lengths: int, rows: int, **more: Any) -> tuple:
     """lengths: longest teaching and answer (tokens); rows: sequences decoded at once; more: of training, such as device or dtype."""
     training = {"dtype": "bfloat16", "gradient_checkpointing": True, "tokens_per_batch": 8192} | more
-    sampling = {"teaching_tokens": lengths, "answer_tokens": lengths}
-    using = {"student": student, "device": more.get("device", "cuda"), "dtype": training["dtype"], **sampling}
-    settings = _paths(Path("runs") / run)
-    settings["train_sft"] |= {"model": Path(teacher), "compile": "device" not in more, **training}
-    settings["train_grpo"] |= {"student": student, "cache_rows": rows, **sampling, **training}
-    settings["eval"] |= {"bench": "gsm8k", **using}
-    settings["runtime_loop"] |= using
-    return help, settings
+    sampling = {"student": student, "teaching_tokens": lengths, "answer_tokens": lengths}
+    using = {"device": more.get("device", "cuda"), "dtype": training["dtype"], **sampling}
+    return _preset(
+        help,
+        Path("runs") / run,
+        train_sft={"model": Path(teacher), "compile": "device" not in more, **training},
+        train_grpo={"cache_rows": rows, **sampling, **training},
+        eval={"bench": "gsm8k", **using},
+        runtime_loop=using,
+    )
 
-
-_NANO = _paths(NANO)
-_NANO["train_sft"] |= {
-    "model": NANO_STUDENT, "epochs": 6, "tokens_per_step": 8192, "tokens_per_batch": 4096, "lr": 1e-3, "weight_decay": 0.01, "held_out": 0.05,
-}  # fmt: skip
-_NANO["train_grpo"] |= NANO_LENGTHS | {
-    "student": str(NANO_STUDENT), "steps": 40, "problems_per_step": 16, "lr": 2e-4, "schedule": "cosine", "tokens_per_batch": 8192,
-    "eval_every": 20, "save_every": 1,
-}  # fmt: skip
-_NANO["eval"] |= NANO_LENGTHS | {
-    "student": str(NANO_STUDENT),
-    "bench": "nano",
-    "limit": 500,
-    "control": ("shuffled",),
-}
-_NANO["runtime_loop"] |= NANO_LENGTHS | {"student": str(NANO_STUDENT), "lane": "paired"}
 
 TABLE = {
-    "nano": ("the nano world with its student and teachers, on a CPU, 1 GB", _NANO),
+    "nano": _preset(
+        "the nano world with its student and teachers, on a CPU, 1 GB", NANO,
+        train_sft={"model": NANO_STUDENT, "epochs": 6, "tokens_per_step": 8192, "tokens_per_batch": 4096, "lr": 1e-3,
+                   "weight_decay": 0.01, "held_out": 0.05},
+        train_grpo={"steps": 40, "problems_per_step": 16, "lr": 2e-4, "schedule": "cosine", "tokens_per_batch": 8192,
+                    "eval_every": 20, "save_every": 1, **NANO_SAMPLING},
+        eval={"bench": "nano", "limit": 500, "control": ("shuffled",), **NANO_SAMPLING},
+        runtime_loop={"lane": "paired", **NANO_SAMPLING},
+    ),
     "smollm2-cpu": _language_model(
         "SmolLM2-135M-Instruct as student and teacher, on a CPU, 8 GB; --data, --problems, --tasks",
         "smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct", 256, 64,
