@@ -200,12 +200,12 @@ def is_url(spec: str) -> bool:
     return spec.startswith(("http://", "https://"))
 
 
-def open_seat(spec: str, device="cpu", dtype: torch.dtype = torch.float32) -> EmbeddedSeat | EndpointSeat:
-    """`URL` or `URL#model` becomes an EndpointSeat; anything else is a checkpoint directory.
+def open_seat(spec: str, device="cpu", dtype=torch.float32, **options) -> EmbeddedSeat | EndpointSeat:
+    """`URL` or `URL#model` becomes an EndpointSeat; anything else is a checkpoint directory, for an EmbeddedSeat with `options`.
 
     Raises UserError for a directory without a checkpoint and for an endpoint that does not answer.
     """
     if is_url(spec):
         url, _, model = spec.partition("#")
         return EndpointSeat(url, model or None)
-    return EmbeddedSeat(load_model(spec, dtype, device), Tokenizer.from_directory(spec))
+    return EmbeddedSeat(load_model(spec, dtype, device), Tokenizer.from_directory(spec), **options)
