@@ -114,7 +114,8 @@ def is_checkpoint(path: str | Path) -> bool:
 def read_config(path: str | Path) -> ModelConfig:
     """The configuration of a checkpoint directory. Raises UserError."""
     if not is_checkpoint(path):
-        raise UserError(f"{path} is not a checkpoint directory: it has no config.json")
+        remedy = f"train one with train_sft.py, or fetch one: hf download {path} --local-dir {path}"
+        raise UserError(f"no model at {path}, because it has no config.json; {remedy}")
     return config_from_dict(read_json(Path(path) / "config.json"), f"{path}/config.json")
 
 

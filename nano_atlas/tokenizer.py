@@ -99,8 +99,8 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
         except Exception as error:  # the library raises nothing more specific
-            remedy = "transformers' AutoTokenizer(...).save_pretrained(...) writes one"
-            raise UserError(f"{path / 'tokenizer.json'} cannot be read ({error}); {remedy}") from error
+            remedy = f"`hf download {path} --local-dir {path}` or AutoTokenizer(...).save_pretrained(...)"
+            raise UserError(f"{path}/tokenizer.json cannot be read ({error}); get one by {remedy}") from error
         names = ("generation_config.json", "config.json", "tokenizer_config.json")
         *settings, config = (read_json(path / name) for name in names)
         for name in NAMED_TOKENS & config.keys():  # written as its text or as an AddedToken object
