@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nano_atlas import data, distributed, optim
-from nano_atlas.checkpoint import is_checkpoint, load_model, save_model
+from nano_atlas.checkpoint import load_model, save_model
 from nano_atlas.config import derive_seed, option, parse, run_script, to_json
 from nano_atlas.data import Example, collate, count_targets, load_examples
 from nano_atlas.errors import UserError
@@ -135,9 +135,6 @@ def evaluate(model: Transformer, examples: Sequence[Example], tokens_per_batch: 
 
 def train(config: Config, resumed: Path | None) -> None:
     """resumed: the training state to continue from."""
-    if not is_checkpoint(config.model):
-        fetch = f"hf download {config.model} --local-dir {config.model}"
-        raise UserError(f"no model at {config.model}; fetch one with `{fetch}`, or name another with --model")
     tokenizer = Tokenizer.from_directory(config.model)
     learned, held_out = load_data(config, tokenizer)
     data_digest = files_digest((*config.data, *config.eval_data))

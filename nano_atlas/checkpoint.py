@@ -67,7 +67,7 @@ def config_from_dict(values: dict, source: str = "config.json") -> ModelConfig:
     config = {f.name: positive(f.name, defaults.get(f.name)) for f in fields(ModelConfig) if f.type is int}
     if heads % config["num_key_value_heads"] or config["head_dim"] % 2:
         rule = "num_attention_heads must be a multiple of num_key_value_heads, and head_dim even"
-        raise UserError(f"{source}: {rule}; they are {config}")
+        raise UserError(f"{source}: {rule}, not {config}")
     config |= {"attention_bias": kind == "qwen2", "qk_norm": kind == "qwen3"}
     config["rms_norm_eps"] = float(values.get("rms_norm_eps", 1e-6))
     config["tie_word_embeddings"] = bool(values.get("tie_word_embeddings", False))
@@ -76,9 +76,8 @@ def config_from_dict(values: dict, source: str = "config.json") -> ModelConfig:
 
 def _rope(values: dict, source: str) -> dict:
     """`rope_theta` and `rope_scaling` from either style of configuration, or from both if they agree."""
-    rope = {
-        field: value for field, value in (values.get("rope_parameters") or {}).items() if value is not None
-    }
+    new = values.get("rope_parameters") or {}
+    rope = {field: value for field, value in new.items() if value is not None}
     old = {"rope_theta": values.get("rope_theta")} | (values.get("rope_scaling") or {})
     for field, value in old.items():
         if value is not None and rope.setdefault(field, value) != value:
@@ -88,9 +87,8 @@ def _rope(values: dict, source: str) -> dict:
     if rope.get("partial_rotary_factor") == 1.0:
         del rope["partial_rotary_factor"]
     if rope_type not in ROPE_TYPES or rope.keys() != set(ROPE_TYPES[rope_type]):
-        supported = " or ".join(f"{name!r} with {list(names)}" for name, names in ROPE_TYPES.items())
-        found = f"rope_type={rope_type!r} with {sorted(rope)}"
-        raise UserError(f"{source}: rope parameters of {found} are not supported; use {supported}")
+        found, use = f"rope_type={rope_type!r} with {sorted(rope)}", f"default, or llama3 with {LLAMA3_ROPE}"
+        raise UserError(f"{source}: {found} is not supported; use {use}")
     return {"rope_theta": theta, "rope_scaling": rope or None}
 
 
@@ -116,7 +114,8 @@ def is_checkpoint(path: str | Path) -> bool:
 def read_config(path: str | Path) -> ModelConfig:
     """The configuration of a checkpoint directory. Raises UserError."""
     if not is_checkpoint(path):
-        raise UserError(f"{path} is not a checkpoint directory: it has no config.json")
+        remedy = f"train one with train_sft.py, or fetch one: hf download {path} --local-dir {path}"
+        raise UserError(f"no model at {path}, because it has no config.json; {remedy}")
     return config_from_dict(read_json(Path(path) / "config.json"), f"{path}/config.json")
 
 
@@ -151,12 +150,11 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
 
 def _stored_tensors(path: Path) -> tuple[dict[str, Path], dict[str, list[int]]]:
     """The file and the shape of each tensor in one `model.safetensors`, or in the shards that the index names."""
-    names, index = {"model.safetensors"}, path / "model.safetensors.index.json"
+    names = {"model.safetensors"}
     if not (path / "model.safetensors").is_file():
-        names = set(read_json(index).get("weight_map", {}).values())
+        names = set(read_json(path / "model.safetensors.index.json").get("weight_map", {}).values())
     if not names:
-        remedy = "pickled weights are not read, convert them"
-        raise UserError(f"{path} has neither model.safetensors nor {index.name}; {remedy}")
+        raise UserError(f"{path} has neither model.safetensors nor its index; convert pickled weights first")
     files, shapes = {}, {}
     for file in sorted(path / name for name in names):
         try:
@@ -164,8 +162,7 @@ def _stored_tensors(path: Path) -> tuple[dict[str, Path], dict[str, list[int]]]:
                 shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
                 files |= dict.fromkeys(tensors.keys(), file)
         except (OSError, SafetensorError) as error:
-            remedy = "copy or download the checkpoint again"
-            raise UserError(f"{file} is not a complete safetensors file ({error}); {remedy}") from error
+            raise UserError(f"{file} is not a complete safetensors file ({error}); copy it again") from error
     # old versions of transformers stored a buffer that means nothing
     return files, {name: shape for name, shape in shapes.items() if not name.endswith("rotary_emb.inv_freq")}
 

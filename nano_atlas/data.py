@@ -25,7 +25,7 @@ from nano_atlas import protocol
 from nano_atlas.answers import extract_answer
 from nano_atlas.config import derive_seed
 from nano_atlas.errors import UserError
-from nano_atlas.runs import read_jsonl
+from nano_atlas.runs import read_jsonl, refuse
 from nano_atlas.tokenizer import Tokenizer
 
 QUESTION_FIELDS = ("problem_text", "question", "problem", "prompt", "input")
@@ -36,10 +36,9 @@ DEMONSTRATION_FIELDS = ("problem_text", "student_approach", "teacher_diagnosis",
 
 def _text(record: dict, field: str, where: str) -> str:
     value = record.get(field)
-    if not isinstance(value, str) or not value.strip():
-        shown = json.dumps(value)[:60]
-        raise UserError(f"{where}: the field {field!r} must be a non-empty text, not {shown}")
-    return value
+    if isinstance(value, str) and value.strip():
+        return value
+    raise UserError(f"{where}: the field {field!r} must be a non-empty text, not {json.dumps(value)[:60]}")
 
 
 @dataclass(frozen=True)
@@ -59,48 +58,49 @@ def load_problems(path: Path | str, *, needs_answer=True, bad: list[str] | None 
     (if it `needs_answer`) or with an id seen before; with a list `bad`, the complaint is added to it, and the line left out.
     """
     problems, traced, left_out = {}, set(), Counter()
-    for number, record in read_jsonl(path, bad):
-        where, name = f"{path}:{number}", f"{Path(path).stem}:{number}"
+    complain = refuse if bad is None else bad.append
+    for number, record in read_jsonl(path, complain):
+        if "task" in record and not record.keys() & set(QUESTION_FIELDS):
+            record, reason = _from_trace(record, needs_answer)
+            task = record["question"], str(record["answer"])
+            reason = reason or ("the same task again" if task in traced else None)
+            if reason:
+                left_out[reason] += 1
+                continue
+            traced.add(task)
         try:
-            if "task" in record and not record.keys() & set(QUESTION_FIELDS):
-                record, reason = _from_trace(record, needs_answer)
-                task = record["question"], str(record["answer"])
-                if reason or task in traced:
-                    left_out[reason or "the same task again"] += 1
-                    continue
-                traced.add(task)
-            problem = _problem(record, where, name, needs_answer)
-            if problem.id in problems:
-                raise UserError(f"{where}: an earlier line has the id {problem.id!r} too; ids must differ")
-            problems[problem.id] = problem
+            problem = _problem(record, f"{path}:{number}", f"{Path(path).stem}:{number}", needs_answer)
         except UserError as error:
-            if bad is None:
-                raise
-            bad.append(str(error))
+            complain(str(error))
+            continue
+        if problem.id in problems:
+            complain(f"{path}:{number}: an earlier line has the id {problem.id!r} too; ids must differ")
+        problems.setdefault(problem.id, problem)
+    said = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+    if left_out and not problems:
+        raise UserError(f"{path}: no trace here makes a problem ({said})")
     if left_out:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        if not problems:
-            raise UserError(f"{path}: no trace here makes a problem ({reasons})")
-        print(f"{path}: {len(problems)} problems; traces left out: {reasons}")
+        print(f"{path}: {len(problems)} problems; traces left out: {said}")
     return list(problems.values())
 
 
 def _from_trace(trace: dict, needs_answer: bool) -> tuple[dict, str | None]:
     """(a problem's record, why it is left out if it is). atlas-sdk keeps a ground truth in the metadata only."""
-    merged = (trace.get("session_metadata") or {}) | {k: v for k, v in trace.items() if v is not None}
+    parts = trace.get("session_metadata") or {}, trace
+    merged = {key: value for part in parts for key, value in part.items() if value not in (None, "")}
     record = {field: merged.get(key) for field, key in TRACE_FIELDS.items()}
     for what, key, good in (("session", "status", "succeeded"), ("review", "review_status", "approved")):
-        if (merged.get(key) or good) != good:
+        if merged.get(key, good) != good:
             return record, f"{what} {merged[key]}"
     return record, "no ground truth" if needs_answer and record["answer"] is None else None
 
 
 def _problem(record: dict, where: str, name: str, needs_answer: bool) -> Problem:
     given = {field: value for field, value in record.items() if value is not None}
-    question = next((field for field in QUESTION_FIELDS if field in given), None)
+    question = next(filter(given.__contains__, QUESTION_FIELDS), None)
     if question is None:
         raise UserError(f"{where}: no question; one of the fields {', '.join(QUESTION_FIELDS)} must hold it")
-    field = next((field for field in ANSWER_FIELDS if field in given), None)
+    field = next(filter(given.__contains__, ANSWER_FIELDS), None)
     if field is None and needs_answer:
         raise UserError(f"{where}: no gold answer; one of the fields {', '.join(ANSWER_FIELDS)} must hold it")
     answer = None if field is None else _gold_answer(record, field, where)
@@ -155,7 +155,7 @@ def load_examples(paths, tokenizer, max_length: int, thinking=False) -> tuple[li
 
 def make_examples(record: dict, tokenizer: Tokenizer, where: str, thinking: bool = False) -> list[Example]:
     """The example of one line (several if the chat template rewrites earlier turns, see `_chat_examples`)."""
-    prompt: list[dict] = []  # its assistant turns are not learned
+    prompt = []  # its assistant turns are not learned
     if "messages" in record:
         messages = _messages(record, "messages", where)
     elif "problem_text" in record or "teacher_teaching" in record:
@@ -178,10 +178,10 @@ def make_examples(record: dict, tokenizer: Tokenizer, where: str, thinking: bool
 def _messages(record: dict, field: str, where: str) -> protocol.Messages:
     messages = record[field]
     are_dicts = isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)
-    if not are_dicts or not all(isinstance(m.get(key), str) for m in messages for key in ("role", "content")):
-        shape = '{"role": "...", "content": "..."} with texts as values'
-        raise UserError(f"{where}: {field!r} must be a non-empty list of {shape}")
-    return messages
+    if are_dicts and all(isinstance(m.get(key), str) for m in messages for key in ("role", "content")):
+        return messages
+    shape = '{"role": "...", "content": "..."} with texts as values'
+    raise UserError(f"{where}: {field!r} must be a non-empty list of {shape}")
 
 
 def _chat_examples(messages, first: int, tokenizer: Tokenizer, where: str, thinking: bool) -> list[Example]:
@@ -192,9 +192,7 @@ def _chat_examples(messages, first: int, tokenizer: Tokenizer, where: str, think
     rewrites earlier turns (Qwen3 drops their reasoning), a turn starts an example of its own.
     """
     examples: list[Example] = []
-    for turn in range(first, len(messages)):
-        if messages[turn]["role"] != "assistant":
-            continue
+    for turn in [i for i, message in enumerate(messages) if i >= first and message["role"] == "assistant"]:
         prompt = tokenizer.chat_ids(messages[:turn], enable_thinking=thinking)
         text = tokenizer.chat_ids(messages[: turn + 1], False, enable_thinking=thinking)
         # A template may write a line break after the end of the turn; it is never generated, so it is not learned either.
@@ -225,8 +223,8 @@ class Batch:
 
 def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
     is_target = torch.tensor([flag for example in examples for flag in example.is_target[1:]])
-    input_ids = torch.tensor([token for example in examples for token in example.input_ids[:-1]])
     next_ids = torch.tensor([token for example in examples for token in example.input_ids[1:]])
+    input_ids = torch.tensor([token for example in examples for token in example.input_ids[:-1]])
     lengths = [len(example.input_ids) - 1 for example in examples]
     positions, targets = is_target.nonzero()[:, 0], next_ids[is_target]
     return Batch(input_ids.to(device), lengths, positions.to(device), targets.to(device))
@@ -247,12 +245,6 @@ def pack(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
             batches.append([])
         batches[-1].append(index)
     return batches
-
-
-def padding_share(batches: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:
-    """Padded slots / all slots of the attention kernel's views, 0 (none) to 1."""
-    slots = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
-    return 1 - sum(lengths[index] for batch in batches for index in batch) / slots
 
 
 def steps_per_epoch(lengths: Sequence[int], tokens_per_step: int) -> int:

@@ -7,17 +7,14 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
 from nano_atlas import distributed
-from nano_atlas.checkpoint import is_checkpoint, load_model
 from nano_atlas.config import option
 from nano_atlas.errors import UserError
 from nano_atlas.model import Transformer
 from nano_atlas.seats import EmbeddedSeat, Seat, TokenSeat, is_url, open_seat
-from nano_atlas.tokenizer import Tokenizer
 
 ROLLOUT = re.compile(r"embedded|vllm(?::(cpu|cuda:\d+(?:,\d+)*))?")
 ROLLOUT_HELP = """who samples the policy: embedded (this process), vllm (a server started here, on the last GPU),
@@ -87,38 +84,27 @@ def choose_layout(config: LayoutConfig, student: str, kl: str, gpus: int | None 
     return layout
 
 
-def load(path: str | Path, device: str, dtype: str, made_by: str) -> Transformer:
-    """The model of a checkpoint directory. Raises UserError, with the advice `made_by`, where there is none."""
-    if not is_checkpoint(path):
-        raise UserError(f"no model at {path}; {made_by}")
-    return load_model(path, dtype=getattr(torch, dtype), device=device)
-
-
 def open_policy(config, layout, policy: Transformer, tokenizer, version: int, stack) -> TokenSeat:
     """The policy's seat, with the weights of `policy` as `version`. stack: the ExitStack that ends what is started."""
     if layout.server or layout.urls:
         from nano_atlas.vllm import sampler
 
         return sampler.open_policy(config, layout, policy, tokenizer, version, stack)
-    seat = embedded_seat(config, distributed.whole_copy(policy), tokenizer)
+    options = {"thinking": config.thinking, "max_rows": config.cache_rows}
+    seat = EmbeddedSeat(distributed.whole_copy(policy), tokenizer, **options)
     seat.sampler.sync(policy, version)
     return distributed.divide(seat)
 
 
 def open_student(config, layout: Layout, stack) -> Seat:
     """The frozen student's seat. Raises UserError where `config.student` is no checkpoint, or an endpoint that does not answer."""
-    if is_url(config.student):
-        return distributed.divide(open_seat(config.student))
     if layout.student_server:
         from nano_atlas.vllm import sampler
 
         return sampler.open_student(config, layout, stack)
-    frozen = load(config.student, layout.student, config.dtype, "name the student's directory with --student")
-    return distributed.divide(embedded_seat(config, frozen, Tokenizer.from_directory(config.student)))
-
-
-def embedded_seat(config, model: Transformer, tokenizer: Tokenizer) -> EmbeddedSeat:
-    return EmbeddedSeat(model, tokenizer, thinking=config.thinking, max_rows=config.cache_rows)
+    options = {"thinking": config.thinking, "max_rows": config.cache_rows}
+    dtype = getattr(torch, config.dtype)
+    return distributed.divide(open_seat(config.student, layout.student, dtype, **options))
 
 
 class Pipeline:

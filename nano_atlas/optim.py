@@ -128,12 +128,13 @@ def _master(weight: Tensor, choice: torch.device | str) -> Tensor:
 
 
 def open_run(config: Any) -> Path | None:
-    """Start or continue the run in `config.out`, which `config.restart` empties: the newest complete state there, or None.
+    """Start or continue the run in `config.out`: the newest complete state there, or None.
 
-    Raises UserError where it was started with other options.
+    `config.restart` deletes an earlier run's states and models, and nothing else that lies there. Raises UserError where the run
+    was started with other options.
     """
-    if config.restart and rank() == 0:
-        shutil.rmtree(config.out, ignore_errors=True)
+    for name in ("state", "model", "best") if config.restart and rank() == 0 else ():
+        shutil.rmtree(config.out / name, ignore_errors=True)
     distributed.wait()
     state, options = max((config.out / "state").glob("step-*"), default=None), config.out / "options.json"
     if state:
@@ -145,10 +146,9 @@ def open_run(config: Any) -> Path | None:
 
 
 def save_training_state(root: Path, optimizer: MasterAdamW, step: int, **extra: Any) -> None:
-    """Write `root/step-00000120/` (safetensors and state.json) and delete the older states.
+    """Write `root/step-00000120/` (safetensors and state.json), atomically, and delete the older states.
 
-    The directory appears under its name only when it is complete, so an interrupted save leaves the one before. Weights are
-    stored once, as masters. No random generator has a state to store: each draw's seed is derived from (seed, step).
+    Weights are stored once, as masters. No random generator has a state to store: seeds are derived from (seed, step).
     """
     tensors = optimizer.state_tensors()
     if rank() > 0:

@@ -99,8 +99,8 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
         except Exception as error:  # the library raises nothing more specific
-            remedy = "transformers' AutoTokenizer(...).save_pretrained(...) writes one"
-            raise UserError(f"{path / 'tokenizer.json'} cannot be read ({error}); {remedy}") from error
+            remedy = f"`hf download {path} --local-dir {path}` or AutoTokenizer(...).save_pretrained(...)"
+            raise UserError(f"{path}/tokenizer.json cannot be read ({error}); get one by {remedy}") from error
         names = ("generation_config.json", "config.json", "tokenizer_config.json")
         *settings, config = (read_json(path / name) for name in names)
         for name in NAMED_TOKENS & config.keys():  # written as its text or as an AddedToken object
@@ -128,9 +128,7 @@ class Tokenizer:
             elif end_of_turn not in (None, *eos_ids):
                 eos_ids = [*eos_ids, end_of_turn]
         if not eos_ids:
-            raise UserError(
-                f"{path} names no end-of-sequence token; put eos_token_id into generation_config.json"
-            )
+            raise UserError(f"{path} names no end-of-sequence token; add eos_token_id to its config.json")
         tokenizer = cls(backend, template, eos_ids=eos_ids, source=str(path))
         tokenizer.config |= config
         tokenizer.pad_id = (token_ids("pad") + eos_ids)[0]
@@ -209,7 +207,5 @@ class Tokenizer:
         try:
             text = self._template.render(messages=neutral(messages), **variables | neutral(options))
         except (jinja2.TemplateError, TypeError) as error:
-            raise UserError(
-                f"{self.source}: the chat template cannot render these messages: {error}"
-            ) from error
+            raise UserError(f"{self.source}: the chat template cannot render this chat: {error}") from error
         return text, {ord(character): token for token, character in character_of.items()}

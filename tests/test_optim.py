@@ -145,7 +145,9 @@ def test_a_run_continues_with_the_options_it_was_started_with_or_starts_over(tmp
     assert open_run(replace(config, steps=12)) == tmp_path / "state" / "step-00000001"
     with pytest.raises(UserError, match=r"other options: --lr 0.1 -> 0.2"):
         open_run(replace(config, lr=0.2))
+    (tmp_path / "data.jsonl").write_text("the user's own")
     assert open_run(replace(config, lr=0.2, restart=True)) is None
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["data.jsonl", "options.json"]
 
 
 def test_a_state_of_another_model_is_refused_by_the_name_of_the_tensor(tmp_path):
