@@ -332,4 +332,5 @@ def test_damaged_results_are_named_by_line(tmp_path):
 def test_two_writers_exclude_each_other(tmp_path):
     with TaskLog(tmp_path / "tasks.jsonl"), pytest.raises(UserError, match="another process"):
         TaskLog(tmp_path / "tasks.jsonl")
-    TaskLog(tmp_path / "tasks.jsonl").close()
+    with TaskLog(tmp_path / "tasks.jsonl"):
+        pass
