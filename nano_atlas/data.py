@@ -53,9 +53,9 @@ def load_problems(path: Path | str, *, needs_answer=True, bad: list[str] | None 
     """Problems of the usual layouts: GSM8K and AIME {question|problem, answer}, Arc's RL file {prompt, ground_truth},
     {problem_text|input, solution}, and session traces of this runtime or of atlas-sdk {task, ...}.
 
-    Without an `id` a problem is called after its line, `test:17`. A trace is left out, and counted, if its session failed, is not
-    approved or has no ground truth, or if its task has been there before. Raises UserError for a line without question or answer
-    (if it `needs_answer`) or with an id seen before; with a list `bad`, the complaint is added to it, and the line left out.
+    Without an `id` a problem is called after its line, `test:17`. A trace that failed, is not approved, has no ground truth or a task
+    seen before is left out and counted. Raises UserError for a line without question or answer (if it `needs_answer`) or with an id
+    seen before; with a list `bad`, the complaint is added to it, and the line left out.
     """
     problems, traced, left_out = {}, set(), Counter()
     complain = refuse if bad is None else bad.append
