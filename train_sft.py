@@ -94,9 +94,8 @@ def load(config: Config) -> Transformer:
 
 def load_data(config: Config, tokenizer: Tokenizer) -> tuple[list[Example], list[Example]]:
     """(training, held-out) examples; which ones are held out depends on the seed and on the number of examples only."""
-    examples, left_out = load_examples(config.data, tokenizer, config.max_length, thinking=config.thinking)
-    for reason, count in left_out.items():
-        print(f"left out: {count} examples of {reason}")
+    reading = tokenizer, config.max_length, config.thinking
+    examples = load_examples(config.data, *reading)
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "held out"))
     order = torch.randperm(len(examples), generator=generator).tolist()
     held = set(order[: round(config.held_out * len(examples))])
@@ -105,7 +104,7 @@ def load_data(config: Config, tokenizer: Tokenizer) -> tuple[list[Example], list
     if not learned:
         raise UserError(f"all {len(examples)} examples are held out; lower --held-out or add data")
     if config.eval_data:
-        held_out += load_examples(config.eval_data, tokenizer, config.max_length, thinking=config.thinking)[0]
+        held_out += load_examples(config.eval_data, *reading)
     return learned, held_out
 
 

@@ -42,10 +42,7 @@ Named = Iterable[tuple[str, Tensor]]
 
 
 def config_from_dict(values: dict, source: str = "config.json") -> ModelConfig:
-    """The hyper-parameters in a `config.json` of transformers 4 or 5, with the defaults of transformers.
-
-    Raises UserError naming the field that is missing or not supported.
-    """
+    """What a `config.json` of transformers 4 or 5 says, or means by an absent field. Raises UserError naming a field at fault."""
 
     def positive(field: str, default: int | None = None) -> int:
         value = default if values.get(field) is None else values[field]
@@ -76,8 +73,7 @@ def config_from_dict(values: dict, source: str = "config.json") -> ModelConfig:
 
 def _rope(values: dict, source: str) -> dict:
     """`rope_theta` and `rope_scaling` from either style of configuration, or from both if they agree."""
-    new = values.get("rope_parameters") or {}
-    rope = {field: value for field, value in new.items() if value is not None}
+    rope = {field: v for field, v in (values.get("rope_parameters") or {}).items() if v is not None}
     old = {"rope_theta": values.get("rope_theta")} | (values.get("rope_scaling") or {})
     for field, value in old.items():
         if value is not None and rope.setdefault(field, value) != value:
@@ -133,13 +129,11 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
             raise UserError(f"{path}: {HEAD} differs from {EMBEDDING} although tie_word_embeddings is true")
         del found[HEAD]
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-    problems = []
-    for name in sorted(shapes.keys() | found):
-        if found.get(name) != shapes.get(name):
-            problems.append(f"{name}: {found.get(name, 'missing')}, should be {shapes.get(name, 'absent')}")
-    if problems:
-        listed = "\n  ".join(problems)
-        raise UserError(f"{path} does not fit its config.json ({len(problems)} problems):\n  {listed}")
+    ours, theirs = dict.fromkeys(found, "absent") | shapes, dict.fromkeys(shapes, "missing") | found
+    wrong = [name for name in sorted(ours) if ours[name] != theirs[name]]
+    if wrong:
+        listed = "\n  ".join(f"{name}: {theirs[name]}, should be {ours[name]}" for name in wrong)
+        raise UserError(f"{path} does not fit its config.json ({len(wrong)} problems):\n  {listed}")
     state = {}
     for name, shape in shapes.items():
         # not a view: the file may be replaced while the model lives, and training writes into its weights
@@ -192,30 +186,27 @@ def in_shards(tensors: Named, max_bytes: float) -> Iterator[dict[str, Tensor]]:
     yield shard
 
 
-def save_model(
-    path, model: Transformer, tokenizer, dtype=None, max_shard_bytes: float = 5e9, repeat_tied_head=False
-) -> None:
+def save_model(path, model: Transformer, tokenizer, max_shard_bytes=5e9, repeat_tied_head=False) -> None:
     """Writes a directory that `load_model`, transformers and vLLM read, replacing an earlier checkpoint at `path` atomically.
 
-    dtype: default as they are. Above `max_shard_bytes` there are several files and an index. repeat_tied_head: store it once more
-    under its own name. Collective; rank 0 writes. Raises UserError if `path` holds anything that is not a checkpoint's.
+    Above `max_shard_bytes` there are several files and an index. repeat_tied_head: store it once more under its own name.
+    Collective; rank 0 writes. Raises UserError if `path` holds anything that is not a checkpoint's.
     """
     path = Path(path)
     entries = path.iterdir() if path.is_dir() else filter(Path.exists, [path])
-    foreign = [e.name for e in entries if e.suffix != ".safetensors" and e.name not in CHECKPOINT_FILES]
+    foreign = sorted(e.name for e in entries if e.suffix != ".safetensors" and e.name not in CHECKPOINT_FILES)
     if foreign:
-        listed = ", ".join(sorted(foreign)[:5])
+        listed = ", ".join(foreign[:5])
         raise UserError(f"{path} holds {listed}, which saving would delete; choose another directory")
-    dtype = dtype or model.compute_dtype or model.head_weight.dtype
-    whole = full_parameters(model)
-    tensors = with_tied_head(whole, model.config) if repeat_tied_head else whole
+    tensors = full_parameters(model)
+    if repeat_tied_head:
+        tensors = with_tied_head(tensors, model.config)
     if rank() > 0:
         deque(tensors, maxlen=0)  # takes part in gathering
         return
     with atomic_directory(path) as folder:
         weight_map: dict[str, str] = {}
-        converted = ((name, tensor.to("cpu", dtype)) for name, tensor in tensors)
-        for number, shard in enumerate(in_shards(converted, max_shard_bytes), start=1):
+        for number, shard in enumerate(in_shards(tensors, max_shard_bytes), start=1):
             file = f"model-{number:05}.safetensors"
             save_file(shard, folder / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(shard, file)
@@ -225,4 +216,5 @@ def save_model(
             write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
         if tokenizer is not None:
             tokenizer.save(folder)
+        dtype = model.compute_dtype or model.head_weight.dtype
         write_json(folder / "config.json", config_to_dict(model.config, dtype, tokenizer))

@@ -53,9 +53,9 @@ def load_problems(path: Path | str, *, needs_answer=True, bad: list[str] | None 
     """Problems of the usual layouts: GSM8K and AIME {question|problem, answer}, Arc's RL file {prompt, ground_truth},
     {problem_text|input, solution}, and session traces of this runtime or of atlas-sdk {task, ...}.
 
-    Without an `id` a problem is called after its line, `test:17`. A trace is left out, and counted, if its session failed, is not
-    approved or has no ground truth, or if its task has been there before. Raises UserError for a line without question or answer
-    (if it `needs_answer`) or with an id seen before; with a list `bad`, the complaint is added to it, and the line left out.
+    Without an `id` a problem is called after its line, `test:17`. A trace that failed, is not approved, has no ground truth or a task
+    seen before is left out and counted. Raises UserError for a line without question or answer (if it `needs_answer`) or with an id
+    seen before; with a list `bad`, the complaint is added to it, and the line left out.
     """
     problems, traced, left_out = {}, set(), Counter()
     complain = refuse if bad is None else bad.append
@@ -135,22 +135,23 @@ class Example:
     is_target: list[bool]  # learned tokens: what the assistant says, with the token that ends its turn
 
 
-def load_examples(paths, tokenizer, max_length: int, thinking=False) -> tuple[list[Example], Counter[str]]:
-    """Every line of the files, tokenised; also, by reason, how many examples are longer than `max_length` tokens and left out.
+def load_examples(paths, tokenizer: Tokenizer, max_length: int, thinking: bool = False) -> list[Example]:
+    """Every line of the files, tokenised; prints how many examples are left out, because they have more than `max_length` tokens.
 
     `thinking` is Qwen3's switch, and must be the one that the model is later sampled with. Raises UserError for a bad line.
     """
-    examples, left_out = [], Counter()
+    examples = []
     for path in paths:
-        for number, record in read_jsonl(path):
-            for example in make_examples(record, tokenizer, f"{path}:{number}", thinking):
-                if len(example.input_ids) > max_length:
-                    left_out[f"{path}: longer than {max_length} tokens"] += 1
-                else:
-                    examples.append(example)
+        lines = ((f"{path}:{number}", record) for number, record in read_jsonl(path))
+        made = [e for where, record in lines for e in make_examples(record, tokenizer, where, thinking)]
+        short = [example for example in made if len(example.input_ids) <= max_length]
+        examples += short
+        if len(short) < len(made):
+            count = len(made) - len(short)
+            print(f"left out: {count} examples of {path}: longer than {max_length} tokens")
     if not examples:
-        raise UserError(f"no example left to train on: {dict(left_out)}; raise --max-length")
-    return examples, left_out
+        raise UserError("no example left to train on; raise --max-length")
+    return examples
 
 
 def make_examples(record: dict, tokenizer: Tokenizer, where: str, thinking: bool = False) -> list[Example]:

@@ -48,9 +48,9 @@ def process_group() -> Iterator[None]:
 
 def is_first_failure() -> bool:
     """Whether this rank is the first of the job to fail. Only that one reports; the others exit silently."""
-    if not dist.is_initialized():
-        return True
-    with suppress(RuntimeError):  # torchrun has ended, and its store with it
+    with suppress(
+        RuntimeError, ValueError
+    ):  # torchrun has ended, and its store with it; or there is no group
         return dist.distributed_c10d._get_default_store().add("failures", 1) == 1
     return True
 
@@ -68,14 +68,13 @@ def device(choice: str, gpus: int | None = None) -> str:
         raise UserError(f"{choice}: each of torchrun's processes has a GPU of its own; use auto or cpu")
     if choice == "cuda" or choice == "auto" and gpus:
         choice = f"cuda:{os.environ['LOCAL_RANK'] if size() > 1 else 0}"
-    choice = "cpu" if choice == "auto" else choice
-    check_gpu(choice, gpus)
-    return choice
+    return check_gpu("cpu" if choice == "auto" else choice, gpus)
 
 
-def check_gpu(name: str, gpus: int) -> None:
+def check_gpu(name: str, gpus: int) -> str:
     if name.startswith("cuda") and torch.device(name).index >= gpus:
         raise UserError(f"there is no device {name} here ({gpus} GPUs)")
+    return name
 
 
 def shares(sizes: Sequence[int]) -> list[list[int]]:
@@ -187,9 +186,8 @@ def full_parameters(model: Transformer) -> Iterator[tuple[str, Tensor]]:
 
 def copy_parameters(source: Transformer, target: Transformer) -> None:
     """`target` is whole, on any device."""
-    targets = dict(target.named_parameters())
-    for name, tensor in full_parameters(source):
-        targets[name].data.copy_(tensor)
+    for (_, tensor), parameter in zip(full_parameters(source), target.parameters()):
+        parameter.data.copy_(tensor)
 
 
 def whole_copy(model: Transformer) -> Transformer:

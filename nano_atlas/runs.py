@@ -72,8 +72,7 @@ def checkpoint_digest(path: Path) -> str:
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yields a new directory to fill, which takes the place of `path` when the block ends without an exception.
 
-    Killed at any moment it leaves the old directory or the new one; between two renames the old one has another name, and the next
-    call for the same `path` puts it back.
+    Killed at any moment it leaves the old directory or the new one, the old one perhaps under another name until the next call.
     """
     path = Path(path).resolve()
     new, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
@@ -103,11 +102,10 @@ def refuse(message: str) -> NoReturn:
 
 
 def read_jsonl(path: Path | str, complain=refuse, is_journal=False) -> Iterator[tuple[int, dict]]:
-    """Yield (line number from 1, object) for each line that is not blank.
+    """Yield (line number from 1, object) for each line that is not blank. Raises UserError for a file that is missing or empty.
 
     complain: is told of a line that is not UTF-8, not JSON or not an object, which is left out if it does not raise.
     is_journal: a `Journal` may be writing the file; a last line without its line break is not a record yet, and no error.
-    Raises UserError for a file that is missing or empty.
     """
     path, is_empty = Path(path), True
     if not path.is_file():

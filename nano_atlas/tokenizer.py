@@ -20,7 +20,7 @@ import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nano_atlas.errors import UserError
-from nano_atlas.runs import read_json, write_json
+from nano_atlas.runs import read_json, replace_text, write_json
 
 # The format of OpenAI's ChatML as Qwen writes it, for checkpoints that come without a template.
 CHATML = """{%- for message in messages %}
@@ -54,9 +54,8 @@ def _compile(template: str, source: str) -> jinja2.Template:
 
 
 class Tokenizer:
-    """Text and chats to ids and back.
+    """Text and chats to ids and back, read from a checkpoint directory or made from a `tokenizers.Tokenizer` that knows its tokens.
 
-    Read from a checkpoint directory by `from_directory`, or made from a `tokenizers.Tokenizer` that knows its special tokens.
     `eos_ids` are all ids that end a generation (default: that of `eos_token`), the first of them is `pad_id` unless there is a
     `pad_token`; `source` is the name that error messages use; `config` the content of `tokenizer_config.json`.
     """
@@ -137,12 +136,11 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         """Writes what `from_directory`, transformers and vLLM read; generation_config.json is the place for several ends."""
         path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(path / "tokenizer.json"))
         config = {key: value for key, value in self.config.items() if key != "chat_template"}
-        write_json(path / "tokenizer_config.json", config)
+        write_json(path / "tokenizer_config.json", config)  # makes the directory
         write_json(path / "generation_config.json", self.generation_config())
-        (path / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+        replace_text(path / "chat_template.jinja", self.chat_template)
+        self.backend.save(str(path / "tokenizer.json"))
 
     def generation_config(self) -> dict:
         """The fields of that file, which `config.json` has too."""

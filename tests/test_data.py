@@ -292,15 +292,15 @@ def test_a_bad_example_is_named_with_its_line_and_what_was_expected(record, said
         make_examples(record, TOKENIZER, "a:7")
 
 
-def test_long_examples_are_left_out_and_counted_never_cut(tmp_path):
+def test_long_examples_are_left_out_and_counted_never_cut(tmp_path, capsys):
     lines = [
         {"prompt": prompt, "completion": completion}
         for prompt, completion in (("ab", "c"), ("ab", "cd"), ("a" * 9, "c"))
     ]
     path = write(tmp_path / "a.jsonl", *lines)
-    examples, left_out = load_examples([path], TOKENIZER, max_length=4)
+    examples = load_examples([path], TOKENIZER, max_length=4)
     assert [len(example.input_ids) for example in examples] == [4]
-    assert left_out == {f"{path}: longer than 4 tokens": 2}
+    assert capsys.readouterr().out == f"left out: 2 examples of {path}: longer than 4 tokens\n"
     with pytest.raises(UserError, match="no example left .* raise --max-length"):
         load_examples([path], TOKENIZER, max_length=3)
 
