@@ -9,7 +9,7 @@
 A line of the tasks file has a `question` and, where it is known, an `answer`. The three parts are the published ones:
 
     task analysis     how much help: a lane, by the student's record; a teaching strategy, by what has worked so far (`learning`)
-    experimentation   answer, teaching, answer again (`lanes`); each is validated (`judges`), and the best one returned (`guard`)
+    experimentation   answer, teaching, answer again (`lanes`); each is judged, and the best one returned (`judges`)
     trace export      each session appended to traces.jsonl (`traces`); --export selects those worth training on (`review`)
 
 The traces are the only state: all else is rebuilt by replaying them. A run that was killed continues where it stopped, and tries
@@ -21,7 +21,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 
@@ -29,57 +29,16 @@ import torch
 from tqdm import tqdm
 
 from nano_atlas import schedule, world
-from nano_atlas.config import option, parse, refuse_changes, run_script, to_json
+from nano_atlas.config import parse, refuse_changes, run_script, to_json
 from nano_atlas.data import Problem, load_problems
 from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
 from nano_atlas.runs import Journal, RunLog, checkpoint_digest, read_json, write_json
-from nano_atlas.runtime import agents, deploy, lanes, promotion, report, review
-from nano_atlas.runtime.learning import Experience, Outcome
-from nano_atlas.runtime.traces import past_outcomes, session_record
+from nano_atlas.runtime import agents, deploy, lanes, promotion, review
+from nano_atlas.runtime.learning import Experience
+from nano_atlas.runtime.options import Config
+from nano_atlas.runtime.traces import Outcome, past_outcomes, session_record
 from nano_atlas.seats import Seat
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    preset: str = option("nano", "", group="run")
-    tasks: Path | None = option(None, "JSONL of tasks (none: of the nano world)", resumable=True)
-    student: str | None = option(None, "directory, URL#model, post+URL#path or module:function")
-    teacher: str | None = option(None, "the same of the teacher")
-    out: Path = option(Path("runs/runtime"), "directory of traces.jsonl and metrics.jsonl", resumable=True)
-    restart: bool = option(False, "start over; earlier traces are kept under another name", resumable=True)
-    skip_bad: bool = option(False, "leave out malformed lines of --tasks, and show them", resumable=True)
-    domain: str = option("math", "kind of nano-world tasks", list(world.DOMAINS), resumable=True)
-    count: int = option(200, "number of nano-world tasks", above=0, resumable=True)
-    batch: int = option(32, "tasks worked on together, between two updates of strategies and skills", above=0)
-    workers: int = option(16, "most calls to endpoints and agents at a time", above=0, resumable=True)
-    timeout: float = option(600.0, "seconds after which such a call has failed", above=0, resumable=True)
-    device: str = option("cpu", "where checkpoints run, such as cpu or cuda")
-    dtype: str = option("float32", "of checkpoints", ("float32", "bfloat16"))
-
-
-@dataclass(frozen=True)
-class Config(review.Selection, promotion.PromotionConfig, deploy.DeployConfig, lanes.LaneConfig, RunConfig):
-    export: Path | None = option(None, "file for the selected traces", group="review", resumable=True)
-    show: str | None = option(None, "list the sessions of this status", review.STATUSES, resumable=True)
-    approve: tuple[str, ...] = option((), "ids (or their beginnings) of sessions to approve", resumable=True)
-    quarantine: tuple[str, ...] = option((), "ids of those that must not train a teacher", resumable=True)
-    note: str = option("", "why, for --approve and --quarantine", resumable=True)
-    require_approval: bool = option(False, "record sessions as pending: none is exported before --approve")
-
-    def check(self) -> None:
-        for base in (review.Selection, deploy.DeployConfig, lanes.LaneConfig):
-            base.check(self)
-        actions = ("restart", "export", "show", "approve", "quarantine", "rounds")
-        wanted = [name for name in actions if getattr(self, name)] + ["serve"] * (self.serve is not None)
-        if len(wanted) > 1:
-            raise UserError(f"--{' and --'.join(wanted)} are different things to do; use one of them")
-        if wanted not in (["export"], ["rounds"]) and not review.Selection.is_default(self):
-            raise UserError("the options that select traces are for --export and --rounds; add one of them")
-        needed = ["student", "teacher"] + ["tasks"] * (self.preset != "nano" and self.serve is None)
-        missing = [f"--{name}" for name in needed if getattr(self, name) is None]
-        if missing and not {"export", "show", "approve", "quarantine"} & set(wanted):
-            raise UserError(f"--preset {self.preset} needs {' '.join(missing)}")
 
 
 def run(config: Config, tasks: Sequence[Problem], seats: Mapping[str, Seat] | None = None) -> list[Outcome]:
@@ -92,42 +51,28 @@ def run(config: Config, tasks: Sequence[Problem], seats: Mapping[str, Seat] | No
         wanted = set(ids)
         for past in done.values():
             if past.session_id not in wanted:  # experience with tasks that have left the file still counts
-                experience.learn([past])
+                experience.learn(past)
 
         # Batches are fixed by position, and experience grows by whole batches: a run that was interrupted, be it in the middle of
         # a batch, makes the same choices as one that never was.
         for start in tqdm(range(0, len(tasks), config.batch), unit="batch", desc="runtime"):
-            batch = ids[start : start + config.batch]
-            missing = [(name, task) for name, task in zip(batch, tasks[start:]) if name not in done]
-            sessions = [lanes.new_session(name, task, experience, config) for name, task in missing]
-            count_tokens = seats["teacher"].count_tokens
-            scripts = {
-                session.session_id: lanes.run_session(session, config, count_tokens) for session in sessions
-            }
+            batch, scripts = ids[start : start + config.batch], {}
+            for name, task in zip(batch, tasks[start:]):
+                if name not in done:
+                    session = lanes.new_session(name, task, experience, config)
+                    scripts[name] = lanes.run_session(session, config, seats["teacher"].count_tokens)
             for finished in schedule.drive(scripts, seats, workers=config.workers, timeout=config.timeout):
-                recorded = [record(session, experience, config) for session in finished.values()]
+                recorded = [session_record(session) for session in finished.values()]
                 journal.append(trace for _, trace in recorded)
                 done |= {outcome.session_id: outcome for outcome, _ in recorded}
             outcomes = [done[name] for name in batch]
-            experience.learn(outcomes)
-            log.log(
-                start + len(batch),
-                **report.runtime_metrics(outcomes),
-                skills=len(experience.playbook.entries),
-            )
+            experience.learn(*outcomes)
+            metrics = review.runtime_metrics(outcomes)
+            log.log(start + len(batch), **metrics, skills=len(experience.entries))
     if config.skill_writer:  # to read; nothing reads it back
-        entries = [asdict(entry) | {"effect": entry.effect} for entry in experience.playbook.entries.values()]
+        entries = [asdict(entry) | {"effect": entry.effect} for entry in experience.entries.values()]
         write_json(config.out / "playbook.json", {"entries": entries})
     return [done[name] for name in ids]
-
-
-def record(session: lanes.Session, experience: Experience, config: Config) -> tuple[Outcome, dict]:
-    """The outcome of a finished session, and its trace."""
-    metadata = {name: getattr(config, name) for name in ("student", "teacher", "seed")}
-    metadata["completed_at"] = lanes.now()
-    status = "pending" if config.require_approval else "approved"
-    history = experience.strategies.history(session.learning_key)
-    return session_record(session, review=status, metadata=metadata, learning_history=history)
 
 
 def session_ids(tasks: Sequence[Problem]) -> list[str]:
@@ -203,12 +148,12 @@ def main() -> None:
         from nano_atlas.runtime.serve import serve_pair
 
         settle_options(config)
-        serve_pair(config, open_seats(config), record)
+        serve_pair(config, open_seats(config))
     else:
         tasks, seats = load_tasks(config), open_seats(config)
         if config.restart:
             set_aside(config.out)
-        print(report.summary(run(config, tasks, seats)))
+        print(review.summary(run(config, tasks, seats)))
         print(f"  traces             {traces}")
 
 

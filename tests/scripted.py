@@ -5,7 +5,9 @@ import json
 from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
 from nano_atlas.protocol import PROBE_REQUEST
-from nano_atlas.runtime.lanes import PLAN_REQUEST, LaneConfig, Session, run_session
+from nano_atlas.runtime.lanes import PLAN_REQUEST, run_session
+from nano_atlas.runtime.options import Config
+from nano_atlas.runtime.traces import Session
 from nano_atlas.schedule import drive
 from nano_atlas.seats import Reply
 
@@ -41,7 +43,7 @@ def words(text) -> int:
     return len(text.split())
 
 
-def run(lane, task=TASK, config=LaneConfig(), **seats) -> Session:
+def run(lane, task=TASK, config=Config(), **seats) -> Session:
     return finish(run_session(Session(session_id="s", task=task, seed=1, lane=lane), config, words), **seats)
 
 

@@ -8,18 +8,18 @@ import pytest
 from scripted import TASK, Seat, answer, finish, run, student, teacher, verdict_json, words
 
 from nano_atlas.config import derive_seed
-from nano_atlas.episode import Attempt
 from nano_atlas.protocol import PROBE_REQUEST
 from nano_atlas.runtime import judges
-from nano_atlas.runtime.guard import Trial, choose_trial, degradation_bound
-from nano_atlas.runtime.judges import JudgeConfig, Verdict, hold_consistent, read_sample
-from nano_atlas.runtime.lanes import LaneConfig, Session, run_session
+from nano_atlas.runtime.judges import choose_trial, degradation_bound, hold_consistent, read_sample
+from nano_atlas.runtime.lanes import run_session
+from nano_atlas.runtime.options import Config
+from nano_atlas.runtime.traces import Session, Trial, Verdict
 from nano_atlas.seats import Reply
 
 # ------------------------------------------------------------------------------------------------------------- judges
 
 OPEN = replace(TASK, answer=None)
-JUDGED = LaneConfig(judge="judge", audit=0.0)
+JUDGED = Config(judge="judge", audit=0.0)
 
 
 def judged(rule, config=JUDGED, task=OPEN, large=None, pupil=None) -> Session:
@@ -82,9 +82,10 @@ def test_the_large_judge_decides_where_the_small_ones_disagree_or_are_unsure(
         return verdict_json(*sample) if isinstance(sample, tuple) else verdict_json(sample)
 
     large = Seat(lambda prompt, seed: verdict_json(0.77))
-    config = JudgeConfig(judge="x", large_judge="y")
+    config = Config(judge="x", large_judge="y")
+    session = Session(session_id="s", task=OPEN, seed=0)
     verdict = finish(
-        judges.judge(OPEN, Attempt("text", "41", False, 1, False), config, 0),
+        judges.judge(session, Trial("alone", "text", "41", 1, False), config),
         **{"judge": Seat(small), "large judge": large},
     )
     assert verdict.judges[0]["escalated"] is is_escalated and len(large.prompts) == is_escalated
@@ -153,7 +154,7 @@ def test_an_evaluator_of_the_users_is_called_and_its_faults_are_the_sessions(mon
         return {"42": 1.0, "41": 0.25}[answer]
 
     monkeypatch.setattr(judges, "load_object", lambda spec: grade)
-    config = LaneConfig(evaluator="mine:grade")
+    config = Config(evaluator="mine:grade")
     session = run(
         "paired", OPEN, config, student=student(["HELP"]), teacher=teacher("<teaching>HELP</teaching>")
     )
@@ -207,7 +208,7 @@ def test_harm_by_a_noisy_judge_is_bounded_and_the_bound_is_measured_by_new_judge
     pupil = lambda prompt, seed: (
         "plan" if PROBE_REQUEST in prompt else answer("harmed" if "HARM" in prompt else "own")
     )  # noqa: E731
-    config = LaneConfig(judge="judge", audit=1.0)
+    config = Config(judge="judge", audit=1.0)
     returned, audited = 0, []
     for index in range(150):
         session = Session(session_id=f"s{index}", task=OPEN, seed=0)

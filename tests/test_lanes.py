@@ -9,7 +9,8 @@ from nano_atlas.answers import last_json
 from nano_atlas.episode import EpisodeConfig, seeds, sketch, teach
 from nano_atlas.protocol import ANSWER_FORMAT
 from nano_atlas.reward import RewardConfig
-from nano_atlas.runtime.lanes import LaneConfig, choose_lane, parse_plan
+from nano_atlas.runtime.lanes import choose_lane, parse_plan
+from nano_atlas.runtime.options import Config
 from nano_atlas.schedule import play
 
 # ------------------------------------------------------------------------------------------------------------- lanes
@@ -54,7 +55,7 @@ def test_retries_carry_all_guidance_and_show_the_teacher_the_failed_answer():
         teacher("<teaching>first</teaching>", "no tag", "<teaching>second</teaching>", "never asked"),
         student(["second"]),
     )
-    session = run("paired", config=LaneConfig(retries=3), student=pupil, teacher=guide)
+    session = run("paired", config=Config(retries=3), student=pupil, teacher=guide)
     assert [trial.verdict.is_valid for trial in session.trials] == [False, False, True]
     assert len(guide.prompts) == 3 and f"Student's approach: {answer(41)}" in guide.prompts[1]
     assert pupil.prompts[-1].count("Teacher's guidance: first\nsecond") == 1
@@ -64,7 +65,7 @@ def test_retries_carry_all_guidance_and_show_the_teacher_the_failed_answer():
 def test_the_last_attempt_is_validated_like_every_other():
     session = run(
         "paired",
-        config=LaneConfig(retries=1),
+        config=Config(retries=1),
         student=student(),
         teacher=teacher(*["<teaching>x</teaching>"] * 2),
     )

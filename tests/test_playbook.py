@@ -11,7 +11,7 @@ from runtime_fakes import TASKS, Fake, Student, Teacher, in_a_process_that_dies,
 from nano_atlas.config import derive_seed
 from nano_atlas.data import Problem
 from nano_atlas.runtime import learning
-from nano_atlas.runtime.learning import Entry, Experience, Playbook, read_entries
+from nano_atlas.runtime.learning import Entry, Experience, read_entries
 from nano_atlas.runtime.traces import Outcome
 from runtime_loop import Config
 
@@ -31,19 +31,20 @@ def read(*proposals, secret="42") -> list[dict]:
     return read_entries("Here: " + json.dumps({"entries": proposals}), secret)
 
 
-def playbook(*proposals) -> Playbook:
-    book = Playbook()
+def playbook(*proposals) -> Experience:
+    book = Experience()
     book.add([entry for p in proposals for entry in read(p)])
     return book
 
 
-def observe(book: Playbook, sessions: int, rewards=None, hits: bool = True) -> None:
+def observe(book: Experience, sessions: int, rewards=None, hits: bool = True) -> None:
     """rewards: (with, without); the entry is used in every other session."""
     (entry,) = book.entries.values()
     for index in range(sessions):
         if entry.id in book.entries:
             used = [entry.id] if hits and index % 2 == 0 else []
-            book.learn([entry.id] if hits else [], used, rewards and rewards[index % 2])
+            matched, reward = [entry.id] if hits else [], rewards and rewards[index % 2]
+            book.learn(Outcome("s", matched=matched, skills=used, reward=reward))
 
 
 @pytest.mark.parametrize("bad", [
@@ -86,9 +87,9 @@ def test_the_best_known_effect_comes_first(monkeypatch):
     book = playbook(proposal(imperative="good"), proposal(imperative="unknown"), proposal(imperative="bad"))
     good, unknown, bad = book.entries
     for reward, names in ((1.0, [good]), (0.0, [])):
-        book.learn([good], names, reward)
+        book.learn(Outcome("s", matched=[good], skills=names, reward=reward))
     for reward, names in ((0.0, [bad]), (1.0, [])):
-        book.learn([bad], names, reward)
+        book.learn(Outcome("s", matched=[bad], skills=names, reward=reward))
     chosen = [book.retrieve("hard", seed)[0][0].id for seed in range(30)]
     assert (
         chosen.count(good) > 15
@@ -113,12 +114,13 @@ def test_what_changes_nothing_goes_if_it_is_mostly_adopted_and_what_only_one_tas
     book = playbook(proposal())
     (entry,) = book.entries.values()
     for index in range(12):
-        book.learn([entry.id], [entry.id] if index % 3 else [], 0.5)
+        skills = [entry.id] if index % 3 else []
+        book.learn(Outcome("s", matched=[entry.id], skills=skills, reward=0.5))
     assert not book.entries
     book = playbook(proposal())
     (entry,) = book.entries.values()
     for index in range(20):
-        book.learn([entry.id] if index == 5 else [], [], None)
+        book.learn(Outcome("s", matched=[entry.id] if index == 5 else []))
     assert not book.entries
 
 
@@ -135,9 +137,9 @@ def test_sessions_beside_the_one_that_found_a_skill_do_not_count_against_it():
     """They could not use it; counted as sessions that it does not match, a batch of them would prune it for ever."""
     experience = Experience(["adaptive"])
     experience.learn(
-        [Outcome(f"s{index}", learned=read(proposal()) if index == 0 else []) for index in range(40)]
+        *[Outcome(f"s{index}", learned=read(proposal()) if index == 0 else []) for index in range(40)]
     )
-    (entry,) = experience.playbook.entries.values()
+    (entry,) = experience.entries.values()
     assert entry.sessions_observed == 0
 
 

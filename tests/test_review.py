@@ -4,7 +4,8 @@ import pytest
 
 from nano_atlas.errors import UserError
 from nano_atlas.runs import Journal
-from nano_atlas.runtime.review import Selection, export_traces, record_reviews, reviewed_traces, show_sessions
+from nano_atlas.runtime.options import Config
+from nano_atlas.runtime.review import export_traces, record_reviews, reviewed_traces, show_sessions
 from nano_atlas.runtime.traces import read_traces
 
 
@@ -40,12 +41,12 @@ def test_the_latest_decision_counts_and_an_unclear_name_decides_nothing(director
 def test_what_is_exported_and_shown_follows_the_decisions(directory):
     source, target = directory / "traces.jsonl", directory / "export.jsonl"
     assert list(show_sessions(directory, "pending")) == ["xyz3  reward +1.500  paired  Task xyz3?"]
-    assert export_traces(source, target, Selection()) == (2, 3)
+    assert export_traces(source, target, Config()) == (2, 3)
     record_reviews(directory, ("abc1",), "quarantined", "a leak")
     record_reviews(directory, ("xyz3",), "approved", "checked by hand")
     assert list(show_sessions(directory, "pending")) == []
     assert list(show_sessions(directory, "approved"))[1].endswith("Task xyz3?  checked by hand")
-    assert export_traces(source, target, Selection()) == (2, 3)
+    assert export_traces(source, target, Config()) == (2, 3)
     (_, first), (outcome, trace) = read_traces(target)
     assert "review_notes" not in first and first["ground_truth"] == "\ud800"
     assert (outcome.review, trace["review_status"], trace["review_notes"]) == ("approved",) * 2 + (
@@ -55,10 +56,10 @@ def test_what_is_exported_and_shown_follows_the_decisions(directory):
 
 def test_an_export_that_would_be_empty_leaves_the_file_that_is_there(directory):
     source, target = directory / "traces.jsonl", directory / "export.jsonl"
-    export_traces(source, target, Selection())
+    export_traces(source, target, Config())
     before = target.read_bytes()
     with pytest.raises(UserError, match="none of its 3 traces is selected"):
-        export_traces(source, target, Selection(min_reward=9.0))
+        export_traces(source, target, Config(min_reward=9.0))
     assert target.read_bytes() == before
     with pytest.raises(UserError, match="the trace file itself"):
-        export_traces(source, source, Selection())
+        export_traces(source, source, Config())

@@ -11,7 +11,8 @@ from nano_atlas.benches.arms import TaskLog
 from nano_atlas.data import Problem
 from nano_atlas.protocol import PROBE_REQUEST
 from nano_atlas.reward import RewardConfig, efficiency, step_advantages, teaching_reward
-from nano_atlas.runtime.lanes import LaneConfig, Session, run_session
+from nano_atlas.runtime.lanes import Session, run_session
+from nano_atlas.runtime.options import Config
 from nano_atlas.schedule import play
 
 
@@ -130,6 +131,6 @@ def test_a_malformed_teaching_is_worth_the_same_in_training_evaluation_and_runti
     assert len(student.asked) == 2 * probe_and_answer
 
     session = Session(session_id="s", task=problem, seed=0)
-    play([run_session(session, LaneConfig(), count)], seats)
+    play([run_session(session, Config(), count)], seats)
     assert (session.reward, session.is_malformed) == (-0.5, True)
     assert len(student.asked) == 3 * probe_and_answer

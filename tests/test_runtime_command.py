@@ -153,7 +153,7 @@ def test_the_nano_tasks_are_not_the_ones_that_evaluation_holds_out(tmp_path, mon
     given = []
     monkeypatch.setattr(runtime_loop.agents, "open_agent", lambda spec, *where: None)
     monkeypatch.setattr(runtime_loop, "run", lambda config, tasks, seats: given.extend(tasks))
-    monkeypatch.setattr(runtime_loop.report, "summary", lambda outcomes: "")
+    monkeypatch.setattr(runtime_loop.review, "summary", lambda outcomes: "")
     monkeypatch.setattr(
         "sys.argv", ["runtime_loop.py", "--count", "50", "--teacher", "t", "--out", str(tmp_path)]
     )

@@ -14,11 +14,9 @@ import openai
 import pytest
 from starlette.testclient import TestClient
 
-from nano_atlas.runtime.deploy import KEY_VARIABLE
-from nano_atlas.runtime.guard import Trial
-from nano_atlas.runtime.judges import Verdict
+from nano_atlas.runtime.options import KEY_VARIABLE
 from nano_atlas.runtime.serve import make_app
-from nano_atlas.runtime.traces import Outcome, read_traces
+from nano_atlas.runtime.traces import Outcome, Trial, Verdict, read_traces
 
 pytestmark = pytest.mark.processes
 

@@ -8,11 +8,18 @@ import pytest
 from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
 from nano_atlas.runs import Journal
-from nano_atlas.runtime.guard import Trial
-from nano_atlas.runtime.judges import Verdict
-from nano_atlas.runtime.lanes import Session
-from nano_atlas.runtime.review import Selection
-from nano_atlas.runtime.traces import Outcome, outcome_of, past_outcomes, read_traces, session_record
+from nano_atlas.runtime.options import Config
+from nano_atlas.runtime.review import is_selected
+from nano_atlas.runtime.traces import (
+    Outcome,
+    Session,
+    Trial,
+    Verdict,
+    outcome_of,
+    past_outcomes,
+    read_traces,
+    session_record,
+)
 
 ATLAS_KEYS = {  # the fields of AtlasSessionTrace
     "task", "final_answer", "plan", "steps", "session_metadata", "session_reward", "trajectory_events", "student_learning",
@@ -52,14 +59,12 @@ def session(
         created_at="2026-01-02T03:04:05.000+00:00", lane="paired",
         choice={"mode": "paired", "confidence": 0.7, "by": "record"}, approach="I would add.", teachings=[teaching],
         trials=[trial("alone", alone), trial("guided", guided)], events=events, chosen=chosen, reward=reward if gold else None,
+        metadata={"seed": 0}, history={"count": 0, "average_score": None, "strategies": {}},
     )  # fmt: skip
 
 
-def trace(review="approved", **options) -> dict:
-    history = {"count": 0, "average_score": None, "strategies": {}}
-    return session_record(session(**options), review=review, metadata={"seed": 0}, learning_history=history)[
-        1
-    ]
+def trace(**options) -> dict:
+    return session_record(session(**options))[1]
 
 
 def line(**options) -> bytes:
@@ -198,27 +203,27 @@ OUTCOMES = {
 @pytest.mark.parametrize(
     ("selection", "expected"),
     [
-        (Selection(), ["helped", "harmed", "kept", "unknown", "disputed"]),
-        (Selection(min_gain=1), ["helped"]),
-        (Selection(min_gain=0), ["helped", "kept", "disputed"]),
-        (Selection(min_signal=0.2), ["helped", "harmed", "disputed"]),
-        (Selection(min_reward=0.9), ["helped", "kept"]),
-        (Selection(min_reward=0.9, min_signal=0.5), ["helped"]),
-        (Selection(only=("coach",)), ["harmed"]),
-        (Selection(only=("crm", "coach")), ["harmed", "kept", "unknown", "disputed"]),
-        (Selection(since="2026-01-02"), ["harmed", "kept"]),
-        (Selection(since="2026-01-01..2026-01-02"), ["helped"]),
-        (Selection(review_status=("pending",)), ["pending"]),
+        (Config(), ["helped", "harmed", "kept", "unknown", "disputed"]),
+        (Config(min_gain=1), ["helped"]),
+        (Config(min_gain=0), ["helped", "kept", "disputed"]),
+        (Config(min_signal=0.2), ["helped", "harmed", "disputed"]),
+        (Config(min_reward=0.9), ["helped", "kept"]),
+        (Config(min_reward=0.9, min_signal=0.5), ["helped"]),
+        (Config(only=("coach",)), ["harmed"]),
+        (Config(only=("crm", "coach")), ["harmed", "kept", "unknown", "disputed"]),
+        (Config(since="2026-01-02"), ["harmed", "kept"]),
+        (Config(since="2026-01-01..2026-01-02"), ["helped"]),
+        (Config(review_status=("pending",)), ["pending"]),
     ],
 )
 def test_selection(selection, expected):
-    assert [name for name, outcome in OUTCOMES.items() if selection.takes(outcome)] == expected
+    assert [name for name, outcome in OUTCOMES.items() if is_selected(outcome, selection)] == expected
 
 
 def test_a_time_that_is_none_is_refused():
-    Selection(since="2026-01-01..2026-01-02T10:00").check()
+    Config(export=Path("x"), since="2026-01-01..2026-01-02T10:00").check()
     with pytest.raises(UserError, match="tomorrow is no time"):
-        Selection(since="2026-01-01..tomorrow").check()
+        Config(export=Path("x"), since="2026-01-01..tomorrow").check()
 
 
 def test_files_of_atlas_sdk_are_read_and_selected(tmp_path):
@@ -248,8 +253,8 @@ def test_files_of_atlas_sdk_are_read_and_selected(tmp_path):
     }  # as in their sample file
     path = tmp_path / "sdk.jsonl"
     write(path, session, session | {"session_reward": {"score": 0.2}}, failed, sample)
-    selection = Selection(min_reward=0.5, min_signal=0.1, only=("coach",))
+    selection = Config(min_reward=0.5, min_signal=0.1, only=("coach",))
     outcomes = [outcome for outcome, _ in read_traces(path)]
-    assert [selection.takes(outcome) for outcome in outcomes] == [True, False, False, False]
+    assert [is_selected(outcome, selection) for outcome in outcomes] == [True, False, False, False]
     assert (outcomes[0].session_id, outcomes[0].learning_key) == ("7", "k")
     assert outcomes[3].session_id == f"{path}:4"

@@ -4,7 +4,7 @@
     http://host:port#model           an OpenAI-compatible server
     module:tools@http://host:port    the same, whose model may call the Python functions in a list
     post+http://host/path#a.b        any HTTP service: POST {"prompt", "metadata"}, reply text at a.b of the JSON that comes back
-    module:function                  function(prompt=..., metadata=...), plain, async or a generator of pieces
+    module:function                  function(prompt=, metadata=), plain, async or a generator of pieces
 
 A function returns a text, or a dict {"content": text, "usage": {"prompt_tokens", "completion_tokens"}}. `metadata` holds the
 messages, the seed and the sampling options. Each call has a thread of its own, so it works under a running event loop too.
@@ -17,7 +17,7 @@ import json
 import sys
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -48,19 +48,19 @@ def open_agent(spec: str, *where: Any) -> Seat:
         url, _, path = spec.removeprefix("post+").partition("#")
         client = Client(url, tries=1)  # the service may not be idempotent
         return Agent(partial(call_function, partial(post, client, path or "response")))
-    if not is_url(spec) and is_url(url):
+    if is_url(spec) or ":" not in spec or Path(spec).exists():
+        return open_seat(spec, *where)
+    if is_url(url):
         return Agent(partial(chat_with_tools, open_seat(url), load_object(tools, Sequence)))
-    if not is_url(spec) and ":" in spec and not Path(spec).exists():
-        return Agent(partial(call_function, load_object(spec)))
-    return open_seat(spec, *where)
+    return Agent(partial(call_function, load_object(spec)))
 
 
 def load_object(spec: str, kind: type = Callable) -> Any:
     """What `module:name` names, modules in the current directory included. Raises UserError."""
     module, _, name = spec.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
     try:
-        if "" not in sys.path:
-            sys.path.insert(0, "")
         found = reduce(getattr, name.split("."), importlib.import_module(module))
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{spec}: {error}; it should be MODULE:NAME of something importable") from None
@@ -110,10 +110,11 @@ def chat_with_tools(endpoint: EndpointSeat, tools: list[Callable], question: Que
         read, written = read + reply.prompt_tokens, written + reply.tokens
         calls = choice["message"].get("tool_calls")
         if not calls:
-            return Reply(reply.text, written, reply.is_truncated, None, read)
+            return replace(reply, tokens=written, prompt_tokens=read)
         messages.append({"role": "assistant", "content": reply.text, "tool_calls": calls})
-        results = [use_tool(tools, call["function"]) for call in calls]
-        messages += [{"role": "tool", "tool_call_id": c["id"], "content": r} for c, r in zip(calls, results)]
+        for call in calls:
+            result = use_tool(tools, call["function"])
+            messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
     raise UserError(f"still calls tools after {TOOL_ROUNDS} rounds")
 
 

@@ -4,90 +4,41 @@
     paired     an episode as in training: the teacher reads the student's approach and guides it; the student answers again
     coach      the same with a plan in place of the approach: the student answers with its plan and the teacher's review of it
 
-Every answer is validated (`judges`); up to --retries times more is tried while none with help is valid; the best is returned (`guard`).
+Every answer is judged, and the best is returned (`judges`); up to --retries times more is tried while none with help is valid.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from dataclasses import replace
 from typing import Any
 
 from nano_atlas import protocol
 from nano_atlas.answers import last_json, reveals_answer, visible
-from nano_atlas.config import derive_seed, option
+from nano_atlas.config import derive_seed
 from nano_atlas.data import Problem
-from nano_atlas.episode import Attempt, EpisodeConfig, guide, sketch
-from nano_atlas.errors import UserError
+from nano_atlas.episode import Attempt, guide, sketch
 from nano_atlas.reward import teaching_reward
-from nano_atlas.runtime import judges, learning
-from nano_atlas.runtime.guard import Trial, choose_trial
+from nano_atlas.runtime import learning
+from nano_atlas.runtime.judges import choose_trial, judge
+from nano_atlas.runtime.options import Config
+from nano_atlas.runtime.traces import Session, Trial, now
 from nano_atlas.schedule import Call, Fault, Script, ask
 from nano_atlas.seats import Generation, Reply
 
-LANES = ("auto", "paired", "coach")
 THRESHOLDS = {"auto": 0.85, "paired": 0.65}  # atlas-sdk's, of the student's capability; below both: coach
 PLAN_REQUEST = 'Do not solve this yet. Plan it as JSON: {"steps": ["...", "..."]}, one step or several.'
 MOST_STEPS = 16
-STYLES = tuple(protocol.TEACHING_STYLES)
 
 
-@dataclass(frozen=True)
-class LaneConfig(judges.JudgeConfig, EpisodeConfig):
-    lane: str = option("adaptive", "adaptive: by the student's record", ("adaptive", *LANES), group="lanes")
-    retries: int = option(0, "further teachings and answers while none is valid", at_least=0)
-    strategies: tuple[str, ...] = option(STYLES, "teaching strategies to choose among", STYLES)
-    skill_writer: str | None = option(None, "checkpoint, URL or agent that writes skills (none: no skills)")
-    audit: float = option(0.2, "share of judged answers with help to judge again", at_least=0, at_most=1)
-    seed: int = option(0, "of every random choice")
-
-    def check(self) -> None:
-        if self.large_judge and not self.judge:
-            raise UserError("--large-judge needs --judge")
-        if not self.strategies:
-            raise UserError("--strategies needs at least one")
-
-
-def now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-
-
-@dataclass(kw_only=True)
-class Session(learning.Outcome):
-    """One task on its way through a lane, and what has come of it so far."""
-
-    task: Problem
-    seed: int
-    lane: str = "paired"
-    strategy: str = "adaptive"  # how the teacher is asked to teach: a key of protocol.TEACHING_STYLES
-    choice: dict[str, Any] = field(default_factory=dict)  # {mode, confidence, by} of the lane
-    playbook: learning.Playbook | None = None
-    advice: list[str] = field(default_factory=list)  # sentences of the skills that are used
-    approach: str = ""
-    plan: list[dict] = field(default_factory=list)  # {id, description, depends_on}
-    teachings: list[str] = field(default_factory=list)
-    trials: list[Trial] = field(default_factory=list)
-    events: list[dict[str, Any]] = field(default_factory=list)  # who spoke, in which order, tokens each
-    chosen: int = 0  # index of the trial that is returned
-    fault: str | None = None
-
-    @property
-    def helped(self) -> Trial | None:
-        """The trial that stands for the teaching: the best with help, by score; None where there was none."""
-        return max(self.trials[1:], key=lambda trial: trial.score or 0.0, default=None)
-
-    def draw(self, kind: str, *parts: object) -> int:
-        """The seed of a call: another one for every call of the session, and the same whatever runs beside it."""
-        return derive_seed(self.seed, self.session_id, kind, len(self.events))
-
-
-def new_session(name: str, task: Problem, experience: learning.Experience, config: LaneConfig) -> Session:
+def new_session(name: str, task: Problem, experience: learning.Experience, config: Config) -> Session:
     """Lane and strategy by what is known about this kind of task."""
     key = task.domain or "general"
     choice = choose_lane(experience.records[key], config.lane)
     session = Session(session_id=name, learning_key=key, created_at=now(), task=task, seed=config.seed)
-    session.lane, session.choice = choice["mode"], choice
-    session.strategy = experience.strategies.choose(key, derive_seed(config.seed, "strategy", name))
-    session.playbook = experience.playbook if config.skill_writer else None
+    session.lane, session.choice, session.history = choice["mode"], choice, experience.history(key)
+    session.strategy = experience.choose_strategy(key, derive_seed(config.seed, "strategy", name))
+    session.playbook = experience if config.skill_writer else None
+    session.metadata = {name: getattr(config, name) for name in ("student", "teacher", "seed")}
+    session.review = "pending" if config.require_approval else "approved"
     return session
 
 
@@ -104,13 +55,14 @@ def choose_lane(record: Sequence[float], forced: str = "adaptive") -> dict[str, 
     return {"mode": lane, "confidence": capability, "by": "record"}
 
 
-def run_session(session: Session, config: LaneConfig, count_tokens: Callable[[str], int]) -> Script:
+def run_session(session: Session, config: Config, count_tokens: Callable[[str], int]) -> Script:
     """Brings the session to its end and returns it; every call of it leaves an event. count_tokens: of teachings."""
     script, answers = whole_session(session, config, count_tokens), None
     while True:
         try:
             calls = script.send(answers)
         except StopIteration:
+            session.metadata["completed_at"] = now()
             return session
         answers = yield calls
         session.events += map(event_of, calls, answers)
@@ -124,7 +76,7 @@ def event_of(call: Call, answer: list[Reply] | Fault) -> dict[str, Any]:
     return event | {"text": answer[0].text} if call.seat == "teacher" else event
 
 
-def whole_session(session: Session, config: LaneConfig, count_tokens: Callable[[str], int]) -> Script:
+def whole_session(session: Session, config: Config, count_tokens: Callable[[str], int]) -> Script:
     """A fault ends the lane; what was reached until then counts all the same."""
     try:
         yield from attempts(session, config)
@@ -137,7 +89,7 @@ def whole_session(session: Session, config: LaneConfig, count_tokens: Callable[[
         yield from learn_skills(session, config)
 
 
-def attempts(session: Session, config: LaneConfig) -> Script:
+def attempts(session: Session, config: Config) -> Script:
     """The student's answer alone and, unless the lane is `auto`, with help: again and again while none with help is valid.
 
     The first teaching is given also to a student that was right alone: what it does then is part of its worth.
@@ -147,20 +99,19 @@ def attempts(session: Session, config: LaneConfig) -> Script:
         messages = protocol.user_turn(task.question, PLAN_REQUEST)
         call = Call("student", "plan", messages, config.answering, session.draw("plan"))
         ((reply,),) = yield from ask(call)
-        steps = list(enumerate(parse_plan(reply.text), start=1))
-        session.plan = [{"id": number, "description": step, "depends_on": []} for number, step in steps]
-        session.approach = "\n".join(f"{number}. {step}" for number, step in steps)
+        session.plan = parse_plan(reply.text)
+        session.approach = "\n".join(f"{number}. {step}" for number, step in enumerate(session.plan, start=1))
     probing = config if session.lane == "paired" else replace(config, probe_tokens=0)
     alone = yield from sketch(task, probing, session.draw)
     shown = session.approach = session.approach or alone.approach
-    yield from validate(session, config, "alone", alone.baselines[0])
+    yield from add_trial(session, config, "alone", alone.baselines[0])
     if is_coached:
         alone.problem = replace(task, question=f"{task.question}\n\nYour plan: {session.approach}")
     for _ in range(0 if session.lane == "auto" else 1 + config.retries):
         if (yield from teaching(session, config, shown)) is None:
             continue  # the student would get its own prompt again
-        (given,) = yield from guide(alone, ["\n".join(session.teachings)], config, session.draw)
-        yield from validate(session, config, "coached" if is_coached else "guided", given)
+        (given,) = yield from guide(alone, [session.guidance], config, session.draw)
+        yield from add_trial(session, config, "coached" if is_coached else "guided", given)
         if session.trials[-1].verdict.is_valid is not False:
             return
         shown = visible(given.text).strip()
@@ -174,7 +125,7 @@ def parse_plan(text: str) -> list[str]:
     return [str(step).strip() for step in steps if step][:MOST_STEPS] or [visible(text).strip()]
 
 
-def teaching(session: Session, config: LaneConfig, shown: str) -> Script:
+def teaching(session: Session, config: Config, shown: str) -> Script:
     """The teacher's guidance on what the student has `shown`, or None where its completion holds none."""
     question = session.task.question
     if session.playbook is not None and not session.teachings:
@@ -193,17 +144,11 @@ def teaching(session: Session, config: LaneConfig, shown: str) -> Script:
     return told
 
 
-def validate(session: Session, config: LaneConfig, kind: str, given: Attempt) -> Script:
-    """Adds the student's answer to the session's trials, with its verdict."""
+def add_trial(session: Session, config: Config, kind: str, given: Attempt) -> Script:
+    """The student's answer, with the verdict on it, joins the session's trials."""
     trial = Trial(kind, given.text, given.answer, given.tokens, given.is_truncated)
-    trial.verdict = yield from verdict_on(session, config, trial, len(session.trials))
+    trial.verdict = yield from judge(session, trial, config, len(session.trials))
     session.trials.append(trial)
-
-
-def verdict_on(session: Session, config: LaneConfig, trial: Trial, *seed: Any) -> Script:
-    guidance = "" if trial.kind == "alone" else "\n".join(session.teachings)
-    seed = (session.seed, session.session_id, *seed)
-    return (yield from judges.judge(session.task, trial, config, seed, session.approach, guidance))
 
 
 def reward_of(session: Session, count_tokens: Callable[[str], int]) -> float | None:
@@ -219,23 +164,23 @@ def reward_of(session: Session, count_tokens: Callable[[str], int]) -> float | N
     return reward * credit if credit is not None and reward > 0 else reward
 
 
-def audit(session: Session, config: LaneConfig) -> Script:
+def audit(session: Session, config: Config) -> Script:
     """Judges a returned answer with help and the student's own once more, for a share of the judged sessions."""
     alone, returned = session.trials[0], session.trials[session.chosen]
     is_drawn = derive_seed(session.seed, session.session_id, "audit") < config.audit * 2**63
     if returned is not alone and returned.verdict.by == "judges" and is_drawn:
-        own = yield from verdict_on(session, config, alone, "audit", alone.kind)
-        new = yield from verdict_on(session, config, returned, "audit", returned.kind)
+        own = yield from judge(session, alone, config, "audit", alone.kind)
+        new = yield from judge(session, returned, config, "audit", returned.kind)
         if None not in (own.score, new.score):
             session.audited_gain = new.score - own.score
 
 
-def learn_skills(session: Session, config: LaneConfig) -> Script:
+def learn_skills(session: Session, config: Config) -> Script:
     """What the skill writer makes of a session that went well; its faults are among the events, and no fault of the session."""
     if config.skill_writer is None or (session.reward or 0.0) < learning.SKILL_REWARD:
         return
-    told = {"approach": session.approach, "guidance": "\n".join(session.teachings), "reward": session.reward}
-    messages = protocol.request_json(learning.SKILL_REQUEST, task=session.task.question, **told)
+    told = {"task": session.task.question, "approach": session.approach, "guidance": session.guidance}
+    messages = protocol.request_json(learning.SKILL_REQUEST, **told, reward=session.reward)
     seed = derive_seed(session.seed, session.session_id, "skills")
     (answer,) = yield [Call("skill writer", "skills", messages, Generation(500, 0.2), seed)]
     if not isinstance(answer, Fault):

@@ -9,21 +9,19 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from nano_atlas import world
-from nano_atlas.config import option
 from nano_atlas.data import Problem, load_problems
 from nano_atlas.episode import EpisodeConfig, seeds, sketch, teach
 from nano_atlas.errors import UserError
 from nano_atlas.reward import RewardConfig
 from nano_atlas.runs import read_json, write_json
 from nano_atlas.runtime.deploy import write_deployment
-from nano_atlas.runtime.report import summary
-from nano_atlas.runtime.review import export_traces
+from nano_atlas.runtime.options import Config
+from nano_atlas.runtime.review import export_traces, summary
 from nano_atlas.schedule import play
 from nano_atlas.seats import Seat
 from nano_atlas.stats import in_points, paired_bootstrap
@@ -31,13 +29,6 @@ from nano_atlas.stats import in_points, paired_bootstrap
 ROOT = Path(__file__).parents[2]  # where the scripts are
 HELD_OUT = 500  # nano-world problems that decide, without --held-out
 MARGIN = 0.02  # largest loss of accuracy that still counts as not worse
-
-
-@dataclass(frozen=True)
-class PromotionConfig:
-    rounds: int = option(0, "times to run, train and promote", group="rounds", resumable=True, at_least=0)
-    held_out: Path | None = option(None, "JSONL of problems that decide (none: nano world)", resumable=True)
-    train_options: str = option("", "further options of train_grpo.py, as one text", resumable=True)
 
 
 def compare(seats: Sequence[Seat], problems: Sequence[Problem], episodes: EpisodeConfig) -> dict:
@@ -59,11 +50,10 @@ def compare(seats: Sequence[Seat], problems: Sequence[Problem], episodes: Episod
     return {"is_promoted": is_promoted, "reason": reason, **accuracies, "interval": interval}
 
 
-def run_rounds(config: Any, tasks: Sequence[Problem], run: Callable, open_seat: Callable) -> None:
+def run_rounds(config: Config, tasks: Sequence[Problem], run: Callable, open_seat: Callable) -> None:
     """Runtime, export, training and promotion, over and over; what is done of a round is not done again.
 
-    config, run(config, tasks), open_seat(config, spec): of runtime_loop.py. Raises UserError where a training fails; the same
-    command repeats its round.
+    run, open_seat: of runtime_loop.py. Raises UserError where a training fails; the same command repeats its round.
     """
     if len(tasks) < config.rounds:
         raise UserError(f"--rounds {config.rounds} needs at least as many tasks, not {len(tasks)}")
@@ -77,13 +67,9 @@ def run_rounds(config: Any, tasks: Sequence[Problem], run: Callable, open_seat: 
         export_traces(folder / "runtime/traces.jsonl", folder / "export.jsonl", config)
         decision = read_json(folder / "promotion.json")
         if not decision:
-            pair = {"teacher": config.teacher, "student": config.student}
-            more = (
-                config.train_options
-                if config.preset == "own"
-                else f"--preset {config.preset} {config.train_options}"
-            )
-            call("train_grpo.py", more, problems=folder / "export.jsonl", out=folder / "grpo", **pair)
+            pair = {"teacher": config.teacher, "student": config.student, "out": folder / "grpo"}
+            preset = "" if config.preset == "own" else f"--preset {config.preset} "
+            call("train_grpo.py", preset + config.train_options, problems=folder / "export.jsonl", **pair)
             places = [config.teacher, str(folder / "grpo/model")]
             seats = [open_seat(config, spec) for spec in (config.student, *places)]
             decision = compare(seats, problems, config)

@@ -1,57 +1,89 @@
-"""Which sessions may train the next teacher: selection by numbers, and review by people.
+"""What came of the sessions of a run, and which of them may train the next teacher.
 
-A session is recorded as `approved`, or as `pending` with --require-approval. People change that by --approve and --quarantine, with a
-note. Traces are never rewritten: decisions have a file of their own, `reviews.jsonl`, and the latest on a session counts.
+The report at the end of a run; selection by numbers; review by people: a session is recorded as `approved`, or as `pending` with
+--require-approval, and --approve and --quarantine change that, with a note. Traces are never rewritten: decisions have a file of their
+own, `reviews.jsonl`, and the latest on a session counts.
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
-from datetime import datetime, timezone
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from statistics import mean
 
-from nano_atlas.config import option
 from nano_atlas.errors import UserError
-from nano_atlas.runs import Journal, replacing
-from nano_atlas.runtime.traces import Outcome, Trace, read_traces
+from nano_atlas.runs import Journal, replace_text
+from nano_atlas.runtime.judges import degradation_bound
+from nano_atlas.runtime.options import LANES, STYLES, Config
+from nano_atlas.runtime.traces import Outcome, Trace, now, read_traces
 
-STATUSES = ("pending", "approved", "quarantined")
+METRICS = {  # the value for one session (None: nobody knows), the label in the report (none: not there), and a note
+    "reward": (lambda o: o.reward, "", ""),
+    "baseline_accuracy": (lambda o: o.baseline, "student alone", ""),
+    "returned_accuracy": (lambda o: o.returned, "returned", "(the best of all attempts, see judges.py)"),
+    "student_accuracy": (lambda o: o.guided, "guided", ""),
+    "accuracy_delta": (lambda o: o.gain, "", ""),
+    "non_degradation_rate": (lambda o: None if o.gain is None else o.gain >= 0, "not degraded", "(gain {gain} points)"),
+    "leak_rate": (lambda o: None if o.reward is None else o.is_leak, "leaks", ""),
+    "malformed_rate": (lambda o: o.is_malformed, "without <teaching>", ""),
+    "truncated_rate": (lambda o: o.is_truncated, "cut off", "(by a length limit)"),
+    "failed_rate": (lambda o: o.status == "failed", "", ""),
+    "helped_returned_rate": (lambda o: o.returned_attempt not in ("", "alone"), "", ""),
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Selection:
-    """Which traces are worth training on. One without the number in question is left out: nobody knows whether it qualifies."""
+def runtime_metrics(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
+    """Averages over the sessions where a value is known, None where it never is; and shares of lanes and strategies."""
+    known = {name: [x for o in outcomes if (x := of(o)) is not None] for name, (of, *_) in METRICS.items()}
+    tokens = sum((Counter(outcome.tokens) for outcome in outcomes), Counter())
+    return {
+        **{name: mean(values) if values else None for name, values in known.items()},
+        **{f"tokens/{actor}": count for actor, count in sorted(tokens.items())},
+        **{f"lane/{lane}": mean(o.lane == lane for o in outcomes) for lane in LANES},
+        **{f"strategy/{style}": mean(o.strategy == style for o in outcomes) for style in STYLES},
+    }
 
-    min_reward: float | None = option(None, "least session reward of a selected trace", group="selection")
-    min_gain: float | None = option(None, "least gain: score with help minus alone (-1 to 1)")
-    min_signal: float | None = option(None, "least |gain|, or disagreement of the judges")
-    only: tuple[str, ...] = option((), "only traces of these lanes or kinds of task (learning keys)")
-    since: str = option("", "only sessions begun since START, or in START..END (ISO 8601, UTC)")
-    review_status: tuple[str, ...] = option(("approved",), "only traces with these review states", STATUSES)
 
-    def check(self) -> None:
-        for time in filter(None, self.since.split("..")):
-            try:
-                datetime.fromisoformat(time)
-            except ValueError:
-                expected = "no time such as 2026-01-31 or 2026-01-31T12:00"
-                raise UserError(f"--since {self.since}: {time} is {expected}") from None
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """The end-of-run report."""
+    m, failed = runtime_metrics(outcomes), sum(outcome.status == "failed" for outcome in outcomes)
+    lines = [f"{len(outcomes)} tasks, {sum(o.baseline is not None for o in outcomes)} scored"]
+    lines[0] += f", {failed} FAILED (the same command tries them again)" if failed else ""
+    gain = f"{100 * (m['accuracy_delta'] or 0):+.1f}"
+    for name, (_, label, note) in METRICS.items():
+        if label and m[name] is not None:
+            lines.append(f"  {label:<18} {m[name]:7.1%}   {note.format(gain=gain)}".rstrip())
+    for style in STYLES:
+        mine = [o for o in outcomes if o.strategy == style and o.reward is not None]
+        if mine:
+            gain, reward = 100 * mean(o.gain for o in mine), mean(o.reward for o in mine)
+            told = f"{len(mine):7d}   (gain {gain:+.1f} points, reward {reward:+.3f})"
+            lines.append(f"  {style + ' teaching':<18} {told}")
+    if audited := [o.audited_gain for o in outcomes if o.audited_gain is not None]:
+        worse, bound = degradation_bound(audited)
+        found = f"{worse} of {len(audited)} returned answers with help are below the student's own"
+        lines.append(f"  judged again       {found}: at most {bound:.1%} at 95 % confidence, by this judge")
+    if pending := sum(outcome.review == "pending" for outcome in outcomes):
+        lines.append(f"  held for review    {pending:7d}   (--show pending, then --approve or --quarantine)")
+    lanes = ", ".join(f"{lane} {m[f'lane/{lane}']:.0%}" for lane in LANES if m[f"lane/{lane}"])
+    tokens = ", ".join(f"{name[7:]} {count:,}" for name, count in m.items() if name.startswith("tokens/"))
+    return "\n".join([*lines, f"  lanes              {lanes}", f"  tokens generated   {tokens}"])
 
-    def takes(self, outcome: Outcome) -> bool:
-        start, _, end = self.since.partition("..")
-        signal = max(abs(outcome.gain or 0.0), outcome.disagreement)
-        bounds = [(outcome.reward, self.min_reward), (outcome.gain, self.min_gain), (signal, self.min_signal)]
-        return (
-            outcome.status == "succeeded"
-            and outcome.review in self.review_status
-            and all(least is None or (value is not None and value >= least) for value, least in bounds)
-            and (not self.only or outcome.lane in self.only or outcome.learning_key in self.only)
-            and (not self.since or (start or "0") <= outcome.created_at < (end or "9999"))
-        )
 
-    @classmethod
-    def is_default(cls, config: "Selection") -> bool:
-        return all(getattr(config, field.name) == field.default for field in fields(cls))
+def is_selected(outcome: Outcome, config: Config) -> bool:
+    """One without the number in question is left out: nobody knows whether it qualifies."""
+    start, _, end = config.since.partition("..")
+    signal = max(abs(outcome.gain or 0.0), outcome.disagreement)
+    least = (config.min_reward, config.min_gain, config.min_signal)
+    known = (outcome.reward, outcome.gain, signal)
+    return (
+        outcome.status == "succeeded"
+        and outcome.review in config.review_status
+        and all(bound is None or (x is not None and x >= bound) for x, bound in zip(known, least))
+        and (not config.only or outcome.lane in config.only or outcome.learning_key in config.only)
+        and (not config.since or (start or "0") <= outcome.created_at < (end or "9999"))
+    )
 
 
 def reviewed_traces(path: Path) -> Iterator[tuple[Outcome, Trace]]:
@@ -77,26 +109,24 @@ def record_reviews(directory: Path, names: tuple[str, ...], status: str, note: s
         if len(meant) != 1:
             raise UserError(f"session {name}: {len(meant) or 'no'} sessions begin like this")
         decided += meant
-    at = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    about = {"status": status, "note": note, "at": now()}
     with Journal(directory / "reviews.jsonl") as journal:
-        journal.append({"session_id": name, "status": status, "note": note, "at": at} for name in decided)
+        journal.append({"session_id": name, **about} for name in decided)
     return decided
 
 
-def export_traces(source: Path, target: Path, selection: Selection) -> tuple[int, int]:
+def export_traces(source: Path, target: Path, config: Config) -> tuple[int, int]:
     """Write the selected traces of `source` to `target`, as a whole or not at all; returns how many, and of how many."""
     if target.exists() and target.samefile(source):
         raise UserError(f"--export {target} is the trace file itself; choose another name")
-    total = selected = 0
-    with replacing(target) as file:
-        for outcome, trace in reviewed_traces(source):
-            total += 1
-            if selection.takes(outcome):
-                selected += 1
-                file.write(json.dumps(trace).encode() + b"\n")
-        if selected == 0:
-            raise UserError(f"{source}: none of its {total} traces is selected, so {target} was not written")
-    return selected, total
+    traces = list(reviewed_traces(source))
+    selected = [trace for outcome, trace in traces if is_selected(outcome, config)]
+    if not selected:
+        raise UserError(
+            f"{source}: none of its {len(traces)} traces is selected, so {target} was not written"
+        )
+    replace_text(target, "".join(json.dumps(trace) + "\n" for trace in selected))
+    return len(selected), len(traces)
 
 
 def show_sessions(directory: Path, status: str) -> Iterator[str]:

@@ -24,10 +24,10 @@ from typing import Any
 from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
 from nano_atlas.runs import Journal
-from nano_atlas.runtime.deploy import KEY_VARIABLE
 from nano_atlas.runtime.lanes import new_session, run_session
 from nano_atlas.runtime.learning import Experience
-from nano_atlas.runtime.traces import past_outcomes
+from nano_atlas.runtime.options import KEY_VARIABLE, Config
+from nano_atlas.runtime.traces import past_outcomes, session_record
 from nano_atlas.schedule import drive
 from nano_atlas.seats import Seat
 
@@ -46,34 +46,35 @@ MOST_BYTES = 1_000_000  # of a request body; longer ones get HTTP 413
 KEEP_ALIVE = 5.0  # seconds between two comments in a stream
 
 
-def serve_pair(config: Any, seats: Mapping[str, Seat], record: Callable) -> None:
+def serve_pair(config: Config, seats: Mapping[str, Seat]) -> None:
     """Answers requests as sessions, one trace each; strategies and skills learn from those that can be scored.
 
-    config, record: of runtime_loop.py. Ends on SIGINT or SIGTERM.
+    Ends on SIGINT or SIGTERM.
     """
-    lock = (
-        threading.Lock()
-    )  # of experience and journal; and of sampling, as a sampler takes one caller at a time
+    books = threading.Lock()  # of experience and journal
     has_sampler = any(getattr(seat, "is_batched", False) for seat in seats.values())
+    turn = (
+        threading.Lock() if has_sampler else contextlib.nullcontext()
+    )  # a sampler takes one caller at a time
     with Journal(config.out / "traces.jsonl") as journal:
         experience = Experience(config.strategies)
         for past in past_outcomes(journal):
-            experience.learn([past])
+            experience.learn(past)
 
         def answer(question: str, temperature: float | None, max_tokens: int | None) -> tuple:
-            student, teacher = config.temperature
+            own, teachers = config.temperature
+            temperatures = (own if temperature is None else temperature, teachers)
             longest = min(max_tokens or config.answer_tokens, config.answer_tokens)
-            temperatures = (student if temperature is None else temperature, teacher)
-            this = replace(config, temperature=temperatures, answer_tokens=longest)
-            with lock:
-                session = new_session(uuid.uuid4().hex[:24], Problem("", question, None), experience, this)
-            script = run_session(session, this, seats["teacher"].count_tokens)
-            with lock if has_sampler else contextlib.nullcontext():
+            asked = replace(config, temperature=temperatures, answer_tokens=longest)
+            with books:
+                session = new_session(uuid.uuid4().hex[:24], Problem("", question, None), experience, asked)
+            script = run_session(session, asked, seats["teacher"].count_tokens)
+            with turn:
                 list(drive({0: script}, seats, workers=config.workers, timeout=config.timeout))
-            with lock:
-                outcome, trace = record(session, experience, this)
+            outcome, trace = session_record(session)
+            with books:
                 journal.append([trace])
-                experience.learn([outcome])
+                experience.learn(outcome)
             if not session.trials:
                 raise UserError(session.fault)
             return session.trials[session.chosen], outcome
@@ -118,8 +119,11 @@ def read_request(content: bytes) -> tuple[bool, str, float | None, int | None]:
     if len(content) > MOST_BYTES:
         raise HTTPException(413, f"the body must have at most {MOST_BYTES} bytes")
     try:
-        body = json.loads(content)
-        texts = [(message["role"], text_of(message["content"])) for message in body["messages"]]
+        body, texts = json.loads(content), []
+        for message in body["messages"]:
+            said = message["content"]  # a text, or parts of which none may be an image or a sound
+            said = said if isinstance(said, str) else "".join(part["text"] for part in said)
+            texts.append(f"{message['role']}: {said}" if len(body["messages"]) > 1 else said)
         limits = [body.get("temperature"), body.get("max_completion_tokens") or body.get("max_tokens")]
         if not texts or any(limit is not None and limit < 0 for limit in limits):
             raise ValueError("it needs messages, and no limit may be below 0")
@@ -127,13 +131,7 @@ def read_request(content: bytes) -> tuple[bool, str, float | None, int | None]:
             raise ValueError("there is one answer, and tools are the student's (--student MODULE:TOOLS@URL)")
     except (ValueError, KeyError, TypeError) as error:
         raise HTTPException(400, f"not a chat completion request: {type(error).__name__}: {error}") from None
-    question = texts[0][1] if len(texts) == 1 else "\n\n".join(f"{role}: {text}" for role, text in texts)
-    return bool(body.get("stream")), question, *limits
-
-
-def text_of(content: str | list) -> str:
-    """Of a message. Raises KeyError for an image or a sound."""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+    return bool(body.get("stream")), "\n\n".join(texts), *limits
 
 
 async def events(task: asyncio.Task) -> AsyncIterator[str]:
