@@ -180,7 +180,12 @@ def start_or_continue(config: ArmsConfig, contents: dict[str, str]) -> None:
     contents = {f"checkpoint {name}": checkpoint_digest(path) for name, path in paths.items()} | contents
     for file in [file for pattern in RESULT_FILES for file in out.glob(pattern)] if config.restart else ():
         file.unlink()
-    if saved := read_json(out / "run.json"):
+    saved = read_json(out / "run.json")
+    if not saved and (out / "tasks.jsonl").exists():
+        raise UserError(
+            f"{out}/tasks.jsonl has no run.json; choose another --out, or start over with --restart"
+        )
+    if saved:
         refuse_changes(config, saved["config"], str(out))
         if changed := [name for name in contents if saved["contents"].get(name) != contents[name]]:
             what = f"{out} holds results of other contents than now: {', '.join(changed)}"
