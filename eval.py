@@ -4,7 +4,7 @@
     python eval.py --full                                             # all controls and all columns
     python eval.py --preset own --bench gsm8k --data test.jsonl --student DIR --teacher sft=DIR grpo=DIR --out runs/gsm8k
     python eval.py --bench tau2 --help                                # dialogues; crmarena: see nano_atlas/benches/crmarena.py
-    python eval.py --tables --out runs/gsm8k                          # the tables again, without any model
+    python eval.py --tables --out runs/gsm8k                          # the tables again
 
 Every arm answers the same tasks in the same answer format, so arms are compared in pairs:
 
@@ -16,11 +16,11 @@ Every arm answers the same tasks in the same answer format, so arms are compared
     same-budget  control, more tokens: the majority of as many answers alone as the last teacher's pair costs (rounded up)
 
 --out gets tasks.jsonl (a line per answer; an interrupted run continues there), run.json, results.json and tables.md.
-Simplified against leaderboards: one greedy answer per task by default (--samples for averages), compared as number or words.
+Simplified against leaderboards: by default one greedy answer per task (--samples for averages), compared as number or words.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, pairwise
@@ -29,8 +29,8 @@ from pathlib import Path
 from statistics import mean
 
 from nano_atlas import answers, world
-from nano_atlas.benches import arms, crmarena, scores
-from nano_atlas.benches.arms import SAME_BUDGET, SHUFFLED, STUDENT, TWO_VOTES, UNTRAINED, TaskLog, TaskResult
+from nano_atlas.benches import arms, crmarena, scores, tau2
+from nano_atlas.benches.arms import SHUFFLED, STUDENT, TWO_VOTES, TaskLog, TaskResult
 from nano_atlas.config import derive_seed, option, parse, run_script
 from nano_atlas.data import Problem, load_problems
 from nano_atlas.episode import Sketch, guide, seeds, sketch, teach
@@ -40,7 +40,6 @@ from nano_atlas.reward import RewardConfig
 from nano_atlas.runs import digest
 from nano_atlas.runtime.deploy import with_deployment
 from nano_atlas.schedule import Script, play
-from nano_atlas.seats import Reply, Seat
 
 VOTE_TEMPERATURE = 0.7  # of the votes where all else is greedy: equal answers are no vote
 CHUNK = 1024  # answers per arm between two writes: what a killed run loses at most
@@ -62,15 +61,15 @@ class Config(arms.ArmsConfig, Benchmark):
     deploy: Path | None = option(None, "YAML that names student and teacher in service", resumable=True)
 
     @property
-    def controls(self) -> Sequence[str]:
-        return arms.CONTROLS if self.full and self.teacher else super().controls
+    def arms(self) -> list[str]:
+        return [STUDENT, *self.teachers, *arms.CONTROLS] if self.full and self.teacher else super().arms
 
     def check(self) -> None:
         if self.tables:
             return
         if self.student is None:
             raise UserError(f"--preset {self.preset} needs --student DIRECTORY or URL")
-        self.check_arms()
+        super().check()
         if self.samples > 1 and self.temperature == 0:
             raise UserError(f"--temperature 0 gives {self.samples} times the same answer; raise it")
         if bool(self.data) == (self.bench == "nano"):
@@ -80,28 +79,24 @@ class Config(arms.ArmsConfig, Benchmark):
 def main() -> None:
     argv = sys.argv[1:]
     if "--bench=tau2" in argv or ("--bench", "tau2") in pairwise(argv):
-        from nano_atlas.benches import tau2
-
-        return tau2.main(argv)
-    config = parse(Config, with_deployment(argv, is_evaluation=True), presets("eval"), __doc__)
+        config, compute, own = parse(tau2.Config, argv, {}, tau2.__doc__), tau2.run, tau2.tables
+    else:
+        argv = with_deployment(argv, is_evaluation=True)
+        config, compute, own = parse(Config, argv, presets("eval"), __doc__), run, crmarena.tables
     if not config.tables:
-        run(config)
-    scores.finish(config, crmarena.tables, is_short=not config.full)
+        compute(config)
+    scores.finish(config, own)
 
 
 def run(config: Config) -> None:
     """Compute whatever config.out does not hold yet."""
     tasks, is_right = load_tasks(config), verifier(config)
     query = crmarena.salesforce() if config.bench == "crmarena" else None
-
-    def open_seat(name: str) -> Seat:
-        seat = config.open({STUDENT: config.student, **config.teachers}[name])
-        return crmarena.QueryingSeat(seat, query) if query and name == STUDENT else seat
-
     contents = {f"tasks {name}": digest(repr(p).encode() for p in tasks[name]) for name in tasks}
     arms.start_or_continue(config, contents)
     with TaskLog(config.out / "tasks.jsonl") as log:
-        evaluate(config, tasks, log, is_right, open_seat)
+        problems, how = list(chain(*tasks.values())), Arms(config, tasks, log, is_right, query)
+        arms.fill(log, config, problems, how.answer)
 
 
 def load_tasks(config: Config) -> Tasks:
@@ -126,42 +121,29 @@ def verifier(config: Config) -> Callable[[str, str], bool]:
     return lambda answer, gold: verify(*(parse(f"\\boxed{{{text}}}") for text in (gold, answer)))
 
 
-def evaluate(config: Config, tasks: Tasks, log: TaskLog, is_right: Callable, open_seat: Callable) -> None:
-    """Run each chunk of each arm that the log does not hold whole. Teachers are opened one at a time, and only if needed.
-
-    Arms that do not need each other advance side by side, and chunks mix domains, so that few large calls reach a seat.
-    """
-    problems, size = list(chain(*tasks.values())), max(1, CHUNK // config.samples)
-    seats: dict[str, Seat] = {}
-    scripts, teachers = Scripts(config, tasks, log, seats), [[name] for name in config.teachers]
-    ways = dict.fromkeys(config.arms, scripts.taught) | dict.fromkeys(arms.ALONE, scripts.alone)
-    for stage in [STUDENT, TWO_VOTES], *teachers, [SHUFFLED, UNTRAINED, SAME_BUDGET]:
-        seats.pop("teacher", None)  # the last one, before the next one is opened
-        stage = [arm for arm in stage if arm in config.arms]
-        for start in range(0, len(problems), size):
-            chunk = problems[start : start + size]
-            missing = [arm for arm in stage if any(len(log.get(arm, p)) < config.samples for p in chunk)]
-            if not missing:
-                continue
-            student = seats["student"] = seats.get("student") or open_seat(STUDENT)
-            if "teacher" not in seats:
-                seats["teacher"] = open_seat(*stage) if stage in teachers else student
-            running = [ways[arm](arm, problem) for arm in missing for problem in chunk]
-            progress = f"{', '.join(missing)}: {len(chunk)} of {len(problems)} tasks"
-            results = list(chain(*play(running, seats, progress)))
-            for attempt, gold in ((result.attempt, result.gold) for result in results):
-                attempt.is_correct = attempt.answer is not None and is_right(attempt.answer, gold)
-            log.append(results)
-
-
 @dataclass
-class Scripts:
+class Arms:
     """How each arm answers one task: scripts that return its results, one per sample."""
 
     config: Config
     tasks: Tasks
     log: TaskLog
-    seats: dict[str, Seat]
+    is_right: Callable[[str, str], bool]  # verifier of (answer, gold)
+    query: crmarena.Query | None = None  # of a student that may look things up
+
+    def answer(self, jobs: arms.Jobs, seats: arms.Seats) -> Iterator[list[TaskResult]]:
+        """Some CHUNK results at a time, of all domains, so that few large calls reach a seat."""
+        if self.query:
+            seats = seats | {STUDENT: crmarena.QueryingSeat(seats[STUDENT], self.query)}
+        size = max(1, CHUNK // self.config.samples)
+        for start in range(0, len(jobs), size):
+            chunk = jobs[start : start + size]
+            scripts = [self.alone(*job) if job[0] in arms.ALONE else self.taught(*job) for job in chunk]
+            label = f"{', '.join(sorted({arm for arm, _ in chunk}))}: {len(chunk)} of {len(jobs)} tasks"
+            results = list(chain(*play(scripts, seats, label)))
+            for attempt, gold in ((result.attempt, result.gold) for result in results):
+                attempt.is_correct = attempt.answer is not None and self.is_right(attempt.answer, gold)
+            yield results
 
     def alone(self, arm: str, problem: Problem) -> Script:
         """The student's own answers. In the arms that vote each is the majority of several, at the price of all of them."""
@@ -179,24 +161,17 @@ class Scripts:
 
     def taught(self, arm: str, problem: Problem) -> Script:
         """With a teaching. Shuffled, sample i gets the one that the last teacher wrote for sample i of the task's donor."""
-        config, seed, alone = self.config, seeds(self.config.seed), self.log.get(STUDENT, problem)
+        config, seed, alone = self.config.episode, seeds(self.config.seed), self.log.get(STUDENT, problem)
         known = Sketch(problem, alone[0].approach, alone[0].approach_tokens, [own.attempt for own in alone])
         if arm == SHUFFLED:
-            given = self.log.get(next(reversed(config.teachers)), self.donors[problem.domain][problem.id])
-            teachings = [one.teaching for one in given]
-            replies = [Reply(one.teacher_text, one.teacher_tokens, one.is_teacher_truncated) for one in given]
-            told = zip((yield from guide(known, teachings, config.episode, seed)), replies, teachings)
+            given = self.log.get(self.config.last, self.donors[problem.domain][problem.id])
+            attempts = yield from guide(known, [one.teaching for one in given], config, seed)
+            told = [(one.told, attempt) for one, attempt in zip(given, attempts)]
         else:
-            count = self.seats["teacher"].count_tokens
-            made = yield from teach(known, config.episode, RewardConfig(), seed, count, config.samples)
-            told = [(episode.guided, episode.reply, episode.teaching) for episode in made]
-        results = []
-        for own, (attempt, reply, teaching) in zip(alone, told):
-            teacher = {"teacher_text": reply.text, "teacher_tokens": reply.tokens, "teaching": teaching}
-            teacher["is_teacher_truncated"] = reply.is_truncated
-            teacher["is_leak"] = teaching is not None and answers.reveals_answer(teaching, own.gold)
-            results.append(replace(own, arm=arm, attempt=attempt, **teacher))
-        return results
+            # nobody reads the rewards here, nor the lengths they depend on
+            made = yield from teach(known, config, RewardConfig(), seed, len, len(alone))
+            told = [(episode.reply, episode.guided) for episode in made]
+        return [own.taught(reply, arm=arm, attempt=attempt) for own, (reply, attempt) in zip(alone, told)]
 
     @cached_property
     def donors(self) -> dict[str, dict[str, Problem]]:
@@ -205,7 +180,7 @@ class Scripts:
     @cached_property
     def budget(self) -> dict[str, int]:
         """By domain: answers of the student alone that cost at least what one of the last teacher's pair does (tokens)."""
-        pair, found = (next(reversed(self.config.teachers)), STUDENT), {}
+        pair, found = (self.config.last, STUDENT), {}
         for domain, problems in self.tasks.items():
             costs = [mean(r.all_tokens for p in problems for r in self.log.get(arm, p)) for arm in pair]
             found[domain] = ceil(costs[0] / max(costs[1], 1))

@@ -39,12 +39,12 @@ from tqdm import tqdm
 
 from nano_atlas import distributed, episode, optim
 from nano_atlas.batching import Sample, completion_logprobs, policy_batches, predicting_states
-from nano_atlas.checkpoint import save_model
+from nano_atlas.checkpoint import load_model, save_model
 from nano_atlas.config import derive_seed, option, parse, run_script, to_json
 from nano_atlas.data import Problem, load_problems, problems_of_step
 from nano_atlas.episode import Episode, EpisodeConfig, Sketch
 from nano_atlas.errors import UserError
-from nano_atlas.layout import LayoutConfig, Pipeline, choose_layout, load, open_policy, open_student
+from nano_atlas.layout import LayoutConfig, Pipeline, choose_layout, open_policy, open_student
 from nano_atlas.loss import fused_token_loss
 from nano_atlas.model import Transformer
 from nano_atlas.presets import presets
@@ -330,13 +330,12 @@ def train(config: Config) -> None:
         return
     problems, held_out = load_data(config)
     is_taught = config.reward == "teaching"
-    start, flag = (config.teacher, "--teacher") if is_taught else (config.student, "--student")
+    start = config.teacher if is_taught else config.student
     layout = choose_layout(config, config.student if is_taught else "", config.kl)
-    made_by = f"train it with `python train_sft.py`, or name another with {flag}"
-    policy = load(start, layout.policy, config.dtype, made_by)
+    policy = load_model(start, getattr(torch, config.dtype), layout.policy)
     policy.recompute_activations = config.gradient_checkpointing
     distributed.shard(policy)
-    reference = load(start, layout.reference, config.dtype, "") if config.beta else None
+    reference = load_model(start, getattr(torch, config.dtype), layout.reference) if config.beta else None
     tokenizer = Tokenizer.from_directory(start)
     optimizer = optim.MasterAdamW(policy, **ADAMW, state_device=config.optimizer_device)
     record = optim.load_training_state(resumed, optimizer) if resumed else {"step": 0, "best": None}

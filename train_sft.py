@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nano_atlas import data, distributed, optim
-from nano_atlas.checkpoint import is_checkpoint, load_model, save_model
+from nano_atlas.checkpoint import load_model, save_model
 from nano_atlas.config import derive_seed, option, parse, run_script, to_json
 from nano_atlas.data import Example, collate, count_targets, load_examples
 from nano_atlas.errors import UserError
@@ -94,9 +94,8 @@ def load(config: Config) -> Transformer:
 
 def load_data(config: Config, tokenizer: Tokenizer) -> tuple[list[Example], list[Example]]:
     """(training, held-out) examples; which ones are held out depends on the seed and on the number of examples only."""
-    examples, left_out = load_examples(config.data, tokenizer, config.max_length, thinking=config.thinking)
-    for reason, count in left_out.items():
-        print(f"left out: {count} examples of {reason}")
+    reading = tokenizer, config.max_length, config.thinking
+    examples = load_examples(config.data, *reading)
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "held out"))
     order = torch.randperm(len(examples), generator=generator).tolist()
     held = set(order[: round(config.held_out * len(examples))])
@@ -105,7 +104,7 @@ def load_data(config: Config, tokenizer: Tokenizer) -> tuple[list[Example], list
     if not learned:
         raise UserError(f"all {len(examples)} examples are held out; lower --held-out or add data")
     if config.eval_data:
-        held_out += load_examples(config.eval_data, tokenizer, config.max_length, thinking=config.thinking)[0]
+        held_out += load_examples(config.eval_data, *reading)
     return learned, held_out
 
 
@@ -135,9 +134,6 @@ def evaluate(model: Transformer, examples: Sequence[Example], tokens_per_batch: 
 
 def train(config: Config, resumed: Path | None) -> None:
     """resumed: the training state to continue from."""
-    if not is_checkpoint(config.model):
-        fetch = f"hf download {config.model} --local-dir {config.model}"
-        raise UserError(f"no model at {config.model}; fetch one with `{fetch}`, or name another with --model")
     tokenizer = Tokenizer.from_directory(config.model)
     learned, held_out = load_data(config, tokenizer)
     data_digest = files_digest((*config.data, *config.eval_data))

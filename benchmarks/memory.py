@@ -3,9 +3,9 @@
     python -m benchmarks.memory --policy Qwen/Qwen3-8B --student Qwen/Qwen3-4B --gpus 2 8 16
 
 One GPU trains and samples. Of two, the second samples with vLLM, and the optimizer's state is on the host. Of more, each holds 1/N
-of the policy (`torchrun`, FSDP2), the whole frozen models and a copy to sample from. Generation and update take turns: the KV cache
-is gone when gradients come. Not counted: CUDA's context (about 1 GB) and what the allocator cannot reuse. tests/test_memory.py
-compares with real tensors, except the fused loss on a GPU and FSDP2's buffers. b: bytes of a number (2: bfloat16).
+of the policy (FSDP2), the whole frozen models and a copy to sample from. The KV cache is gone when gradients come. Not counted:
+CUDA's context (about 1 GB) and what the allocator cannot reuse. tests/test_memory.py compares with real tensors, except the fused
+loss on a GPU and FSDP2's buffers. c: the model; b: bytes of a number (2: bfloat16).
 """
 
 import sys
@@ -24,6 +24,11 @@ QWEN3 = {  # hidden and intermediate size, layers, heads, tied embedding; from t
 }  # fmt: skip
 CARD = 81_559 * 2**20  # bytes of an H100 of "80 GB"
 VLLM_SHARE = 0.9  # of a card that only serves
+NORM_INPUT = {
+    4: 4,
+    2: 8,
+}  # bytes of a number that a norm keeps in float32; of bfloat16 two copies, for square and product
+LOGITS = {4: 4, 2: 6}  # bytes of an element of the logits, and of the head's gradient
 DURING_UPDATE = ("gradients", "activations", "fused loss", "gathered by FSDP2")
 
 
@@ -53,10 +58,7 @@ def parameters(c: ModelConfig) -> int:
 def layer_activations(c: ModelConfig, b: int = 2) -> int:
     """Per token, what autograd keeps of a layer of `model.py` (documents of one length; others add padding)."""
     q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    floats = (
-        8 if b == 2 else 4
-    )  # a norm's float32 input; of bfloat16 two copies, for the square and the product
-    norms = 2 * c.hidden_size * (floats + b + b) + c.qk_norm * (q + k) * (floats + b)
+    norms = 2 * c.hidden_size * (NORM_INPUT[b] + b + b) + c.qk_norm * (q + k) * (NORM_INPUT[b] + b)
     return norms + b * 2 * (q + k) + 4 * b * c.intermediate_size  # q, k, v, attended; gate, silu, up, product
 
 
@@ -64,7 +66,7 @@ def activations(c: ModelConfig, tokens: int, is_checkpointed: bool, b: int = 2) 
     """Every layer's, or, checkpointed, every layer's input and one whole layer's; the final norm's; cosines and sines."""
     layers, one = c.num_hidden_layers, layer_activations(c, b)
     kept = layers * b * c.hidden_size + one if is_checkpointed else layers * one
-    return tokens * (kept + c.hidden_size * ((8 if b == 2 else 4) + 2 * b) + 2 * c.head_dim * b)
+    return tokens * (kept + c.hidden_size * (NORM_INPUT[b] + 2 * b) + 2 * c.head_dim * b)
 
 
 def kv_cache(c: ModelConfig, rows: int, slots: int, b: int = 2) -> int:
@@ -76,16 +78,13 @@ def training(c: ModelConfig, tokens: int, b=2, ranks=1, is_offloaded=False) -> d
     """{item: bytes} on each rank, with gradient checkpointing; tokens: of a micro-batch."""
     total, layer, root = parameters(c), layer_parameters(c), root_parameters(c)
     chunk = min(tokens, MAX_CHUNK_TOKENS, CHUNK_ELEMENTS["cuda"] // c.vocab_size)
-    logits, sums = (
-        (4 + b, b + 4) if b < 4 else (4, b)
-    )  # bytes of an element of the logits, of the head's gradient
     head, masters = c.vocab_size * c.hidden_size, 12 if b == 2 and ranks == 1 else 8
     items = {
         "policy": (b if ranks == 1 else 4) * total // ranks,  # sharded they are the float32 masters
         "masters, moments": 0 if is_offloaded else masters * total // ranks,
         "gradients": 4 * total // ranks,  # summed in float32 over the micro-batches
         "activations": activations(c, tokens, True, b),
-        "fused loss": chunk * c.vocab_size * logits + tokens * c.hidden_size * b + head * sums,
+        "fused loss": (chunk * c.vocab_size + head) * LOGITS[b] + tokens * c.hidden_size * b,
     }
     if ranks > 1:  # weights and gradients of the root and of two layers, input of the largest reduce-scatter
         items["gathered by FSDP2"] = b * (root + 2 * layer) + b * (root + layer) + 4 * max(root, layer)
@@ -110,7 +109,8 @@ def peak(items: dict[str, int]) -> int:
 
 
 def gigabytes(size: float) -> str:
-    return f"{size / 1e9:.1f}" if size < 9.95e9 else f"{size / 1e9:.0f}"
+    digits = 1 if size < 9.95e9 else 0
+    return f"{size / 1e9:.{digits}f}" if size else ""
 
 
 @dataclass(frozen=True)
@@ -127,14 +127,13 @@ def table(config: Config) -> str:
     """Markdown: GB (10^9 bytes) per GPU."""
     policy, student = known_config(config.policy), known_config(config.student)
     rows, slots, tokens = config.cache_rows, config.sequence_tokens, config.tokens_per_batch
-    columns: dict[str, dict[str, int]] = {}
+    columns = {}
     for gpus in config.gpus:
         columns |= grpo(policy, student, gpus, rows, slots, tokens)
+    names = dict.fromkeys(name for items in columns.values() for name in items)
     lines = [["GB per GPU", *columns], ["---", *["---:"] * len(columns)]]
-    for name in dict.fromkeys(sum(map(list, columns.values()), [])):
-        cells = (gigabytes(items[name]) if items.get(name) else "" for items in columns.values())
-        lines.append([name, *cells])
-    lines.append(["**peak**", *(f"**{gigabytes(peak(items))}**" for items in columns.values())])
+    lines += [[name, *(gigabytes(items.get(name, 0)) for items in columns.values())] for name in names]
+    lines += [["**peak**", *(f"**{gigabytes(peak(items))}**" for items in columns.values())]]
     whole, cache = gigabytes(activations(policy, tokens, False)), gigabytes(kv_cache(policy, 1, slots))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + (
         f"\n\nAn 80 GB card has {gigabytes(CARD)} GB. Activations of {tokens:,} tokens with gradient checkpointing; without, {whole} GB. "

@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     learn(model, everything, following, seed)
     more = examples_of(base_corpus(config.texts[2], f"settling/{seed}", config.hints), tokenizer)
     learn(model, more, following, seed, schedule="cosine", success=0.0)
-    save_model(config.out, model, tokenizer, dtype=torch.float16)
+    save_model(config.out, model.to(torch.float16), tokenizer)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,9 @@ def main() -> None:
         user = "solo" if config.mode == "solo" else server.url
         seats = f"--user {user} --student {server.url} --teacher taught={server.url} --control none"
         lengths = "--max-steps 20 --answer-tokens 200 --teaching-tokens 64 --probe-tokens 32"
-        run = f"--limit {config.limit} --trials 1 --temperature 0 --workers 8 --restart --out {place}/results"
+        run = (
+            f"--limit {config.limit} --samples 1 --temperature 0 --workers 8 --restart --out {place}/results"
+        )
         evaluation = f"--bench tau2 {seats} {lengths} {run}".split()
         subprocess.run([config.python, root / "eval.py", *evaluation], check=True)
 

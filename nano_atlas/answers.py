@@ -16,22 +16,18 @@ def extract_answer(completion: str) -> str | None:
     text = visible(completion)
     # from the nearest opening tag, because a text may speak of the tag before it uses it
     solutions = re.findall(r"<solution>((?:(?!<solution>).)*?)</solution>", text, re.DOTALL)
-    answer = solutions[-1] if solutions else text
-    boxed = _last_boxed(answer)
-    if boxed is None and not solutions:
-        return None
-    return (answer if boxed is None else boxed).strip() or None
+    boxed = _last_boxed(solutions[-1] if solutions else text)
+    answer = solutions[-1] if solutions and boxed is None else boxed
+    return (answer or "").strip() or None
 
 
 def _last_boxed(text: str) -> str | None:
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth = 0
-    for index in range(start + len("\\boxed"), len(text)):
-        depth += {"{": 1, "}": -1}.get(text[index], 0)
+    _, opening, rest = text.rpartition("\\boxed{")
+    depth = 1
+    for index, character in enumerate(rest if opening else ""):
+        depth += {"{": 1, "}": -1}.get(character, 0)
         if depth == 0:
-            return text[start + len("\\boxed{") : index]
+            return rest[:index]
     return None
 
 

@@ -42,10 +42,7 @@ Named = Iterable[tuple[str, Tensor]]
 
 
 def config_from_dict(values: dict, source: str = "config.json") -> ModelConfig:
-    """The hyper-parameters in a `config.json` of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
-
-    Defaults of absent fields are those of transformers. Raises UserError naming the field that is missing or not supported.
-    """
+    """What a `config.json` of transformers 4 or 5 says, or means by an absent field. Raises UserError naming a field at fault."""
 
     def positive(field: str, default: int | None = None) -> int:
         value = default if values.get(field) is None else values[field]
@@ -67,7 +64,7 @@ def config_from_dict(values: dict, source: str = "config.json") -> ModelConfig:
     config = {f.name: positive(f.name, defaults.get(f.name)) for f in fields(ModelConfig) if f.type is int}
     if heads % config["num_key_value_heads"] or config["head_dim"] % 2:
         rule = "num_attention_heads must be a multiple of num_key_value_heads, and head_dim even"
-        raise UserError(f"{source}: {rule}; they are {config}")
+        raise UserError(f"{source}: {rule}, not {config}")
     config |= {"attention_bias": kind == "qwen2", "qk_norm": kind == "qwen3"}
     config["rms_norm_eps"] = float(values.get("rms_norm_eps", 1e-6))
     config["tie_word_embeddings"] = bool(values.get("tie_word_embeddings", False))
@@ -76,20 +73,18 @@ def config_from_dict(values: dict, source: str = "config.json") -> ModelConfig:
 
 def _rope(values: dict, source: str) -> dict:
     """`rope_theta` and `rope_scaling` from either style of configuration, or from both if they agree."""
-    rope = dict(values.get("rope_parameters") or {})
+    rope = {field: v for field, v in (values.get("rope_parameters") or {}).items() if v is not None}
     old = {"rope_theta": values.get("rope_theta")} | (values.get("rope_scaling") or {})
     for field, value in old.items():
         if value is not None and rope.setdefault(field, value) != value:
-            styles = "rope_parameters and rope_scaling or rope_theta"
-            raise UserError(f"{source}: {styles} disagree on {field}; remove one of them")
+            raise UserError(f"{source}: rope_parameters contradict {field}={value!r}; remove one of them")
     theta, old_type = float(rope.pop("rope_theta", 10_000.0)), rope.pop("type", "default")
     rope_type = rope.pop("rope_type", old_type)
     if rope.get("partial_rotary_factor") == 1.0:
         del rope["partial_rotary_factor"]
     if rope_type not in ROPE_TYPES or rope.keys() != set(ROPE_TYPES[rope_type]):
-        supported = " or ".join(f"{name!r} with {list(names)}" for name, names in ROPE_TYPES.items())
-        found = f"rope_type={rope_type!r} with {sorted(rope)}"
-        raise UserError(f"{source}: rope parameters of {found} are not supported; use {supported}")
+        found, use = f"rope_type={rope_type!r} with {sorted(rope)}", f"default, or llama3 with {LLAMA3_ROPE}"
+        raise UserError(f"{source}: {found} is not supported; use {use}")
     return {"rope_theta": theta, "rope_scaling": rope or None}
 
 
@@ -115,15 +110,15 @@ def is_checkpoint(path: str | Path) -> bool:
 def read_config(path: str | Path) -> ModelConfig:
     """The configuration of a checkpoint directory. Raises UserError."""
     if not is_checkpoint(path):
-        raise UserError(f"{path} is not a checkpoint directory: it has no config.json")
+        remedy = f"train one with train_sft.py, or fetch one: hf download {path} --local-dir {path}"
+        raise UserError(f"no model at {path}, because it has no config.json; {remedy}")
     return config_from_dict(read_json(Path(path) / "config.json"), f"{path}/config.json")
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
-    """A checkpoint directory as a `Transformer` in `dtype` on `device`.
+    """A checkpoint directory as a `Transformer`. Host memory holds the result and one tensor more.
 
-    Tensors are read one at a time from the mapped file straight into their place, so host memory holds the result and one tensor
-    more. Raises UserError that names every missing, extra or wrongly shaped tensor.
+    Raises UserError that names every missing, extra or wrongly shaped tensor.
     """
     config = read_config(path)
     with torch.device("meta"):
@@ -134,16 +129,14 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
             raise UserError(f"{path}: {HEAD} differs from {EMBEDDING} although tie_word_embeddings is true")
         del found[HEAD]
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-    problems = []
-    for name in sorted(shapes.keys() | found):
-        if found.get(name) != shapes.get(name):
-            problems.append(f"{name}: {found.get(name, 'missing')}, should be {shapes.get(name, 'absent')}")
-    if problems:
-        listed = "\n  ".join(problems)
-        raise UserError(f"{path} does not fit its config.json ({len(problems)} problems):\n  {listed}")
+    ours, theirs = dict.fromkeys(found, "absent") | shapes, dict.fromkeys(shapes, "missing") | found
+    wrong = [name for name in sorted(ours) if ours[name] != theirs[name]]
+    if wrong:
+        listed = "\n  ".join(f"{name}: {theirs[name]}, should be {ours[name]}" for name in wrong)
+        raise UserError(f"{path} does not fit its config.json ({len(wrong)} problems):\n  {listed}")
     state = {}
     for name, shape in shapes.items():
-        # `copy_` and not a view: the file may be replaced while the model lives, and training writes into its weights
+        # not a view: the file may be replaced while the model lives, and training writes into its weights
         state[name] = torch.empty(shape, dtype=dtype, device=device).copy_(_read(files, name))
     model.load_state_dict(state, assign=True)
     return model
@@ -151,12 +144,11 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
 
 def _stored_tensors(path: Path) -> tuple[dict[str, Path], dict[str, list[int]]]:
     """The file and the shape of each tensor in one `model.safetensors`, or in the shards that the index names."""
-    names, index = {"model.safetensors"}, path / "model.safetensors.index.json"
+    names = {"model.safetensors"}
     if not (path / "model.safetensors").is_file():
-        names = set(read_json(index).get("weight_map", {}).values())
+        names = set(read_json(path / "model.safetensors.index.json").get("weight_map", {}).values())
     if not names:
-        remedy = "pickled weights are not read, convert them"
-        raise UserError(f"{path} has neither model.safetensors nor {index.name}; {remedy}")
+        raise UserError(f"{path} has neither model.safetensors nor its index; convert pickled weights first")
     files, shapes = {}, {}
     for file in sorted(path / name for name in names):
         try:
@@ -164,8 +156,7 @@ def _stored_tensors(path: Path) -> tuple[dict[str, Path], dict[str, list[int]]]:
                 shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
                 files |= dict.fromkeys(tensors.keys(), file)
         except (OSError, SafetensorError) as error:
-            remedy = "copy or download the checkpoint again"
-            raise UserError(f"{file} is not a complete safetensors file ({error}); {remedy}") from error
+            raise UserError(f"{file} is not a complete safetensors file ({error}); copy it again") from error
     # old versions of transformers stored a buffer that means nothing
     return files, {name: shape for name, shape in shapes.items() if not name.endswith("rotary_emb.inv_freq")}
 
@@ -195,31 +186,27 @@ def in_shards(tensors: Named, max_bytes: float) -> Iterator[dict[str, Tensor]]:
     yield shard
 
 
-def save_model(
-    path, model: Transformer, tokenizer, dtype=None, max_shard_bytes: float = 5e9, repeat_tied_head=False
-) -> None:
+def save_model(path, model: Transformer, tokenizer, max_shard_bytes=5e9, repeat_tied_head=False) -> None:
     """Writes a directory that `load_model`, transformers and vLLM read, replacing an earlier checkpoint at `path` atomically.
 
-    `dtype` converts the weights (default: as they are). Weights above `max_shard_bytes` are split into several files with an
-    index. `repeat_tied_head` stores a tied head once more, under its own name. `tokenizer` may be None. Collective; rank 0 writes.
-    Raises UserError if `path` holds something else than a checkpoint, which would be lost.
+    Above `max_shard_bytes` there are several files and an index. repeat_tied_head: store it once more under its own name.
+    Collective; rank 0 writes. Raises UserError if `path` holds anything that is not a checkpoint's.
     """
     path = Path(path)
     entries = path.iterdir() if path.is_dir() else filter(Path.exists, [path])
-    foreign = [e.name for e in entries if e.suffix != ".safetensors" and e.name not in CHECKPOINT_FILES]
+    foreign = sorted(e.name for e in entries if e.suffix != ".safetensors" and e.name not in CHECKPOINT_FILES)
     if foreign:
-        listed = ", ".join(sorted(foreign)[:5])
+        listed = ", ".join(foreign[:5])
         raise UserError(f"{path} holds {listed}, which saving would delete; choose another directory")
-    dtype = dtype or model.compute_dtype or model.head_weight.dtype
-    whole = full_parameters(model)
-    tensors = with_tied_head(whole, model.config) if repeat_tied_head else whole
+    tensors = full_parameters(model)
+    if repeat_tied_head:
+        tensors = with_tied_head(tensors, model.config)
     if rank() > 0:
         deque(tensors, maxlen=0)  # takes part in gathering
         return
     with atomic_directory(path) as folder:
         weight_map: dict[str, str] = {}
-        converted = ((name, tensor.to("cpu", dtype)) for name, tensor in tensors)
-        for number, shard in enumerate(in_shards(converted, max_shard_bytes), start=1):
+        for number, shard in enumerate(in_shards(tensors, max_shard_bytes), start=1):
             file = f"model-{number:05}.safetensors"
             save_file(shard, folder / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(shard, file)
@@ -229,4 +216,5 @@ def save_model(
             write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
         if tokenizer is not None:
             tokenizer.save(folder)
+        dtype = model.compute_dtype or model.head_weight.dtype
         write_json(folder / "config.json", config_to_dict(model.config, dtype, tokenizer))

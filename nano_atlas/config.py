@@ -23,12 +23,12 @@ import time
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn
 
 from nano_atlas.distributed import is_first_failure, process_group, size
 from nano_atlas.errors import UserError
 
-ConfigType = TypeVar("ConfigType")
+METAVARS = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 BOUNDS = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le, "below": operator.lt}
 
 
@@ -44,9 +44,7 @@ class Preset(NamedTuple):
     overrides: Mapping[str, Any]
 
 
-def option(
-    default: Any, help: str, choices: Sequence = (), *, group: str = "", resumable: bool = False, **bounds
-) -> Any:
+def option(default: Any, help: str, choices=(), *, group="", resumable=False, **bounds) -> Any:
     """A dataclass field that becomes `--its-name`; `help` gives meaning and unit, `group` starts a section of `--help`.
 
     A `resumable` option may differ when an interrupted run is continued (how long, how often), others may not (what is computed).
@@ -71,15 +69,14 @@ def _options(cls: Any) -> list[dataclasses.Field]:
 
 def _add_option(group: Any, field: dataclasses.Field, kind: Any, default: Any) -> None:
     shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
-    shown = "none" if shown in ("", "None") else shown
-    settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
-    settings["help"] = f"{field.metadata['help']} (default: {shown})".replace("%", "%%")
+    text = f"{field.metadata['help']} (default: {'none' if shown in ('', 'None') else shown})"
+    settings = {"dest": field.name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
     if kind is bool:
         group.add_argument(flag_of(field.name), action=argparse.BooleanOptionalAction, **settings)
         return
     is_optional = type(None) in typing.get_args(kind)
     if is_optional:
-        (kind,) = [part for part in typing.get_args(kind) if part is not type(None)]
+        kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) is tuple:
         kind, *more = typing.get_args(kind)
         settings["nargs"] = "*" if more[-1] is Ellipsis else 1 + len(more)
@@ -91,23 +88,20 @@ def _add_option(group: Any, field: dataclasses.Field, kind: Any, default: Any) -
         return value
 
     convert.__name__ = kind.__name__  # argparse names it: "invalid int value: 'x'"
-    if choices := field.metadata["choices"]:
-        settings |= {"choices": choices, "metavar": "{" + ",".join(map(str, choices)) + "}"}
-    else:
-        settings["metavar"] = {int: "N", float: "X", Path: "PATH", str: "TEXT"}[kind]
-    group.add_argument(flag_of(field.name), type=convert, **settings)
+    choices = field.metadata["choices"]
+    metavar = "{" + ",".join(map(str, choices)) + "}" if choices else METAVARS[kind]
+    settings |= {"type": convert, "choices": choices or None, "metavar": metavar}
+    group.add_argument(flag_of(field.name), **settings)
 
 
-def parse(
-    cls: type[ConfigType], argv: Sequence[str], presets: Mapping[str, Preset], description: str
-) -> ConfigType:
-    """Build `cls` from the command line; with `presets` its first field is the name of the one to start from. Raises UserError."""
+def parse(cls: Any, argv: Sequence[str], presets: Mapping[str, Preset], description: str) -> Any:
+    """A `cls` from the command line; with `presets` its first field is the name of the one to start from. Raises UserError."""
     style = argparse.RawDescriptionHelpFormatter
     parser = _Parser(description=description, formatter_class=style, allow_abbrev=False)
     options, kinds, group = _options(cls), typing.get_type_hints(cls), parser
     chosen = _Parser(add_help=False, allow_abbrev=False)
     chosen.add_argument("--preset", default=options[0].default, choices=list(presets) or None)
-    preset = presets[chosen.parse_known_args(list(argv))[0].preset] if presets else Preset("", {})
+    preset = presets[chosen.parse_known_args(argv)[0].preset] if presets else Preset("", {})
     for field in options:
         if field.metadata["group"]:
             group = parser.add_argument_group(field.metadata["group"])
@@ -118,7 +112,7 @@ def parse(
             group.add_argument("--preset", **settings, help=text.replace("%", "%%"))
         else:
             _add_option(group, field, kinds[field.name], preset.overrides.get(field.name, field.default))
-    given, unknown = parser.parse_known_args(list(argv))
+    given, unknown = parser.parse_known_args(argv)
     if unknown:
         known = [flag for action in parser._actions for flag in action.option_strings]
         close = difflib.get_close_matches(unknown[0].split("=")[0].replace("_", "-"), known, n=1)
@@ -127,18 +121,15 @@ def parse(
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
     config = cls(**{**preset.overrides, **values})
     for field in options:
-        _check_bounds(field, getattr(config, field.name))
+        value = getattr(config, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            for name, bound in field.metadata["bounds"].items():
+                if number is not None and not BOUNDS[name](number, bound):
+                    rule = f"{name.replace('_', ' ')} {bound}"
+                    raise UserError(f"{flag_of(field.name)} must be {rule}, not {number}")
     if hasattr(config, "check"):
         config.check()
     return config
-
-
-def _check_bounds(field: dataclasses.Field, value: Any) -> None:
-    for number in value if isinstance(value, tuple) else (value,):
-        for name, bound in field.metadata["bounds"].items():
-            if number is not None and not BOUNDS[name](number, bound):
-                words = name.replace("_", " ")
-                raise UserError(f"{flag_of(field.name)} must be {words} {bound}, not {number}")
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -153,17 +144,12 @@ def refuse_changes(config: Any, saved: Mapping[str, Any], where: str) -> None:
     changed = [f"{flag_of(name)} {saved[name]} -> {now[name]}" for name in fixed if saved[name] != now[name]]
     if changed:
         anew = "start over with --restart" if "restart" in now else "delete it"
-        raise UserError(
-            f"{where} was started with other options: {', '.join(changed)}. "
-            f"Repeat the earlier ones to continue it, choose another --out, or {anew}"
-        )
+        remedy = f"Repeat the earlier ones to continue it, choose another --out, or {anew}"
+        raise UserError(f"{where} was started with other options: {', '.join(changed)}. {remedy}")
 
 
 def run_script(main: Callable[[], None], is_parallel: bool = False) -> None:
-    """Run a script's `main`; what the user can fix ends it with one readable line.
-
-    is_parallel: it may run under torchrun. Then only the first failing rank reports; the others exit silently.
-    """
+    """Run a script's `main`; what the user can fix ends it with one readable line. is_parallel: it may run under torchrun."""
     with process_group():
         try:
             if size() > 1 and not is_parallel:

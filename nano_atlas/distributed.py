@@ -3,8 +3,8 @@
 All ranks hold the same data, take the same decisions, and share the computation: each samples its part of the conversations
 (`divide`) and learns from its part of a step's tokens (`shares`); then all get all results. Each stores its rows of every
 parameter, gradient and moment (Rajbhandari et al. 2020, arXiv:1910.02054, ZeRO stage 3); whole layers exist while they compute.
-Gradients are summed, not averaged, because the losses are already normalised by the whole step: and after each micro-batch,
-because waiting for the last would need an unsharded float32 gradient (33 GB for 8B) to save one transfer of three.
+Gradients are summed, because the losses are normalised by the whole step, and after each micro-batch, because waiting for the last
+would need an unsharded float32 gradient (33 GB for 8B) to save one transfer of three.
 """
 
 import os
@@ -48,9 +48,9 @@ def process_group() -> Iterator[None]:
 
 def is_first_failure() -> bool:
     """Whether this rank is the first of the job to fail. Only that one reports; the others exit silently."""
-    if not dist.is_initialized():
-        return True
-    with suppress(RuntimeError):  # torchrun has ended, and its store with it
+    with suppress(
+        RuntimeError, ValueError
+    ):  # torchrun has ended, and its store with it; or there is no group
         return dist.distributed_c10d._get_default_store().add("failures", 1) == 1
     return True
 
@@ -68,24 +68,20 @@ def device(choice: str, gpus: int | None = None) -> str:
         raise UserError(f"{choice}: each of torchrun's processes has a GPU of its own; use auto or cpu")
     if choice == "cuda" or choice == "auto" and gpus:
         choice = f"cuda:{os.environ['LOCAL_RANK'] if size() > 1 else 0}"
-    choice = "cpu" if choice == "auto" else choice
-    check_gpu(choice, gpus)
-    return choice
+    return check_gpu("cpu" if choice == "auto" else choice, gpus)
 
 
-def check_gpu(name: str, gpus: int) -> None:
+def check_gpu(name: str, gpus: int) -> str:
     if name.startswith("cuda") and torch.device(name).index >= gpus:
         raise UserError(f"there is no device {name} here ({gpus} GPUs)")
+    return name
 
 
 def shares(sizes: Sequence[int]) -> list[list[int]]:
     """Items (by index) of each rank: contiguous, and of equal total size up to one item."""
-    result: list[list[int]] = [[] for _ in range(size())]
-    before, total = 0, sum(sizes)
-    for index, item in enumerate(sizes):
-        result[int((before + item / 2) * len(result) / total)].append(index)  # where the item's middle lies
-        before += item
-    return result
+    lengths = torch.tensor(sizes, dtype=torch.float64)
+    owners = ((lengths.cumsum(0) - lengths / 2) * size() / lengths.sum()).int()  # of each item's middle
+    return [(owners == owner).nonzero().flatten().tolist() for owner in range(size())]
 
 
 def in_step(batches: Sequence, filler) -> Iterator[tuple]:
@@ -96,8 +92,8 @@ def in_step(batches: Sequence, filler) -> Iterator[tuple]:
     most = torch.tensor(len(batches))
     if size() > 1:
         dist.all_reduce(most, dist.ReduceOp.MAX)
-    yield from ((batch, True) for batch in batches)
-    yield from ((filler, False) for _ in range(int(most) - len(batches)))
+    for index in range(int(most)):
+        yield (batches[index], True) if index < len(batches) else (filler, False)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -135,8 +131,8 @@ def divide(seat, is_first_only: bool = False):
 def shard(model: Transformer) -> None:
     """Cuts the parameters into rows, in place: float32 from here on, and cast to the model's dtype when they are gathered.
 
-    One group per layer, and one of embedding, final norm and head, which stays gathered until the end of the backward pass,
-    because the loss uses `head_weight` outside of the model. FSDP2 gives each rank ceil(rows / N), the last ranks fewer or none.
+    One group per layer, and one of embedding, final norm and head, which stays gathered in the backward pass, because the loss
+    uses `head_weight` outside of the model. FSDP2 gives each rank ceil(rows / N), the last ranks fewer or none.
     """
     if size() == 1:
         return
@@ -180,19 +176,18 @@ def gather_rows(part: Tensor, rows: int) -> Tensor:
 @torch.no_grad()
 def full_parameters(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     """(name, whole tensor) one at a time, in the model's dtype. Collective: all ranks must go through all of them."""
-    if model.compute_dtype is None:
-        yield from ((name, parameter.detach()) for name, parameter in model.named_parameters())
-        return
-    model.reshard()  # a forward pass without a backward one leaves embedding and head gathered
-    for name, parameter in model.named_parameters():
-        yield name, gather_rows(own_part(parameter).to(model.compute_dtype), len(parameter))
+    dtype = model.compute_dtype
+    if dtype is not None:
+        model.reshard()  # a forward pass without a backward one leaves embedding and head gathered
+    for name, weight in model.named_parameters():
+        weight = weight.detach()
+        yield name, weight if dtype is None else gather_rows(own_part(weight).to(dtype), len(weight))
 
 
 def copy_parameters(source: Transformer, target: Transformer) -> None:
     """`target` is whole, on any device."""
-    targets = dict(target.named_parameters())
-    for name, tensor in full_parameters(source):
-        targets[name].data.copy_(tensor)
+    for (_, tensor), parameter in zip(full_parameters(source), target.parameters()):
+        parameter.data.copy_(tensor)
 
 
 def whole_copy(model: Transformer) -> Transformer:

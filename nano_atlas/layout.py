@@ -7,17 +7,14 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
 from nano_atlas import distributed
-from nano_atlas.checkpoint import is_checkpoint, load_model
 from nano_atlas.config import option
 from nano_atlas.errors import UserError
 from nano_atlas.model import Transformer
 from nano_atlas.seats import EmbeddedSeat, Seat, TokenSeat, is_url, open_seat
-from nano_atlas.tokenizer import Tokenizer
 
 ROLLOUT = re.compile(r"embedded|vllm(?::(cpu|cuda:\d+(?:,\d+)*))?")
 ROLLOUT_HELP = """who samples the policy: embedded (this process), vllm (a server started here, on the last GPU),
@@ -42,8 +39,8 @@ class LayoutConfig:
 class Layout:
     policy: str
     student: str  # "" where it is an endpoint or there is none
+    student_server: bool  # whether a vLLM server is started for the student
     reference: str
-    student_server: bool = False  # whether a vLLM server is started for the student
     server: str = ""  # device or devices of the policy's vLLM server, if one is started here
     urls: tuple[str, ...] = ()  # the policy's vLLM servers, if they are running already
 
@@ -76,24 +73,15 @@ def choose_layout(config: LayoutConfig, student: str, kl: str, gpus: int | None 
     server = "" if urls or rollout == ("embedded",) else asked[1] or spare
     for device in gpus_of(server):
         distributed.check_gpu(device, gpus)
-    is_served = bool(server or urls)
-    if config.overlap and not is_served:
+    if config.overlap and not (server or urls):
         raise UserError("--overlap needs --rollout vllm: the embedded sampler's weights change in training")
 
-    has_full_gpu = is_served and gpus > 1 and is_alone  # vLLM preallocates its GPU's memory
-    is_here = bool(student) and not is_url(student)
+    has_full_gpu = bool(server or urls) and gpus > 1 and is_alone  # vLLM preallocates its GPU's memory
     reference = policy if kl == "exact" or has_full_gpu else spare
-    student_server = is_here and has_full_gpu and has_vllm
-    layout = Layout(policy, spare if is_here else "", reference, student_server, server, urls)
+    place = (spare, has_full_gpu and has_vllm) if student and not is_url(student) else ("", False)
+    layout = Layout(policy, *place, reference, server, urls)
     print(f"{gpus} GPUs, vLLM {'is' if has_vllm else 'is not'} installed: {layout}")
     return layout
-
-
-def load(path: str | Path, device: str, dtype: str, made_by: str) -> Transformer:
-    """The model of a checkpoint directory. Raises UserError, with the advice `made_by`, where there is none."""
-    if not is_checkpoint(path):
-        raise UserError(f"no model at {path}; {made_by}")
-    return load_model(path, dtype=getattr(torch, dtype), device=device)
 
 
 def open_policy(config, layout, policy: Transformer, tokenizer, version: int, stack) -> TokenSeat:
@@ -102,26 +90,21 @@ def open_policy(config, layout, policy: Transformer, tokenizer, version: int, st
         from nano_atlas.vllm import sampler
 
         return sampler.open_policy(config, layout, policy, tokenizer, version, stack)
-    seat = embedded_seat(config, distributed.whole_copy(policy), tokenizer)
+    options = {"thinking": config.thinking, "max_rows": config.cache_rows}
+    seat = EmbeddedSeat(distributed.whole_copy(policy), tokenizer, **options)
     seat.sampler.sync(policy, version)
     return distributed.divide(seat)
 
 
 def open_student(config, layout: Layout, stack) -> Seat:
     """The frozen student's seat. Raises UserError where `config.student` is no checkpoint, or an endpoint that does not answer."""
-    if is_url(config.student):
-        return distributed.divide(open_seat(config.student))
     if layout.student_server:
         from nano_atlas.vllm import sampler
 
         return sampler.open_student(config, layout, stack)
-    made_by = "name the student's checkpoint directory with --student"
-    frozen = load(config.student, layout.student, config.dtype, made_by)
-    return distributed.divide(embedded_seat(config, frozen, Tokenizer.from_directory(config.student)))
-
-
-def embedded_seat(config, model: Transformer, tokenizer: Tokenizer) -> EmbeddedSeat:
-    return EmbeddedSeat(model, tokenizer, thinking=config.thinking, max_rows=config.cache_rows)
+    options = {"thinking": config.thinking, "max_rows": config.cache_rows}
+    dtype = getattr(torch, config.dtype)
+    return distributed.divide(open_seat(config.student, layout.student, dtype, **options))
 
 
 class Pipeline:

@@ -51,19 +51,16 @@ class RMSNorm(nn.Module):
 
 
 def rope_inverse_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
-    """Rotation per position, in radians, of each pair of channels: `[D_head / 2]`, float32.
-
-    `rope_scaling` is Llama 3.1's: slow channels are interpolated by `factor`, fast ones kept.
-    """
+    """Rotation per position, in radians, of each pair of channels: `[D_head / 2]`, float32; slowed by Llama 3.1's scaling."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
     wavelengths = 2 * math.pi / frequencies
-    turns = scaling["original_max_position_embeddings"] / wavelengths  # within the original context
+    turns = scaling["original_max_position_embeddings"] / wavelengths
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast channels, 0: slow ones
     return (1 - kept) * frequencies / scaling["factor"] + kept * frequencies
 
 
@@ -169,8 +166,8 @@ class Transformer(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """The attention kernel, causal unless there is a mask; q `[B, H, T, D_head]`, k and v `[B, H_kv, S, D_head]`."""
-    is_grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=is_grouped)
+    options = {"is_causal": mask is None, "enable_gqa": q.shape[1] != k.shape[1]}
+    return F.scaled_dot_product_attention(q, k, v, mask, **options)
 
 
 class PackedAttention:

@@ -1,15 +1,16 @@
 """AdamW on float32 master weights, learning-rate schedules, and training states that resume exactly.
 
-The optimizer updates a float32 copy of each weight, because a relative change of 1e-5 is below the resolution of bfloat16 (2^-8)
-and would be rounded away. Bytes per parameter with bfloat16 compute: 2 (weights) + 4 (gradients, summed in float32 over the
-micro-batches) + 4 (masters) + 8 (the two moments of Adam) = 18. With float32 compute a weight is its own master and gradient
-sum: 16. Masters and moments may live on another device. Of a model sharded over N ranks, each updates its own rows: 16 / N.
+A relative change of 1e-5 is below the resolution of bfloat16 (2^-8), so the optimizer updates a float32 copy of each weight. Bytes
+per parameter with bfloat16 compute: 2 (weights) + 4 (gradients, summed in float32 over the micro-batches) + 4 (masters) + 8 (the two
+moments of Adam) = 18. With float32 compute a weight is its own master and gradient sum: 16. Masters and moments may live on
+another device. Of a model sharded over N ranks, each updates its own rows: 16 / N.
 """
 
 import math
 import shutil
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nano_atlas import distributed
 from nano_atlas.checkpoint import in_shards
 from nano_atlas.config import refuse_changes, to_json
-from nano_atlas.distributed import device, gather_rows, own_part, own_rows, rank, size, sum_over_ranks, wait
+from nano_atlas.distributed import gather_rows, own_part, own_rows, rank
 from nano_atlas.errors import UserError
 from nano_atlas.runs import atomic_directory, read_json, write_json
 
@@ -29,40 +31,26 @@ SCHEDULES = ("cosine", "constant", "linear")
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_fraction: float, schedule: str) -> float:
-    """The rate of optimizer step `step` (0 <= step < total).
-
-    Linear warm-up over the first `warmup_fraction` of the steps, counted from 1 so that the first step already moves; then
-    constant, or cosine or linear decay that would reach 0 at step `total`.
+    """The rate of optimizer step `step` (0 <= step < total): linear warm-up, counted from 1 so that the first step already moves;
+    then constant, or cosine or linear decay that would reach 0 at step `total`.
     """
     warmup = round(total * warmup_fraction)
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, total - warmup)
-    if schedule == "cosine":
-        return peak * 0.5 * (1 + math.cos(math.pi * progress))
-    return peak * (1 - progress) if schedule == "linear" else peak
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * {"cosine": cosine, "linear": 1 - progress, "constant": 1.0}[schedule]
 
 
 class MasterAdamW:
     """AdamW with decoupled weight decay (Loshchilov and Hutter 2019), float32 state, and clipping by the global norm.
 
-    Matrices decay; vectors (norm weights, biases) do not. `state_device` holds masters and moments ("auto": beside each parameter).
-    Gradients of low-precision parameters are summed in float32, each as soon as the backward pass has it, so that only one
-    low-precision gradient exists at a time; `parameter.grad` stays None.
+    Matrices decay; vectors do not. `state_device` holds masters and moments ("auto": beside each parameter). Gradients of
+    low-precision parameters are summed in float32 as soon as the backward pass has each; their `parameter.grad` stays None.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        betas: tuple[float, float] = (0.9, 0.95),
-        weight_decay: float = 1e-4,
-        clip_norm: float = 1.0,
-        state_device: torch.device | str = "auto",
-    ):
-        state_device = (
-            "auto" if state_device == "auto" else device(str(state_device))
-        )  # UserError if not there
+    def __init__(self, model, betas=(0.9, 0.95), weight_decay=1e-4, clip_norm=1.0, state_device="auto"):
+        self.clip_norm, self.skipped_steps = clip_norm, 0
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.weights = {name: own_part(p) for name, p in self.parameters.items()}  # this rank's rows
         self.masters = {name: _master(weight, state_device) for name, weight in self.weights.items()}
@@ -73,15 +61,14 @@ class MasterAdamW:
         self.gradient_sums: dict[str, Tensor] = {}  # float32, of the low-precision parameters
         for name, parameter in self.parameters.items():
             if parameter.dtype != torch.float32:
-                parameter.register_post_accumulate_grad_hook(lambda p, name=name: self._add_gradient(name, p))
-        self.clip_norm, self.skipped_steps = clip_norm, 0
+                parameter.register_post_accumulate_grad_hook(partial(self._add_gradient, name))
 
     def _add_gradient(self, name: str, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
         if name in self.gradient_sums:
-            self.gradient_sums[name] += parameter.grad
+            self.gradient_sums[name] += gradient
         else:
-            self.gradient_sums[name] = parameter.grad.float()
-        parameter.grad = None
+            self.gradient_sums[name] = gradient.float()
 
     @torch.no_grad()
     def step(self, rate: float) -> float:
@@ -91,33 +78,28 @@ class MasterAdamW:
         """
         gradients = {name: own_part(p.grad) for name, p in self.parameters.items() if p.grad is not None}
         gradients |= self.gradient_sums
-        if not gradients:
-            raise RuntimeError("step() without a backward pass before it")
         norm = float(torch.nn.utils.get_total_norm(list(gradients.values()), foreach=True))
-        if size() > 1:
-            norm = float(sum_over_ranks(torch.tensor(norm**2, dtype=torch.float64))) ** 0.5
-        if math.isfinite(norm):
-            if norm > self.clip_norm:
-                torch._foreach_mul_(list(gradients.values()), self.clip_norm / norm)
-            for name, gradient in gradients.items():
-                master, adamw = self.masters[name], self.adamws[name]
-                master.grad = gradient.to(master.device)
-                adamw.param_groups[0]["lr"] = rate
-                adamw.step()
-                master.grad = None
-                self.weights[name].copy_(master)  # does nothing where a weight is its own master
-        else:
-            self.skipped_steps += 1
+        if distributed.size() > 1:
+            square = torch.tensor(norm**2, dtype=torch.float64)
+            norm = float(distributed.sum_over_ranks(square)) ** 0.5
+        is_finite = math.isfinite(norm)
+        self.skipped_steps += not is_finite
+        if is_finite and norm > self.clip_norm:
+            torch._foreach_mul_(list(gradients.values()), self.clip_norm / norm)
+        for name, gradient in gradients.items() if is_finite else ():
+            master, adamw = self.masters[name], self.adamws[name]
+            master.grad = gradient.to(master.device)
+            adamw.param_groups[0]["lr"] = rate
+            adamw.step()
+            master.grad = None
+            self.weights[name].copy_(master)  # does nothing where a weight is its own master
         self.gradient_sums.clear()
         for parameter in self.parameters.values():
             parameter.grad = None
         return norm
 
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All that the next step depends on: whole float32 tensors `{parameter name}.{master|step|exp_avg|exp_avg_sq}`.
-
-        Collective: a rank that skips one deadlocks the others.
-        """
+        """All that the next step depends on, whole: `{parameter name}.{master|step|exp_avg|exp_avg_sq}`, float32. Collective."""
         for name, master in self.masters.items():
             for kind, value in {"master": master.detach(), **self.adamws[name].state[master]}.items():
                 whole = value if kind == "step" else gather_rows(value, len(self.parameters[name]))
@@ -125,23 +107,22 @@ class MasterAdamW:
 
     @torch.no_grad()
     def load_state_tensor(self, key: str, value: Tensor) -> None:
-        """Take over one tensor of `state_tensors()`; a master also sets the model's weight. Raises UserError."""
+        """Takes over one of the `state_tensors()`; a master also sets the model's weight. Raises UserError."""
         name, _, kind = key.rpartition(".")
-        if name not in self.masters:
-            raise UserError(f"unknown tensor {key}")
-        master, is_step = self.masters[name], kind == "step"
-        if not is_step and value.shape != self.parameters[name].shape:
-            raise UserError(f"{key} has shape {list(value.shape)}")
-        own = value if is_step else own_rows(value)
+        is_step = kind == "step"  # a number; all else is of the parameter's shape
+        if name not in self.masters or not (is_step or value.shape == self.parameters[name].shape):
+            raise UserError(f"{key} {list(value.shape)} is not of this model")
+        value = value if is_step else own_rows(value)
+        master = self.masters[name]
         if kind == "master":
-            self.weights[name].copy_(master.copy_(own))
+            self.weights[name].copy_(master.copy_(value))
         else:
-            self.adamws[name].state[master][kind] = own.to(master.device, copy=True)
+            self.adamws[name].state[master][kind] = value.to(master.device, copy=True)
 
 
-def _master(weight: Tensor, device: torch.device | str) -> Tensor:
-    """The weight itself if it is float32 on the right device, else a copy that is."""
-    device = weight.device if device == "auto" else torch.device(device)
+def _master(weight: Tensor, choice: torch.device | str) -> Tensor:
+    """The weight itself if it is float32 on the chosen device ("auto": its own), else a copy that is. Raises UserError."""
+    device = weight.device if choice == "auto" else torch.device(distributed.device(str(choice)))
     is_master = weight.dtype == torch.float32 and weight.device == device
     return weight if is_master else nn.Parameter(weight.detach().to(device, torch.float32))
 
@@ -149,32 +130,31 @@ def _master(weight: Tensor, device: torch.device | str) -> Tensor:
 def open_run(config: Any) -> Path | None:
     """Start or continue the run in `config.out`: the newest complete state there, or None.
 
-    With `config.restart` the directory is emptied first. Raises UserError where it was started with other options.
+    `config.restart` deletes an earlier run's states and models, and nothing else that lies there. Raises UserError where the run
+    was started with other options.
     """
-    if config.restart and rank() == 0:
-        shutil.rmtree(config.out, ignore_errors=True)
-    wait()
+    for name in ("state", "model", "best") if config.restart and rank() == 0 else ():
+        shutil.rmtree(config.out / name, ignore_errors=True)
+    distributed.wait()
     state, options = max((config.out / "state").glob("step-*"), default=None), config.out / "options.json"
     if state:
         refuse_changes(config, read_json(options), str(config.out))
-    wait()  # all have read the earlier options
+    distributed.wait()  # all have read the earlier options
     if rank() == 0:
         write_json(options, to_json(config))
     return state
 
 
 def save_training_state(root: Path, optimizer: MasterAdamW, step: int, **extra: Any) -> None:
-    """Write `root/step-00000120/` (safetensors and state.json) and delete the older states.
+    """Write `root/step-00000120/` (safetensors and state.json), atomically, and delete the older states.
 
-    The directory appears under its name only when it is complete, so an interrupted save leaves the one before. Weights are
-    stored once, as masters. No random generator has a state to store: each draw's seed is derived from (seed, step).
+    Weights are stored once, as masters. No random generator has a state to store: seeds are derived from (seed, step).
     """
-    target = Path(root) / f"step-{step:08d}"
     tensors = optimizer.state_tensors()
     if rank() > 0:
         deque(tensors, maxlen=0)  # takes part in gathering; rank 0 writes
         return
-    with atomic_directory(target) as folder:
+    with atomic_directory(Path(root) / f"step-{step:08d}") as folder:
         for number, shard in enumerate(in_shards(tensors, SHARD_BYTES)):
             save_file(shard, folder / f"state-{number:05d}.safetensors")
         write_json(folder / "state.json", {"step": step, "skipped_steps": optimizer.skipped_steps, **extra})
@@ -183,10 +163,7 @@ def save_training_state(root: Path, optimizer: MasterAdamW, step: int, **extra: 
 
 
 def load_training_state(state: Path, optimizer: MasterAdamW) -> dict[str, Any]:
-    """Restore optimizer and model weights bit for bit; returns state.json: `step`, `skipped_steps` and the saved `extra`.
-
-    Raises UserError naming the tensor or file that is missing, unknown or of another shape.
-    """
+    """Restore optimizer and weights bit for bit; returns state.json. Raises UserError naming the tensor or file at fault."""
     missing = {f"{name}.master" for name in optimizer.masters}
     try:
         record = read_json(state / "state.json")

@@ -10,74 +10,58 @@ from typing import Any
 
 from nano_atlas.config import Preset
 
-NANO_STUDENT = Path(__file__).parent / "world" / "student"  # it comes with the package
+STUDENT = Path(__file__).parent / "world" / "student"  # it comes with the package
 NANO = Path("runs/nano")
-NANO_LENGTHS = {"probe_tokens": 40, "teaching_tokens": 96, "answer_tokens": 120}
+NANO_SAMPLING = {"student": str(STUDENT), "probe_tokens": 40, "teaching_tokens": 96, "answer_tokens": 120}
 
 
-def _paths(run: Path) -> dict[str, dict[str, Any]]:
-    """Where each script finds what the one before it has made."""
+def _preset(help: str, run: Path, train_sft: dict, train_grpo: dict, evaluation: dict, runtime: dict):
+    """The options of each script, and where it finds what the one before it has made."""
     sft, grpo = run / "teacher-sft", run / "teacher-grpo"
-    return {
-        "train_sft": {"out": sft},
-        "train_grpo": {"out": grpo, "teacher": sft / "model"},
-        "eval": {"out": run / "eval", "teacher": (f"sft={sft / 'model'}", f"grpo={grpo / 'model'}")},
-        "runtime_loop": {"out": run / "runtime", "teacher": str(grpo / "model")},
+    teachers = f"sft={sft / 'model'}", f"grpo={grpo / 'model'}"
+    return help, {
+        "train_sft": {"out": sft} | train_sft,
+        "train_grpo": {"out": grpo, "teacher": sft / "model"} | train_grpo,
+        "eval": {"out": run / "eval", "teacher": teachers} | evaluation,
+        "runtime_loop": {"out": run / "runtime", "teacher": str(grpo / "model")} | runtime,
     }
 
 
-def _language_model(
-    help: str, run: str, student: str, teacher: str, lengths: int, rows: int, **more: Any
-) -> tuple:
+def _language_model(help: str, run: str, student: str, teacher: str, lengths: int, rows: int, **more: Any):
     """lengths: longest teaching and answer (tokens); rows: sequences decoded at once; more: of training, such as device or dtype."""
     training = {"dtype": "bfloat16", "gradient_checkpointing": True, "tokens_per_batch": 8192} | more
-    sampling = {"teaching_tokens": lengths, "answer_tokens": lengths}
-    using = {"student": student, "device": more.get("device", "cuda"), "dtype": training["dtype"], **sampling}
-    settings = _paths(Path("runs") / run)
-    settings["train_sft"] |= {"model": Path(teacher), "compile": "device" not in more, **training}
-    settings["train_grpo"] |= {"student": student, "cache_rows": rows, **sampling, **training}
-    settings["eval"] |= {"bench": "gsm8k", **using}
-    settings["runtime_loop"] |= using
-    return help, settings
+    sampling = {"student": student, "teaching_tokens": lengths, "answer_tokens": lengths}
+    using = {"device": more.get("device", "cuda"), "dtype": training["dtype"], **sampling}
+    sft = {"model": Path(teacher), "compile": "device" not in more, **training}
+    grpo = {"cache_rows": rows, **sampling, **training}
+    return _preset(help, Path("runs") / run, sft, grpo, {"bench": "gsm8k", **using}, using)
 
-
-_NANO = _paths(NANO)
-_NANO["train_sft"] |= {
-    "model": NANO_STUDENT, "epochs": 6, "tokens_per_step": 8192, "tokens_per_batch": 4096, "lr": 1e-3, "weight_decay": 0.01, "held_out": 0.05,
-}  # fmt: skip
-_NANO["train_grpo"] |= NANO_LENGTHS | {
-    "student": str(NANO_STUDENT), "steps": 40, "problems_per_step": 16, "lr": 2e-4, "schedule": "cosine", "tokens_per_batch": 8192,
-    "eval_every": 20, "save_every": 1,
-}  # fmt: skip
-_NANO["eval"] |= NANO_LENGTHS | {
-    "student": str(NANO_STUDENT),
-    "bench": "nano",
-    "limit": 500,
-    "control": ("shuffled",),
-}
-_NANO["runtime_loop"] |= NANO_LENGTHS | {"student": str(NANO_STUDENT), "lane": "paired"}
 
 TABLE = {
-    "nano": ("the nano world with its student and teachers, on a CPU, 1 GB", _NANO),
+    "nano": _preset(
+        "the nano world with its student and teachers, on a CPU, 1 GB", NANO,
+        {"model": STUDENT, "epochs": 6, "tokens_per_step": 8192, "tokens_per_batch": 4096, "lr": 1e-3, "weight_decay": 0.01,
+         "held_out": 0.05},
+        {"steps": 40, "problems_per_step": 16, "lr": 2e-4, "schedule": "cosine", "tokens_per_batch": 8192, "eval_every": 20,
+         "save_every": 1, **NANO_SAMPLING},
+        {"bench": "nano", "limit": 500, "control": ("shuffled",), **NANO_SAMPLING},
+        {"lane": "paired", **NANO_SAMPLING}),
     "smollm2-cpu": _language_model(
         "SmolLM2-135M-Instruct as student and teacher, on a CPU, 8 GB; --data, --problems, --tasks",
         "smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct", 256, 64,
-        dtype="float32", device="cpu", gradient_checkpointing=False, tokens_per_batch=4096,
-    ),
+        dtype="float32", device="cpu", gradient_checkpointing=False, tokens_per_batch=4096),
     "qwen3-0.6b-24gb": _language_model(
-        "Qwen3-0.6B as student and teacher, on one 24 GB GPU", "qwen3-0.6b", "Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", 1024, 32,
-    ),
+        "Qwen3-0.6B as student and teacher, on one 24 GB GPU",
+        "qwen3-0.6b", "Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", 1024, 32),
     "qwen3-1.7b-80gb": _language_model(
-        "Qwen3-1.7B teaches Qwen3-4B, on one 80 GB GPU", "qwen3-1.7b", "Qwen/Qwen3-4B", "Qwen/Qwen3-1.7B", 2048, 48,
-    ),
+        "Qwen3-1.7B teaches Qwen3-4B, on one 80 GB GPU",
+        "qwen3-1.7b", "Qwen/Qwen3-4B", "Qwen/Qwen3-1.7B", 2048, 48),
     "qwen3-8b-2gpu": _language_model(
-        "Qwen3-8B teaches Qwen3-4B, on two 80 GB GPUs, the optimizer's state (98 GB) on the host", "qwen3-8b", "Qwen/Qwen3-4B",
-        "Qwen/Qwen3-8B", 4096, 16, optimizer_device="cpu",
-    ),
+        "Qwen3-8B teaches Qwen3-4B, on two 80 GB GPUs, the optimizer's state (98 GB) on the host",
+        "qwen3-8b", "Qwen/Qwen3-4B", "Qwen/Qwen3-8B", 4096, 16, optimizer_device="cpu"),
     "own": ("models of yours, named by flags, with the lengths and step sizes of the published recipe", {
         "train_sft": {}, "train_grpo": {}, "eval": {"bench": "gsm8k", "out": Path("runs/eval")},
-        "runtime_loop": {"out": Path("runs/runtime")},
-    }),
+        "runtime_loop": {"out": Path("runs/runtime")}}),
 }  # fmt: skip
 
 

@@ -24,23 +24,12 @@ MALFORMED_PENALTY = 0.5
 @dataclass(frozen=True)
 class RewardConfig:
     degradation_penalty: float = option(
-        2.0,
-        "reward lost per unit of accuracy that a teaching destroys",
-        group="reward of a teaching",
-        at_least=0,
+        2.0, "reward lost per accuracy lost", group="teaching reward", at_least=0
     )
-    efficiency_weight: float = option(
-        1.0, "weight w of the brevity bonus e = 100 / (100 + teaching tokens)", at_least=0
-    )
+    efficiency_weight: float = option(1.0, "w of the bonus for brevity, 100 / (100 + tokens)", at_least=0)
 
 
-def teaching_reward(
-    alone: float,
-    guided: float | None,
-    teaching_tokens: int = 0,
-    is_leak: bool = False,
-    config: RewardConfig = RewardConfig(),
-) -> float:
+def teaching_reward(alone, guided, teaching_tokens=0, is_leak=False, config=RewardConfig()) -> float:
     """alone, guided: the student's scores in [0, 1] without and with the teaching; guided None: there was no <teaching>."""
     if guided is None:
         return -MALFORMED_PENALTY
@@ -67,17 +56,13 @@ def step_advantages(rewards_PG: Sequence[Sequence[float]], scale: str = "none") 
     """
     centred_PG = []
     for rewards_G in rewards_PG:
-        mean = sum(rewards_G) / len(rewards_G)
-        is_flat = min(rewards_G) == max(
-            rewards_G
-        )  # a rounded mean would leave 1e-16, which counts as a difference
-        centred_PG.append([0.0 if is_flat else reward - mean for reward in rewards_G])
+        # a rounded mean would leave 1e-16 in a group of equal rewards, which counts as a difference
+        mean = rewards_G[0] if min(rewards_G) == max(rewards_G) else sum(rewards_G) / len(rewards_G)
+        centred_PG.append([reward - mean for reward in rewards_G])
     if scale == "none":
         return centred_PG
     variances_P = [sum(c * c for c in centred_G) / (len(centred_G) - 1) for centred_G in centred_PG]
     if scale == "batch":
         variances_P = [sum(variances_P) / len(variances_P)] * len(variances_P)
-    return [
-        [c / (variance**0.5 + 1e-4) for c in centred_G]
-        for centred_G, variance in zip(centred_PG, variances_P)
-    ]
+    scales_P = [variance**0.5 + 1e-4 for variance in variances_P]
+    return [[c / scale for c in centred_G] for centred_G, scale in zip(centred_PG, scales_P)]

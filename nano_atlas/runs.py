@@ -8,9 +8,9 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, NoReturn
 
 from nano_atlas.distributed import rank
 from nano_atlas.errors import UserError
@@ -72,8 +72,7 @@ def checkpoint_digest(path: Path) -> str:
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yields a new directory to fill, which takes the place of `path` when the block ends without an exception.
 
-    Killed at any moment it leaves the old directory or the new one; between two renames the old one has another name, and the next
-    call for the same `path` puts it back.
+    Killed at any moment it leaves the old directory or the new one, the old one perhaps under another name until the next call.
     """
     path = Path(path).resolve()
     new, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
@@ -98,14 +97,15 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 # --------------------------------------------------------------------------------------------------------------- JSON Lines
 
 
-def read_jsonl(
-    path: Path | str, bad: list[str] | None = None, is_journal: bool = False
-) -> Iterator[tuple[int, dict]]:
-    """Yield (line number from 1, object) for each line that is not blank.
+def refuse(message: str) -> NoReturn:
+    raise UserError(message)
 
+
+def read_jsonl(path: Path | str, complain=refuse, is_journal=False) -> Iterator[tuple[int, dict]]:
+    """Yield (line number from 1, object) for each line that is not blank. Raises UserError for a file that is missing or empty.
+
+    complain: is told of a line that is not UTF-8, not JSON or not an object, which is left out if it does not raise.
     is_journal: a `Journal` may be writing the file; a last line without its line break is not a record yet, and no error.
-    Raises UserError for a file that is missing or empty, and for a line that is not UTF-8, not JSON or not an object; with a list
-    `bad`, the complaint about such a line is added to it instead, and the line left out.
     """
     path, is_empty = Path(path), True
     if not path.is_file():
@@ -122,13 +122,12 @@ def read_jsonl(
             except UnicodeDecodeError as error:
                 fault = f"not UTF-8 (byte {error.start} of the line); save the file as UTF-8"
             except json.JSONDecodeError as error:
-                fault = f"not JSON ({error.msg} at column {error.colno}); each line must be one JSON object, {{...}}"
+                place = f"{error.msg} at column {error.colno}"
+                fault = f"not JSON ({place}); each line must be one JSON object, {{...}}"
             if fault is None:
                 yield number, record
-            elif bad is None:
-                raise UserError(f"{path}:{number}: {fault}")
             else:
-                bad.append(f"{path}:{number}: {fault}")
+                complain(f"{path}:{number}: {fault}")
     if is_empty:
         raise UserError(f"{path}: empty; it should have one JSON object per line")
 
@@ -142,7 +141,7 @@ def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
         file.writelines(map(_to_line, records))
 
 
-class Journal:
+class Journal(AbstractContextManager):
     """A JSONL file that is only ever appended to, by one process at a time, and survives kill -9 at any instant.
 
     A last line that a crash tore is cut off when the file is opened. Raises UserError if another process has the file open.
@@ -153,14 +152,11 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+b")
         try:
-            fcntl.flock(
-                self._file, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # the system releases it when the process ends
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, however it does
         except OSError:
             self._file.close()
-            raise UserError(
-                f"{path}: another process writes it; wait for its end, or choose another --out"
-            ) from None
+            remedy = "wait for its end, or choose another --out"
+            raise UserError(f"{path}: another process writes it; {remedy}") from None
         self._file.seek(0)
         self._file.truncate(sum(len(line) for line in self._file if line.endswith(b"\n")))
 
@@ -179,17 +175,11 @@ class Journal:
         self._file.seek(0)
         self._file.truncate(sum(len(self._file.readline()) for _ in range(lines)))
 
-    def close(self) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._file.close()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-
-class RunLog:
+class RunLog(ExitStack):
     """What a run measured: a record `{"step": 12, "loss": 1.5, ...}` per line, and on Weights & Biases where a project is named.
 
     A run that continues after `resumed_step` computes the later steps again, so their records are dropped first: every step is in
@@ -197,10 +187,11 @@ class RunLog:
     """
 
     def __init__(self, path: Path, resumed_step: int = 0, wandb: str = "", config: Any = None):
+        super().__init__()
         self._journal = self._wandb = None
         if rank() > 0:
             return
-        self._journal = Journal(path)
+        self._journal = self.enter_context(Journal(path))
         steps = []
         for number, record in self._journal.records():
             if "step" not in record:
@@ -217,6 +208,7 @@ class RunLog:
                 id_file.write_text(uuid.uuid4().hex)
             options = {"project": wandb, "name": path.resolve().parent.name, "config": config}
             self._wandb = weights_and_biases.init(**options, id=id_file.read_text(), resume="allow")
+            self.callback(self._wandb.finish)
 
     def log(self, step: int, **metrics: Any) -> None:
         """Write one record: floats to 6 significant digits, or null if not finite."""
@@ -227,12 +219,3 @@ class RunLog:
             self._journal.append([{"step": step, **metrics}])
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._journal is not None:
-            self._journal.close()
-        if self._wandb is not None:
-            self._wandb.finish()

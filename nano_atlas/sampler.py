@@ -12,10 +12,11 @@ left: products round differently at another batch size, which can flip a draw wi
 Simplified against vLLM (Kwon et al. 2023, arXiv:2309.06180): a row of cache is as long as the longest request; no pages.
 """
 
-from collections import Counter, deque
+from bisect import bisect
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import numpy as np
@@ -142,8 +143,11 @@ class Sample(NamedTuple):
     uniforms: np.ndarray  # [max_tokens] float64
 
     @property
-    def position(self) -> int:
-        """Of its last token; as many slots of the cache are filled."""
+    def longest(self) -> int:  # tokens it may come to, the prompt included
+        return len(self.rollout.prompt_ids) + self.params.max_tokens
+
+    @property
+    def position(self) -> int:  # of its last token; as many slots of the cache are filled
         return len(self.rollout.prompt_ids) + len(self.rollout.completion_ids) - 1
 
     def extend(self, ids: list[int], logprobs: list[float]) -> bool:
@@ -161,7 +165,7 @@ class Sampler:
 
     max_rows: samples decoded together at most. Each takes 2 L H_kv D_head numbers per token of the longest request (0.14 MB for
     Qwen3-8B in bf16). steps_per_sync: decoding steps between two looks at what was drawn (1; on a GPU, where looking means
-    waiting, 8); what a row draws past its end is cut. `sync` raises `weight_version`, which is written into the rollouts.
+    waiting, 8); what a row draws past its end is cut.
     """
 
     def __init__(self, model: Transformer, *, max_rows: int = 256, steps_per_sync: int | None = None):
@@ -171,17 +175,14 @@ class Sampler:
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], progress: str | None = None) -> list[list[Rollout]]:
         """`request.n` rollouts per request, in order; `progress` labels a progress bar. Raises UserError for a bad request."""
-        results, by_prompt = [], {}
+        results, by_prompt = [], defaultdict(list)
         for number, request in enumerate(requests):
             _check(request, number, self.model.config)
-            group = by_prompt.setdefault(request.prompt_ids, [])
-            for index in range(request.n):
-                rollout = Rollout(request.prompt_ids, [], [], "length", self.weight_version)
-                stream = np.random.Generator(np.random.Philox(key=[request.seed % 2**63, index]))
-                group.append(Sample(rollout, request.params, stream.random(request.params.max_tokens)))
-            results.append([sample.rollout for sample in group[len(group) - request.n :]])
-        groups = sorted(filter(None, by_prompt.values()), key=_longest, reverse=True)  # the shortest tail
-        waiting = deque(chain.from_iterable(groups))
+            samples = [self._sample(request, index) for index in range(request.n)]
+            results.append([sample.rollout for sample in samples])
+            by_prompt[request.prompt_ids] += samples
+        groups = sorted(filter(None, by_prompt.values()), key=lambda group: -max(s.longest for s in group))
+        waiting = deque(chain(*groups))  # longest first: the shortest tail
         if waiting:
             batch = _Batch(self, waiting)
             with tqdm(None, progress, len(waiting), leave=False, unit="sample", disable=not progress) as bar:
@@ -190,10 +191,14 @@ class Sampler:
                     bar.update(batch.decode())
         return results
 
-    def sync(self, model: Transformer, version: int) -> float:
-        """From now on the weights of `model` are `version`. This sampler has them already, unless `model` is sharded.
+    def _sample(self, request: Request, index: int) -> Sample:
+        rollout = Rollout(request.prompt_ids, [], [], "length", self.weight_version)
+        stream = np.random.Generator(np.random.Philox(key=[request.seed % 2**63, index]))
+        return Sample(rollout, request.params, stream.random(request.params.max_tokens))
 
-        Returns by how much a sampler elsewhere then differs (nats); here 0.
+    def sync(self, model: Transformer, version: int) -> float:
+        """The weights are from now on `version`; those of a sharded `model` are copied. A sampler elsewhere would return its parity
+        difference (nats); here it is 0.
         """
         if model is not self.model:
             copy_parameters(model, self.model)
@@ -212,10 +217,10 @@ class _Batch:
         self.dtype, self.device = head.dtype, head.device
         self.steps_per_sync = sampler.steps_per_sync or (8 if self.device.type == "cuda" else 1)
         self.max_rows = min(sampler.max_rows, len(waiting))
-        config = self.model.config
-        self.attention = CachedAttention(config, self.max_rows, _longest(waiting), self.dtype, self.device)
+        size = self.max_rows, max(sample.longest for sample in waiting)
+        self.attention = CachedAttention(self.model.config, *size, self.dtype, self.device)
         self.samples: list[Sample] = []
-        self.awaited: tuple = (None, None)  # a prompt some of whose samples still wait, and its prefix
+        self.newest: tuple = (None, None)  # a prompt, some of whose samples may still wait, and its prefix
 
     def admit(self, waiting: deque[Sample]) -> None:
         """Fills free rows from the waiting line, once an eighth of all rows is free (prompts are cheaper by the batch)."""
@@ -228,18 +233,16 @@ class _Batch:
         for prompt_ids, prefix in self._prefixes(list(copies)):
             self.attention.store(slice(row, row + copies[prompt_ids]), prefix)
             row += copies[prompt_ids]
-            is_awaited = waiting and waiting[0].rollout.prompt_ids == prompt_ids
-            self.awaited = (prompt_ids, prefix.clone()) if is_awaited else (None, None)
+        self.newest = prompt_ids, prefix.clone()
 
     def _prefixes(self, prompts: list[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         """Each prompt and the keys and values of its tokens but the last, `[L, 2, T - 1, H_kv, D_head]`, in the given order."""
-        if prompts[0] == self.awaited[0]:
-            yield self.awaited
+        if prompts[0] == self.newest[0]:
+            yield self.newest
             prompts = prompts[1:]
         while prompts:
-            total = np.cumsum([len(prompt_ids) for prompt_ids in prompts])
-            chunk = prompts[: max(1, int((total <= PREFILL_TOKENS).sum()))]
-            prompts = prompts[len(chunk) :]
+            count = max(1, bisect(list(accumulate(map(len, prompts))), PREFILL_TOKENS))
+            chunk, prompts = prompts[:count], prompts[count:]
             prefixes = [ids[:-1] or ids for ids in chunk]  # never empty; decoding rewrites a lone token
             lengths = [len(prefix) for prefix in prefixes]
             attention = RecordingAttention(lengths, self.model.config, self.dtype, self.device)
@@ -289,11 +292,6 @@ class _Batch:
             positions = positions + 1
             drawn.append((tokens, logprobs))
         return tuple(torch.stack(values, 1).cpu() for values in zip(*drawn))
-
-
-def _longest(samples: Sequence[Sample]) -> int:
-    """Tokens that one of them may come to, the prompt included."""
-    return max(len(sample.rollout.prompt_ids) + sample.params.max_tokens for sample in samples)
 
 
 def _check(request: Request, number: int, config: ModelConfig) -> None:

@@ -14,14 +14,13 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from nano_atlas.errors import UserError
 from nano_atlas.protocol import Messages
 from nano_atlas.seats import Generation, Question, Reply, Seat
 
 LONGEST_REPLY = 1_000_000  # characters; more is a fault of the agent, and would be copied into prompts
-Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,8 @@ class Call:
 
 
 class Job(NamedTuple):
-    """A call on its way: the `index`-th of those that the script `key` waits for."""
-
-    key: Any
-    index: int
+    key: Any  # of its script
+    index: int  # among the calls that the script waits for
     call: Call
 
 
@@ -73,26 +70,19 @@ def play(scripts: Sequence[Script], seats: Mapping[str, Seat], progress: str | N
     return [results[index] for index in range(len(scripts))]
 
 
-def drive(
-    scripts: Mapping[Key, Script],
-    seats: Mapping[str, Seat],
-    workers: int = 16,
-    timeout: float = 600.0,
-    is_lockstep: bool = False,
-    progress: str | None = None,
-) -> Iterator[dict[Key, Any]]:
-    """Runs all scripts; yields what they return, in groups, as soon as they are done.
+def drive(scripts, seats, workers=16, timeout=600.0, is_lockstep=False, progress=None) -> Iterator[dict]:
+    """Runs all `scripts` {key: Script}; yields what they return, in groups {key: result}, as soon as they are done.
 
     timeout: seconds from the start of a call to an endpoint or agent after which it counts as failed. Its thread cannot be
     stopped; it is left behind, and does not count as a worker any more.
     """
-    answers: dict[Key, list] = {}
-    finished: dict[Key, Any] = {}
+    answers: dict[Any, list] = {}  # what each waiting script has got so far, None for what is still to come
+    finished: dict[Any, Any] = {}
     batched: list[Job] = []  # for checkpoints; they wait until nothing else can go on
     queued: deque[Job] = deque()  # they wait for a thread
     flying: dict[Future, tuple[Job, float]] = {}  # with the time at which each is given up
 
-    def advance(key: Key, received: list | None) -> None:
+    def advance(key: Any, received: list | None) -> None:
         try:
             calls = scripts[key].send(received)
         except StopIteration as end:
@@ -116,11 +106,10 @@ def drive(
             yield done
         while queued and len(flying) < workers:
             job = queued.popleft()
-            future = _in_thread(_ask_one, seats[job.call.seat], job.call)
-            flying[future] = job, time.monotonic() + timeout
+            flying[_in_thread(_ask_one, seats[job.call.seat], job.call)] = job, time.monotonic() + timeout
         if flying:
-            next_deadline = min(deadline for _, deadline in flying.values())
-            wait(flying, max(0.0, next_deadline - time.monotonic()), FIRST_COMPLETED)
+            first = min(deadline for _, deadline in flying.values())
+            wait(flying, max(0.0, first - time.monotonic()), FIRST_COMPLETED)
             for future, (job, deadline) in list(flying.items()):
                 if future.done() or time.monotonic() >= deadline:
                     del flying[future]
@@ -131,7 +120,13 @@ def drive(
             mine = [job for job in batched if seats[job.call.seat] is seat]
             batched = [job for job in batched if seats[job.call.seat] is not seat]
             mine.sort(key=lambda job: job.index)  # first calls of all scripts, second calls, ...
-            for job, answer in zip(mine, _ask_together(seat, mine, is_lockstep, progress)):
+            try:
+                replies = seat.ask([job.call.question for job in mine], progress)
+            except UserError:  # a prompt may be too long for the model: whose is it?
+                if is_lockstep:
+                    raise
+                replies = [_ask_one(seat, job.call) for job in mine]
+            for job, answer in zip(mine, replies):
                 arrive(job, answer)
 
 
@@ -141,24 +136,12 @@ def _ask_one(seat: Seat, call: Call) -> list[Reply] | Fault:
         (replies,) = seat.ask([call.question])
     except Exception as error:  # a UserError, or anything at all from a user's function
         return Fault(f"{call.seat}: {type(error).__name__}: {str(error)[:500]}")
-    for reply in replies:
-        if not reply.text.strip():
-            return Fault(f"{call.seat}: returned nothing")
-        if len(reply.text) > LONGEST_REPLY:
-            return Fault(
-                f"{call.seat}: returned {len(reply.text):,} characters; the limit is {LONGEST_REPLY:,}"
-            )
+    lengths = [len(reply.text.strip()) for reply in replies]
+    if not all(lengths):
+        return Fault(f"{call.seat}: returned nothing")
+    if max(lengths) > LONGEST_REPLY:
+        return Fault(f"{call.seat}: returned {max(lengths):,} characters; the limit is {LONGEST_REPLY:,}")
     return replies
-
-
-def _ask_together(seat: Seat, jobs: Sequence[Job], is_lockstep: bool, progress: str | None) -> list:
-    """In one batch; if that fails (a prompt too long for the model), one by one."""
-    try:
-        return seat.ask([job.call.question for job in jobs], progress)
-    except UserError:
-        if is_lockstep:
-            raise
-        return [_ask_one(seat, job.call) for job in jobs]
 
 
 def _in_thread(function: Callable, *arguments: Any) -> Future:

@@ -70,10 +70,9 @@ class TokenSeat:
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:
         requests = []
-        for messages, generation, seed, n in questions:
-            g, prompt_ids = generation, tuple(self.prompt_ids(messages))
+        for messages, g, seed, n in questions:
             params = SamplingParams(g.max_tokens, g.temperature, g.top_p, self.tokenizer.eos_ids)
-            requests.append(Request(prompt_ids, params, n, seed))
+            requests.append(Request(tuple(self.prompt_ids(messages)), params, n, seed))
         rollouts = self.sampler.generate(requests, progress=progress)
         return [[self._reply(rollout) for rollout in group] for group in rollouts]
 
@@ -113,37 +112,32 @@ class Client:
         self.url = url.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1")
         self.connections, self.tries = connections, tries
         self._key = os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"
-        self._http = httpx.Client(
-            # no limit on the wait for a free connection: it says how much there is to do, not how the server is
-            timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0), pool=None),
-            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
-            headers={"Authorization": f"Bearer {self._key}"},
-            trust_env=not (
-                "//127.0.0.1" in url or "//localhost" in url
-            ),  # no proxy leads back to this machine
-        )
+        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+        # no limit on the wait for a free connection: it says how much there is to do, not how the server is
+        patience = httpx.Timeout(timeout, connect=min(timeout, 10.0), pool=None)
+        is_here = "//127.0.0.1" in url or "//localhost" in url  # no proxy leads back to this machine
+        headers = {"Authorization": f"Bearer {self._key}"}
+        self._http = httpx.Client(timeout=patience, limits=limits, headers=headers, trust_env=not is_here)
 
     def close(self) -> None:
         """Ends what is under way, in whichever thread."""
         self._http.close()
 
-    def request(
-        self, method: str, path: str, body: dict | None = None, choices: int | None = None, **limits
-    ) -> dict:
+    def request(self, method: str, path: str, body=None, choices: int | None = None, **limits) -> dict:
         """The server's JSON answer (`{}` where it is empty). choices: how many it must hold; limits: other tries, timeout.
 
         Other answers, 429, 5xx and transport errors are tried again, then raise ServerLost; any other status raises UserError.
         """
+        patience = limits.get("timeout", httpx.USE_CLIENT_DEFAULT)
         for attempt in range(limits.get("tries", self.tries)):
             if attempt:
                 time.sleep(min(2.0 ** (attempt - 1), 20.0))
             try:
-                patience = limits.get("timeout", httpx.USE_CLIENT_DEFAULT)
                 response = self._http.request(method, self.url + path, json=body, timeout=patience)
                 answer, cause = _read_answer(response, choices)
-                is_final = response.status_code not in (200, 429) and response.status_code < 500
                 if cause is None:
                     return answer
+                is_final = response.status_code not in (200, 429) and response.status_code < 500
             except (httpx.RequestError, httpx.InvalidURL) as error:
                 cause = f"{type(error).__name__}: {error}"
                 is_final = isinstance(error, (httpx.InvalidURL, httpx.UnsupportedProtocol))  # a wrong address
@@ -155,15 +149,15 @@ class Client:
 
 def _read_answer(response: httpx.Response, choices: int | None) -> tuple[dict, str | None]:
     """The answer, and what is wrong with it."""
-    answer, shown = {}, response.text[:300]
+    shown = response.text[:300]
     if response.status_code != 200:
-        return answer, f"HTTP {response.status_code}: {shown}"
+        return {}, f"HTTP {response.status_code}: {shown}"
     try:
         answer = response.json() if response.content else {}
     except ValueError:
-        return answer, f"not JSON: {shown!r}"
+        answer = None
     if not isinstance(answer, dict):
-        return {}, f"not a JSON object: {shown!r}"
+        return {}, f"not JSON, or no object: {shown!r}"
     found = answer.get("choices") if isinstance(answer.get("choices"), list) else []
     return answer, None if choices in (None, len(found)) else f"{len(found)} choices, not {choices}: {shown}"
 
@@ -179,9 +173,7 @@ class EndpointSeat:
                 raise UserError(f"{url}/v1/models lists no model; name one after the address: URL#MODEL")
             self.model = models[0]["id"]
 
-    def complete(
-        self, messages: Sequence[dict], generation: Generation, seed: int, **more
-    ) -> tuple[dict, Reply]:
+    def complete(self, messages, generation: Generation, seed: int, **more) -> tuple[dict, Reply]:
         """One chat completion: the server's choice, and the same as a Reply. more: fields of the request, such as tools."""
         g, body = generation, {"model": self.model, "messages": messages, "seed": seed % 2**31, **more}
         body |= {"max_tokens": g.max_tokens, "temperature": g.temperature, "top_p": g.top_p}
@@ -193,15 +185,10 @@ class EndpointSeat:
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:
         """Each reply is a request of its own: not every server knows `n`, and none counts the tokens of each of n replies."""
-        jobs = [(question, place) for question in questions for place in range(question.n)]
-
-        def one(job: tuple[Question, int]) -> Reply:
-            question, place = job
-            return self.complete(question.messages, question.generation, question.seed + place)[1]
-
+        asked = [(q.messages, q.generation, q.seed + place) for q in questions for place in range(q.n)]
         with ThreadPoolExecutor(self.client.connections) as pool:
-            bar = {"total": len(jobs), "desc": progress, "disable": progress is None, "leave": False}
-            replies = iter(list(tqdm(pool.map(one, jobs), **bar)))
+            answers = pool.map(lambda call: self.complete(*call)[1], asked)
+            replies = iter(list(tqdm(answers, progress, len(asked), disable=not progress, leave=False)))
         return [list(islice(replies, question.n)) for question in questions]
 
     def count_tokens(self, text: str) -> int:
@@ -213,14 +200,12 @@ def is_url(spec: str) -> bool:
     return spec.startswith(("http://", "https://"))
 
 
-def open_seat(
-    spec: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> EmbeddedSeat | EndpointSeat:
-    """`URL` or `URL#model` becomes an EndpointSeat; anything else is a checkpoint directory.
+def open_seat(spec: str, device="cpu", dtype=torch.float32, **options) -> EmbeddedSeat | EndpointSeat:
+    """`URL` or `URL#model` becomes an EndpointSeat; anything else is a checkpoint directory, for an EmbeddedSeat with `options`.
 
     Raises UserError for a directory without a checkpoint and for an endpoint that does not answer.
     """
     if is_url(spec):
         url, _, model = spec.partition("#")
         return EndpointSeat(url, model or None)
-    return EmbeddedSeat(load_model(spec, dtype, device), Tokenizer.from_directory(spec))
+    return EmbeddedSeat(load_model(spec, dtype, device), Tokenizer.from_directory(spec), **options)

@@ -17,11 +17,10 @@ from pathlib import Path
 
 import jinja2
 import tokenizers
-from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nano_atlas.errors import UserError
-from nano_atlas.runs import read_json, write_json
+from nano_atlas.runs import read_json, replace_text, write_json
 
 # The format of OpenAI's ChatML as Qwen writes it, for checkpoints that come without a template.
 CHATML = """{%- for message in messages %}
@@ -32,18 +31,7 @@ CHATML = """{%- for message in messages %}
 {%- endif %}"""
 
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # code points without a meaning, to stand in for special tokens
-NAMED_TOKENS = [f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")]
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks assistant text for loss masks in some templates; here the body is simply rendered."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
+NAMED_TOKENS = {f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")}
 
 
 def _raise(message: str):
@@ -52,56 +40,28 @@ def _raise(message: str):
 
 def _compile(template: str, source: str) -> jinja2.Template:
     """The environment of transformers' `apply_chat_template`: same block trimming, same filters and functions, sandboxed."""
-    extensions = [_Generation, loopcontrols]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    settings = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
+    environment = ImmutableSandboxedEnvironment(**settings)
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's own escapes HTML
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    # Some templates mark assistant text for loss masks by `{% generation %}`: here the body is simply rendered.
+    template = re.sub(r"({%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%})", r"\1with", template)
     try:
         return environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:
-        place = f"line {error.lineno}: {error.message}"
-        raise UserError(f"{source}: the chat template is not valid jinja2, {place}") from error
-
-
-def _token_text(value: str | dict | None) -> str | None:
-    """A token of tokenizer_config.json, which is written either as its text or as an AddedToken object."""
-    return value.get("content") if isinstance(value, dict) else value
-
-
-def _stored_template(path: Path, config: dict) -> str | None:
-    """The template in a directory; a file of its own goes before the entry in tokenizer_config.json. Raises UserError."""
-    if (path / "chat_template.jinja").is_file():
-        return (path / "chat_template.jinja").read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if not isinstance(template, list):
-        return template
-    named = {entry["name"]: entry["template"] for entry in template}
-    if "default" not in named:
-        file = path / "tokenizer_config.json"
-        raise UserError(f"{file} has chat templates {sorted(named)}, but none named 'default'")
-    return named["default"]
+        raise UserError(f"{source}: the chat template fails in line {error.lineno}: {error}") from error
 
 
 class Tokenizer:
-    """Text and chats to ids and back.
+    """Text and chats to ids and back, read from a checkpoint directory or made from a `tokenizers.Tokenizer` that knows its tokens.
 
-    Read from a checkpoint directory by `from_directory`, or made from a `tokenizers.Tokenizer` that knows its special tokens.
-    `eos_ids` are all ids that end a generation (default: that of `eos_token`), `pad_id` is the first of them unless given,
-    `config` is the content of `tokenizer_config.json`, `source` the name that error messages use.
+    `eos_ids` are all ids that end a generation (default: that of `eos_token`), the first of them is `pad_id` unless there is a
+    `pad_token`; `source` is the name that error messages use; `config` the content of `tokenizer_config.json`.
     """
 
     def __init__(
-        self,
-        backend: tokenizers.Tokenizer,
-        chat_template: str = CHATML,
-        eos_token: str | None = None,
-        pad_token: str | None = None,
-        *,
-        eos_ids: Sequence[int] = (),
-        pad_id: int | None = None,
-        config: dict | None = None,
-        source: str = "tokenizer",
+        self, backend, chat_template=CHATML, eos_token=None, pad_token=None, eos_ids=(), source="tokenizer"
     ):
         self.backend, self.chat_template, self.source = backend, chat_template, source
         backend.no_truncation()  # some tokenizer.json files carry the settings of a training run
@@ -109,15 +69,13 @@ class Tokenizer:
         self._lock = threading.Lock()  # around `encode_special_tokens`, which is a state of the backend
         self._template = _compile(chat_template, source)
         self.config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        self.config |= config or {}
         for name, token in (("eos_token", eos_token), ("pad_token", pad_token)):
-            if token and backend.token_to_id(token) is None:
-                raise UserError(f"{source}: {name} {token!r} is not in the vocabulary")
-            self.config |= {name: token} if token else {}
+            if token:
+                self.config[name] = token
+                if backend.token_to_id(token) is None:
+                    raise UserError(f"{source}: {name} {token!r} is not in the vocabulary")
         self.eos_ids = tuple(eos_ids) or (backend.token_to_id(eos_token),)
-        if pad_id is None:
-            pad_id = backend.token_to_id(pad_token) if pad_token else self.eos_ids[0]
-        self.pad_id = pad_id
+        self.pad_id = backend.token_to_id(pad_token) if pad_token else self.eos_ids[0]
 
         added = backend.get_added_tokens_decoder()
         special = {token.content: index for index, token in added.items() if token.special}
@@ -134,47 +92,55 @@ class Tokenizer:
     @classmethod
     def from_directory(cls, path: str | Path) -> "Tokenizer":
         """Reads `tokenizer.json` and, if present, `tokenizer_config.json`, `chat_template.jinja`, and the ids that end a
-        generation or pad in `generation_config.json` or else `config.json`. Raises UserError naming the file at fault.
+        generation or pad in `generation_config.json`, else `config.json`. Raises UserError naming the file at fault.
         """
         path = Path(path)
         try:
             backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
         except Exception as error:  # the library raises nothing more specific
-            remedy = "transformers' AutoTokenizer(...).save_pretrained(...) writes one"
-            raise UserError(f"{path / 'tokenizer.json'} cannot be read ({error}); {remedy}") from error
-        config = read_json(path / "tokenizer_config.json")
-        settings = [read_json(path / name) for name in ("generation_config.json", "config.json")]
+            remedy = f"`hf download {path} --local-dir {path}` or AutoTokenizer(...).save_pretrained(...)"
+            raise UserError(f"{path}/tokenizer.json cannot be read ({error}); get one by {remedy}") from error
+        names = ("generation_config.json", "config.json", "tokenizer_config.json")
+        *settings, config = (read_json(path / name) for name in names)
+        for name in NAMED_TOKENS & config.keys():  # written as its text or as an AddedToken object
+            if isinstance(config[name], dict):
+                config[name] = config[name]["content"]
 
         def token_ids(name: str) -> list[int]:
             places = [file.get(f"{name}_token_id") for file in settings]
-            places.append(backend.token_to_id(_token_text(config.get(f"{name}_token")) or ""))
+            places.append(backend.token_to_id(config.get(f"{name}_token") or ""))
             found = next((ids for ids in places if ids is not None), [])
             return found if isinstance(found, list) else [found]
 
-        eos_ids, template = token_ids("eos"), _stored_template(path, config)
-        if template is None:
+        eos_ids, template = token_ids("eos"), config.get("chat_template")
+        if (path / "chat_template.jinja").is_file():  # goes before the entry in tokenizer_config.json
+            template = (path / "chat_template.jinja").read_text(encoding="utf-8")
+        elif isinstance(template, list):
+            named = {entry["name"]: entry["template"] for entry in template}
+            if "default" not in named:
+                raise UserError(f"{path} has chat templates {sorted(named)}, but none named 'default'")
+            template = named["default"]
+        elif template is None:
             template, end_of_turn = CHATML, backend.token_to_id("<|im_end|>")
             if end_of_turn is None and eos_ids:  # the only end that this model knows
                 template = CHATML.replace("<|im_end|>", backend.id_to_token(eos_ids[0]))
             elif end_of_turn not in (None, *eos_ids):
                 eos_ids = [*eos_ids, end_of_turn]
         if not eos_ids:
-            remedy = "add eos_token_id to its generation_config.json"
-            raise UserError(f"{path} names no end-of-sequence token; {remedy}")
-        pad_id = (token_ids("pad") + eos_ids)[0]
-        return cls(backend, template, eos_ids=eos_ids, pad_id=pad_id, config=config, source=str(path))
+            raise UserError(f"{path} names no end-of-sequence token; add eos_token_id to its config.json")
+        tokenizer = cls(backend, template, eos_ids=eos_ids, source=str(path))
+        tokenizer.config |= config
+        tokenizer.pad_id = (token_ids("pad") + eos_ids)[0]
+        return tokenizer
 
     def save(self, path: str | Path) -> None:
-        """Writes what `from_directory`, transformers and vLLM read: tokenizer.json, tokenizer_config.json, chat_template.jinja
-        and, because it is the one place for all the ends of a generation, generation_config.json.
-        """
+        """Writes what `from_directory`, transformers and vLLM read; generation_config.json is the place for several ends."""
         path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(path / "tokenizer.json"))
         config = {key: value for key, value in self.config.items() if key != "chat_template"}
-        write_json(path / "tokenizer_config.json", config)
+        write_json(path / "tokenizer_config.json", config)  # makes the directory
         write_json(path / "generation_config.json", self.generation_config())
-        (path / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+        replace_text(path / "chat_template.jinja", self.chat_template)
+        self.backend.save(str(path / "tokenizer.json"))
 
     def generation_config(self) -> dict:
         """The fields of that file, which `config.json` has too."""
@@ -190,28 +156,29 @@ class Tokenizer:
         """Ids of plain text: no token is added, and special tokens that occur in it stay text."""
         ids = self._encode(text, specials_are_text=True)
         if not self._special_ids.isdisjoint(ids):
-            fault = "this vocabulary spells a special token out of ordinary text"
-            raise UserError(f"{self.source}: {fault}, in {text[:200]!r}")
+            raise UserError(f"{self.source}: the vocabulary makes a special token of the text {text[:200]!r}")
         return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
 
     def chat_ids(self, messages: Sequence[dict], add_generation_prompt: bool = True, **options) -> list[int]:
-        """Ids of a chat in the checkpoint's format.
+        """Ids of a chat `[{"role": ..., "content": ...}, ...]` in the checkpoint's format.
 
-        `messages` are `{"role": ..., "content": ...}`; `options` go to the template (Qwen3: `enable_thinking=False`).
-        Raises UserError if the template refuses the messages.
+        `options` go to the template (Qwen3: `enable_thinking=False`). Raises UserError if it refuses the messages.
         """
         text, token_of = self._render(messages, add_generation_prompt, options)
         ids, run = [], ""
         for piece in self._special.split(text) if token_of else [text]:  # text, control token, text, ...
-            if token_of.keys().isdisjoint(piece):
+            plain = piece.translate(token_of)
+            if plain == piece:
                 run += piece
                 continue
             ids += self._encode(run, specials_are_text=False)
-            plain = "".join(token_of.get(character, character) for character in piece)
-            ids += self._encode_after(plain) if ids else self.encode(plain)
+            # SentencePiece-like tokenizers put a space before a beginning: encode what follows something as such
+            newline, after = self.encode("\n"), self.encode("\n" + plain)
+            is_split = ids and after[: len(newline)] == newline
+            ids += after[len(newline) :] if is_split else self.encode(plain)
             run = ""
         return ids + self._encode(run, specials_are_text=False)
 
@@ -220,21 +187,10 @@ class Tokenizer:
             self.backend.encode_special_tokens = specials_are_text
             return self.backend.encode(text, add_special_tokens=False).ids
 
-    def _encode_after(self, text: str) -> list[int]:
-        """Ids of plain text that follows something: SentencePiece-like tokenizers put a space before a beginning."""
-        newline, ids = self.encode("\n"), self.encode("\n" + text)
-        return ids[len(newline) :] if ids[: len(newline)] == newline else self.encode(text)
-
-    def _render(
-        self, messages: Sequence[dict], add_generation_prompt: bool, options: dict
-    ) -> tuple[str, dict[str, str]]:
-        """The chat as text, and {private-use character: the special token of the input that it stands for}."""
-
-        def is_free(character: str) -> bool:
-            given = json.dumps([list(messages), options], ensure_ascii=False, default=str)
-            return character not in given + self.chat_template
-
-        free = filter(is_free, map(chr, PRIVATE_USE))
+    def _render(self, messages: Sequence[dict], add_generation_prompt, options) -> tuple[str, dict[int, str]]:
+        """The chat as text, and {private-use code point: the special token of the input that it stands for}."""
+        given = json.dumps([list(messages), options], ensure_ascii=False, default=str) + self.chat_template
+        free = (character for character in map(chr, PRIVATE_USE) if character not in given)
         character_of = defaultdict(lambda: next(free))
 
         def neutral(value):
@@ -244,12 +200,10 @@ class Tokenizer:
                 return {key: neutral(item) for key, item in value.items()}
             return [neutral(item) for item in value] if isinstance(value, list | tuple) else value
 
-        named = {name: _token_text(self.config.get(name)) for name in NAMED_TOKENS}
-        variables = {name: token for name, token in named.items() if token is not None}
+        variables = {name: self.config[name] for name in NAMED_TOKENS if self.config.get(name) is not None}
         variables |= {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         try:
             text = self._template.render(messages=neutral(messages), **variables | neutral(options))
         except (jinja2.TemplateError, TypeError) as error:
-            fault = f"the chat template cannot render these messages: {error}"
-            raise UserError(f"{self.source}: {fault}") from error
-        return text, {character: token for token, character in character_of.items()}
+            raise UserError(f"{self.source}: the chat template cannot render this chat: {error}") from error
+        return text, {ord(character): token for token, character in character_of.items()}

@@ -45,7 +45,7 @@ def constant(*_) -> float:
 
 def sft(place: Path, out: Path, model: str, *more: str, rate=constant) -> None:
     files = ("--model", str(place / model), "--data", str(place / "sums.jsonl"), "--out", str(out))
-    with mock.patch.object(train_sft, "learning_rate", rate):
+    with mock.patch("nano_atlas.optim.learning_rate", rate):
         train_sft.main([*files, *SFT, *more])
 
 

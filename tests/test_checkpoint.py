@@ -111,7 +111,7 @@ def test_real_layouts_map_by_name_alone(layout):
 def test_saved_directory_has_all_that_transformers_reads(tmp_path):
     """Configuration, ends of generation, padding, tokenizer and template survive, for them and for us."""
     tokenizer = chat_like(CHATML, eos_ids=[400, 402])
-    save_model(tmp_path / "m", tiny_model(vocab_size=512), tokenizer, dtype=torch.bfloat16)
+    save_model(tmp_path / "m", tiny_model(vocab_size=512).to(torch.bfloat16), tokenizer)
     generation, config = (
         GenerationConfig.from_pretrained(tmp_path / "m"),
         AutoConfig.from_pretrained(tmp_path / "m"),
@@ -222,7 +222,7 @@ print((kib("VmHWM") - before) * 1024, sum(p.numel() * p.element_size() for p in 
 )
 def test_peak_memory_of_loading(tmp_path):
     """Resident memory, pages of the mapped file included, never grows by more than 1.2 times the checkpoint."""
-    save_model(tmp_path / "tiny", tiny_model(), None, dtype=torch.bfloat16)
+    save_model(tmp_path / "tiny", tiny_model().to(torch.bfloat16), None)
     sizes = {
         "vocab_size": 8_000,
         "hidden_size": 768,

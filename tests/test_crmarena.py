@@ -148,13 +148,13 @@ def test_the_command_prints_the_floor_beside_accuracy_and_found_violations(
     lines = [line for line in printed.splitlines() if line.startswith("|")]
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     rows = {row[0]: row[1:] for row in table[-8:]}
-    assert rows["student alone"] == ["4", "100.0", "100.0"]
+    assert rows["student"] == ["4", "100.0", "100.0"]
     assert rows["grpo"] == [
         "4",
         "50.0",
         "100.0",
     ]  # strict: accuses two of three innocents; the error saves the third
-    assert rows["floor: always None"] == ["4", "75.0", "0.0"]
+    assert rows["always None"] == ["4", "75.0", "0.0"]
     results = read_results(tmp_path / "out/tasks.jsonl")
     assert {arm for arm, *_ in results} == {STUDENT, "grpo", SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET}
     assert not any("ka0001" in json.dumps(messages[0]) for messages in agent.asked)

@@ -81,12 +81,12 @@ def config_of(is_solo: bool, max_steps: int = 200) -> tau2.Config:
     return tau2.Config(user="solo" if is_solo else "http://u", answer_tokens=50, max_steps=max_steps)
 
 
-def play(task, student, user=None, guide=None, max_steps=200):
-    return simulate(config_of(user is None, max_steps), task, 1, student, user, guide)
+def play(task, student, user=None, teacher=None, max_steps=200):
+    return simulate(config_of(user is None, max_steps), task, 1, student, user, teacher)
 
 
-def reward(task, student: Script, user: Script | None, guide=None) -> float:
-    return play(task, student, user, guide)[0]["reward_info"]["reward"]
+def reward(task, student: Script, user: Script | None, teacher=None) -> float:
+    return play(task, student, user, teacher)[0]["reward_info"]["reward"]
 
 
 @pytest.mark.parametrize("is_solo", [False, True], ids=["user", "solo"])
@@ -232,9 +232,9 @@ def test_neither_student_nor_teacher_sees_what_a_task_is_scored_by(is_solo):
             Recorder("I would look."),
             Recorder("<thinking>secret</thinking><teaching>Check the SIM.</teaching>"),
         )
-        guide = dialogue.teacher_guide(config_of(is_solo), prober, teacher)
+        student.ask = prober.ask
         # (the scorer looks up actions and assertions by name, so the canaries change nothing for it)
-        assert reward(hidden, student, user, guide) == 1.0
+        assert reward(hidden, student, user, teacher) == 1.0
         prompts = json.dumps([student.shown, prober.asked, teacher.asked])
         assert "CANARY" not in prompts and student.shown and len(prober.asked) == len(teacher.asked) == 1
         gold = [f"{a.name}({json.dumps(a.arguments)})" for a in task.evaluation_criteria.actions]
@@ -271,10 +271,10 @@ def test_the_solo_agent_knows_only_the_ticket():
 def test_without_a_tag_nothing_is_injected():
     student, user = gold_scripts(TASKS[0], False)
     plain, other = gold_scripts(TASKS[0], False)
-    guide = dialogue.teacher_guide(config_of(False), Recorder("plan"), Recorder("no tag"))
-    _, told = play(TASKS[0], student, user, guide)
+    student.ask = Recorder("plan").ask
+    _, told = play(TASKS[0], student, user, Recorder("no tag"))
     reward(TASKS[0], plain, other)
-    assert told["teaching"] is None and told["teacher_text"] == "no tag" and student.shown == plain.shown
+    assert [reply.text for reply in told] == ["plan", "no tag"] and student.shown == plain.shown
 
 
 # ------------------------------------------------------------------------------------------------- what goes wrong in dialogues
@@ -330,8 +330,7 @@ def test_a_seat_that_fails_ends_the_dialogue_with_its_reason(error, reason, is_g
 
         ask = complete
 
-    guide = dialogue.teacher_guide(config_of(False), Gone(), Gone()) if is_guided else None
-    simulation, _ = play(TASKS[0], Gone(), Script(text("hi")), guide)
+    simulation, _ = play(TASKS[0], Gone(), Script(text("hi")), Gone() if is_guided else None)
     assert simulation["termination_reason"] == reason and simulation["reward_info"]["reward"] == 0
     assert str(error) in simulation["info"]["failure"]
 
@@ -343,15 +342,12 @@ def test_the_command_from_seats_to_tables_and_tau2s_own_metrics(tmp_path, monkey
     """Gold replay with a teacher, nothing alone: every number of the report follows, and tau2 scores the files alike."""
     tasks = [TASKS[0], next(t for t in TASKS if "mms_issue" in t.id and t.ticket != TASKS[0].ticket)]
     monkeypatch.setattr(dialogue, "load_tasks", lambda config: tasks)
-    deaths = [4]  # while the student is alone
+    lives = [True] * 3
 
     class ByTask(Recorder):
         """Does nothing unless told to; then replays the gold actions of the task whose ticket is at hand."""
 
         def complete(self, messages, generation, seed, **tools):
-            deaths[0] -= 1
-            if deaths[0] == 0:
-                raise KeyboardInterrupt
             prompt = messages[0]["content"]
             task = next(task for task in tasks if task.ticket in prompt)
             said = call("done", {})
@@ -361,10 +357,11 @@ def test_the_command_from_seats_to_tables_and_tau2s_own_metrics(tmp_path, monkey
 
     seats = {"http://s": ByTask("I look"), "http://t": Recorder("<teaching>Do it.</teaching>")}
     monkeypatch.setattr(tau2.Config, "open", lambda self, spec: seats[spec])
-    argv = ["eval.py", "--bench", "tau2", "--user", "solo", "--student", "http://s", "--teacher", "grpo=http://t", "--trials", "2",
+    argv = ["eval.py", "--bench", "tau2", "--user", "solo", "--student", "http://s", "--teacher", "grpo=http://t", "--samples", "2",
             "--out", str(tmp_path), "--workers", "2"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", argv)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(IndexError):  # dies while the student is alone
+        patch.setattr(dialogue, "simulate", lambda *given: lives.pop() and simulate(*given))
         evaluation.main()
     before = len(read_results(tmp_path / "tasks.jsonl"))
     evaluation.main()  # continues
@@ -383,6 +380,6 @@ def test_the_command_from_seats_to_tables_and_tau2s_own_metrics(tmp_path, monkey
         official = Results.load(tmp_path / f"tau2-{arm}.json")
         metrics = compute_metrics(official)
         assert metrics.avg_reward == expected and metrics.pass_hat_ks == {1: expected, 2: expected}
-    with pytest.raises(UserError, match="--trials 2 -> 3"):
-        monkeypatch.setattr(sys, "argv", [*argv, "--trials", "3"])
+    with pytest.raises(UserError, match="--samples 2 -> 3"):
+        monkeypatch.setattr(sys, "argv", [*argv, "--samples", "3"])
         evaluation.main()

@@ -49,7 +49,9 @@ def test_aime_answers_are_compared_as_integers_from_the_last_box(tmp_path):
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     replies = ["<think>\\boxed{99}</think> so \\boxed{1} or \\boxed{016}", "<think>\\boxed{16}</think> \\boxed{17}", "it is 16",
                "<solution>70</solution>"]  # fmt: skip
-    config = Config(bench="aime25", data=data, student="http://s", control=("none",), out=tmp_path / "out")
+    config = Config(
+        bench="aime25", data=data, student="http://student", control=("none",), out=tmp_path / "out"
+    )
     config.check()
     tasks = evaluation.load_tasks(config)
     assert [p.domain for p in tasks["aime25"]] == ["aime25"] * 4
@@ -138,6 +140,6 @@ def test_the_script_from_checkpoints_to_tables(tmp_path, monkeypatch, capsys):
     short = printed()  # shows less, and loses nothing
     accuracy = [f"{100 * score['accuracy']:.1f}" for score in written["scores"][:3]]
     assert re.search(r"gsm8k \(5\) +\| +" + r" +\| +".join(accuracy) + r" +\|", short)
-    assert "| control: shuffled teacher | teacher − student alone |" in re.sub(" +", " ", short)
+    assert "| shuffled | teacher − student |" in re.sub(" +", " ", short)
     assert "untrained" not in short and Path("out/tables.md").read_text().strip() == first.strip()
     assert hashlib.sha256(Path("student/model.safetensors").read_bytes()).hexdigest() == weights

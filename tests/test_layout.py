@@ -14,19 +14,19 @@ FAR = ("http://far", "https://farther")
 
 
 @pytest.mark.parametrize(("gpus", "has_vllm", "rollout", "student", "expected"), [
-    (0, True, "auto", "dir", ("cpu", "cpu", "cpu", False, "", ())),
-    (0, True, "vllm", "dir", ("cpu", "cpu", "cpu", False, "cpu", ())),
-    (0, False, FAR, "dir", ("cpu", "cpu", "cpu", False, "", FAR)),
-    (1, True, "auto", "dir", ("cuda:0", "cuda:0", "cuda:0", False, "", ())),
-    (1, True, "vllm", "dir", ("cuda:0", "cuda:0", "cuda:0", False, "cuda:0", ())),
-    (2, True, "auto", "dir", ("cuda:0", "cuda:1", "cuda:0", True, "cuda:1", ())),
-    (2, True, "auto", "", ("cuda:0", "", "cuda:0", False, "cuda:1", ())),
-    (2, True, "auto", "https://far", ("cuda:0", "", "cuda:0", False, "cuda:1", ())),
-    (2, True, "embedded", "dir", ("cuda:0", "cuda:1", "cuda:1", False, "", ())),
-    (2, False, "auto", "dir", ("cuda:0", "cuda:1", "cuda:1", False, "", ())),
-    (2, False, FAR, "dir", ("cuda:0", "cuda:1", "cuda:0", False, "", FAR)),
-    (4, True, "vllm:cuda:1,2", "dir", ("cuda:0", "cuda:3", "cuda:0", True, "cuda:1,2", ())),
-    (4, True, "vllm:cpu", "dir", ("cuda:0", "cuda:3", "cuda:0", True, "cpu", ())),
+    (0, True, "auto", "dir", ("cpu", "cpu", False, "cpu", "", ())),
+    (0, True, "vllm", "dir", ("cpu", "cpu", False, "cpu", "cpu", ())),
+    (0, False, FAR, "dir", ("cpu", "cpu", False, "cpu", "", FAR)),
+    (1, True, "auto", "dir", ("cuda:0", "cuda:0", False, "cuda:0", "", ())),
+    (1, True, "vllm", "dir", ("cuda:0", "cuda:0", False, "cuda:0", "cuda:0", ())),
+    (2, True, "auto", "dir", ("cuda:0", "cuda:1", True, "cuda:0", "cuda:1", ())),
+    (2, True, "auto", "", ("cuda:0", "", False, "cuda:0", "cuda:1", ())),
+    (2, True, "auto", "https://far", ("cuda:0", "", False, "cuda:0", "cuda:1", ())),
+    (2, True, "embedded", "dir", ("cuda:0", "cuda:1", False, "cuda:1", "", ())),
+    (2, False, "auto", "dir", ("cuda:0", "cuda:1", False, "cuda:1", "", ())),
+    (2, False, FAR, "dir", ("cuda:0", "cuda:1", False, "cuda:0", "", FAR)),
+    (4, True, "vllm:cuda:1,2", "dir", ("cuda:0", "cuda:3", True, "cuda:0", "cuda:1,2", ())),
+    (4, True, "vllm:cpu", "dir", ("cuda:0", "cuda:3", True, "cuda:0", "cpu", ())),
 ])  # fmt: skip
 def test_the_layout_follows_from_what_is_there(
     monkeypatch, capsys, gpus, has_vllm, rollout, student, expected
@@ -43,7 +43,7 @@ def test_the_layout_follows_from_what_is_there(
 def test_the_policys_gpu_may_be_another_than_the_first():
     """The rest runs on the last of the others; an exact KL needs whole distributions side by side."""
     chosen = choose_layout(LayoutConfig(device="cuda:1", rollout=("embedded",)), "dir", "exact", 2)
-    assert chosen == Layout("cuda:1", "cuda:0", "cuda:1")
+    assert chosen == Layout("cuda:1", "cuda:0", False, "cuda:1")
     assert choose_layout(LayoutConfig(device="cuda", rollout=("vllm",)), "dir", "k3", 1).server == "cuda:0"
 
 
@@ -51,7 +51,7 @@ def test_the_policys_gpu_may_be_another_than_the_first():
     ("cuda:1", "cuda:1", 0.45), ("cuda:1", "cuda:0,1", 0.45), ("cuda:1", "cuda:2", 0.9), ("", "cuda:1", 0.9),
 ])  # fmt: skip
 def test_two_models_on_one_gpu_have_half_of_it_each(student, server, share):
-    layout = Layout("cuda:3", student, "cuda:3", bool(student), server)
+    layout = Layout("cuda:3", student, bool(student), "cuda:3", server)
     assert memory_share(layout, server) == share and memory_share(layout, "cuda:3") == 0.35
     assert memory_share(layout, student) == share
 
@@ -75,4 +75,4 @@ def test_under_torchrun_each_rank_has_its_gpu_and_the_servers_gpus_are_named(mon
     with pytest.raises(UserError, match="under torchrun name GPUs .* --rollout vllm:cuda:6,7"):
         choose_layout(LayoutConfig(rollout=("vllm",)), "dir", "k3", 8)
     chosen = choose_layout(LayoutConfig(rollout=("vllm:cuda:6,7",)), "dir", "k3", 8)
-    assert chosen == Layout("cuda:1", "cuda:1", "cuda:1", False, "cuda:6,7")
+    assert chosen == Layout("cuda:1", "cuda:1", False, "cuda:1", "cuda:6,7")

@@ -53,7 +53,7 @@ def test_known_models_have_the_published_numbers_of_parameters():
         "Qwen/Qwen3-8B": 8_190_735_360,
     }
     assert {name: memory.parameters(memory.known_config(name)) for name in published} == published
-    with pytest.raises(UserError, match="Qwen/Qwen4 is not a checkpoint directory"):
+    with pytest.raises(UserError, match="no model at Qwen/Qwen4"):
         memory.known_config("Qwen/Qwen4")
 
 

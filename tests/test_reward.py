@@ -6,6 +6,7 @@ from conftest import ScriptedSeat
 
 import eval as evaluation
 from nano_atlas import episode
+from nano_atlas.benches import arms
 from nano_atlas.benches.arms import TaskLog
 from nano_atlas.data import Problem
 from nano_atlas.protocol import PROBE_REQUEST
@@ -96,7 +97,9 @@ def test_the_trap_of_the_deviation():
 
 
 @pytest.mark.parametrize("gold", ["18", "19"])  # the student is right, or wrong
-def test_a_malformed_teaching_is_worth_the_same_in_training_evaluation_and_runtime(tmp_path, gold):
+def test_a_malformed_teaching_is_worth_the_same_in_training_evaluation_and_runtime(
+    tmp_path, monkeypatch, gold
+):
     """Nobody asks the student again: its own answer stands, and the teacher has lost half a point, whatever that answer is worth."""
     problem = Problem("p", "What is 6 times 3?", gold, "math")
     student = ScriptedSeat(
@@ -117,10 +120,10 @@ def test_a_malformed_teaching_is_worth_the_same_in_training_evaluation_and_runti
         bench="gsm8k", student="http://s", teacher=("t=http://t",), control=(), out=tmp_path
     )
     with TaskLog(tmp_path / "tasks.jsonl") as log:
-        by_name = {"student": seats["student"], "t": seats["teacher"]}
-        evaluation.evaluate(
-            config, {"math": [problem]}, log, evaluation.verifier(config), by_name.__getitem__
-        )
+        by_url = {"http://s": seats["student"], "http://t": seats["teacher"]}
+        monkeypatch.setattr(evaluation.Config, "open", lambda _, url: by_url[url])
+        how = evaluation.Arms(config, {"math": [problem]}, log, evaluation.verifier(config))
+        arms.fill(log, config, [problem], how.answer)
         alone, taught = (log.get(arm, problem)[0] for arm in ("student", "t"))
     assert (
         taught.teaching is None and taught.attempt == alone.attempt and alone.attempt.is_correct == is_right

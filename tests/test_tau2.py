@@ -16,6 +16,7 @@ from nano_atlas.benches.arms import STUDENT, TaskLog, start_or_continue
 from nano_atlas.benches.tau2 import Config, in_parallel, intent, student_tokens, task_result
 from nano_atlas.config import run_script
 from nano_atlas.errors import UserError
+from nano_atlas.seats import Reply
 
 MMS = "[mms_issue]bad_wifi_calling|airplane_mode_on[PERSONA:Hard]"
 OPTIONS = {"student": "http://s", "user": "http://u", "teacher": ("grpo=http://t",)}
@@ -27,8 +28,8 @@ def result(reason="user_stop", reward=1.0, arm=STUDENT, name=MMS, trial=0, info=
                 {"role": "user", "content": "###STOP###", "usage": {"prompt_tokens": 50, "completion_tokens": 3}}]  # fmt: skip
     simulation = {"trial": trial, "termination_reason": reason, "reward_info": {"reward": reward}, "messages": messages,
                   "duration": 2.0} | ({"info": info} if info else {})  # fmt: skip
-    told = {} if arm == STUDENT else {"teacher_text": "t", "teacher_tokens": 9, "teaching": "Look."}
-    return task_result((arm, intent(name, "telecom"), name, trial), simulation, told)
+    told = () if arm == STUDENT else (Reply("", 0, False), Reply("<teaching>Look.</teaching>", 9, False))
+    return task_result((arm, intent(name, "telecom"), name, trial), simulation, *told)
 
 
 @pytest.mark.parametrize("found", [None, ModuleType("tau2")], ids=["none", "the other tau2"])
@@ -86,8 +87,8 @@ def test_restart_leaves_nothing_of_the_earlier_run(tmp_path):
 @pytest.mark.parametrize("changes, message", [
     ({"user": None}, "--student and --user must be URLs"),
     ({"student": None}, "or --user solo"),
-    ({"student": "runs/student"}, "serve a checkpoint"),
-    ({"user": "runs/user"}, "serve a checkpoint"),
+    ({"student": "runs/student"}, "served as"),
+    ({"user": "runs/user"}, "served as"),
 ])  # fmt: skip
 def test_student_and_user_are_urls(changes, message):
     with pytest.raises(UserError, match=message):
@@ -96,7 +97,7 @@ def test_student_and_user_are_urls(changes, message):
 
 
 @pytest.mark.parametrize("changes, arms", [
-    ({}, [STUDENT, "grpo", "shuffled", "untrained"]), ({"teacher": ()}, [STUDENT, "untrained"]), ({"control": ("none",)}, [STUDENT, "grpo"]),
+    ({}, [STUDENT, "grpo", "shuffled", "untrained"]), ({"teacher": ()}, [STUDENT]), ({"teacher": (), "control": ("untrained",)}, [STUDENT, "untrained"]), ({"control": ("none",)}, [STUDENT, "grpo"]),
     ({"user": "solo", "control": ("untrained",)}, [STUDENT, "grpo", "untrained"]),
 ])  # fmt: skip
 def test_teachers_and_controls_are_arms(changes, arms):
@@ -117,13 +118,13 @@ def test_a_seat_that_is_gone_ends_the_run_and_its_dialogues_can_be_run_again():
         return result(next(reasons), 0.0, trial=trial, info={"failure": "refused"})
 
     with pytest.raises(UserError, match="4 dialogues in a row .* refused"):
-        for done in in_parallel(run, [(i,) for i in range(9)], 1):
-            yielded.append(done.record["termination_reason"])
+        for done in in_parallel(run, range(9), 1):
+            yielded += [result.record["termination_reason"] for result in done]
     assert yielded == ["user_stop", "infrastructure_error", "agent_error"]
 
 
 def test_an_unreached_dialogue_counts_as_a_failure_and_coverage_is_shown(tmp_path, monkeypatch, capsys):
-    config = Config(**OPTIONS | {"out": tmp_path, "trials": 2, "control": ("none",)})
+    config = Config(**OPTIONS | {"out": tmp_path, "samples": 2, "control": ("none",)})
     start_or_continue(config, {"tau2 version": "1.0.1", "floor: always transfer": "25.00 %"})
     other, unfinished = "[service_issue]lock_sim[PERSONA:None]", "[service_issue]lock[PERSONA:None]"
     with TaskLog(tmp_path / "tasks.jsonl") as log:
@@ -142,15 +143,11 @@ def test_an_unreached_dialogue_counts_as_a_failure_and_coverage_is_shown(tmp_pat
         [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")
     ]
     table = {row[0]: row[1:] for row in rows}
-    assert table["all: student alone"] == ["2", "25.0", "0.0"] and table["all: grpo"] == [
-        "2",
-        "100.0",
-        "100.0",
-    ]
-    assert table["mms_issue: student alone"] == ["1", "50.0", "0.0"]
-    assert table["PERSONA:None: student alone"] == ["1", "0.0", "0.0"]
-    costs = [row for row in rows if row[:2] in (["", "dialogues"], ["student alone", "5"])]
+    assert table["all: student"] == ["2", "25.0", "0.0"] and table["all: grpo"] == ["2", "100.0", "100.0"]
+    assert table["mms_issue: student"] == ["1", "50.0", "0.0"]
+    assert table["PERSONA:None: student"] == ["1", "0.0", "0.0"]
+    costs = [row for row in rows if row[:2] in (["", "dialogues"], ["student", "5"])]
     ends = ["infrastructure_error", "max_steps", "user_error", "user_stop"]
     assert costs == [["", "dialogues", "covered", "prompt tokens", "seconds", *ends],
-                     ["student alone", "5", "80.0", "100", "2.0", "1", "1", "1", "2"]]  # fmt: skip
+                     ["student", "5", "80.0", "100", "2.0", "1", "1", "1", "2"]]  # fmt: skip
     assert "always transfer 25.00 %" in text and "tau2 version 1.0.1" in text

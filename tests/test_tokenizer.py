@@ -161,8 +161,8 @@ def test_chats_are_token_exact_with_transformers(tmp_path, template):
 
 def test_sentencepiece_like_chats_are_token_exact(tmp_path):
     """The space before the beginning is put once, not before every piece between control tokens; `generation` is tolerated."""
-    config = {"bos_token": "<s>", "unk_token": "<unk>"}
-    ours = Tokenizer(sentencepiece_like_backend(), MISTRAL_LIKE, eos_token="</s>", config=config)
+    ours = Tokenizer(sentencepiece_like_backend(), MISTRAL_LIKE, eos_token="</s>")
+    ours.config |= {"bos_token": "<s>", "unk_token": "<unk>"}
     ours.save(tmp_path)
     messages = [
         {"role": "user", "content": " hello the quick "},

@@ -433,9 +433,9 @@ def test_contradictions_are_explained(place, options, said):
 @pytest.mark.parametrize(("options", "said"), [
     ({"device": "cuda:99"}, "there is no device cuda:99 here"),
     ({"problems": "none.jsonl"}, "none.jsonl: no such file"),
-    ({"teacher": "nowhere"}, "no model at nowhere; train it with `python train_sft.py`, or name another with --teacher"),
-    ({"student": "nowhere"}, "no model at nowhere; .*--student"),
-    ({"student": "nowhere", "reward": "exact"}, "no model at nowhere; .*--student"),
+    ({"teacher": "nowhere"}, "no model at nowhere, .*; train one with train_sft.py"),
+    ({"student": "nowhere"}, "no model at nowhere, .*hf download nowhere"),
+    ({"student": "nowhere", "reward": "exact"}, "no model at nowhere, .*hf download nowhere"),
 ])  # fmt: skip
 def test_missing_things_are_named(place, tmp_path, options, said):
     with pytest.raises(UserError, match=said):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import train_sft
-from nano_atlas import world
+from nano_atlas import optim, world
 from nano_atlas.checkpoint import save_model
 from nano_atlas.data import Example, collate
 from nano_atlas.errors import UserError
@@ -127,7 +127,7 @@ def test_training_lowers_loss_and_held_out_loss_and_writes_a_loadable_model(
     )
     assert records[-1]["epoch"] == 25 and records[-1]["lr"] < records[5]["lr"] and records[0]["grad_norm"] > 0
     assert set(records[0]) == {"step", "loss", "lr", "grad_norm", "epoch", "tokens", "target_tokens", "tokens_per_second",
-                               "padding_share", "skipped_steps"}  # fmt: skip
+                               "skipped_steps"}  # fmt: skip
     assert f"{tmp_path / 'out'}: model" in capsys.readouterr().out
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -156,9 +156,9 @@ def test_an_interrupted_run_ends_with_the_same_weights_and_metrics(
             raise KeyboardInterrupt
         return rate(*arguments)
 
-    rate = train_sft.learning_rate
+    rate = optim.learning_rate
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_sft, "learning_rate", interrupted)
+        patch.setattr(optim, "learning_rate", interrupted)
         run(checkpoint, sums, tmp_path / "resumed", *options)
     resumed = run(checkpoint, sums, tmp_path / "resumed", *options)
 
@@ -198,7 +198,6 @@ def test_over_long_examples_are_reported(checkpoint, sums, tmp_path, capsys):
     (["--optimizer-device", "cuda:7"], "there is no device cuda:7 here"),
     (["--held-out", "1"], "--held-out must be below 1"),
     (["--lr", "0"], "--lr must be above 0"),
-    (["--tokens-per-step", "10"], "--tokens-per-batch 256 is more than --tokens-per-step 10"),
 ])  # fmt: skip
 def test_contradictions_and_missing_things_are_explained(checkpoint, sums, tmp_path, options, said):
     with pytest.raises(UserError, match=said):

@@ -1,32 +1,33 @@
-"""What all benchmarks share: arms (ways of answering the same tasks), their options, and results on disk (tasks.jsonl, run.json)."""
+"""What all benchmarks share: arms (ways of answering the same tasks), the order in which they run, and results on disk."""
 
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import count, takewhile
 from pathlib import Path
+from typing import Self
 
 import torch
 
-from nano_atlas.answers import answer_key
+from nano_atlas.answers import answer_key, reveals_answer
 from nano_atlas.checkpoint import is_checkpoint
 from nano_atlas.config import derive_seed, option, refuse_changes, to_json
 from nano_atlas.data import Problem
 from nano_atlas.episode import Attempt, EpisodeConfig
 from nano_atlas.errors import UserError
+from nano_atlas.protocol import parse_teaching
 from nano_atlas.runs import Journal, checkpoint_digest, read_json, read_jsonl, write_json
-from nano_atlas.seats import Seat, is_url, open_seat
+from nano_atlas.seats import Reply, Seat, is_url, open_seat
 
 STUDENT = "student"  # the arm that all others are compared with
 CONTROLS = SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET = "shuffled", "untrained", "two-votes", "same-budget"
 ALONE = STUDENT, TWO_VOTES, SAME_BUDGET  # the arms without a teaching
-NAMES = {  # in the tables; {last}: the last teacher
-    STUDENT: "student alone", SHUFFLED: "control: shuffled {last}", UNTRAINED: "control: untrained",
-    TWO_VOTES: "control: vote of 2", SAME_BUDGET: "control: vote, tokens of {last}",
-}  # fmt: skip
 RESULT_FILES = "tasks.jsonl", "run.json", "results.json", "tables.md", "tau2-*.json"
 Key = tuple[str, str, str, int]  # of a result: arm, domain, id, sample
+Jobs = Sequence[tuple[str, Problem]]  # arms, and what each is to answer
+Seats = dict[str, Seat]  # "student", and "teacher": for the arms without one it is the student
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class ArmsConfig:
     tables: bool = option(False, "only print the tables of --out, also of an unfinished run", resumable=True)
     restart: bool = option(False, "start over; discards what --out holds", resumable=True)
 
-    def check_arms(self) -> None:
-        if set(NAMES) & set(self.teachers) or len(self.teachers) < len(self.teacher):
+    def check(self) -> None:
+        if {STUDENT, *CONTROLS} & set(self.teachers) or len(self.teachers) < len(self.teacher):
             what = f"--teacher {' '.join(self.teacher)}: each needs a name of its own, NAME=PATH"
             raise UserError(f"{what}, other than {STUDENT} and those of the controls")
 
@@ -63,19 +64,18 @@ class ArmsConfig:
         return {name or spec.rstrip("/").rpartition("/")[2]: spec for name, spec in parts}
 
     @property
-    def controls(self) -> Sequence[str]:
-        """Without a teacher those of a teacher are left out."""
-        return [arm for arm in self.control if self.teacher or arm not in (SHUFFLED, SAME_BUDGET)]
+    def last(self) -> str:
+        """The teacher whom the controls are made of."""
+        return next(reversed(self.teachers), "")
 
     @property
     def arms(self) -> list[str]:
-        return [arm for arm in dict.fromkeys([STUDENT, *self.teachers, *self.controls]) if arm != "none"]
-
-    @property
-    def names(self) -> dict[str, str]:
-        """What an arm is called in the tables."""
-        last = next(reversed(self.teachers), "")
-        return {name: name for name in self.teachers} | {arm: NAMES[arm].format(last=last) for arm in NAMES}
+        """Without a teacher there is nothing to control for: then only what --control asks for, and needs none."""
+        controls = [arm for arm in self.control if arm != "none"]
+        if not self.teacher:
+            is_asked = self.control != type(self).control
+            controls = [arm for arm in controls if is_asked and arm not in (SHUFFLED, SAME_BUDGET)]
+        return list(dict.fromkeys([STUDENT, *self.teachers, *controls]))
 
     @property
     def episode(self) -> EpisodeConfig:
@@ -84,17 +84,6 @@ class ArmsConfig:
 
     def open(self, spec: str) -> Seat:
         return open_seat(spec, device=self.device, dtype=getattr(torch, self.dtype))
-
-    def contents(self) -> dict[str, str]:
-        """Digests of the checkpoints of all seats, by what messages call them. Raises UserError where there is none."""
-        seats = {STUDENT: self.student, **self.teachers}
-        paths = {name: Path(spec) for name, spec in seats.items() if not is_url(spec)}
-        for path in paths.values():
-            if not is_checkpoint(path):
-                raise UserError(
-                    f"{path}: no checkpoint; train_sft.py and train_grpo.py make a preset's teachers"
-                )
-        return {f"checkpoint {name}": checkpoint_digest(path) for name, path in paths.items()}
 
 
 @dataclass(frozen=True)
@@ -120,6 +109,18 @@ class TaskResult:
     def key(self) -> Key:
         return self.arm, self.domain, self.id, self.sample
 
+    def taught(self, reply: Reply, **changes) -> Self:
+        """The same task with a teacher's reply."""
+        teaching = parse_teaching(reply.text)
+        is_leak = bool(self.gold and teaching) and reveals_answer(teaching, self.gold)
+        said = {"teacher_text": reply.text, "teacher_tokens": reply.tokens, "teaching": teaching}
+        return replace(self, **said, is_teacher_truncated=reply.is_truncated, is_leak=is_leak, **changes)
+
+    @property
+    def told(self) -> Reply:
+        """What `taught` was given."""
+        return Reply(self.teacher_text, self.teacher_tokens, self.is_teacher_truncated)
+
     @property
     def all_tokens(self) -> int:
         """Of everyone involved; the student alone needs no probe."""
@@ -127,16 +128,10 @@ class TaskResult:
 
 
 def read_results(path: Path) -> dict[Key, TaskResult]:
-    """The results in a tasks.jsonl by their key. Raises UserError for a damaged line."""
-    results: dict[Key, TaskResult] = {}
-    has_lines = path.exists() and path.stat().st_size
-    for number, record in read_jsonl(path, is_journal=True) if has_lines else ():
-        try:
-            result = TaskResult(**record | {"attempt": Attempt(**record["attempt"])})
-        except (TypeError, KeyError) as error:
-            raise UserError(f"{path}:{number}: not a task result ({error}); delete the line") from None
-        results[result.key] = result
-    return results
+    """What a tasks.jsonl holds. Raises UserError for a damaged line."""
+    lines = read_jsonl(path, is_journal=True) if path.exists() and path.stat().st_size else ()
+    found = (TaskResult(**record | {"attempt": Attempt(**record["attempt"])}) for _, record in lines)
+    return {result.key: result for result in found}
 
 
 class TaskLog(Journal):
@@ -147,37 +142,54 @@ class TaskLog(Journal):
         self.results = read_results(path)
 
     def append(self, results: Iterable[TaskResult]) -> None:
-        """Write those that are not there yet; they are on the disk when this returns."""
         new = {result.key: result for result in results if result.key not in self.results}
         super().append(vars(result) | {"attempt": vars(result.attempt)} for result in new.values())
         self.results |= new
 
     def get(self, arm: str, problem: Problem) -> list[TaskResult]:
         """The samples of a task that are there, from the first on."""
-        found: list[TaskResult] = []
-        while (key := (arm, problem.domain, problem.id, len(found))) in self.results:
-            found.append(self.results[key])
-        return found
+        keys = ((arm, problem.domain, problem.id, sample) for sample in count())
+        return [self.results[key] for key in takewhile(self.results.__contains__, keys)]
 
 
-def start_or_continue(config: ArmsConfig, contents: Mapping[str, str]) -> None:
-    """Write run.json: the options, and digests of checkpoints, tasks and packages, because a path may come to hold other ones.
+def fill(log: TaskLog, config: ArmsConfig, problems: Sequence[Problem], answer: Callable) -> None:
+    """Append what the log lacks. Arms of a stage advance side by side; teachers are opened one at a time, and only if needed.
 
-    Raises UserError naming what differs from the run whose results lie there.
+    answer(jobs, seats): yields lists of results, as they come.
     """
-    out, contents = config.out, config.contents() | contents
-    for pattern in RESULT_FILES if config.restart else ():
-        for file in list(out.glob(pattern)):
-            file.unlink()
+    seats: Seats = {}
+    teachers = [[name] for name in config.teachers]
+    for stage in [STUDENT, TWO_VOTES], *teachers, [SHUFFLED, UNTRAINED, SAME_BUDGET]:
+        seats.pop("teacher", None)  # lets it go before the next is opened
+        jobs = [(arm, problem) for problem in problems for arm in config.arms if arm in stage]
+        if jobs := [job for job in jobs if len(log.get(*job)) < config.samples]:
+            seats[STUDENT] = seats.get(STUDENT) or config.open(config.student)
+            teacher = config.teachers.get(stage[0])
+            seats["teacher"] = config.open(teacher) if teacher else seats[STUDENT]
+            for results in answer(jobs, seats):
+                log.append(results)
+
+
+def start_or_continue(config: ArmsConfig, contents: dict[str, str]) -> None:
+    """Write run.json: options, and digests of checkpoints and whatever else a path may come to hold. Raises UserError for changes."""
+    out, specs = config.out, {STUDENT: config.student, **config.teachers}
+    paths = {name: Path(spec) for name, spec in specs.items() if not is_url(spec)}
+    for path in paths.values():
+        if not is_checkpoint(path):
+            raise UserError(f"{path}: no checkpoint; train_sft.py and train_grpo.py make the teachers")
+    contents = {f"checkpoint {name}": checkpoint_digest(path) for name, path in paths.items()} | contents
+    for file in [file for pattern in RESULT_FILES for file in out.glob(pattern)] if config.restart else ():
+        file.unlink()
     saved = read_json(out / "run.json")
+    if not saved and (out / "tasks.jsonl").exists():
+        raise UserError(
+            f"{out}/tasks.jsonl has no run.json; choose another --out, or start over with --restart"
+        )
     if saved:
         refuse_changes(config, saved["config"], str(out))
-        changed = [name for name, value in contents.items() if saved["contents"].get(name) != value]
-        if changed:
+        if changed := [name for name in contents if saved["contents"].get(name) != contents[name]]:
             what = f"{out} holds results of other contents than now: {', '.join(changed)}"
             raise UserError(f"{what}; choose another --out, or start over with --restart")
-    elif (out / "tasks.jsonl").exists():
-        raise UserError(f"{out}/tasks.jsonl has no run.json beside it; choose another --out, or --restart")
     write_json(out / "run.json", {"config": to_json(config), "contents": contents})
 
 
@@ -190,10 +202,7 @@ def derange(problems: Sequence[Problem], seed: int) -> dict[str, Problem]:
 
 
 def majority(attempts: Sequence[Attempt]) -> Attempt:
-    """The first attempt with the most frequent answer, at the price of all: self-consistency (Wang et al. 2022, arXiv:2203.11171).
-
-    Attempts without an answer have no vote, and of equally frequent answers the one given first wins.
-    """
+    """The first with the most frequent answer, at the price of all: self-consistency (Wang et al. 2022, arXiv:2203.11171)."""
     voters = [attempt for attempt in attempts if attempt.answer is not None]
     votes = Counter(answer_key(voter.answer) for voter in voters)
     first = max(voters, key=lambda voter: votes[answer_key(voter.answer)], default=attempts[0])

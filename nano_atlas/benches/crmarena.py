@@ -5,8 +5,7 @@
     python eval.py --preset own --bench crmarena --data b2b.jsonl --student URL --teacher grpo=URL --out runs/crm
 
 **Not yet run against the live organisation**, only on a synthetic fixture. A line of --data is a record of the published data set.
-Simplified against it: answers stand in <solution> (gpt-4o extracts them there, so figures differ), only tasks with exact matching
-(no fuzzy matching, no language model as judge of privacy), no simulated user.
+Simplified: answers stand in <solution> (there gpt-4o extracts them, so figures differ); only exact matching; no simulated user.
 """
 
 import json
@@ -48,12 +47,10 @@ def load_tasks(path: Path, limit: int | None) -> dict[str, list[Problem]]:
         if record["reward_metric"] != "exact_match":
             left_out += 1
             continue
-        parts = (record.get("metadata") or {}).get("required"), record["query"], INSTRUCTION
-        question, kind = "\n\n".join(str(part) for part in parts if part), record["task"]
-        gold = ", ".join(map(str, record["answer"]))
-        kinds.setdefault(kind, []).append(Problem(f"{kind}:{record['idx']}", question, gold, kind))
-    if not kinds:
-        raise UserError(f"{path}: none of its {left_out} tasks is scored by exact_match")
+        given = (record.get("metadata") or {}).get("required") or "", record["query"], INSTRUCTION
+        question, gold = "\n\n".join(filter(None, given)), ", ".join(map(str, record["answer"]))
+        name, kind = f"{record['task']}:{record['idx']}", record["task"]
+        kinds.setdefault(kind, []).append(Problem(name, question, gold, kind))
     print(f"{path}: {left_out} tasks left out, which are scored by fuzzy matching or by a language model")
     return {kind: problems[:limit] for kind, problems in kinds.items()}
 
@@ -118,12 +115,12 @@ def tables(config: ArmsConfig, results: Collection[TaskResult]) -> str:
     """What accuracy on policy violations hides: always answering None, and how many violations are found, whichever article."""
     tasks = [result for result in results if result.domain == VIOLATION]
     answers = {arm: [(r.attempt.answer, r.gold) for r in tasks if r.arm == arm] for arm in config.arms}
-    answers["floor"] = [("None", gold) for _, gold in answers[STUDENT]]
+    answers["always None"] = [("None", gold) for _, gold in answers[STUDENT]]
     rows = [["policy violations", "answers", "accuracy", "violations found"]]
     for arm, pairs in answers.items():
         right = [answer is not None and is_correct(answer, gold) for answer, gold in pairs]
         violations = [answer for answer, gold in pairs if not is_correct(gold, "None")]
         found = [bool(answer) and not is_correct(answer, "None") for answer in violations]
         rates = (scores.percent(fmean(values) if values else None) for values in (right, found))
-        rows.append([config.names.get(arm, "floor: always None"), str(len(pairs)), *rates])
-    return "\n".join(["", *scores.table(rows), ""]) if tasks else ""
+        rows.append([arm, str(len(pairs)), *rates])
+    return "\n".join(["", *scores.table(rows)]) if tasks else ""

@@ -1,35 +1,31 @@
 """The official package of τ²-bench (v1.0.1), which runs and scores each dialogue. No other file imports it.
 
-Replaced is the function through which tau2 asks a language model: `generate` sends the same messages and tools to an endpoint.
-Added is the teacher. It is asked once per dialogue, when the student has read the user's first message (in solo mode: the ticket):
+Its function that asks a language model is replaced: `generate` sends the same messages and tools to an endpoint. Added is the teacher,
+who is asked once per dialogue, when the student has read the user's first message (in solo mode: the ticket):
 
     probe     student   its system prompt + the opening                       ->  how it would approach the case
     teaching  TEACHER   policy + names of the tools + opening + approach      ->  guidance, appended to the student's system prompt
 
-Neither can see what a task is scored by: an agent is built from tools and policy alone, in solo mode also from a task of which
-nothing but the ticket is left. `config` is always tau2.Config.
+Neither can see what a task is scored by: an agent is built from tools and policy alone. `config` is always tau2.Config.
 """
 
 import importlib.metadata
 import json
 import re
 import threading
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import tau2.agent.llm_agent
-import tau2.user.user_simulator
+import tau2.user.user_simulator as user_simulator
 from tau2.data_model.message import AssistantMessage, ToolCall
 from tau2.data_model.simulation import Results, RewardInfo, SimulationRun, TerminationReason, TextRunConfig
 from tau2.data_model.tasks import InitialState, RewardType, Task
 from tau2.evaluator.evaluator import EvaluationType, evaluate_simulation
 from tau2.orchestrator.orchestrator import Orchestrator
 from tau2.runner import build_agent, build_environment, build_user, get_info, get_tasks, run_simulation
-from tau2.user.user_simulator import DummyUser
 from tau2.utils import DATA_DIR
 from tau2.utils.llm_utils import to_litellm_messages, validate_message_history
 
@@ -38,11 +34,9 @@ from nano_atlas.answers import visible
 from nano_atlas.config import derive_seed
 from nano_atlas.errors import UserError
 from nano_atlas.runs import digest, files_digest
-from nano_atlas.seats import Generation, Question, Seat
+from nano_atlas.seats import Generation, Question, Reply, Seat
 
-# What a teacher made of an opening: the fields of a TaskResult that are its own
-TOLD = "approach", "approach_tokens", "teacher_text", "teacher_tokens", "is_teacher_truncated", "teaching"
-Guide = Callable[[str, str, str, int], dict[str, Any]]  # (system prompt, case, opening, seed) -> TOLD
+LOCK = threading.Lock()
 
 
 class DialogueEnd(Exception):
@@ -52,8 +46,7 @@ class DialogueEnd(Exception):
 def generate(model, messages, generation, tools=None, tool_choice="auto", call_name=None, seed=0, guide=None):
     """Stands in for tau2.utils.llm_utils.generate; `generation` and `guide` come with the `llm_args` that tau2 passes on.
 
-    Reasoning is dropped: it reaches neither the other side nor the history. Raises DialogueEnd for a turn without text and tool
-    call, for arguments that are no JSON object, and for an outgrown context; UserError for a seat that does not answer.
+    Reasoning reaches neither the other side nor the history. Raises DialogueEnd, and UserError for a seat that does not answer.
     """
     validate_message_history(messages)
     wire = [{k: v for k, v in message.items() if v is not None} for message in to_litellm_messages(messages)]
@@ -65,7 +58,7 @@ def generate(model, messages, generation, tools=None, tool_choice="auto", call_n
     except UserError as error:
         if not re.search("context length|max_position_embeddings", str(error)):
             raise
-        raise DialogueEnd("context_window_exceeded", str(error)) from error
+        raise DialogueEnd("context_window_exceeded", str(error), None) from error
     text, calls = visible(reply.text).strip() or None, []
     usage = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.tokens}
     try:
@@ -80,25 +73,21 @@ def generate(model, messages, generation, tools=None, tool_choice="auto", call_n
     return AssistantMessage(role="assistant", content=text, tool_calls=calls or None, cost=0.0, usage=usage)
 
 
-tau2.agent.llm_agent.generate = tau2.user.user_simulator.generate = generate
+tau2.agent.llm_agent.generate = user_simulator.generate = generate
 
 
-def teacher_guide(config, student: Seat, teacher: Seat) -> Guide:
-    """A guide that threads may share. A teacher in this process serves them one at a time."""
-    lock = threading.Lock() if getattr(teacher, "is_batched", False) else nullcontext()
-    probing = Generation(config.probe_tokens, config.temperature, config.top_p)
-    teaching = Generation(config.teaching_tokens, config.temperature, config.top_p)
+def consult(config, student: Seat, teacher: Seat, system_prompt: str, case: str, opening: str, seed: int):
+    """The student's approach and the teacher's reply. A teacher in this process answers one thread at a time."""
 
-    def guide(system_prompt: str, case: str, opening: str, seed: int) -> dict[str, Any]:
-        probe = [{"role": "system", "content": system_prompt}, *protocol.probe_messages(opening)]
-        ((approach,),) = student.ask([Question(probe, probing, derive_seed(seed, "probe", opening))])
-        request = protocol.teacher_messages(case, visible(approach.text).strip())
-        with lock:
-            ((reply,),) = teacher.ask([Question(request, teaching, derive_seed(seed, "teach", opening))])
-        told = reply.text, reply.tokens, reply.is_truncated, protocol.parse_teaching(reply.text)
-        return dict(zip(TOLD, (approach.text, approach.tokens, *told)))
+    def said(seat, messages, kind, max_tokens) -> Reply:
+        generation = Generation(max_tokens, config.temperature, config.top_p)
+        with LOCK if getattr(seat, "is_batched", False) else nullcontext():
+            return seat.ask([Question(messages, generation, derive_seed(seed, kind, opening))])[0][0]
 
-    return guide
+    probe = [{"role": "system", "content": system_prompt}, *protocol.probe_messages(opening)]
+    approach = said(student, probe, "probe", config.probe_tokens)
+    request = protocol.teacher_messages(case, visible(approach.text).strip())
+    return approach, said(teacher, request, "teach", config.teaching_tokens)
 
 
 def only_ticket(task: Task) -> Task:
@@ -107,12 +96,12 @@ def only_ticket(task: Task) -> Task:
     return task.model_copy(update=dict.fromkeys(hidden) | {"id": "", "initial_state": InitialState()})
 
 
-def simulate(config, task: Task, seed: int, student, user, guide: Guide | None = None) -> tuple[dict, dict]:
-    """One scored dialogue: a SimulationRun as JSON values, and what a teacher said (TOLD; without one nothing).
+def simulate(config, task: Task, seed: int, student, user, teacher=None, told=()) -> tuple[dict, list[Reply]]:
+    """One scored dialogue: a SimulationRun as JSON values, and what student and teacher said before it (`told`, if it is given).
 
     student, user: EndpointSeats; the user is greedy. In solo mode there is none, and the student has the user's tools too.
     """
-    told: dict[str, Any] = {}
+    told = list(told)
 
     def guided(messages, tools, seed) -> str:
         """The student's system prompt with the teaching, which is asked for in its first own turn."""
@@ -120,38 +109,31 @@ def simulate(config, task: Task, seed: int, student, user, guide: Guide | None =
             opening = task.ticket if config.is_solo else next(m.content for m in messages if m.role == "user")
             names = ", ".join(tool.name for tool in tools)
             case = f"{environment.get_policy()}\n\nTools: {names}\n\nUser: {opening}"
-            told.update(guide(messages[0].content, case, opening, seed))
-        return protocol.guided_system_prompt(messages[0].content, told["teaching"])
+            told.extend(consult(config, student, teacher, messages[0].content, case, opening, seed))
+        _, reply = told
+        return protocol.guided_system_prompt(messages[0].content, protocol.parse_teaching(reply.text))
 
-    mode = {"solo_mode": config.is_solo}
+    mode, kind, partner = {"solo_mode": config.is_solo}, "llm_agent_solo", user_simulator.DummyUser()
     environment = build_environment(config.domain, **mode)
-    how = {"generation": config.episode.answering, "guide": guide and guided}
-    knows = {"llm": student, "llm_args": how, "task": only_ticket(task)}
-    agent = build_agent("llm_agent_solo" if config.is_solo else "llm_agent", environment, **knows, **mode)
-    greedy = {"generation": Generation(config.answer_tokens, temperature=0.0)}
-    partner = DummyUser()
+    options = {"generation": config.episode.answering, "guide": guided if teacher or told else None}
     if not config.is_solo:
+        greedy = {"generation": config.episode.greedy().answering}
+        kind = "llm_agent"
         partner = build_user("user_simulator", environment, task, llm=user, llm_args=greedy)
-    parts = config.domain, agent, partner, environment, task, config.max_steps
-    dialogue = Orchestrator(*parts, seed=seed, **mode)
+    agent = build_agent(kind, environment, task=only_ticket(task), llm=student, llm_args=options, **mode)
+    dialogue = Orchestrator(config.domain, agent, partner, environment, task, config.max_steps, seed, **mode)
     try:
         simulation = run_simulation(dialogue)
-    except DialogueEnd as end:
-        simulation = broken_off(dialogue, *end.args)
-    except UserError as error:
-        simulation = broken_off(dialogue, "infrastructure_error", str(error))
-    except Exception:  # tau2's own, on what a seat said: this one dialogue failed, and the tables count it
-        simulation = broken_off(dialogue, "unexpected_error", traceback.format_exc())
+    except Exception as error:  # also of tau2, on what a seat said: one dialogue failed
+        kind = "infrastructure_error" if isinstance(error, UserError) else "unexpected_error"
+        other = DialogueEnd(kind, f"{type(error).__name__}: {error}", None)
+        reason, failure, usage = (error if isinstance(error, DialogueEnd) else other).args
+        dialogue.termination_reason, dialogue.to_role = TerminationReason(reason), None
+        simulation = dialogue._finalize()
+        simulation.reward_info = RewardInfo(reward=0.0)
+        simulation.info = {"failure": failure, "usage": usage}
     simulation.policy = None  # it stands once in the results' header
     return simulation.model_dump(mode="json", exclude_none=True), told
-
-
-def broken_off(dialogue: Orchestrator, reason: str, failure: str, usage=None) -> SimulationRun:
-    dialogue.termination_reason, dialogue.to_role = TerminationReason(reason), None
-    simulation = dialogue._finalize()
-    simulation.reward_info = RewardInfo(reward=0.0)
-    simulation.info = {"failure": failure, "usage": usage}
-    return simulation
 
 
 def load_tasks(config) -> list[Task]:
@@ -173,13 +155,10 @@ def contents(config, tasks: Sequence[Task]) -> dict[str, str]:
     """What results are results of: version and digests of package, data and tasks. And the floors of these tasks."""
     folders = DATA_DIR / "tau2/domains" / config.domain, DATA_DIR / "tau2/user_simulator"
     data = (file for folder in folders for file in folder.rglob("*") if file.is_file())
-    return {
-        "tau2 version": importlib.metadata.version("tau2"),
-        "tau2 code": files_digest(sorted(Path(tau2.__file__).parent.rglob("*.py"))),
-        "tau2 data": files_digest(sorted(data)),
-        **floors(config, tasks),
-        "tasks": digest(task.model_dump_json().encode() for task in tasks),
-    }
+    found = {"tau2 version": importlib.metadata.version("tau2"), "tau2 data": files_digest(sorted(data))}
+    found["tau2 code"] = files_digest(sorted(Path(tau2.__file__).parent.rglob("*.py")))
+    found["tasks"] = digest(task.model_dump_json().encode() for task in tasks)
+    return found | floors(config, tasks)
 
 
 def floors(config, tasks: Sequence[Task]) -> dict[str, str]:
@@ -188,19 +167,17 @@ def floors(config, tasks: Sequence[Task]) -> dict[str, str]:
     call = ToolCall(id="floor", name="transfer_to_human_agents", arguments={"summary": ""})
     result = build_environment(config.domain, solo_mode=config.is_solo).get_response(call)
     transfer = AssistantMessage(role="assistant", tool_calls=[call], cost=0.0)
-    run = {"id": "floor", "task_id": "", "start_time": "", "end_time": "", "duration": 0}
-    run["termination_reason"], how = "user_stop", (EvaluationType.ALL, config.is_solo, config.domain)
-    found = {}
+    how, found = (EvaluationType.ALL, config.is_solo, config.domain), {}
     for name, messages in ("do nothing", [leave]), ("always transfer", [transfer, result, leave]):
-        simulation = SimulationRun(messages=messages, **run)
-        rewards = [evaluate_simulation(simulation, task, *how).reward for task in tasks]
-        found[f"floor: {name}"] = f"{100 * mean(rewards):.2f} %"
+        simulation = SimulationRun.model_construct(messages=messages, termination_reason="user_stop")
+        score = mean(evaluate_simulation(simulation, task, *how).reward for task in tasks)
+        found[f"floor: {name}"] = f"{100 * score:.2f} %"
     return found
 
 
 def official(config, tasks: Sequence[Task], arm: str, simulations: Sequence[dict]) -> str:
     """An arm in tau2's own format. Its metrics leave out infrastructure errors; without any, the means are equal."""
-    run = {"domain": config.domain, "num_trials": config.trials, "max_steps": config.max_steps}
+    run = {"domain": config.domain, "num_trials": config.samples, "max_steps": config.max_steps}
     run |= {"llm_agent": f"{config.student} ({arm})", "llm_args_agent": {"temperature": config.temperature}}
     run |= {"llm_user": config.user, "llm_args_user": {"temperature": 0.0}, "seed": config.seed}
     run |= {"agent": "llm_agent_solo", "user": "dummy_user"} if config.is_solo else {}

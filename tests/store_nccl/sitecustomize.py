@@ -1,7 +1,8 @@
 """A machine without GPUs as far as vLLM's NCCL weight transfer is concerned: broadcasts go through the rendezvous store of the same
 group, and streams wait for nothing. Python imports this at the start of a process that has this directory in PYTHONPATH.
 
-Engine and worker are forked, as vLLM does on GPUs: each import of torch and vLLM that this saves takes ten seconds.
+Engine and worker are forked, as vLLM does on GPUs, and the model's class is inspected where it is needed, not in a process of its
+own: each import of torch and vLLM that this saves takes ten seconds.
 """
 
 import contextlib
@@ -9,8 +10,6 @@ import importlib.abc
 import importlib.machinery
 import multiprocessing
 import sys
-
-PYNCCL = "vllm.distributed.device_communicators.pynccl"
 
 
 class StoreCommunicator:
@@ -46,18 +45,26 @@ def replacements(pynccl) -> list[tuple]:
     ]
 
 
+REPLACEMENTS = {
+    "vllm.distributed.device_communicators.pynccl": replacements,
+    "vllm.model_executor.models.registry": lambda module: [
+        (module, "_run_in_subprocess", lambda call: call())
+    ],
+}
+
+
 class Patch(importlib.abc.MetaPathFinder):
-    """Replaces them as soon as vLLM imports its own wrapper of NCCL."""
+    """Replaces them as soon as vLLM imports these modules."""
 
     def find_spec(self, name, path, target=None):
-        if name != PYNCCL:
+        if name not in REPLACEMENTS:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         load = spec.loader.exec_module
 
         def exec_module(module):
             load(module)
-            for replacement in replacements(module):
+            for replacement in REPLACEMENTS[name](module):
                 setattr(*replacement)
 
         spec.loader.exec_module = exec_module
