@@ -122,9 +122,8 @@ def export_traces(source: Path, target: Path, config: Config) -> tuple[int, int]
     traces = list(reviewed_traces(source))
     selected = [trace for outcome, trace in traces if is_selected(outcome, config)]
     if not selected:
-        raise UserError(
-            f"{source}: none of its {len(traces)} traces is selected, so {target} was not written"
-        )
+        cause = f"none of its {len(traces)} traces is selected"
+        raise UserError(f"{source}: {cause}, so {target} was not written")
     replace_text(target, "".join(json.dumps(trace) + "\n" for trace in selected))
     return len(selected), len(traces)
 

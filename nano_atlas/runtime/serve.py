@@ -48,10 +48,9 @@ KEEP_ALIVE = 5.0  # seconds between two comments in a stream
 def serve_pair(config: Config, seats: Mapping[str, Seat]) -> None:
     """Answers requests as sessions, one trace each, and learns from those that can be scored, until SIGINT or SIGTERM."""
     books = threading.Lock()  # of experience and journal
+    # a sampler takes one caller at a time
     has_sampler = any(getattr(seat, "is_batched", False) for seat in seats.values())
-    turn = (
-        threading.Lock() if has_sampler else contextlib.nullcontext()
-    )  # a sampler takes one caller at a time
+    turn = threading.Lock() if has_sampler else contextlib.nullcontext()
     with Journal(config.out / "traces.jsonl") as journal:
         experience = Experience(config.strategies)
         for past in past_outcomes(journal):
