@@ -25,7 +25,7 @@ from nano_atlas.config import derive_seed, option, parse, run_script, to_json
 from nano_atlas.data import Problem
 from nano_atlas.episode import EpisodeConfig, attempt, seeds, sketch, teach
 from nano_atlas.errors import UserError
-from nano_atlas.presets import NANO_LENGTHS
+from nano_atlas.presets import NANO_SAMPLING
 from nano_atlas.protocol import Messages, baseline_messages
 from nano_atlas.reward import RewardConfig
 from nano_atlas.runs import read_json, write_json, write_jsonl
@@ -37,6 +37,7 @@ from nano_atlas.schedule import play
 from nano_atlas.seats import Generation, Question, Seat
 from nano_atlas.stats import mean_in_points
 
+LENGTHS = {name: value for name, value in NANO_SAMPLING.items() if name.endswith("_tokens")}
 SHOTS = 3  # examples of the few-shot arm
 ARMS = ("both", "online", "offline", "fine-tuning", "few-shot")
 
@@ -108,7 +109,7 @@ def measure(config: Config, arm: str, number: int, problems: Sequence[Problem], 
             student = open_agent(str(config.out / f"tuned-{number}/model"))
         shots = [message for chat in chats for message in chat]
         asked = [(shots + baseline_messages(p.question), derive_seed("compounding", p.id)) for p in problems]
-        answering = Generation(NANO_LENGTHS["answer_tokens"], 0.0)
+        answering = Generation(LENGTHS["answer_tokens"], 0.0)
         replies = student.ask([Question(messages, answering, seed) for messages, seed in asked])
         return [int(attempt(reply, p.answer).is_correct) for (reply,), p in zip(replies, problems)]
     place = config.teacher
@@ -116,7 +117,7 @@ def measure(config: Config, arm: str, number: int, problems: Sequence[Problem], 
         offline = str(config.out / f"offline-{number}/model")
         place = offline if arm == "offline" else promotion(config, number)["teacher"]
     style = best_style(config, number) if number and arm == "online" else "adaptive"
-    greedy, seed = EpisodeConfig(**NANO_LENGTHS).greedy(), seeds("compounding")
+    greedy, seed = EpisodeConfig(**LENGTHS).greedy(), seeds("compounding")
     seats = {"student": student, "teacher": open_agent(place)}
     sketches = play([sketch(problem, greedy, seed) for problem in problems], seats)
     count_tokens, rewards = seats["teacher"].count_tokens, RewardConfig()
