@@ -26,17 +26,13 @@ from nano_atlas.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Generation:
-    """How to sample a reply."""
-
-    max_tokens: int
+    max_tokens: int  # of a reply
     temperature: float = 0.7
     top_p: float = 1.0
 
 
 class Question(NamedTuple):
-    """A conversation that is to be continued."""
-
-    messages: Messages
+    messages: Messages  # a conversation that is to be continued
     generation: Generation
     seed: int
     n: int = 1  # replies
@@ -134,13 +130,14 @@ class Client:
                 time.sleep(min(2.0 ** (attempt - 1), 20.0))
             try:
                 response = self._http.request(method, self.url + path, json=body, timeout=patience)
-                answer, cause = _read_answer(response, choices)
-                if cause is None:
-                    return answer
-                is_final = response.status_code not in (200, 429) and response.status_code < 500
             except (httpx.RequestError, httpx.InvalidURL) as error:
                 cause = f"{type(error).__name__}: {error}"
                 is_final = isinstance(error, (httpx.InvalidURL, httpx.UnsupportedProtocol))  # a wrong address
+            else:
+                answer, cause = _read_answer(response, choices)
+                is_final = response.status_code not in (200, 429) and response.status_code < 500
+                if cause is None:
+                    return answer
             if is_final:
                 break
         cause, kind = cause.replace(self._key, "***"), UserError if is_final else ServerLost
