@@ -20,15 +20,8 @@ from nano_atlas.checkpoint import load_model
 from nano_atlas.errors import UserError
 from nano_atlas.model import Transformer
 from nano_atlas.protocol import Messages
-from nano_atlas.sampler import Request, Rollout, Sampler, SamplingParams
+from nano_atlas.sampler import Generation, Request, Rollout, Sampler
 from nano_atlas.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Generation:
-    max_tokens: int  # of a reply
-    temperature: float = 0.7
-    top_p: float = 1.0
 
 
 class Question(NamedTuple):
@@ -65,10 +58,8 @@ class TokenSeat:
         self.template_options = {"enable_thinking": thinking}  # Qwen3's switch; other templates ignore it
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:
-        requests = []
-        for messages, g, seed, n in questions:
-            params = SamplingParams(g.max_tokens, g.temperature, g.top_p, self.tokenizer.eos_ids)
-            requests.append(Request(tuple(self.prompt_ids(messages)), params, n, seed))
+        ends = self.tokenizer.eos_ids
+        requests = [Request(tuple(self.prompt_ids(m)), g, n, seed, ends) for m, g, seed, n in questions]
         rollouts = self.sampler.generate(requests, progress=progress)
         return [[self._reply(rollout) for rollout in group] for group in rollouts]
 
