@@ -28,7 +28,7 @@ from torch import Tensor
 from benchmarks.jobs import markdown
 from nano_atlas.config import option, parse, run_script
 from nano_atlas.model import ModelConfig, Transformer
-from nano_atlas.sampler import Request, Sampler, SamplingParams
+from nano_atlas.sampler import Generation, Request, Sampler
 from nano_atlas.tokenizer import Tokenizer
 
 Arms = dict[str, Callable[..., int]]  # name -> (prompts, lengths) -> number of generated tokens
@@ -73,7 +73,7 @@ def plain_loop(model: Transformer, prompts: list[list[int]], lengths: list[int])
 
 
 def sample(sampler: Sampler, prompts: list[list[int]], lengths: list[int]) -> int:
-    params = [SamplingParams(max_tokens=length) for length in lengths]
+    params = [Generation(max_tokens=length) for length in lengths]
     requests = [Request(tuple(p), one, seed=i) for i, (p, one) in enumerate(zip(prompts, params))]
     return sum(len(r.completion_ids) for rollouts in sampler.generate(requests) for r in rollouts)
 

@@ -136,7 +136,7 @@ class Example:
 
 
 def load_examples(paths, tokenizer: Tokenizer, max_length: int, thinking: bool = False) -> list[Example]:
-    """Every line of the files, tokenised; prints how many examples are left out, because they have more than `max_length` tokens.
+    """Every line of the files, tokenised; prints how many are left out, because they have more than `max_length` tokens.
 
     `thinking` is Qwen3's switch, and must be the one that the model is later sampled with. Raises UserError for a bad line.
     """
@@ -146,8 +146,7 @@ def load_examples(paths, tokenizer: Tokenizer, max_length: int, thinking: bool =
         made = [e for where, record in lines for e in make_examples(record, tokenizer, where, thinking)]
         short = [example for example in made if len(example.input_ids) <= max_length]
         examples += short
-        if len(short) < len(made):
-            count = len(made) - len(short)
+        if count := len(made) - len(short):
             print(f"left out: {count} examples of {path}: longer than {max_length} tokens")
     if not examples:
         raise UserError("no example left to train on; raise --max-length")
@@ -188,9 +187,9 @@ def _messages(record: dict, field: str, where: str) -> protocol.Messages:
 def _chat_examples(messages, first: int, tokenizer: Tokenizer, where: str, thinking: bool) -> list[Example]:
     """Learn the assistant turns from index `first` on, each exactly as it would be generated: after the prompt of that turn.
 
-    Learned is what the template writes for `messages[:turn + 1]` beyond the generation prompt of `messages[:turn]`, up to the
-    end-of-turn token. Usually each turn continues the text before it, and the whole chat is one example. Where a template
-    rewrites earlier turns (Qwen3 drops their reasoning), a turn starts an example of its own.
+    Learned is what the template writes for `messages[:turn + 1]` beyond the generation prompt of `messages[:turn]`, up to the end of
+    the turn. A turn that continues the text before it (usually all do) extends its example; where a template rewrites earlier turns
+    (Qwen3 drops their reasoning), it starts another.
     """
     examples: list[Example] = []
     for turn in [i for i, message in enumerate(messages) if i >= first and message["role"] == "assistant"]:
@@ -236,9 +235,9 @@ def count_targets(examples: Iterable[Example]) -> int:
 
 
 def pack(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
-    """Group documents (by index) into micro-batches whose padded view, rows x longest, has at most `tokens_per_batch` tokens.
+    """Micro-batches (of indices) whose padded view, rows x longest, has at most `tokens_per_batch` tokens; a longer document alone.
 
-    Longest first, so that the attention kernel sees little padding. A document beyond the budget is a batch of its own.
+    Longest first, so that the attention kernel sees little padding.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -255,8 +254,7 @@ def steps_per_epoch(lengths: Sequence[int], tokens_per_step: int) -> int:
 def shuffle_epoch(lengths, tokens_per_step: int, seed: int, epoch: int, is_shuffled=True) -> list[list[int]]:
     """The documents (by index) of each optimizer step of an epoch: each once, in an order given by (seed, epoch) or in their own.
 
-    Each step has as many documents (give or take one), `tokens_per_step` tokens on average. They are grouped by length only
-    *within* a step, so no step sees only short or only long ones.
+    Steps have equally many documents, `tokens_per_step` tokens on average; grouping by length happens only *within* a step.
     """
     order = list(range(len(lengths)))
     if is_shuffled:

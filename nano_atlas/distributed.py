@@ -48,9 +48,7 @@ def process_group() -> Iterator[None]:
 
 def is_first_failure() -> bool:
     """Whether this rank is the first of the job to fail. Only that one reports; the others exit silently."""
-    with suppress(
-        RuntimeError, ValueError
-    ):  # torchrun has ended, and its store with it; or there is no group
+    with suppress(RuntimeError, ValueError):  # torchrun's store has ended with it; or there is no group
         return dist.distributed_c10d._get_default_store().add("failures", 1) == 1
     return True
 

@@ -12,7 +12,8 @@ from nano_atlas.config import Preset
 
 STUDENT = Path(__file__).parent / "world" / "student"  # it comes with the package
 NANO = Path("runs/nano")
-NANO_SAMPLING = {"student": str(STUDENT), "probe_tokens": 40, "teaching_tokens": 96, "answer_tokens": 120}
+NANO_LENGTHS = {"probe_tokens": 40, "teaching_tokens": 96, "answer_tokens": 120}
+NANO_SAMPLING = {"student": str(STUDENT), **NANO_LENGTHS}
 
 
 def _preset(help: str, run: Path, train_sft: dict, train_grpo: dict, evaluation: dict, runtime: dict):
@@ -47,18 +48,16 @@ TABLE = {
         {"bench": "nano", "limit": 500, "control": ("shuffled",), **NANO_SAMPLING},
         {"lane": "paired", **NANO_SAMPLING}),
     "smollm2-cpu": _language_model(
-        "SmolLM2-135M-Instruct as student and teacher, on a CPU, 8 GB; --data, --problems, --tasks",
-        "smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct", 256, 64,
+        "SmolLM2-135M-Instruct as student and teacher, on a CPU, 8 GB; --data, --problems, --tasks", "smollm2",
+        "HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct", 256, 64,
         dtype="float32", device="cpu", gradient_checkpointing=False, tokens_per_batch=4096),
-    "qwen3-0.6b-24gb": _language_model(
-        "Qwen3-0.6B as student and teacher, on one 24 GB GPU",
-        "qwen3-0.6b", "Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", 1024, 32),
-    "qwen3-1.7b-80gb": _language_model(
-        "Qwen3-1.7B teaches Qwen3-4B, on one 80 GB GPU",
-        "qwen3-1.7b", "Qwen/Qwen3-4B", "Qwen/Qwen3-1.7B", 2048, 48),
+    "qwen3-0.6b-24gb": _language_model("Qwen3-0.6B as student and teacher, on one 24 GB GPU", "qwen3-0.6b",
+        "Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", 1024, 32),
+    "qwen3-1.7b-80gb": _language_model("Qwen3-1.7B teaches Qwen3-4B, on one 80 GB GPU", "qwen3-1.7b",
+        "Qwen/Qwen3-4B", "Qwen/Qwen3-1.7B", 2048, 48),
     "qwen3-8b-2gpu": _language_model(
-        "Qwen3-8B teaches Qwen3-4B, on two 80 GB GPUs, the optimizer's state (98 GB) on the host",
-        "qwen3-8b", "Qwen/Qwen3-4B", "Qwen/Qwen3-8B", 4096, 16, optimizer_device="cpu"),
+        "Qwen3-8B teaches Qwen3-4B, on two 80 GB GPUs, the optimizer's state (98 GB) on the host", "qwen3-8b",
+        "Qwen/Qwen3-4B", "Qwen/Qwen3-8B", 4096, 16, optimizer_device="cpu"),
     "own": ("models of yours, named by flags, with the lengths and step sizes of the published recipe", {
         "train_sft": {}, "train_grpo": {}, "eval": {"bench": "gsm8k", "out": Path("runs/eval")},
         "runtime_loop": {"out": Path("runs/runtime")}}),

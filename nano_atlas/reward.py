@@ -23,9 +23,7 @@ MALFORMED_PENALTY = 0.5
 
 @dataclass(frozen=True)
 class RewardConfig:
-    degradation_penalty: float = option(
-        2.0, "reward lost per accuracy lost", group="teaching reward", at_least=0
-    )
+    degradation_penalty: float = option(2.0, "reward lost per accuracy lost", group="reward", at_least=0)
     efficiency_weight: float = option(1.0, "w of the bonus for brevity, 100 / (100 + tokens)", at_least=0)
 
 

@@ -33,21 +33,21 @@ PREFILL_TOKENS = 8192  # prompt tokens that go through the model at once (a long
 
 
 @dataclass(frozen=True)
-class SamplingParams:
+class Generation:
     """How to draw the tokens of one sample."""
 
     max_tokens: int  # of the completion, the stop token included
     temperature: float = 1.0  # 0: the most likely token
     top_p: float = 1.0  # nucleus (Holtzman et al. 2020, arXiv:1904.09751): fewest tokens with this mass
-    stop_token_ids: tuple[int, ...] = ()  # the sample ends with, and includes, the first of these
 
 
 @dataclass(frozen=True)
 class Request:
     prompt_ids: tuple[int, ...]
-    params: SamplingParams
+    generation: Generation
     n: int = 1  # samples
     seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()  # a sample ends with, and includes, the first of these
 
 
 @dataclass
@@ -139,12 +139,12 @@ class Sample(NamedTuple):
     """One sample that waits or runs. Its rollout is the one that `generate` returns, and grows."""
 
     rollout: Rollout
-    params: SamplingParams
+    request: Request
     uniforms: np.ndarray  # [max_tokens] float64
 
     @property
     def longest(self) -> int:  # tokens it may come to, the prompt included
-        return len(self.rollout.prompt_ids) + self.params.max_tokens
+        return len(self.rollout.prompt_ids) + self.request.generation.max_tokens
 
     @property
     def position(self) -> int:  # of its last token; as many slots of the cache are filled
@@ -152,12 +152,12 @@ class Sample(NamedTuple):
 
     def extend(self, ids: list[int], logprobs: list[float]) -> bool:
         """Adds what was drawn, up to the first stop token. Returns whether the sample is finished."""
-        end = next((i for i, token in enumerate(ids, start=1) if token in self.params.stop_token_ids), None)
+        end = next((i for i, token in enumerate(ids, start=1) if token in self.request.stop_token_ids), None)
         self.rollout.completion_ids += ids[:end]
         self.rollout.logprobs += logprobs[:end]
         if end is not None:
             self.rollout.finish_reason = "stop"
-        return end is not None or len(self.rollout.completion_ids) == self.params.max_tokens
+        return end is not None or len(self.rollout.completion_ids) == self.request.generation.max_tokens
 
 
 class Sampler:
@@ -194,7 +194,7 @@ class Sampler:
     def _sample(self, request: Request, index: int) -> Sample:
         rollout = Rollout(request.prompt_ids, [], [], "length", self.weight_version)
         stream = np.random.Generator(np.random.Philox(key=[request.seed % 2**63, index]))
-        return Sample(rollout, request.params, stream.random(request.params.max_tokens))
+        return Sample(rollout, request, stream.random(request.generation.max_tokens))
 
     def sync(self, model: Transformer, version: int) -> float:
         """The weights are from now on `version`; those of a sharded `model` are copied. A sampler elsewhere would return its parity
@@ -252,7 +252,7 @@ class _Batch:
 
     def decode(self) -> int:
         """A few steps for every row; then the last rows move into the gaps of those that are finished. Returns their number."""
-        left = (s.params.max_tokens - len(s.rollout.completion_ids) for s in self.samples)
+        left = (s.request.generation.max_tokens - len(s.rollout.completion_ids) for s in self.samples)
         tokens, logprobs = self._steps(min(self.steps_per_sync, *left))
         if logprobs.isnan().any():
             raise UserError("the model's logits are NaN: its weights are broken, use an earlier checkpoint")
@@ -273,7 +273,7 @@ class _Batch:
         def column(values: Sequence) -> Tensor:
             return torch.tensor(values).to(self.device, non_blocking=True)[:, None]  # [R, 1]
 
-        params = [sample.params for sample in self.samples]
+        params = [sample.request.generation for sample in self.samples]
         places = [sample.position for sample in self.samples]
         last = [(s.rollout.completion_ids or s.rollout.prompt_ids)[-1] for s in self.samples]
         tokens, positions = column(last)[:, 0], column(places)[:, 0]
@@ -295,7 +295,11 @@ class _Batch:
 
 
 def _check(request: Request, number: int, config: ModelConfig) -> None:
-    prompt, max_tokens, limit = request.prompt_ids, request.params.max_tokens, config.max_position_embeddings
+    prompt, max_tokens, limit = (
+        request.prompt_ids,
+        request.generation.max_tokens,
+        config.max_position_embeddings,
+    )
     said, last = f"the prompt of request {number}", config.vocab_size - 1
     if not prompt or not 0 <= min(prompt) <= max(prompt) <= last:
         raise UserError(f"{said} is empty or has ids outside 0 ... {last}: use this model's tokenizer")

@@ -20,23 +20,12 @@ from nano_atlas.checkpoint import load_model
 from nano_atlas.errors import UserError
 from nano_atlas.model import Transformer
 from nano_atlas.protocol import Messages
-from nano_atlas.sampler import Request, Rollout, Sampler, SamplingParams
+from nano_atlas.sampler import Generation, Request, Rollout, Sampler
 from nano_atlas.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class Generation:
-    """How to sample a reply."""
-
-    max_tokens: int
-    temperature: float = 0.7
-    top_p: float = 1.0
-
-
 class Question(NamedTuple):
-    """A conversation that is to be continued."""
-
-    messages: Messages
+    messages: Messages  # a conversation that is to be continued
     generation: Generation
     seed: int
     n: int = 1  # replies
@@ -69,10 +58,8 @@ class TokenSeat:
         self.template_options = {"enable_thinking": thinking}  # Qwen3's switch; other templates ignore it
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:
-        requests = []
-        for messages, g, seed, n in questions:
-            params = SamplingParams(g.max_tokens, g.temperature, g.top_p, self.tokenizer.eos_ids)
-            requests.append(Request(tuple(self.prompt_ids(messages)), params, n, seed))
+        ends = self.tokenizer.eos_ids
+        requests = [Request(tuple(self.prompt_ids(m)), g, n, seed, ends) for m, g, seed, n in questions]
         rollouts = self.sampler.generate(requests, progress=progress)
         return [[self._reply(rollout) for rollout in group] for group in rollouts]
 
@@ -134,13 +121,14 @@ class Client:
                 time.sleep(min(2.0 ** (attempt - 1), 20.0))
             try:
                 response = self._http.request(method, self.url + path, json=body, timeout=patience)
-                answer, cause = _read_answer(response, choices)
-                if cause is None:
-                    return answer
-                is_final = response.status_code not in (200, 429) and response.status_code < 500
             except (httpx.RequestError, httpx.InvalidURL) as error:
                 cause = f"{type(error).__name__}: {error}"
                 is_final = isinstance(error, (httpx.InvalidURL, httpx.UnsupportedProtocol))  # a wrong address
+            else:
+                answer, cause = _read_answer(response, choices)
+                is_final = response.status_code not in (200, 429) and response.status_code < 500
+                if cause is None:
+                    return answer
             if is_final:
                 break
         cause, kind = cause.replace(self._key, "***"), UserError if is_final else ServerLost

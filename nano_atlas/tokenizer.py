@@ -56,26 +56,24 @@ def _compile(template: str, source: str) -> jinja2.Template:
 class Tokenizer:
     """Text and chats to ids and back, read from a checkpoint directory or made from a `tokenizers.Tokenizer` that knows its tokens.
 
-    `eos_ids` are all ids that end a generation (default: that of `eos_token`), the first of them is `pad_id` unless there is a
-    `pad_token`; `source` is the name that error messages use; `config` the content of `tokenizer_config.json`.
+    eos_ids: all ids that end a generation (default: that of `eos_token`); the first of them is `pad_id` unless there is a `pad_token`.
+    source: name for error messages. named: `eos_token` and `pad_token`, which become part of `config`, the tokenizer_config.json.
     """
 
-    def __init__(
-        self, backend, chat_template=CHATML, eos_token=None, pad_token=None, eos_ids=(), source="tokenizer"
-    ):
+    def __init__(self, backend, chat_template=CHATML, eos_ids=(), source="tokenizer", **named: str):
         self.backend, self.chat_template, self.source = backend, chat_template, source
         backend.no_truncation()  # some tokenizer.json files carry the settings of a training run
         backend.no_padding()
         self._lock = threading.Lock()  # around `encode_special_tokens`, which is a state of the backend
         self._template = _compile(chat_template, source)
         self.config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        for name, token in (("eos_token", eos_token), ("pad_token", pad_token)):
-            if token:
-                self.config[name] = token
-                if backend.token_to_id(token) is None:
-                    raise UserError(f"{source}: {name} {token!r} is not in the vocabulary")
-        self.eos_ids = tuple(eos_ids) or (backend.token_to_id(eos_token),)
-        self.pad_id = backend.token_to_id(pad_token) if pad_token else self.eos_ids[0]
+        self.config |= named
+        ids = {name: backend.token_to_id(token) for name, token in named.items()}
+        for name, token in named.items():
+            if ids[name] is None:
+                raise UserError(f"{source}: {name} {token!r} is not in the vocabulary")
+        self.eos_ids = tuple(eos_ids) or (ids["eos_token"],)
+        self.pad_id = ids.get("pad_token", self.eos_ids[0])
 
         added = backend.get_added_tokens_decoder()
         special = {token.content: index for index, token in added.items() if token.special}

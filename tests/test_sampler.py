@@ -9,7 +9,7 @@ from scipy import stats
 
 from nano_atlas.errors import UserError
 from nano_atlas.model import ModelConfig, PackedAttention, Transformer
-from nano_atlas.sampler import Request, Sampler, SamplingParams, draw_tokens
+from nano_atlas.sampler import Generation, Request, Sampler, draw_tokens
 
 
 @torch.no_grad()
@@ -41,11 +41,11 @@ def training_logprobs(model: Transformer, prompt_ids, completion_ids, temperatur
 def mixed_requests() -> list[Request]:
     """Different prompts, lengths, parameters, seeds and sample counts; two of them share a prompt."""
     return [
-        Request((1, 2, 3), SamplingParams(20), n=3, seed=1),
-        Request((9,), SamplingParams(7, temperature=0.7), n=2, seed=2),
-        Request(tuple(range(30)), SamplingParams(25, temperature=1.3, top_p=0.8), n=4, seed=3),
-        Request((1, 2, 3), SamplingParams(12, temperature=0.0), n=1, seed=4),
-        Request((5, 4, 3, 2), SamplingParams(30, stop_token_ids=(7, 11)), n=5, seed=5),
+        Request((1, 2, 3), Generation(20), n=3, seed=1),
+        Request((9,), Generation(7, temperature=0.7), n=2, seed=2),
+        Request(tuple(range(30)), Generation(25, temperature=1.3, top_p=0.8), n=4, seed=3),
+        Request((1, 2, 3), Generation(12, temperature=0.0), n=1, seed=4),
+        Request((5, 4, 3, 2), Generation(30), n=5, seed=5, stop_token_ids=(7, 11)),
     ]
 
 
@@ -67,9 +67,7 @@ def test_greedy_is_transformers_generate(tied):
     prompts = [
         torch.randint(0, 61, (length,), generator=generator).tolist() for length in (1, 2, 7, 30, 30, 64)
     ]
-    rollouts = Sampler(model).generate(
-        [Request(tuple(p), SamplingParams(24, temperature=0.0)) for p in prompts]
-    )
+    rollouts = Sampler(model).generate([Request(tuple(p), Generation(24, temperature=0.0)) for p in prompts])
     for prompt, (rollout,) in zip(prompts, rollouts):
         ids = torch.tensor([prompt])
         expected = oracle.generate(
@@ -87,7 +85,7 @@ def test_logprobs_are_those_of_the_training_forward(tied):
     for request, rollouts in zip(requests, Sampler(model, max_rows=4).generate(requests)):
         assert len(rollouts) == request.n
         for rollout in rollouts:
-            temperature = request.params.temperature or 1.0
+            temperature = request.generation.temperature or 1.0
             expected = training_logprobs(model, request.prompt_ids, rollout.completion_ids, temperature)
             assert rollout.prompt_ids == request.prompt_ids
             np.testing.assert_allclose(rollout.logprobs, expected, atol=1e-4)
@@ -97,7 +95,7 @@ def test_seeds_reproduce_and_samples_differ():
     """The same seed gives the same samples; another seed, or another sample index, gives others."""
     sampler = Sampler(tiny_model())
     first, again, other = (
-        sampler.generate([Request((1, 2), SamplingParams(16), n=4, seed=seed)])[0] for seed in (8, 8, 9)
+        sampler.generate([Request((1, 2), Generation(16), n=4, seed=seed)])[0] for seed in (8, 8, 9)
     )
     assert first == again
     completions = [tuple(r.completion_ids) for r in first + other]
@@ -128,7 +126,7 @@ def test_stop_tokens_end_a_sample_and_are_included(steps_per_sync):
     """With stop tokens a sample is the prefix, up to and with the first of them, of the same sample without."""
     sampler, stops = Sampler(tiny_model(), steps_per_sync=steps_per_sync), (5, 17, 40)
     free, stopped = (
-        sampler.generate([Request((1, 2), SamplingParams(40, stop_token_ids=ids), n=20, seed=1)])[0]
+        sampler.generate([Request((1, 2), Generation(40), n=20, seed=1, stop_token_ids=ids)])[0]
         for ids in ((), stops)
     )
     assert {r.finish_reason for r in stopped} == {"stop", "length"}
@@ -143,12 +141,12 @@ def test_stop_tokens_end_a_sample_and_are_included(steps_per_sync):
 def test_parameters_are_per_row():
     """Every sample of one batch obeys its own max_tokens and temperature."""
     requests = [
-        Request((3, 1), SamplingParams(n, temperature=t), n=2)
+        Request((3, 1), Generation(n, temperature=t), n=2)
         for n, t in ((1, 1.0), (4, 0.0), (9, 0.05), (30, 3.0))
     ]
     results = Sampler(tiny_model()).generate(requests)
     for request, rollouts in zip(requests, results):
-        assert [len(r.completion_ids) for r in rollouts] == [request.params.max_tokens] * 2
+        assert [len(r.completion_ids) for r in rollouts] == [request.generation.max_tokens] * 2
     assert results[1][0].completion_ids == results[1][1].completion_ids  # greedy samples are all the same
     assert results[3][0].completion_ids != results[3][1].completion_ids
 
@@ -161,7 +159,7 @@ def test_samples_follow_the_softmax():
         logits = model(torch.tensor(prompt), attention.positions, attention)[-1] @ model.head_weight.T
     for temperature in (0.7, 1.0, 1.5):
         rollouts = Sampler(model, max_rows=1000).generate(
-            [Request(prompt, SamplingParams(1, temperature), n=n, seed=5)]
+            [Request(prompt, Generation(1, temperature), n=n, seed=5)]
         )[0]
         counts = np.bincount([r.completion_ids[0] for r in rollouts], minlength=20)
         expected = (logits.double() / temperature).softmax(-1).numpy() * n
@@ -203,7 +201,7 @@ def test_live_weights_no_stale_cache():
     """After an in-place change of the parameters the very next generation is the changed model's (and only then)."""
     model = tiny_model()
     sampler = Sampler(model)
-    request = Request((1, 2, 3), SamplingParams(20, temperature=0.0))
+    request = Request((1, 2, 3), Generation(20, temperature=0.0))
     before = sampler.generate([request])[0][0]
     changed = tiny_model(seed=1)
     with torch.no_grad():
@@ -225,11 +223,11 @@ def test_a_prompt_is_prefilled_once(max_rows):
         lambda module, args: calls.append((args[0].numel(), type(args[2]).__name__))
     )
     prompt, other = tuple(range(1, 41)), tuple(range(2, 23))
-    params = SamplingParams(6)
+    params = Generation(6)
     requests = [
         Request(prompt, params, n=8),
         Request(other, params),
-        Request(prompt, SamplingParams(3), n=2, seed=1),
+        Request(prompt, Generation(3), n=2, seed=1),
     ]
     Sampler(model, max_rows=max_rows).generate(requests)
     prefilled = sum(tokens for tokens, kind in calls if kind == "RecordingAttention")
@@ -244,9 +242,7 @@ def test_finished_rows_leave_and_waiting_rows_enter():
     model.register_forward_pre_hook(
         lambda module, args: calls.append((args[0].numel(), type(args[2]).__name__))
     )
-    Sampler(model, max_rows=4).generate(
-        [Request((1,), SamplingParams(2), n=16), Request((2,), SamplingParams(30))]
-    )
+    Sampler(model, max_rows=4).generate([Request((1,), Generation(2), n=16), Request((2,), Generation(30))])
     rows = [tokens for tokens, kind in calls if kind == "CachedAttention"]
     assert [(size, len(list(steps))) for size, steps in groupby(rows)] == [(4, 10), (2, 2), (1, 18)]
 
@@ -265,9 +261,9 @@ def test_nothing_asked_nothing_done():
     """No request, or none of a request's samples: empty lists."""
     sampler = Sampler(tiny_model())
     assert sampler.generate([]) == []
-    assert sampler.generate([Request((1,), SamplingParams(4), n=0)]) == [[]]
+    assert sampler.generate([Request((1,), Generation(4), n=0)]) == [[]]
     both = sampler.generate(
-        [Request((1,), SamplingParams(4), n=0), Request((1,), SamplingParams(4))], progress="sampling"
+        [Request((1,), Generation(4), n=0), Request((1,), Generation(4))], progress="sampling"
     )
     assert [len(rollouts) for rollouts in both] == [0, 1]
 
@@ -275,7 +271,7 @@ def test_nothing_asked_nothing_done():
 def test_gradients_still_work_after_sampling():
     """Generating leaves nothing behind that autograd refuses (inference tensors) and no mode switched."""
     model = tiny_model()
-    Sampler(model).generate([Request((1, 2), SamplingParams(3))])
+    Sampler(model).generate([Request((1, 2), Generation(3))])
     attention = PackedAttention([3])
     model(torch.tensor([1, 2, 3]), attention.positions, attention).sum().backward()
     assert all(p.grad is not None for p in model.model.layers.parameters())
@@ -284,19 +280,16 @@ def test_gradients_still_work_after_sampling():
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
-        (
-            Request((1,) * 100, SamplingParams(29)),
-            "request 1 has 100 tokens.*29.*embeddings = 128.*from 1 to 28",
-        ),
-        (Request((), SamplingParams(1)), "request 1 is empty"),
-        (Request((1, 61), SamplingParams(1)), "request 1 .* ids outside 0 ... 60"),
-        (Request((1,), SamplingParams(0)), "max_tokens = 0"),
+        (Request((1,) * 100, Generation(29)), "request 1 has 100 tokens.*29.*embeddings = 128.*from 1 to 28"),
+        (Request((), Generation(1)), "request 1 is empty"),
+        (Request((1, 61), Generation(1)), "request 1 .* ids outside 0 ... 60"),
+        (Request((1,), Generation(0)), "max_tokens = 0"),
     ],
 )
 def test_impossible_requests_are_named(request_, words):
     """The message says which request, what is wrong with it and what to do."""
     with pytest.raises(UserError, match=words):
-        Sampler(tiny_model()).generate([Request((1,), SamplingParams(1)), request_])
+        Sampler(tiny_model()).generate([Request((1,), Generation(1)), request_])
 
 
 def test_broken_weights_are_named():
@@ -304,12 +297,12 @@ def test_broken_weights_are_named():
     with torch.no_grad():
         model.model.norm.weight[0] = torch.nan
     with pytest.raises(UserError, match="NaN"):
-        Sampler(model).generate([Request((1,), SamplingParams(2))])
+        Sampler(model).generate([Request((1,), Generation(2))])
 
 
 def test_the_longest_possible_request():
     """prompt + max_tokens may fill max_position_embeddings exactly."""
-    rollout = Sampler(tiny_model()).generate([Request((1,) * 100, SamplingParams(28))])[0][0]
+    rollout = Sampler(tiny_model()).generate([Request((1,) * 100, Generation(28))])[0][0]
     assert len(rollout.completion_ids) == 28
 
 
@@ -323,7 +316,7 @@ def test_on_a_gpu(dtype):
     model = model.float().cpu()
     for request, rollouts in zip(requests, results):
         for rollout in rollouts:
-            temperature = request.params.temperature or 1.0
+            temperature = request.generation.temperature or 1.0
             expected = training_logprobs(model, request.prompt_ids, rollout.completion_ids, temperature)
             np.testing.assert_allclose(
                 rollout.logprobs, expected, atol=1e-3 if dtype == torch.float32 else 0.3

@@ -22,7 +22,7 @@ import train_grpo
 from nano_atlas.checkpoint import save_model, with_tied_head
 from nano_atlas.errors import UserError
 from nano_atlas.model import PackedAttention, Transformer
-from nano_atlas.sampler import Request, Rollout, SamplingParams
+from nano_atlas.sampler import Generation, Request, Rollout
 from nano_atlas.vllm import sampler as sampler_room
 from nano_atlas.vllm import sync as sync_room
 from nano_atlas.vllm.sampler import VllmSampler, prompt_logprobs
@@ -135,8 +135,8 @@ def sampler_at(server: VllmServer, model: Transformer, own: bool = False) -> Vll
 
 
 def requests_of(temperature: float, count: int = 6) -> list[Request]:
-    params = SamplingParams(12, temperature, stop_token_ids=tuple(range(40)))
-    return [Request((5, 7, 11, 13 + i), params, n=3, seed=2**62 + i) for i in range(count)]
+    params, ends = Generation(12, temperature), tuple(range(40))
+    return [Request((5, 7, 11, 13 + i), params, 3, 2**62 + i, ends) for i in range(count)]
 
 
 def test_vllm_loads_and_scores_as_we_do(server):
@@ -162,11 +162,11 @@ def test_rollouts_hold_the_ids_and_their_log_probs_at_the_sampling_temperature(s
             assert len(group) == 3 and all(rollout.prompt_ids == request.prompt_ids for rollout in group)
             for rollout in group:
                 *most, last = rollout.completion_ids
-                is_stop = last in request.params.stop_token_ids  # the stop token is part of the completion
+                is_stop = last in request.stop_token_ids  # the stop token is part of the completion
                 assert is_exact(model, rollout, temperature)
                 assert rollout.finish_reason == ("stop" if is_stop else "length")
                 assert is_stop or len(rollout.completion_ids) == 12
-                assert not set(most) & set(request.params.stop_token_ids)
+                assert not set(most) & set(request.stop_token_ids)
                 reasons.add(rollout.finish_reason)
         if temperature:
             assert reasons == {"stop", "length"} and groups == sampler.generate(requests)  # a seed repeats
@@ -177,7 +177,7 @@ def test_rollouts_hold_the_ids_and_their_log_probs_at_the_sampling_temperature(s
 def test_more_prompts_with_seeds_than_fit_into_one_prefill(server):
     """With chunked prefill, which is vLLM's default, a CPU engine dies here."""
     sampler = VllmSampler([server.url])
-    requests = [Request(tuple(range(1, 200)) + (i,), SamplingParams(2), seed=i) for i in range(40)]
+    requests = [Request(tuple(range(1, 200)) + (i,), Generation(2), seed=i) for i in range(40)]
     assert [len(group) for group in sampler.generate(requests)] == [1] * 40
 
 
@@ -250,9 +250,9 @@ def test_weights_that_another_run_has_put_there_are_noticed_and_replaced(server,
 def test_requests_that_cannot_be_served_are_refused(server, monkeypatch):
     sampler = sampler_at(server, random_model(2))
     with pytest.raises(UserError, match="520 tokens exceed the server's --max-model-len of 512"):
-        sampler.generate([Request((1,) * 20, SamplingParams(500))])
+        sampler.generate([Request((1,) * 20, Generation(500))])
     with pytest.raises(UserError, match="HTTP 400.*out of vocabulary"):
-        sampler.generate([Request((10**6,), SamplingParams(5))])
+        sampler.generate([Request((10**6,), Generation(5))])
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between tries
     with pytest.raises(UserError, match="http://127.0.0.1:9 must be a running vLLM server, started with"):
         VllmSampler(["http://127.0.0.1:9"])

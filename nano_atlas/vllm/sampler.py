@@ -50,7 +50,7 @@ class VllmSampler:
 
     def generate(self, requests: Sequence[Request], progress: str | None = None) -> list[list[Rollout]]:
         """As `Sampler.generate`. All requests are sent again if a server is lost, or turns out to have had other weights."""
-        needed = max((len(r.prompt_ids) + r.params.max_tokens for r in requests), default=0)
+        needed = max((len(r.prompt_ids) + r.generation.max_tokens for r in requests), default=0)
         if needed > self.context:  # vLLM would shorten the answers
             raise UserError(f"{needed} tokens exceed the server's --max-model-len of {self.context}")
 
@@ -66,13 +66,13 @@ class VllmSampler:
         return self._try(sample)
 
     def _ask(self, request: Request, client: Client) -> list[Rollout]:
-        params = request.params
+        params = request.generation
         count = request.n if params.temperature else 1  # vLLM refuses groups of greedy samples
         body = {
             "prompt": list(request.prompt_ids), "n": count, "seed": request.seed % 2**62, "max_tokens": params.max_tokens,
             "temperature": params.temperature, "top_p": params.top_p, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
             "logprobs": 0, "return_token_ids": True,
-            "stop_token_ids": list(params.stop_token_ids), "ignore_eos": True,  # those given stop it, and no others
+            "stop_token_ids": list(request.stop_token_ids), "ignore_eos": True,  # those given stop it, and no others
         }  # fmt: skip
         choices = client.request("POST", "/v1/completions", body, choices=count)["choices"]
         rollouts = []
