@@ -24,8 +24,8 @@ from unittest.mock import patch
 import numpy as np
 
 import train_grpo
-from benchmarks.jobs import ROOT, Job, call, markdown, run_jobs
-from nano_atlas import episode, layout, protocol, stats, world
+from benchmarks.jobs import ROOT, Job, call, markdown, mean_in_points, run_jobs
+from nano_atlas import episode, layout, protocol, world
 from nano_atlas.config import option, parse, run_script
 from nano_atlas.presets import NANO, presets
 from nano_atlas.reward import RewardConfig
@@ -230,7 +230,7 @@ def table(found: dict[Row, list[dict]], default: list[dict]) -> str:
 
         lines.append([
             row.section, row.name, len(records), f"{statistics.mean(right):.1f} [{min(right):.1f}, {max(right):.1f}]",
-            stats.mean_in_points(np.mean(changes, axis=0)) if changes else "", f"{mean('non_degradation_rate'):.1f}",
+            mean_in_points(np.mean(changes, axis=0)) if changes else "", f"{mean('non_degradation_rate'):.1f}",
             f"{mean('teaching_length_mean', unit=1):.0f}", f"{mean('malformed_rate'):.1f}",
             f"{mean('student_accuracy', 'telecom'):.1f}", f"{mean('student_accuracy', 'crm'):.1f}",
         ])  # fmt: skip

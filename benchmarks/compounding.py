@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from statistics import fmean
 
+from benchmarks.jobs import mean_in_points
 from nano_atlas import world
 from nano_atlas.checkpoint import is_checkpoint
 from nano_atlas.config import derive_seed, option, parse, run_script, to_json
@@ -35,7 +36,6 @@ from nano_atlas.runtime.promotion import call
 from nano_atlas.runtime.traces import read_traces
 from nano_atlas.schedule import play
 from nano_atlas.seats import Generation, Question, Seat
-from nano_atlas.stats import mean_in_points
 
 LENGTHS = {name: value for name, value in NANO_SAMPLING.items() if name.endswith("_tokens")}
 SHOTS = 3  # examples of the few-shot arm

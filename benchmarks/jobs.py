@@ -6,11 +6,13 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from nano_atlas.errors import UserError
+from nano_atlas.stats import in_points, paired_bootstrap
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,3 +58,8 @@ def markdown(head: str, rows: Iterable[Sequence[object]], texts: int = 1) -> str
     columns = head.split(" | ")
     rule = ["---" if column < texts else "--:" for column in range(len(columns))]
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (columns, rule, *rows))
+
+
+def mean_in_points(differences: Sequence[float]) -> str:
+    """The mean of paired differences with its 95 % interval, in percentage points."""
+    return in_points(fmean(differences), paired_bootstrap(differences))

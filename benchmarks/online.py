@@ -21,13 +21,13 @@ from pathlib import Path
 from statistics import fmean
 
 import runtime_loop
+from benchmarks.jobs import mean_in_points
 from nano_atlas import protocol, world
 from nano_atlas.config import option, parse, refuse_changes, run_script, to_json
 from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
 from nano_atlas.runs import read_json, replace_text, write_json
-from nano_atlas.stats import mean_in_points
 
 ARMS = {
     "fixed": ["--strategies", "adaptive"],
