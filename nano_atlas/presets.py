@@ -12,8 +12,7 @@ from nano_atlas.config import Preset
 
 STUDENT = Path(__file__).parent / "world" / "student"  # it comes with the package
 NANO = Path("runs/nano")
-NANO_LENGTHS = {"probe_tokens": 40, "teaching_tokens": 96, "answer_tokens": 120}
-NANO_SAMPLING = {"student": str(STUDENT), **NANO_LENGTHS}
+NANO_SAMPLING = {"student": str(STUDENT), "probe_tokens": 40, "teaching_tokens": 96, "answer_tokens": 120}
 
 
 def _preset(help: str, run: Path, train_sft: dict, train_grpo: dict, evaluation: dict, runtime: dict):
