@@ -38,11 +38,6 @@ def in_points(delta: float, interval: tuple[float, float]) -> str:
     return f"{100 * delta:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
-def mean_in_points(differences: Sequence[float]) -> str:
-    """The mean of paired differences with its 95 % interval, in percentage points."""
-    return in_points(float(np.mean(differences)), paired_bootstrap(differences))
-
-
 def mcnemar(improved: int, degraded: int) -> float:
     """Two-sided exact p-value of McNemar's test: is a task that is right in one arm only as likely to be so in either?"""
     changed = improved + degraded
