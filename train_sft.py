@@ -77,9 +77,6 @@ class Config:
             raise UserError("--data names no file to learn from")
 
 
-# --------------------------------------------------------------------------------------------------------------- setup
-
-
 def load(config: Config) -> Transformer:
     model = load_model(config.model, getattr(torch, config.dtype), distributed.device(config.device))
     model.recompute_activations = config.gradient_checkpointing
@@ -106,9 +103,6 @@ def load_data(config: Config, tokenizer: Tokenizer) -> tuple[list[Example], list
     if config.eval_data:
         held_out += load_examples(config.eval_data, *reading)
     return learned, held_out
-
-
-# ---------------------------------------------------------------------------------------------------------------- loop
 
 
 def micro_batches(examples: Sequence[Example], tokens_per_batch: int) -> list[list[Example]]:

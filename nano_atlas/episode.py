@@ -99,9 +99,6 @@ class Episode:
         return 0.0 if self.teaching is None else self.guided.score - self.sketch.baseline_accuracy
 
 
-# ------------------------------------------------------------------------------------------------------------ the script
-
-
 def episode(
     problem: Problem,
     config: EpisodeConfig,
@@ -196,9 +193,6 @@ def attempt(reply: Reply, gold: str | None) -> Attempt:
     answer = extract_answer(reply.text)
     is_right = gold is not None and is_correct(answer, gold)
     return Attempt(reply.text, answer, is_right, reply.tokens, reply.is_truncated)
-
-
-# --------------------------------------------------------------------------------------------------------- what came of it
 
 
 def teaching_metrics(episodes: Sequence[Episode]) -> dict[str, float]:

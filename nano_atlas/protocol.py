@@ -1,19 +1,19 @@
-"""The teaching protocol: every prompt, every tag, and how texts are read back. Training, runtime and evaluation all use this file.
+"""The teaching protocol: every prompt and every tag. Training, runtime and evaluation all use this file.
 
     probe     student   question                        -> how it would approach the problem
     baseline  student   question                        -> its answer alone, in <solution></solution>
     teaching  teacher   question + approach             -> <thinking>diagnosis</thinking> <teaching>guidance</teaching>
     guided    student   question + guidance             -> its answer again, in the same format
 
-Only the question, the approach and the guidance ever enter a prompt; no function here takes the gold answer except the two
-that judge finished text (`is_correct`, `reveals_answer`). Texts are inserted as values, so braces and tags in them are inert.
+Only the question, the approach and the guidance ever enter a prompt; no function here takes the gold answer (answers.py judges
+finished texts by it). Texts are inserted as values, so braces and tags in them are inert.
 """
 
 import json
 import re
 from typing import Any
 
-from nano_atlas.answers import answer_key, extract_answer, is_correct, last_json, reveals_answer, visible  # noqa: F401  # all but visible: until every caller has moved
+from nano_atlas.answers import visible
 
 Messages = list[dict[str, str]]
 

@@ -94,9 +94,6 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-# --------------------------------------------------------------------------------------------------------------- JSON Lines
-
-
 def refuse(message: str) -> NoReturn:
     raise UserError(message)
 

@@ -81,9 +81,6 @@ class EmbeddedSeat(TokenSeat):
         super().__init__(Sampler(model, **options), tokenizer, thinking=thinking)
 
 
-# ------------------------------------------------------------------------------------------------------------ endpoints
-
-
 class ServerLost(UserError):
     """The server did not answer, or only with errors of its own, however often it was asked. A restart may fix that."""
 
