@@ -7,7 +7,8 @@
 One step (the loop in `train`):
 
     roll_out     P problems; for each the student's approach and K answers alone, G teachings by the policy, a guided
-                 answer for each; the reward is how much better that answer is, the advantage what is above the group's mean
+                 answer for each; the reward is how much better that answer is (no <teaching>: -0.5, and nothing is
+                 asked), the advantage what is above the group's mean
     update       gradient on the teacher's sampled tokens, each after the very prompt it was sampled from; prompts get none
     sync         the sampler gets the new weights
 
@@ -15,8 +16,9 @@ OUT gets model and best (the teacher at the end, and where it did best on held-o
 episodes.jsonl (samples of whole episodes) and state, from which the same command continues.
 
 What lies where (nano_atlas/layout.py): on --device the policy (weights, gradients) and, unless --optimizer-device says otherwise,
-AdamW's float32 masters and moments; with one GPU the frozen student and reference beside them, with two on the second. Under
-torchrun each rank has its rows of the policy, of gradients and of AdamW's state, and whole copies of the frozen models.
+AdamW's float32 masters and moments. With one GPU the frozen student and reference lie beside them; with two the student on the
+second, and the reference too unless vLLM fills that one. Under torchrun each rank has its rows of the policy, of gradients and of
+AdamW's state, and whole copies of the frozen models.
 
 Against the published recipe (ATLAS): the gradient is on the prompt that was sampled from; the sampler has the current weights;
 probe and baselines are shared by a group; the reward compares the guided answer with the student's own; an advantage is not divided
@@ -65,7 +67,7 @@ NORMALIZATIONS = ("sequence", "token", "constant")
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class GrpoConfig:
     preset: str = option("nano", "", group="run")
     teacher: Path = option(Path("runs/sft/model"), "checkpoint the policy starts from; the KL reference")
     student: str = option("Qwen/Qwen3-0.6B", "checkpoint of the frozen student, or URL[#model]")
@@ -80,9 +82,6 @@ class RunConfig:
     save_every: int = option(10, "steps between training states", above=0, resumable=True)
     wandb: str = option("", "mirror the metrics to this Weights & Biases project", resumable=True)
 
-
-@dataclass(frozen=True)
-class GrpoConfig:
     problems_per_step: int = option(4, "problems P per step", group="GRPO", above=0)
     group_size: int = option(8, "teachings G sampled per problem", at_least=2)
     baseline_samples: int = option(4, "answers K of the student alone; their mean is the baseline", above=0)
@@ -98,7 +97,7 @@ class GrpoConfig:
 
 
 @dataclass(frozen=True)
-class Config(LayoutConfig, RewardConfig, EpisodeConfig, GrpoConfig, RunConfig):
+class Config(LayoutConfig, RewardConfig, EpisodeConfig, GrpoConfig):
     max_logp_diff: float = 0.1  # nats per token by which trainer and sampler may differ about fresh samples
 
     def check(self) -> None:
