@@ -148,19 +148,15 @@ def train(config: Config, resumed: Path | None) -> None:
     optimizer = optim.MasterAdamW(model, weight_decay=config.weight_decay, state_device=where)
     first_step = optim.load_training_state(resumed, optimizer)["step"] if resumed else 0
     bar = {"total": total_steps, "initial": first_step, "unit": "step", "disable": distributed.rank() > 0}
-    with (
-        RunLog(config.out / "metrics.jsonl", first_step, config.wandb, to_json(config)) as log,
-        tqdm(desc=config.out.name, **bar) as progress,
-    ):
+    logged = config.out / "metrics.jsonl", first_step, config.wandb, to_json(config)
+    with RunLog(*logged) as log, tqdm(desc=config.out.name, **bar) as progress:
         for step in range(first_step, total_steps):
             started, is_last = time.perf_counter(), step + 1 == total_steps
             epoch, index = divmod(step, epoch_steps)
             if index == 0 or step == first_step:
                 plan = data.shuffle_epoch(lengths, config.tokens_per_step, config.seed, epoch, config.shuffle)
-            examples, loss = (
-                [learned[i] for i in plan[index]],
-                torch.zeros((), device=model.head_weight.device),
-            )
+            examples = [learned[i] for i in plan[index]]
+            loss = torch.zeros((), device=model.head_weight.device)
             for part in losses(model, examples, config.tokens_per_batch):
                 part.backward()
                 loss += part.detach()
@@ -190,9 +186,8 @@ def write_nano_demonstrations(config: Config, path: Path) -> None:
     from nano_atlas.seats import open_seat
 
     if config.model == world.STUDENT and checkpoint_digest(config.model) != world.STUDENT_DIGEST:
-        raise UserError(
-            f"{config.model} is not the student of this version; `git checkout {config.model}` restores it"
-        )
+        remedy = f"`git checkout {config.model}` restores it"
+        raise UserError(f"{config.model} is not the student of this version; {remedy}")
     write_jsonl(path, world.demonstrations(NANO_DEMONSTRATIONS, config.seed, open_seat(str(config.model))))
 
 

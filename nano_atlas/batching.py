@@ -11,6 +11,7 @@ the prompt [1, 2, 3] become
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -39,12 +40,7 @@ class PolicyBatch:
     rows: Tensor  # [M] int64: index into the step's flat per-token arrays
 
 
-def policy_batches(
-    samples: Sequence[Sample],
-    tokens_per_batch: int,
-    device: str | torch.device,
-    own: Sequence[int] | None = None,
-) -> list[PolicyBatch]:
+def policy_batches(samples: Sequence[Sample], tokens_per_batch: int, device, own=None) -> list[PolicyBatch]:
     """Cut a step's samples into micro-batches of at most `tokens_per_batch` tokens (a single longer completion is its own).
 
     own: the samples (by index) to take; None takes all.
@@ -65,22 +61,16 @@ def policy_batches(
                 batches[-1].append((prompt, []))
             batches[-1][-1][1].append(index)
             room -= size + is_new * len(prompt)
-    starts = [0]
-    for sample in samples:
-        starts.append(starts[-1] + len(sample.rollout.completion_ids))
+    starts = [0, *accumulate(len(sample.rollout.completion_ids) for sample in samples)]
     return [_policy_batch(samples, batch, starts, device) for batch in batches if batch]
 
 
-def _policy_batch(
-    samples: Sequence[Sample], batch: list, starts: Sequence[int], device: str | torch.device
-) -> PolicyBatch:
+def _policy_batch(samples: Sequence[Sample], batch: list, starts: Sequence[int], device) -> PolicyBatch:
     prompts = [prompt for prompt, _ in batch]
     members = [(place, index) for place, (_, indices) in enumerate(batch) for index in indices]
     completions = [samples[index].rollout.completion_ids for _, index in members]
-    prompt_ends = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0).tolist()
-    predictors: list[int] = []
-    rows: list[int] = []
-    offset = prompt_ends[-1]
+    prompt_ends = list(accumulate(map(len, prompts)))
+    predictors, rows, offset = [], [], prompt_ends[-1]
     for (place, index), completion in zip(members, completions):
         predictors += [prompt_ends[place] - 1, *range(offset, offset + len(completion) - 1)]
         rows += range(starts[index], starts[index + 1])
@@ -104,18 +94,11 @@ def predicting_states(model: Transformer, batch: PolicyBatch) -> Tensor:
 
 
 @torch.no_grad()
-def completion_logprobs(
-    model: Transformer,
-    samples: Sequence[Sample],
-    tokens_per_batch: int,
-    temperature: float,
-    own: Sequence[int] | None = None,
-) -> Tensor:
+def completion_logprobs(model, samples, tokens_per_batch: int, temperature: float, own=None) -> Tensor:
     """Log-probs `[M_step]` float32 of all completion tokens of a step, at the sampling temperature; 0 where not of `own`."""
     device = model.head_weight.device
     logprobs = torch.zeros(sum(len(sample.rollout.completion_ids) for sample in samples), device=device)
     for batch in policy_batches(samples, tokens_per_batch, device, own):
         hidden = predicting_states(model, batch)
-        stats = token_stats(hidden, model.head_weight, batch.targets, temperature=temperature)
-        logprobs[batch.rows] = stats.logprobs
+        logprobs[batch.rows] = token_stats(hidden, model.head_weight, batch.targets, temperature).logprobs
     return logprobs

@@ -75,8 +75,7 @@ def _add_option(group: Any, field: dataclasses.Field, kind: Any, default: Any) -
         group.add_argument(flag_of(field.name), action=argparse.BooleanOptionalAction, **settings)
         return
     is_optional = type(None) in typing.get_args(kind)
-    if is_optional:
-        kind = typing.get_args(kind)[0]
+    kind = typing.get_args(kind)[0] if is_optional else kind
     if typing.get_origin(kind) is tuple:
         kind, *more = typing.get_args(kind)
         settings["nargs"] = "*" if more[-1] is Ellipsis else 1 + len(more)

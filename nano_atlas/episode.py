@@ -16,7 +16,7 @@ from nano_atlas import protocol
 from nano_atlas.answers import extract_answer, is_correct, reveals_answer
 from nano_atlas.config import derive_seed, option
 from nano_atlas.data import Problem
-from nano_atlas.reward import RewardConfig, efficiency, teaching_reward
+from nano_atlas.reward import efficiency, teaching_reward
 from nano_atlas.schedule import Call, Script, ask
 from nano_atlas.seats import Generation, Reply
 
@@ -99,15 +99,7 @@ class Episode:
         return 0.0 if self.teaching is None else self.guided.score - self.sketch.baseline_accuracy
 
 
-def episode(
-    problem: Problem,
-    config: EpisodeConfig,
-    rewards: RewardConfig,
-    seed: SeedOf,
-    count: CountTokens,
-    samples: int,
-    size: int,
-) -> Script:
+def episode(problem, config, rewards, seed: SeedOf, count: CountTokens, samples: int, size: int) -> Script:
     """From the question to the rewards of `size` teachings, against `samples` answers alone -> list[Episode]."""
     alone = yield from sketch(problem, config, seed, samples)
     return (yield from teach(alone, config, rewards, seed, count, size))
@@ -128,15 +120,7 @@ def sketch(problem: Problem, config: EpisodeConfig, seed: SeedOf, samples: int =
     return Sketch(problem, approach.text, approach.tokens, baselines)
 
 
-def teach(
-    sketch: Sketch,
-    config: EpisodeConfig,
-    rewards: RewardConfig,
-    seed: SeedOf,
-    count_tokens: CountTokens,
-    group_size: int = 1,
-    style: str = "adaptive",
-) -> Script:
+def teach(sketch, config, rewards, seed, count_tokens: CountTokens, group_size=1, style="adaptive") -> Script:
     """`group_size` teachings, the student's answer with each, and their rewards -> list[Episode].
 
     style: a key of protocol.TEACHING_STYLES, or a sentence.
@@ -160,18 +144,14 @@ def teach(
 
 def guide(sketch: Sketch, teachings: Sequence[str | None], config: EpisodeConfig, seed: SeedOf) -> Script:
     """The student's answer with each teaching -> list[Attempt]; without a teaching its own answer stands (that of sample i)."""
-    problem, calls = sketch.problem, []
+    problem, own, calls = sketch.problem, sketch.baselines, []
     for i, told in enumerate(teachings):
         if told is not None:
             messages = protocol.guided_messages(problem.question, told)
             calls.append(Call("student", "guided", messages, config.answering, seed("guided", problem.id, i)))
-    replies = iter((yield from ask(*calls)))
-    return [
-        sketch.baselines[i % len(sketch.baselines)]
-        if told is None
-        else attempt(next(replies)[0], problem.answer)
-        for i, told in enumerate(teachings)
-    ]
+    replies = yield from ask(*calls)
+    answers = (attempt(reply, problem.answer) for reply, *_ in replies)
+    return [own[i % len(own)] if told is None else next(answers) for i, told in enumerate(teachings)]
 
 
 def answer(problem: Problem, config: EpisodeConfig, seed: SeedOf, group_size: int) -> Script:
@@ -197,10 +177,7 @@ def attempt(reply: Reply, gold: str | None) -> Attempt:
 
 def teaching_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
     """The published metrics of a set of episodes (names as in ATLAS), plus the rates of leaks and malformed completions."""
-
-    def mean(value: Callable[[Episode], float]) -> float:
-        return sum(map(value, episodes)) / len(episodes)
-
+    mean = lambda value: sum(map(value, episodes)) / len(episodes)
     return {
         "reward": mean(lambda e: e.reward),
         "student_accuracy": mean(lambda e: e.guided.score),

@@ -25,16 +25,13 @@ import math
 import os
 from collections.abc import Callable
 from functools import cache, partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nano_atlas.model import PackedAttention, Transformer
-
-if TYPE_CHECKING:
-    from nano_atlas.data import Batch
 
 # (logprobs [n], kl [n] | None, rows) -> loss [n]; `rows` is the slice of the N tokens that the chunk holds
 TokenLoss = Callable[[Tensor, Tensor | None, slice], Tensor]
@@ -190,14 +187,7 @@ class _GradientInForward(torch.autograd.Function):
 
 
 def fused_token_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    token_loss: TokenLoss,
-    token_weights: Tensor,
-    *,
-    temperature: float = 1.0,
-    reference: Reference | None = None,
+    hidden, weight, targets, token_loss, token_weights, *, temperature=1.0, reference: Reference | None = None
 ) -> tuple[Tensor, TokenStats]:
     """`sum_t w_t * token_loss_t` for any loss that is a function of each token's log-probability and exact KL.
 
@@ -209,9 +199,7 @@ def fused_token_loss(
     Raises ValueError for shapes and dtypes that do not fit together.
     """
     shapes = [tuple(x.shape) for x in (hidden, weight, targets, token_weights)]
-    if (
-        shapes[0] != (*shapes[2], shapes[1][-1]) or shapes[2] != shapes[3]
-    ):  # a [N, 1] would silently broadcast
+    if shapes[0] != (*shapes[2], shapes[1][-1]) or shapes[2] != shapes[3]:  # a [N, 1] would broadcast
         raise ValueError(
             f"expected hidden [N, D], weight [V, D], targets and token_weights [N], not {shapes}"
         )
@@ -224,24 +212,16 @@ def fused_token_loss(
     return loss, TokenStats(*stats)
 
 
-def token_stats(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    temperature: float = 1.0,
-    reference: Reference | None = None,
-) -> TokenStats:
+def token_stats(hidden, weight, targets, temperature=1.0, reference: Reference | None = None) -> TokenStats:
     """What each token's distribution says, without gradient; arguments as in `fused_token_loss`."""
     return _sweep(hidden, weight, targets, temperature, reference)[1]
 
 
-def batch_loss(model: Transformer, batch: "Batch", target_tokens: int) -> Tensor:
+def batch_loss(model: Transformer, batch, target_tokens: int) -> Tensor:
     """The SFT loss `[]` of a packed batch (data.collate): -log p summed over its targets, divided by the targets of the *whole
     step*, so that the cut into micro-batches does not matter."""
     attention = PackedAttention(batch.lengths, batch.input_ids.device)
-    hidden = model(batch.input_ids, attention.positions, attention)  # [N, D]
+    hidden = model(batch.input_ids, attention.positions, attention)[batch.target_positions]
     weights = torch.full_like(batch.targets, 1 / target_tokens, dtype=torch.float32)
-    hidden = hidden[batch.target_positions]
-    return fused_token_loss(
-        hidden, model.head_weight, batch.targets, lambda logprobs, *_: -logprobs, weights
-    )[0]
+    nll = lambda logprobs, *_: -logprobs
+    return fused_token_loss(hidden, model.head_weight, batch.targets, nll, weights)[0]
