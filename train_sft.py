@@ -6,10 +6,7 @@
 
 Data are JSONL files of Arc-ATLAS-Teach-v0 demonstrations, chats, or prompt/completion pairs (nano_atlas/data.py); a model is a
 directory in Hugging Face layout. Only what the assistant says is learned. The same command continues an interrupted run.
-
-    OUT/model           the result: a directory that transformers, vLLM and the other scripts load
-    OUT/metrics.jsonl   one record per optimizer step
-    OUT/state           masters and moments of the optimizer, to continue from
+OUT gets model (which transformers, vLLM and the other scripts load), metrics.jsonl (a record per step) and state, to continue from.
 
 Against the published recipe (ATLAS: Qwen3-8B, 16 documents a step, 10 epochs, ZeRO-3): the target is the text that GRPO samples
 later, `<thinking>..</thinking><teaching>..</teaching>` after the student's approach in the prompt, and not a text with labels
@@ -105,18 +102,13 @@ def load_data(config: Config, tokenizer: Tokenizer) -> tuple[list[Example], list
     return learned, held_out
 
 
-def micro_batches(examples: Sequence[Example], tokens_per_batch: int) -> list[list[Example]]:
-    """This rank's share of a step, in micro-batches."""
-    lengths = [len(example.input_ids) - 1 for example in examples]
-    share = distributed.shares(lengths)[distributed.rank()]
-    groups = data.pack([lengths[i] for i in share], tokens_per_batch)
-    return [[examples[share[i]] for i in group] for group in groups]
-
-
 def losses(model: Transformer, examples: Sequence[Example], tokens_per_batch: int) -> Iterator[Tensor]:
     """Of each micro-batch of this rank: `[]`; over all ranks they sum to the mean -log p of the target tokens, in nats."""
     total, device = count_targets(examples), model.head_weight.device
-    own = micro_batches(examples, tokens_per_batch)
+    lengths = [len(example.input_ids) - 1 for example in examples]
+    share = distributed.shares(lengths)[distributed.rank()]
+    groups = data.pack([lengths[i] for i in share], tokens_per_batch)
+    own = [[examples[share[i]] for i in group] for group in groups]
     for documents, is_own in distributed.in_step(own, examples[:1]):
         yield batch_loss(model, collate(documents, device), total) * is_own
 

@@ -105,13 +105,6 @@ def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
     return torch.mm(hidden, weight.T, out=buffer.resize_(len(hidden), len(weight)), **options)
 
 
-def _slices(tokens: int, vocabulary: int, device: torch.device) -> list[slice]:
-    """Chunks of equal length (the last may be shorter), as long as the memory budget allows."""
-    longest = max(1, min(MAX_CHUNK_TOKENS, CHUNK_ELEMENTS[device.type] // vocabulary))
-    length = math.ceil(tokens / math.ceil(tokens / longest)) if tokens else 1
-    return [slice(start, min(start + length, tokens)) for start in range(0, tokens, length)]
-
-
 def _differentiate(token_loss: TokenLoss, weights: Tensor, stats: TokenStats, rows: slice) -> tuple:
     """-> sum of the weighted losses [], and its derivatives by log-probs and KL, [n] (None: it does not depend on the KL)."""
     with torch.enable_grad():
@@ -132,9 +125,11 @@ def _sweep(
 ):
     """One pass over the chunks -> loss [] float32, statistics, d loss / d hidden, d loss / d weight (None where not needed)."""
     device, tokens, vocabulary = hidden.device, len(hidden), len(weight)
-    chunks = _slices(tokens, vocabulary, device)
-    longest, dtype = chunks[0].stop if chunks else 0, torch.float32 if weight.is_cuda else weight.dtype
-    buffer = torch.empty(longest, vocabulary, dtype=dtype, device=device)
+    longest = max(1, min(MAX_CHUNK_TOKENS, CHUNK_ELEMENTS[device.type] // vocabulary))
+    length = math.ceil(tokens / math.ceil(tokens / longest)) if tokens else 1  # equal chunks but for the last
+    chunks = [slice(start, min(start + length, tokens)) for start in range(0, tokens, length)]
+    dtype = torch.float32 if weight.is_cuda else weight.dtype
+    buffer = torch.empty(min(length, tokens), vocabulary, dtype=dtype, device=device)
     ref_buffer = None if reference is None else torch.empty_like(buffer)
     d_hidden = torch.empty_like(hidden) if needs[0] else None
     d_weight = torch.zeros_like(weight) if needs[1] else None
@@ -200,9 +195,7 @@ def fused_token_loss(
     """
     shapes = [tuple(x.shape) for x in (hidden, weight, targets, token_weights)]
     if shapes[0] != (*shapes[2], shapes[1][-1]) or shapes[2] != shapes[3]:  # a [N, 1] would broadcast
-        raise ValueError(
-            f"expected hidden [N, D], weight [V, D], targets and token_weights [N], not {shapes}"
-        )
+        raise ValueError(f"expected hidden [N, D], weight [V, D], targets, token_weights [N], not {shapes}")
     if hidden.dtype != weight.dtype or hidden.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"hidden ({hidden.dtype}), weight ({weight.dtype}) must both be float32 or bfloat16")
     arguments = (hidden, weight, targets, temperature, reference, token_loss, token_weights)
