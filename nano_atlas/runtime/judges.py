@@ -30,8 +30,7 @@ from nano_atlas.schedule import Call, Fault, Script
 from nano_atlas.seats import Generation, Reply
 from nano_atlas.stats import wilson_interval
 
-TEMPERATURES = (0.2, 0.5, 0.8)  # one sample of each judge at each
-ARBITER = 0.3  # of the large judge's verdict
+TEMPERATURES, ARBITER = (0.2, 0.5, 0.8), 0.3  # of the samples of each judge; of the large judge's verdict
 DEVIATION, UNCERTAINTY = 0.15, 0.3  # above one of these the large judge decides
 VERDICT_TOKENS = 1024  # longest verdict
 ACCEPT = 0.8  # score from which a judged answer counts as valid

@@ -17,8 +17,7 @@ from nano_atlas.config import derive_seed
 from nano_atlas.data import Problem
 from nano_atlas.episode import Attempt, guide, sketch
 from nano_atlas.reward import teaching_reward
-from nano_atlas.runtime import learning
-from nano_atlas.runtime.judges import choose_trial, judge
+from nano_atlas.runtime import judges, learning
 from nano_atlas.runtime.options import Config
 from nano_atlas.runtime.traces import Session, Trial, now
 from nano_atlas.schedule import Call, Fault, Script, ask
@@ -82,7 +81,7 @@ def whole_session(session: Session, config: Config, count_tokens: Callable[[str]
     except Fault as fault:
         session.fault = str(fault)
     if session.trials:
-        session.chosen = choose_trial(session.trials)
+        session.chosen = judges.choose_trial(session.trials)
         session.reward = reward_of(session, count_tokens)
         yield from audit(session, config)
         yield from learn_skills(session, config)
@@ -90,14 +89,11 @@ def whole_session(session: Session, config: Config, count_tokens: Callable[[str]
 
 def attempts(session: Session, config: Config) -> Script:
     """The student's answer alone and, unless the lane is `auto`, with help: again and again while none with help is valid.
-
-    The first teaching is given also to a student that was right alone: what it does then is part of its worth.
-    """
+    The first teaching is given also to a student that was right alone: what it does then is part of its worth."""
     task, is_coached = session.task, session.lane == "coach"
     if is_coached:
-        messages = protocol.user_turn(task.question, PLAN_REQUEST)
-        call = Call("student", "plan", messages, config.answering, session.draw("plan"))
-        ((reply,),) = yield from ask(call)
+        turn = protocol.user_turn(task.question, PLAN_REQUEST)
+        ((reply,),) = yield from ask(Call("student", "plan", turn, config.answering, session.draw("plan")))
         session.plan = parse_plan(reply.text)
         session.approach = "\n".join(f"{number}. {step}" for number, step in enumerate(session.plan, start=1))
     probing = config if session.lane == "paired" else replace(config, probe_tokens=0)
@@ -144,9 +140,8 @@ def teaching(session: Session, config: Config, shown: str) -> Script:
 
 
 def add_trial(session: Session, config: Config, kind: str, given: Attempt) -> Script:
-    """The student's answer, with the verdict on it, joins the session's trials."""
     trial = Trial(kind, given.text, given.answer, given.tokens, given.is_truncated)
-    trial.verdict = yield from judge(session, trial, config, len(session.trials))
+    trial.verdict = yield from judges.judge(session, trial, config, len(session.trials))
     session.trials.append(trial)
 
 
@@ -168,8 +163,8 @@ def audit(session: Session, config: Config) -> Script:
     alone, returned = session.trials[0], session.trials[session.chosen]
     is_drawn = derive_seed(session.seed, session.session_id, "audit") < config.audit * 2**63
     if returned is not alone and returned.verdict.by == "judges" and is_drawn:
-        own = yield from judge(session, alone, config, "audit", alone.kind)
-        new = yield from judge(session, returned, config, "audit", returned.kind)
+        own = yield from judges.judge(session, alone, config, "audit", alone.kind)
+        new = yield from judges.judge(session, returned, config, "audit", returned.kind)
         if None not in (own.score, new.score):
             session.audited_gain = new.score - own.score
 

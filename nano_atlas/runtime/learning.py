@@ -33,8 +33,7 @@ SKILLS_PER_TASK = 3
 PLAYBOOK_SIZE = 50  # most entries in force; beyond it the one with the least effect goes
 WITHHELD = 0.2  # share of matching sessions in which an entry is withheld
 LONGEST_TEXT = 200  # characters of a cue or an imperative
-# dates, ids, addresses, paths
-PARTICULARS = r"\d{4}-\d\d-\d\d|\b\d{4,}\b|https?:|[\w.]*/[\w./]+|\w+@\w+|[A-Z]{2,}-\d+"
+PARTICULARS = r"\d{4}-\d\d-\d\d|\b\d{4,}\b|https?:|[\w.]*/[\w./]+|\w+@\w+|[A-Z]{2,}-\d+"  # dates, paths, ids
 NESTED_REPETITION = r"[+*}]\??\)+[+*{]"  # such as "(a+)+", a search for which can take for ever
 SKILL_REQUEST = (
     "This guidance worked well. Write what is worth remembering for *similar* tasks, at most two entries, as JSON: "
@@ -111,17 +110,13 @@ class Experience:
 
     def __init__(self, strategies: Sequence[str] = ()):
         self.strategies = strategies
-        # by learning key: scores of the student alone; rewards by strategy
-        self.records = defaultdict(lambda: deque(maxlen=WINDOW))
-        self.rewards = defaultdict(lambda: defaultdict(list))
+        self.records = defaultdict(lambda: deque(maxlen=WINDOW))  # by learning key: scores of the student
+        self.rewards = defaultdict(lambda: defaultdict(list))  # by learning key and strategy
         self.entries: dict[str, Entry] = {}  # skills in force
         self.known: set[str] = set()  # ids, also of entries that went: they are never learned again
 
     def learn(self, *outcomes: Outcome) -> None:
-        """From sessions that ran side by side: none of them could use what another one taught.
-
-        Unscored sessions teach nothing: that is not a reward, or a score, of zero.
-        """
+        """From sessions that ran side by side: none could use what another taught. Unscored ones teach nothing, not a zero."""
         outcomes = [outcome for outcome in outcomes if outcome.status == "succeeded"]
         for outcome in outcomes:
             if outcome.reward is not None:
@@ -151,7 +146,6 @@ class Experience:
         return used[:SKILLS_PER_TASK], [entry.id for entry in matching]
 
     def choose_strategy(self, learning_key: str, seed: int) -> str:
-        """The strategy for one task."""
         stream, draws = random.Random(seed), {}
         for name in self.strategies:
             rewards = self.rewards[learning_key][name]

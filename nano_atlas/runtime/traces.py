@@ -27,9 +27,7 @@ def now() -> str:
 
 @dataclass
 class Verdict:
-    """Of one answer. `score` is 0 to 1, or None: nobody could say."""
-
-    score: float | None
+    score: float | None  # 0 to 1; None: nobody could say
     by: str  # "exact" | "python" | "judges" | "nobody"
     is_valid: bool | None = None  # None: not known
     deviation: float = 0.0  # standard error of the score, from the spread of the samples
@@ -118,7 +116,6 @@ class Session(Outcome):
 
     @property
     def guidance(self) -> str:
-        """All that the teacher has told the student."""
         return "\n".join(self.teachings)
 
     @property
@@ -132,7 +129,6 @@ class Session(Outcome):
 
 
 def session_record(session: Session) -> tuple[Outcome, Trace]:
-    """The outcome of a finished session, and its trace."""
     task, trials = session.task, session.trials or [NO_TRIAL]
     alone, returned, helped = trials[0], trials[session.chosen], session.helped or trials[0]
     read, generated = Counter(), Counter()
