@@ -14,9 +14,8 @@ from typing import Any
 
 import yaml
 
-from nano_atlas.episode import EpisodeConfig
+from nano_atlas import episode, runs
 from nano_atlas.errors import UserError
-from nano_atlas.runs import replace_text
 
 SPECS = dict(huggingface="{model}", python="{model}", http="post+{model}", openai="{api_base}#{model}")
 LENGTHS = {"student": "--answer-tokens", "teacher": "--teaching-tokens"}
@@ -30,7 +29,7 @@ def with_deployment(argv: Sequence[str], is_evaluation: bool = False) -> list[st
     parser.add_argument("--deploy", nargs="?")
     path = parser.parse_known_args(argv)[0].deploy
     seats, flags = read_deployment(path) if path else {}, []
-    temperatures = dict(zip(LENGTHS, EpisodeConfig.temperature))
+    temperatures = dict(zip(LENGTHS, episode.EpisodeConfig.temperature))
     for name, llm in seats.items():
         named = "deployed=" if is_evaluation and name == "teacher" else ""
         flags += [f"--{name}", named + llm["spec"]]
@@ -63,4 +62,4 @@ def write_deployment(path: Path, teacher: str) -> None:
     """Put another teacher checkpoint into service; what the file says of the student stays. The file is replaced as a whole."""
     content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
     content["teacher"] = {"llm": {"provider": "huggingface", "model": teacher}}
-    replace_text(path, yaml.safe_dump(content, sort_keys=False))
+    runs.replace_text(path, yaml.safe_dump(content, sort_keys=False))

@@ -11,11 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from nano_atlas import protocol
+from nano_atlas import data, episode, protocol
 from nano_atlas.answers import last_json, reveals_answer, visible
 from nano_atlas.config import derive_seed
-from nano_atlas.data import Problem
-from nano_atlas.episode import Attempt, guide, sketch
 from nano_atlas.reward import teaching_reward
 from nano_atlas.runtime import judges, learning
 from nano_atlas.runtime.options import Config
@@ -28,7 +26,7 @@ PLAN_REQUEST = 'Do not solve this yet. Plan it as JSON: {"steps": ["...", "..."]
 MOST_STEPS = 16
 
 
-def new_session(name: str, task: Problem, experience: learning.Experience, config: Config) -> Session:
+def new_session(name: str, task: data.Problem, experience: learning.Experience, config: Config) -> Session:
     """Lane and strategy by what is known about this kind of task."""
     key = task.domain or "general"
     choice = choose_lane(experience.records[key], config.lane)
@@ -97,7 +95,7 @@ def attempts(session: Session, config: Config) -> Script:
         session.plan = parse_plan(reply.text)
         session.approach = "\n".join(f"{number}. {step}" for number, step in enumerate(session.plan, start=1))
     probing = config if session.lane == "paired" else replace(config, probe_tokens=0)
-    alone = yield from sketch(task, probing, session.draw)
+    alone = yield from episode.sketch(task, probing, session.draw)
     shown = session.approach = session.approach or alone.approach
     yield from add_trial(session, config, "alone", alone.baselines[0])
     if is_coached:
@@ -105,7 +103,7 @@ def attempts(session: Session, config: Config) -> Script:
     for _ in range(0 if session.lane == "auto" else 1 + config.retries):
         if (yield from teaching(session, config, shown)) is None:
             continue  # the student would get its own prompt again
-        (given,) = yield from guide(alone, [session.guidance], config, session.draw)
+        (given,) = yield from episode.guide(alone, [session.guidance], config, session.draw)
         yield from add_trial(session, config, "coached" if is_coached else "guided", given)
         if session.trials[-1].verdict.is_valid is not False:
             return
@@ -139,7 +137,7 @@ def teaching(session: Session, config: Config, shown: str) -> Script:
     return told
 
 
-def add_trial(session: Session, config: Config, kind: str, given: Attempt) -> Script:
+def add_trial(session: Session, config: Config, kind: str, given: episode.Attempt) -> Script:
     trial = Trial(kind, given.text, given.answer, given.tokens, given.is_truncated)
     trial.verdict = yield from judges.judge(session, trial, config, len(session.trials))
     session.trials.append(trial)

@@ -1,5 +1,4 @@
 """What the runtime learns from session to session, without touching a weight: the student's record, teaching strategies, skills.
-
 There is no state file: `Experience` is rebuilt by replaying the outcomes in the traces.
 
 *Strategies.* Each kind of task (its learning key, the domain) has a bandit over the ways of teaching: Thompson sampling with Gaussian
@@ -21,10 +20,9 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+from nano_atlas import protocol, runs
 from nano_atlas.answers import last_json, reveals_answer
 from nano_atlas.config import derive_seed
-from nano_atlas.protocol import TEACHING_STYLES
-from nano_atlas.runs import digest
 from nano_atlas.runtime.traces import Outcome
 
 WINDOW = 50  # latest answers of the student alone that make its record
@@ -39,7 +37,7 @@ SKILL_REQUEST = (
     "This guidance worked well. Write what is worth remembering for *similar* tasks, at most two entries, as JSON: "
     '{"entries": [{"cue": {"type": "keyword" or "regex", "pattern": "..."}, "action": {"imperative": "...", "strategy": null}}]}. '
     "The cue is looked for in task and approach; the imperative (one sentence) tells the teacher what to do then; strategy may be one "
-    f"of {', '.join(TEACHING_STYLES)}. No names, dates, numbers or answers of this task."
+    f"of {', '.join(protocol.TEACHING_STYLES)}. No names, dates, numbers or answers of this task."
 )
 
 
@@ -93,14 +91,14 @@ def read_entries(text: str, secret: str | None) -> list[dict[str, Any]]:
             re.compile(pattern if kind == "regex" else "")
         except (TypeError, KeyError, AttributeError, re.error, RecursionError, OverflowError):
             continue
-        strategy = strategy if strategy in list(TEACHING_STYLES) else None
+        strategy = strategy if strategy in list(protocol.TEACHING_STYLES) else None
         is_a_cue = kind in ("keyword", "regex") and 2 <= len(pattern) <= LONGEST_TEXT
         is_actionable = (told or strategy) and len(told) <= LONGEST_TEXT
         is_telling = re.search(PARTICULARS, f"{told} {pattern}") or (secret and reveals_answer(told, secret))
         if is_a_cue and is_actionable and not is_telling and not re.search(NESTED_REPETITION, pattern):
             action = {"imperative": told or None, "strategy": strategy}
             content = {"cue": {"type": kind, "pattern": pattern}, "action": action}
-            name = digest([json.dumps(content, sort_keys=True).encode()])[:12]
+            name = runs.digest([json.dumps(content, sort_keys=True).encode()])[:12]
             entries.append({"id": name, "kind": kind, "pattern": pattern, **action})
     return entries[:2]
 

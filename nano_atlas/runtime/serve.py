@@ -20,13 +20,12 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from nano_atlas import runs, schedule
 from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
-from nano_atlas.runs import Journal
 from nano_atlas.runtime import learning, traces
 from nano_atlas.runtime.lanes import new_session, run_session
 from nano_atlas.runtime.options import KEY_VARIABLE, Config
-from nano_atlas.schedule import drive
 from nano_atlas.seats import Seat
 
 try:
@@ -49,7 +48,7 @@ def serve_pair(config: Config, seats: Mapping[str, Seat]) -> None:
     books = threading.Lock()  # of experience and journal
     has_sampler = any(getattr(seat, "is_batched", False) for seat in seats.values())
     turn = threading.Lock() if has_sampler else contextlib.nullcontext()  # one caller at a time
-    with Journal(config.out / "traces.jsonl") as journal:
+    with runs.Journal(config.out / "traces.jsonl") as journal:
         experience = learning.Experience(config.strategies)
         for past in traces.past_outcomes(journal):
             experience.learn(past)
@@ -62,7 +61,7 @@ def serve_pair(config: Config, seats: Mapping[str, Seat]) -> None:
                 session = new_session(uuid.uuid4().hex[:24], Problem("", question, None), experience, asked)
             script = run_session(session, asked, seats["teacher"].count_tokens)
             with turn:
-                list(drive({0: script}, seats, workers=config.workers, timeout=config.timeout))
+                list(schedule.drive({0: script}, seats, workers=config.workers, timeout=config.timeout))
             outcome, trace = traces.session_record(session)
             with books:
                 journal.append([trace])
