@@ -35,8 +35,7 @@ from nano_atlas.data import Problem, load_problems
 from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
 from nano_atlas.runs import Journal, RunLog, checkpoint_digest, read_json, write_json
-from nano_atlas.runtime import agents, deploy, lanes, promotion, review
-from nano_atlas.runtime.learning import Experience
+from nano_atlas.runtime import agents, deploy, lanes, learning, promotion, review
 from nano_atlas.runtime.options import Config
 from nano_atlas.runtime.traces import Outcome, past_outcomes, session_record
 from nano_atlas.seats import Seat
@@ -47,15 +46,14 @@ def run(config: Config, tasks: Sequence[Problem], seats: Mapping[str, Seat] | No
     seats = seats or open_seats(config)
     with Journal(config.out / "traces.jsonl") as journal, RunLog(config.out / "metrics.jsonl") as log:
         settle_options(config)
-        experience, ids = Experience(config.strategies), session_ids(tasks)
+        experience, ids = learning.Experience(config.strategies), session_ids(tasks)
         done = {past.session_id: past for past in past_outcomes(journal) if past.status == "succeeded"}
         wanted = set(ids)
         for past in done.values():
             if past.session_id not in wanted:  # experience with tasks that have left the file still counts
                 experience.learn(past)
 
-        # Batches are fixed by position, and experience grows by whole batches: a run that was interrupted, be it in the middle of
-        # a batch, makes the same choices as one that never was.
+        # Batches are fixed by position, and experience grows by whole batches: a run that was interrupted chooses as any other.
         for start in tqdm(range(0, len(tasks), config.batch), unit="batch", desc="runtime"):
             batch, scripts = ids[start : start + config.batch], {}
             for name, task in zip(batch, tasks[start:]):
@@ -68,8 +66,7 @@ def run(config: Config, tasks: Sequence[Problem], seats: Mapping[str, Seat] | No
                 done |= {outcome.session_id: outcome for outcome, _ in recorded}
             outcomes = [done[name] for name in batch]
             experience.learn(*outcomes)
-            metrics = review.runtime_metrics(outcomes)
-            log.log(start + len(batch), **metrics, skills=len(experience.entries))
+            log.log(start + len(batch), **review.runtime_metrics(outcomes), skills=len(experience.entries))
     if config.skill_writer:  # to read; nothing reads it back
         entries = [asdict(entry) | {"effect": entry.effect} for entry in experience.entries.values()]
         write_json(config.out / "playbook.json", {"entries": entries})
@@ -154,8 +151,7 @@ def main() -> None:
         tasks, seats = load_tasks(config), open_seats(config)
         if config.restart:
             set_aside(config.out)
-        print(review.summary(run(config, tasks, seats)))
-        print(f"  traces             {traces}")
+        print(review.summary(run(config, tasks, seats)), f"  traces             {traces}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -44,10 +44,9 @@ class Agent:
 def open_agent(spec: str, *where: Any) -> Seat:
     """A seat from any of these kinds of `spec`; where: device and dtype of a checkpoint. Raises UserError."""
     tools, _, url = spec.partition("@")
-    if spec.startswith("post+http"):
+    if spec.startswith("post+http"):  # one try: the service may not be idempotent
         url, _, path = spec.removeprefix("post+").partition("#")
-        client = Client(url, tries=1)  # the service may not be idempotent
-        return Agent(partial(call_function, partial(post, client, path or "response")))
+        return Agent(partial(call_function, partial(post, Client(url, tries=1), path or "response")))
     if is_url(spec) or ":" not in spec or Path(spec).exists():
         return open_seat(spec, *where)
     if is_url(url):
@@ -130,10 +129,9 @@ def use_tool(tools: list[Callable], wanted: dict[str, str]) -> str:
 
 def tool_schema(function: Callable[..., Any]) -> dict:
     """A Python function as OpenAI's tool: name, docstring, and a JSON type for each annotated parameter."""
-    parameters, properties = inspect.signature(function, eval_str=True).parameters, {}
-    for name, parameter in parameters.items():
-        kind = typing.get_origin(parameter.annotation) or parameter.annotation
-        properties[name] = {"type": JSON_TYPES.get(kind, "string")}
+    parameters = inspect.signature(function, eval_str=True).parameters
+    kinds = {name: typing.get_origin(p.annotation) or p.annotation for name, p in parameters.items()}
+    properties = {name: {"type": JSON_TYPES.get(kind, "string")} for name, kind in kinds.items()}
     required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
     schema = {"type": "object", "properties": properties, "required": required}
     about = {"name": function.__name__, "description": inspect.getdoc(function) or "", "parameters": schema}

@@ -14,9 +14,8 @@ from typing import Any
 
 import yaml
 
-from nano_atlas.episode import EpisodeConfig
+from nano_atlas import episode, runs
 from nano_atlas.errors import UserError
-from nano_atlas.runs import replace_text
 
 SPECS = dict(huggingface="{model}", python="{model}", http="post+{model}", openai="{api_base}#{model}")
 LENGTHS = {"student": "--answer-tokens", "teacher": "--teaching-tokens"}
@@ -25,14 +24,12 @@ OPTIONS = ("provider", "temperature", "max_output_tokens")  # the other keys are
 
 def with_deployment(argv: Sequence[str], is_evaluation: bool = False) -> list[str]:
     """The command line, with what the file of --deploy says put before it as flags, so that explicit flags override the file.
-
-    eval.py gives its teachers names, and samples both seats at its own --temperature.
-    """
+    eval.py gives its teachers names, and samples both seats at its own --temperature."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--deploy", nargs="?")
     path = parser.parse_known_args(argv)[0].deploy
     seats, flags = read_deployment(path) if path else {}, []
-    temperatures = dict(zip(LENGTHS, EpisodeConfig.temperature))
+    temperatures = dict(zip(LENGTHS, episode.EpisodeConfig.temperature))
     for name, llm in seats.items():
         named = "deployed=" if is_evaluation and name == "teacher" else ""
         flags += [f"--{name}", named + llm["spec"]]
@@ -50,10 +47,9 @@ def read_deployment(path: Path | str) -> dict[str, dict[str, Any]]:
         for name, section in yaml.safe_load(Path(path).read_text(encoding="utf-8")).items():
             llm = section["llm"]
             template = SPECS.get(llm["provider"], "")
-            unknown = [key for key in llm if key not in OPTIONS and f"{{{key}}}" not in template]
-            if unknown or list(section) != ["llm"] or name not in LENGTHS or not template:
-                found = f"{', '.join(section)}: {llm['provider']} {unknown}"
-                raise UserError(f"{path}: {name}: {found} is unknown")
+            extra = [key for key in llm if key not in OPTIONS and f"{{{key}}}" not in template]
+            if extra or list(section) != ["llm"] or name not in LENGTHS or not template:
+                raise UserError(f"{path}: {name}: {', '.join(section)}: {llm['provider']} {extra} is unknown")
             template = template if "model" in llm else template.removesuffix("#{model}")
             seats[name] = {**llm, "spec": template.format(**llm)}
     except (OSError, yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
@@ -66,4 +62,4 @@ def write_deployment(path: Path, teacher: str) -> None:
     """Put another teacher checkpoint into service; what the file says of the student stays. The file is replaced as a whole."""
     content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
     content["teacher"] = {"llm": {"provider": "huggingface", "model": teacher}}
-    replace_text(path, yaml.safe_dump(content, sort_keys=False))
+    runs.replace_text(path, yaml.safe_dump(content, sort_keys=False))

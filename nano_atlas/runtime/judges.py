@@ -20,18 +20,15 @@ from collections.abc import Sequence
 from statistics import NormalDist, fmean, pstdev
 from typing import Any
 
-from nano_atlas.answers import is_correct, last_json
+from nano_atlas import answers, protocol, stats
 from nano_atlas.config import derive_seed
-from nano_atlas.protocol import request_json
 from nano_atlas.runtime.agents import load_object, resolve
 from nano_atlas.runtime.options import Config
 from nano_atlas.runtime.traces import Session, Trial, Verdict
 from nano_atlas.schedule import Call, Fault, Script
 from nano_atlas.seats import Generation, Reply
-from nano_atlas.stats import wilson_interval
 
-TEMPERATURES = (0.2, 0.5, 0.8)  # one sample of each judge at each
-ARBITER = 0.3  # of the large judge's verdict
+TEMPERATURES, ARBITER = (0.2, 0.5, 0.8), 0.3  # of the samples of each judge; of the large judge's verdict
 DEVIATION, UNCERTAINTY = 0.15, 0.3  # above one of these the large judge decides
 VERDICT_TOKENS = 1024  # longest verdict
 ACCEPT = 0.8  # score from which a judged answer counts as valid
@@ -60,7 +57,7 @@ def judge(session: Session, trial: Trial, config: Config, *seed: Any) -> Script:
         fields = {"task": task.question, "answer": answer, "text": trial.text, "ground_truth": task.answer}
         return evaluate(config.evaluator, fields)
     if task.answer is not None:
-        is_right = is_correct(answer, task.answer)
+        is_right = answers.is_correct(answer, task.answer)
         return Verdict(float(is_right), "exact", is_right, rationale="compared with the ground truth")
     if config.judge is None:
         return Verdict(None, "nobody", rationale="no ground truth, no evaluator, no judge")
@@ -109,8 +106,8 @@ def to_judge(name: str, shown: dict[str, Any], temperature: float, *seed: Any) -
     is_arbiter = "verdicts" in shown
     seat, kind = ("large judge", "arbiter") if is_arbiter else ("judge", "judge")
     request = REQUEST.replace("{question}", JUDGES[name]) + (ARBITRATION if is_arbiter else "")
-    generation = Generation(VERDICT_TOKENS, temperature)
-    return Call(seat, f"{kind}: {name}", request_json(request, **shown), generation, derive_seed(*seed))
+    options = Generation(VERDICT_TOKENS, temperature)
+    return Call(seat, f"{kind}: {name}", protocol.request_json(request, **shown), options, derive_seed(*seed))
 
 
 def decide(name: str, said: Sequence[dict | str], shown: dict, config: Config, seed: Any) -> Script:
@@ -141,7 +138,7 @@ def read_sample(reply: Sequence[Reply] | Fault, temperature: float) -> dict[str,
     """A judge's reply as AtlasJudgeSample, or why it is none."""
     if isinstance(reply, Fault):
         return str(reply)
-    found = last_json(reply[0].text, "score") or {}
+    found = answers.last_json(reply[0].text, "score") or {}
     try:
         score, uncertainty = float(found["score"]), float(found.get("uncertainty") or 0.0)
         if not (0 <= score <= 1 and 0 <= uncertainty <= 1):
@@ -184,4 +181,4 @@ def choose_trial(trials: Sequence[Trial]) -> int:
 def degradation_bound(audited_gains: Sequence[float]) -> tuple[int, float]:
     """How many audited answers came out below the student's own, and the one-sided upper bound of their share (Wilson)."""
     worse = sum(gain < 0 for gain in audited_gains)
-    return worse, wilson_interval(worse, len(audited_gains), 2 * CONFIDENCE - 1)[1]
+    return worse, stats.wilson_interval(worse, len(audited_gains), 2 * CONFIDENCE - 1)[1]

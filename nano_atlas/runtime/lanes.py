@@ -11,14 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from nano_atlas import protocol
+from nano_atlas import data, episode, protocol
 from nano_atlas.answers import last_json, reveals_answer, visible
 from nano_atlas.config import derive_seed
-from nano_atlas.data import Problem
-from nano_atlas.episode import Attempt, guide, sketch
 from nano_atlas.reward import teaching_reward
-from nano_atlas.runtime import learning
-from nano_atlas.runtime.judges import choose_trial, judge
+from nano_atlas.runtime import judges, learning
 from nano_atlas.runtime.options import Config
 from nano_atlas.runtime.traces import Session, Trial, now
 from nano_atlas.schedule import Call, Fault, Script, ask
@@ -29,7 +26,7 @@ PLAN_REQUEST = 'Do not solve this yet. Plan it as JSON: {"steps": ["...", "..."]
 MOST_STEPS = 16
 
 
-def new_session(name: str, task: Problem, experience: learning.Experience, config: Config) -> Session:
+def new_session(name: str, task: data.Problem, experience: learning.Experience, config: Config) -> Session:
     """Lane and strategy by what is known about this kind of task."""
     key = task.domain or "general"
     choice = choose_lane(experience.records[key], config.lane)
@@ -82,7 +79,7 @@ def whole_session(session: Session, config: Config, count_tokens: Callable[[str]
     except Fault as fault:
         session.fault = str(fault)
     if session.trials:
-        session.chosen = choose_trial(session.trials)
+        session.chosen = judges.choose_trial(session.trials)
         session.reward = reward_of(session, count_tokens)
         yield from audit(session, config)
         yield from learn_skills(session, config)
@@ -90,18 +87,15 @@ def whole_session(session: Session, config: Config, count_tokens: Callable[[str]
 
 def attempts(session: Session, config: Config) -> Script:
     """The student's answer alone and, unless the lane is `auto`, with help: again and again while none with help is valid.
-
-    The first teaching is given also to a student that was right alone: what it does then is part of its worth.
-    """
+    The first teaching is given also to a student that was right alone: what it does then is part of its worth."""
     task, is_coached = session.task, session.lane == "coach"
     if is_coached:
-        messages = protocol.user_turn(task.question, PLAN_REQUEST)
-        call = Call("student", "plan", messages, config.answering, session.draw("plan"))
-        ((reply,),) = yield from ask(call)
+        turn = protocol.user_turn(task.question, PLAN_REQUEST)
+        ((reply,),) = yield from ask(Call("student", "plan", turn, config.answering, session.draw("plan")))
         session.plan = parse_plan(reply.text)
         session.approach = "\n".join(f"{number}. {step}" for number, step in enumerate(session.plan, start=1))
     probing = config if session.lane == "paired" else replace(config, probe_tokens=0)
-    alone = yield from sketch(task, probing, session.draw)
+    alone = yield from episode.sketch(task, probing, session.draw)
     shown = session.approach = session.approach or alone.approach
     yield from add_trial(session, config, "alone", alone.baselines[0])
     if is_coached:
@@ -109,7 +103,7 @@ def attempts(session: Session, config: Config) -> Script:
     for _ in range(0 if session.lane == "auto" else 1 + config.retries):
         if (yield from teaching(session, config, shown)) is None:
             continue  # the student would get its own prompt again
-        (given,) = yield from guide(alone, [session.guidance], config, session.draw)
+        (given,) = yield from episode.guide(alone, [session.guidance], config, session.draw)
         yield from add_trial(session, config, "coached" if is_coached else "guided", given)
         if session.trials[-1].verdict.is_valid is not False:
             return
@@ -143,10 +137,9 @@ def teaching(session: Session, config: Config, shown: str) -> Script:
     return told
 
 
-def add_trial(session: Session, config: Config, kind: str, given: Attempt) -> Script:
-    """The student's answer, with the verdict on it, joins the session's trials."""
+def add_trial(session: Session, config: Config, kind: str, given: episode.Attempt) -> Script:
     trial = Trial(kind, given.text, given.answer, given.tokens, given.is_truncated)
-    trial.verdict = yield from judge(session, trial, config, len(session.trials))
+    trial.verdict = yield from judges.judge(session, trial, config, len(session.trials))
     session.trials.append(trial)
 
 
@@ -168,8 +161,8 @@ def audit(session: Session, config: Config) -> Script:
     alone, returned = session.trials[0], session.trials[session.chosen]
     is_drawn = derive_seed(session.seed, session.session_id, "audit") < config.audit * 2**63
     if returned is not alone and returned.verdict.by == "judges" and is_drawn:
-        own = yield from judge(session, alone, config, "audit", alone.kind)
-        new = yield from judge(session, returned, config, "audit", returned.kind)
+        own = yield from judges.judge(session, alone, config, "audit", alone.kind)
+        new = yield from judges.judge(session, returned, config, "audit", returned.kind)
         if None not in (own.score, new.score):
             session.audited_gain = new.score - own.score
 

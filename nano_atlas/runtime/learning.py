@@ -1,5 +1,4 @@
 """What the runtime learns from session to session, without touching a weight: the student's record, teaching strategies, skills.
-
 There is no state file: `Experience` is rebuilt by replaying the outcomes in the traces.
 
 *Strategies.* Each kind of task (its learning key, the domain) has a bandit over the ways of teaching: Thompson sampling with Gaussian
@@ -21,10 +20,9 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+from nano_atlas import protocol, runs
 from nano_atlas.answers import last_json, reveals_answer
 from nano_atlas.config import derive_seed
-from nano_atlas.protocol import TEACHING_STYLES
-from nano_atlas.runs import digest
 from nano_atlas.runtime.traces import Outcome
 
 WINDOW = 50  # latest answers of the student alone that make its record
@@ -33,14 +31,13 @@ SKILLS_PER_TASK = 3
 PLAYBOOK_SIZE = 50  # most entries in force; beyond it the one with the least effect goes
 WITHHELD = 0.2  # share of matching sessions in which an entry is withheld
 LONGEST_TEXT = 200  # characters of a cue or an imperative
-# dates, ids, addresses, paths
-PARTICULARS = r"\d{4}-\d\d-\d\d|\b\d{4,}\b|https?:|[\w.]*/[\w./]+|\w+@\w+|[A-Z]{2,}-\d+"
+PARTICULARS = r"\d{4}-\d\d-\d\d|\b\d{4,}\b|https?:|[\w.]*/[\w./]+|\w+@\w+|[A-Z]{2,}-\d+"  # dates, paths, ids
 NESTED_REPETITION = r"[+*}]\??\)+[+*{]"  # such as "(a+)+", a search for which can take for ever
 SKILL_REQUEST = (
     "This guidance worked well. Write what is worth remembering for *similar* tasks, at most two entries, as JSON: "
     '{"entries": [{"cue": {"type": "keyword" or "regex", "pattern": "..."}, "action": {"imperative": "...", "strategy": null}}]}. '
     "The cue is looked for in task and approach; the imperative (one sentence) tells the teacher what to do then; strategy may be one "
-    f"of {', '.join(TEACHING_STYLES)}. No names, dates, numbers or answers of this task."
+    f"of {', '.join(protocol.TEACHING_STYLES)}. No names, dates, numbers or answers of this task."
 )
 
 
@@ -94,14 +91,14 @@ def read_entries(text: str, secret: str | None) -> list[dict[str, Any]]:
             re.compile(pattern if kind == "regex" else "")
         except (TypeError, KeyError, AttributeError, re.error, RecursionError, OverflowError):
             continue
-        strategy = strategy if strategy in list(TEACHING_STYLES) else None
+        strategy = strategy if strategy in list(protocol.TEACHING_STYLES) else None
         is_a_cue = kind in ("keyword", "regex") and 2 <= len(pattern) <= LONGEST_TEXT
         is_actionable = (told or strategy) and len(told) <= LONGEST_TEXT
         is_telling = re.search(PARTICULARS, f"{told} {pattern}") or (secret and reveals_answer(told, secret))
         if is_a_cue and is_actionable and not is_telling and not re.search(NESTED_REPETITION, pattern):
             action = {"imperative": told or None, "strategy": strategy}
             content = {"cue": {"type": kind, "pattern": pattern}, "action": action}
-            name = digest([json.dumps(content, sort_keys=True).encode()])[:12]
+            name = runs.digest([json.dumps(content, sort_keys=True).encode()])[:12]
             entries.append({"id": name, "kind": kind, "pattern": pattern, **action})
     return entries[:2]
 
@@ -111,17 +108,13 @@ class Experience:
 
     def __init__(self, strategies: Sequence[str] = ()):
         self.strategies = strategies
-        # by learning key: scores of the student alone; rewards by strategy
-        self.records = defaultdict(lambda: deque(maxlen=WINDOW))
-        self.rewards = defaultdict(lambda: defaultdict(list))
+        self.records = defaultdict(lambda: deque(maxlen=WINDOW))  # by learning key: scores of the student
+        self.rewards = defaultdict(lambda: defaultdict(list))  # by learning key and strategy
         self.entries: dict[str, Entry] = {}  # skills in force
         self.known: set[str] = set()  # ids, also of entries that went: they are never learned again
 
     def learn(self, *outcomes: Outcome) -> None:
-        """From sessions that ran side by side: none of them could use what another one taught.
-
-        Unscored sessions teach nothing: that is not a reward, or a score, of zero.
-        """
+        """From sessions that ran side by side: none could use what another taught. Unscored ones teach nothing, not a zero."""
         outcomes = [outcome for outcome in outcomes if outcome.status == "succeeded"]
         for outcome in outcomes:
             if outcome.reward is not None:
@@ -151,7 +144,6 @@ class Experience:
         return used[:SKILLS_PER_TASK], [entry.id for entry in matching]
 
     def choose_strategy(self, learning_key: str, seed: int) -> str:
-        """The strategy for one task."""
         stream, draws = random.Random(seed), {}
         for name in self.strategies:
             rewards = self.rewards[learning_key][name]

@@ -13,15 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-from nano_atlas import world
-from nano_atlas.data import Problem, load_problems
+from nano_atlas import data, runs, world
 from nano_atlas.episode import EpisodeConfig, seeds, sketch, teach
 from nano_atlas.errors import UserError
 from nano_atlas.reward import RewardConfig
-from nano_atlas.runs import read_json, write_json
-from nano_atlas.runtime.deploy import write_deployment
+from nano_atlas.runtime import deploy, review
 from nano_atlas.runtime.options import Config
-from nano_atlas.runtime.review import export_traces, summary
 from nano_atlas.schedule import play
 from nano_atlas.seats import Seat
 from nano_atlas.stats import in_points, paired_bootstrap
@@ -31,7 +28,7 @@ HELD_OUT = 500  # nano-world problems that decide, without --held-out
 MARGIN = 0.02  # largest loss of accuracy that still counts as not worse
 
 
-def compare(seats: Sequence[Seat], problems: Sequence[Problem], episodes: EpisodeConfig) -> dict:
+def compare(seats: Sequence[Seat], problems: Sequence[data.Problem], episodes: EpisodeConfig) -> dict:
     """The paired test of a student's old and new teacher (seats: these three) -> accuracies alone, old and new, and the decision."""
     student, *teachers = seats
     greedy, seed, scores = episodes.greedy(), seeds("promotion"), []
@@ -50,32 +47,29 @@ def compare(seats: Sequence[Seat], problems: Sequence[Problem], episodes: Episod
     return {"is_promoted": is_promoted, "reason": reason, **accuracies, "interval": interval}
 
 
-def run_rounds(config: Config, tasks: Sequence[Problem], run: Callable, open_seat: Callable) -> None:
+def run_rounds(config: Config, tasks: Sequence[data.Problem], run: Callable, open_seat: Callable) -> None:
     """Runtime, export, training and promotion, over and over; what is done of a round is not done again.
-
-    run, open_seat: of runtime_loop.py. Raises UserError where a training fails; the same command repeats its round.
-    """
+    run, open_seat: of runtime_loop.py. Raises UserError where a training fails; the same command repeats its round."""
     if len(tasks) < config.rounds:
         raise UserError(f"--rounds {config.rounds} needs at least as many tasks, not {len(tasks)}")
     nano = world.held_out(config.domain, HELD_OUT, f"promotion/{config.seed}")
-    problems = load_problems(config.held_out) if config.held_out else nano
+    problems = data.load_problems(config.held_out) if config.held_out else nano
     cuts = [round(part * len(tasks) / config.rounds) for part in range(config.rounds + 1)]
     for number, (start, end) in enumerate(zip(cuts, cuts[1:]), start=1):
         folder = config.out / f"round-{number}"
         print(f"round {number}: {end - start} tasks with the teacher {config.teacher}")
-        print(summary(run(replace(config, out=folder / "runtime"), tasks[start:end])))
-        export_traces(folder / "runtime/traces.jsonl", folder / "export.jsonl", config)
-        decision = read_json(folder / "promotion.json")
+        print(review.summary(run(replace(config, out=folder / "runtime"), tasks[start:end])))
+        review.export_traces(folder / "runtime/traces.jsonl", folder / "export.jsonl", config)
+        decision = runs.read_json(folder / "promotion.json")
         if not decision:
             pair = {"teacher": config.teacher, "student": config.student, "out": folder / "grpo"}
             preset = "" if config.preset == "own" else f"--preset {config.preset} "
             call("train_grpo.py", preset + config.train_options, problems=folder / "export.jsonl", **pair)
             places = [config.teacher, str(folder / "grpo/model")]
-            seats = [open_seat(config, spec) for spec in (config.student, *places)]
-            decision = compare(seats, problems, config)
+            decision = compare([open_seat(config, at) for at in (config.student, *places)], problems, config)
             decision["teacher"] = places[decision["is_promoted"]]
-            write_deployment(config.out / "deploy.yaml", decision["teacher"])
-            write_json(folder / "promotion.json", decision)
+            deploy.write_deployment(config.out / "deploy.yaml", decision["teacher"])
+            runs.write_json(folder / "promotion.json", decision)
         said = "{reason}; alone {alone:.1%}, old {old:.1%}, new {new:.1%}".format(**decision)
         print(f"round {number}: {'' if decision['is_promoted'] else 'not '}promoted: {said}")
         config = replace(config, teacher=decision["teacher"])

@@ -46,7 +46,6 @@ def runtime_metrics(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """The end-of-run report."""
     m, failed = runtime_metrics(outcomes), sum(outcome.status == "failed" for outcome in outcomes)
     lines = [f"{len(outcomes)} tasks, {sum(o.baseline is not None for o in outcomes)} scored"]
     lines[0] += f", {failed} FAILED (the same command tries them again)" if failed else ""
@@ -74,9 +73,8 @@ def summary(outcomes: Sequence[Outcome]) -> str:
 def is_selected(outcome: Outcome, config: Config) -> bool:
     """One without the number in question is left out: nobody knows whether it qualifies."""
     start, _, end = config.since.partition("..")
-    signal = max(abs(outcome.gain or 0.0), outcome.disagreement)
+    known = (outcome.reward, outcome.gain, max(abs(outcome.gain or 0.0), outcome.disagreement))
     least = (config.min_reward, config.min_gain, config.min_signal)
-    known = (outcome.reward, outcome.gain, signal)
     return (
         outcome.status == "succeeded"
         and outcome.review in config.review_status
@@ -102,8 +100,7 @@ def reviewed_traces(path: Path) -> Iterator[tuple[Outcome, Trace]]:
 
 def record_reviews(directory: Path, names: tuple[str, ...], status: str, note: str) -> list[str]:
     """Decide on the sessions whose ids begin with `names`. Raises UserError, and decides on none, where a name fits not just one."""
-    known = {outcome.session_id for outcome, _ in read_traces(directory / "traces.jsonl")}
-    decided = []
+    known, decided = {outcome.session_id for outcome, _ in read_traces(directory / "traces.jsonl")}, []
     for name in names:
         meant = [session_id for session_id in known if session_id.startswith(name)]
         if len(meant) != 1:
@@ -119,13 +116,12 @@ def export_traces(source: Path, target: Path, config: Config) -> tuple[int, int]
     """Write the selected traces of `source` to `target`, as a whole or not at all; returns how many, and of how many."""
     if target.exists() and target.samefile(source):
         raise UserError(f"--export {target} is the trace file itself; choose another name")
-    traces = list(reviewed_traces(source))
-    selected = [trace for outcome, trace in traces if is_selected(outcome, config)]
+    found = list(reviewed_traces(source))
+    selected = [trace for outcome, trace in found if is_selected(outcome, config)]
     if not selected:
-        cause = f"none of its {len(traces)} traces is selected"
-        raise UserError(f"{source}: {cause}, so {target} was not written")
+        raise UserError(f"{source}: none of its {len(found)} traces is selected, so {target} was not written")
     replace_text(target, "".join(json.dumps(trace) + "\n" for trace in selected))
-    return len(selected), len(traces)
+    return len(selected), len(found)
 
 
 def show_sessions(directory: Path, status: str) -> Iterator[str]:

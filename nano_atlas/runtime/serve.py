@@ -20,14 +20,12 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from nano_atlas import runs, schedule
 from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
-from nano_atlas.runs import Journal
+from nano_atlas.runtime import learning, traces
 from nano_atlas.runtime.lanes import new_session, run_session
-from nano_atlas.runtime.learning import Experience
 from nano_atlas.runtime.options import KEY_VARIABLE, Config
-from nano_atlas.runtime.traces import Outcome, Trial, past_outcomes, session_record
-from nano_atlas.schedule import drive
 from nano_atlas.seats import Seat
 
 try:
@@ -48,12 +46,11 @@ KEEP_ALIVE = 5.0  # seconds between two comments in a stream
 def serve_pair(config: Config, seats: Mapping[str, Seat]) -> None:
     """Answers requests as sessions, one trace each, and learns from those that can be scored, until SIGINT or SIGTERM."""
     books = threading.Lock()  # of experience and journal
-    # a sampler takes one caller at a time
     has_sampler = any(getattr(seat, "is_batched", False) for seat in seats.values())
-    turn = threading.Lock() if has_sampler else contextlib.nullcontext()
-    with Journal(config.out / "traces.jsonl") as journal:
-        experience = Experience(config.strategies)
-        for past in past_outcomes(journal):
+    turn = threading.Lock() if has_sampler else contextlib.nullcontext()  # one caller at a time
+    with runs.Journal(config.out / "traces.jsonl") as journal:
+        experience = learning.Experience(config.strategies)
+        for past in traces.past_outcomes(journal):
             experience.learn(past)
 
         def answer(question: str, temperature: float | None, max_tokens: int | None) -> tuple:
@@ -64,8 +61,8 @@ def serve_pair(config: Config, seats: Mapping[str, Seat]) -> None:
                 session = new_session(uuid.uuid4().hex[:24], Problem("", question, None), experience, asked)
             script = run_session(session, asked, seats["teacher"].count_tokens)
             with turn:
-                list(drive({0: script}, seats, workers=config.workers, timeout=config.timeout))
-            outcome, trace = session_record(session)
+                list(schedule.drive({0: script}, seats, workers=config.workers, timeout=config.timeout))
+            outcome, trace = traces.session_record(session)
             with books:
                 journal.append([trace])
                 experience.learn(outcome)
@@ -137,7 +134,7 @@ async def events(task: asyncio.Task) -> AsyncIterator[str]:
     yield f"data: {json.dumps(content)}\n\ndata: [DONE]\n\n"
 
 
-def completion(trial: Trial, outcome: Outcome, part: str) -> dict[str, Any]:
+def completion(trial: traces.Trial, outcome: traces.Outcome, part: str) -> dict[str, Any]:
     """part: "message", or "delta" in a stream."""
     choice = {"index": 0, part: {"role": "assistant", "content": trial.text}}
     choice["finish_reason"] = "length" if trial.is_truncated else "stop"

@@ -13,10 +13,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from nano_atlas.config import derive_seed
-from nano_atlas.data import Problem
+from nano_atlas import config, data, runs
 from nano_atlas.errors import UserError
-from nano_atlas.runs import Journal, read_jsonl
 
 Trace = dict[str, Any]
 
@@ -27,9 +25,7 @@ def now() -> str:
 
 @dataclass
 class Verdict:
-    """Of one answer. `score` is 0 to 1, or None: nobody could say."""
-
-    score: float | None
+    score: float | None  # 0 to 1; None: nobody could say
     by: str  # "exact" | "python" | "judges" | "nobody"
     is_valid: bool | None = None  # None: not known
     deviation: float = 0.0  # standard error of the score, from the spread of the samples
@@ -99,7 +95,7 @@ class Outcome:
 class Session(Outcome):
     """One task on its way through a lane (`lanes`), and what has come of it so far."""
 
-    task: Problem
+    task: data.Problem
     seed: int
     lane: str = "paired"
     strategy: str = "adaptive"
@@ -118,7 +114,6 @@ class Session(Outcome):
 
     @property
     def guidance(self) -> str:
-        """All that the teacher has told the student."""
         return "\n".join(self.teachings)
 
     @property
@@ -128,11 +123,10 @@ class Session(Outcome):
 
     def draw(self, kind: str, *parts: object) -> int:
         """The seed of a call: another one for every call of the session, and the same whatever runs beside it."""
-        return derive_seed(self.seed, self.session_id, kind, len(self.events))
+        return config.derive_seed(self.seed, self.session_id, kind, len(self.events))
 
 
 def session_record(session: Session) -> tuple[Outcome, Trace]:
-    """The outcome of a finished session, and its trace."""
     task, trials = session.task, session.trials or [NO_TRIAL]
     alone, returned, helped = trials[0], trials[session.chosen], session.helped or trials[0]
     read, generated = Counter(), Counter()
@@ -187,14 +181,14 @@ def _reward(session: Session, alone: Trial, helped: Trial) -> Trace:
     return {"score": session.reward, "judges": judges, "rationale": rationale, "raw": raw}
 
 
-def past_outcomes(journal: Journal) -> Iterator[Outcome]:
+def past_outcomes(journal: runs.Journal) -> Iterator[Outcome]:
     """Of all sessions in the runtime's own trace file, in the order written."""
     return (outcome_of(trace, f"{journal.path}:{number}") for number, trace in journal.records())
 
 
 def read_traces(path: Path | str) -> Iterator[tuple[Outcome, Trace]]:
     """The records of a trace file, ours or atlas-sdk's. Raises UserError naming file and line."""
-    for number, trace in read_jsonl(path, is_journal=True):
+    for number, trace in runs.read_jsonl(path, is_journal=True):
         yield outcome_of(trace, f"{path}:{number}"), trace
 
 
