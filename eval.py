@@ -28,7 +28,7 @@ from math import ceil
 from pathlib import Path
 from statistics import mean
 
-from nano_atlas import answers, world
+from nano_atlas import answers, protocol, reward, runs, world
 from nano_atlas.benches import arms, crmarena, scores, tau2
 from nano_atlas.benches.arms import SHUFFLED, STUDENT, TWO_VOTES, TaskLog, TaskResult
 from nano_atlas.config import derive_seed, option, parse, run_script
@@ -36,8 +36,6 @@ from nano_atlas.data import Problem, load_problems
 from nano_atlas.episode import Sketch, guide, seeds, sketch, teach
 from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
-from nano_atlas.reward import RewardConfig
-from nano_atlas.runs import digest
 from nano_atlas.runtime.deploy import with_deployment
 from nano_atlas.schedule import Script, play
 
@@ -57,6 +55,7 @@ class Benchmark:  # a base of Config, so that its options come first
 class Config(arms.ArmsConfig, Benchmark):
     full: bool = option(False, "all controls, and every column instead of a summary", resumable=True)
     samples: int = option(1, "answers per task: avg@n, pass@n, maj@n", group="answers", at_least=1)
+    answer_format: str = option("solution", "how answers are asked for and read", protocol.ANSWER_FORMATS)
     verifier: str = option("exact", "compare numbers and words, or algebra", ("exact", "math-verify"))
     deploy: Path | None = option(None, "YAML that names student and teacher in service", resumable=True)
 
@@ -92,7 +91,7 @@ def run(config: Config) -> None:
     """Compute whatever config.out does not hold yet."""
     tasks, is_right = load_tasks(config), verifier(config)
     query = crmarena.salesforce() if config.bench == "crmarena" else None
-    contents = {f"tasks {name}": digest(repr(p).encode() for p in tasks[name]) for name in tasks}
+    contents = {f"tasks {name}": runs.digest(repr(p).encode() for p in tasks[name]) for name in tasks}
     arms.start_or_continue(config, contents)
     with TaskLog(config.out / "tasks.jsonl") as log:
         problems, how = list(chain(*tasks.values())), Arms(config, tasks, log, is_right, query)
@@ -169,7 +168,7 @@ class Arms:
             told = [(one.told, attempt) for one, attempt in zip(given, attempts)]
         else:
             # nobody reads the rewards here, nor the lengths they depend on
-            made = yield from teach(known, config, RewardConfig(), seed, len, len(alone))
+            made = yield from teach(known, config, reward.RewardConfig(), seed, len, len(alone))
             told = [(episode.reply, episode.guided) for episode in made]
         return [own.taught(reply, arm=arm, attempt=attempt) for own, (reply, attempt) in zip(alone, told)]
 

@@ -93,7 +93,7 @@ class GrpoConfig:
     updates_per_batch: int = option(1, "optimizer updates per step, clipped against the first", above=0)
     tokens_per_batch: int = option(16384, "most tokens in one micro-batch; memory depends on it", above=0)
     lr: float = option(1e-6, "peak learning rate", above=0)
-    schedule: str = option("constant", "learning rate after the warm-up", optim.SCHEDULES)
+    schedule: str = "constant"  # of the learning rate after the warm-up; the preset nano takes "cosine"
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,7 @@ class Config(LayoutConfig, RewardConfig, EpisodeConfig, GrpoConfig):
 # ----------------------------------------------------------------------------------------------------- rollout, advantages
 
 
-def roll_out(
-    config: Config, seats: Mapping[str, Seat], problems: Sequence[Problem], step: int
-) -> tuple[list[list[Episode]], dict[str, float]]:
+def roll_out(config, seats: Mapping[str, Seat], problems, step) -> tuple[list[list[Episode]], dict]:
     """One step's P groups of G episodes with rewards and advantages, and metrics. seats: "student", and the policy as "teacher"."""
     started, seed = time.perf_counter(), episode.seeds((config.seed, "step", step))
     chosen = problems_of_step(problems, step, config.problems_per_step, config.seed)
@@ -121,7 +119,7 @@ def roll_out(
     else:
         counts = seats["teacher"].count_tokens, config.baseline_samples, config.group_size
         scripts = [episode.episode(problem, config, config, seed, *counts) for problem in chosen]
-    groups = play(scripts, seats)
+    groups = play(scripts, seats, None if distributed.rank() else f"step {step + 1}")
     rewards_PG = [[one.reward for one in group] for group in groups]
     for group, advantages_G in zip(groups, step_advantages(rewards_PG, config.advantage_scale)):
         for one, advantage in zip(group, advantages_G):
@@ -136,12 +134,7 @@ def roll_out(
 
 
 def grpo_token_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    sampled_logprobs: Tensor,
-    advantages: Tensor,
-    kl: Tensor | None,
-    config: GrpoConfig,
+    logprobs, old_logprobs, sampled_logprobs, advantages, kl: Tensor | None, config
 ) -> Tensor:
     """The loss of each token, `[T]` float32 (DeepSeekMath, arXiv:2402.03300, equation 3); all arguments `[T]`, log-probs in nats.
 
@@ -189,14 +182,7 @@ class StepTokens:
     old_logprobs: Tensor | None  # of the policy before the step's first update; None in that update
 
 
-def backward(
-    config: Config,
-    policy: Transformer,
-    reference: Transformer | None,
-    samples: Sequence[Sample],
-    own: Sequence[int],
-    tokens: StepTokens,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(config, policy: Transformer, reference, samples, own, tokens: StepTokens) -> tuple[Tensor, ...]:
     """Sums the gradients of the step's loss -> the loss `[]`, and log-probs, entropy and KL of all tokens, `[T]` each.
 
     own: the samples (by index) that this rank computes; all ranks get the statistics of all tokens.
@@ -236,20 +222,18 @@ def backward(
     return loss_sum, logprobs_T, entropy_T, kl_T
 
 
-def update(
-    config: Config,
-    policy: Transformer,
-    reference: Transformer | None,
-    optimizer: optim.MasterAdamW,
-    samples: Sequence[Sample],
-    rate: float,
-    is_fresh: bool = True,
-) -> dict[str, float]:
+def update(config, policy: Transformer, reference, optimizer, samples, rate, is_fresh=True) -> dict:
     """All optimizer updates on one step's samples; returns metrics, those of the tokens from the first update.
 
     is_fresh: the samples are from the present weights. Raises UserError when trainer and sampler disagree about such samples.
     """
     started, device = time.perf_counter(), policy.head_weight.device
+    lengths = [len(sample.rollout.completion_ids) for sample in samples]
+    longest = config.answer_tokens if config.reward == "exact" else config.teaching_tokens
+    weighed = list(zip(samples, token_weights(lengths, config.normalization, longest)))
+    if reference is None:  # then an advantage of zero gives no gradient, and need not be computed
+        weighed = [pair for pair in weighed if pair[0].advantage] or weighed
+    samples, weights_B = zip(*weighed)
     lengths = [len(sample.rollout.completion_ids) for sample in samples]
 
     def per_token(values: Sequence[float]) -> Tensor:
@@ -261,9 +245,7 @@ def update(
         ref_logprobs = completion_logprobs(reference, samples, *batching).to(device)
     sampled = torch.tensor([x for sample in samples for x in sample.rollout.logprobs], device=device)
     advantages = per_token([sample.advantage for sample in samples])
-    longest = config.answer_tokens if config.reward == "exact" else config.teaching_tokens
-    weights = per_token(token_weights(lengths, config.normalization, longest))
-    tokens = StepTokens(weights, advantages, sampled, ref_logprobs, old_logprobs=None)
+    tokens = StepTokens(per_token(weights_B), advantages, sampled, ref_logprobs, old_logprobs=None)
 
     metrics, (low, high) = {}, config.clip
     for _ in range(config.updates_per_batch):
@@ -272,16 +254,12 @@ def update(
             tokens.old_logprobs = logprobs
             difference, importance = (logprobs - sampled).abs(), (logprobs - sampled).exp()
             metrics = {
-                "loss": loss.item(),
-                "kl": kl.mean().item(),
-                "entropy": entropy.mean().item(),
+                "loss": loss.item(), "kl": kl.mean().item(), "entropy": entropy.mean().item(), "clip_ratio": 0.0, "grad_norm": 0.0,
                 "sampling/logp_diff_mean": difference.mean().item(),
                 "sampling/logp_diff_max": difference.max().item(),
                 "sampling/importance_mean": importance.clamp(max=IMPORTANCE_CAP).mean().item(),
                 "sampling/importance_capped": (importance > IMPORTANCE_CAP).float().mean().item(),
-                "clip_ratio": 0.0,
-                "grad_norm": 0.0,
-            }
+            }  # fmt: skip
             if is_fresh and not difference.mean() <= config.max_logp_diff:
                 raise UserError(
                     f"trainer and sampler disagree about the sampled tokens by {difference.mean():.3f} nats on average, "
@@ -373,6 +351,8 @@ def train(config: Config) -> None:
                 if best is None or metrics["eval/reward"] > best:
                     best = metrics["eval/reward"]
                     save_model(config.out / "best", policy, tokenizer)
+            if step == first_step and (hint := episode.reading_hint(metrics["unreadable_rate"])):
+                tqdm.write(f"hint: {hint}", file=sys.stderr)
             for group in groups[:EPISODES_PER_STEP]:
                 episodes.log(step + 1, **episode.episode_record(group[0]))
             log.log(step + 1, **metrics, lr=rate, skipped_steps=optimizer.skipped_steps)

@@ -97,8 +97,8 @@ def probe_and_baselines_for_each_teaching() -> Iterator[None]:
         problems = [replace(problem, id=f"{problem.id}#{i}") for i in range(group_size)]
         return [right(problem, *arguments, 1) for problem in problems]
 
-    def play_copies(groups, seats):
-        episodes = iter(play(list(itertools.chain.from_iterable(groups)), seats))
+    def play_copies(groups, seats, progress):
+        episodes = iter(play(list(itertools.chain.from_iterable(groups)), seats, progress))
         return [[next(episodes)[0] for _ in group] for group in groups]
 
     with patch.object(episode, "episode", copies), patch.object(train_grpo, "play", play_copies):

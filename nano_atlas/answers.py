@@ -11,13 +11,17 @@ def visible(completion: str) -> str:
     return completion.rpartition("</think>")[2].partition("<think>")[0]
 
 
-def extract_answer(completion: str) -> str | None:
-    """The last <solution> of the visible text, else its last \\boxed{}, else None (no guessing from loose numbers)."""
+def extract_answer(completion: str, answer_format: str = "solution") -> str | None:
+    """The last <solution> of the visible text, else its last \\boxed{}, else None. Loose numbers are not guessed from, unless the
+    format (a key of protocol.ANSWER_FORMATS) is "last-number": then the last one is the answer where there is neither.
+    """
     text = visible(completion)
     # from the nearest opening tag, because a text may speak of the tag before it uses it
     solutions = re.findall(r"<solution>((?:(?!<solution>).)*?)</solution>", text, re.DOTALL)
     boxed = _last_boxed(solutions[-1] if solutions else text)
     answer = solutions[-1] if solutions and boxed is None else boxed
+    if answer is None and answer_format == "last-number":
+        answer = next(reversed(numbers_in(text)), None)
     return (answer or "").strip() or None
 
 
@@ -32,6 +36,11 @@ def _last_boxed(text: str) -> str | None:
 
 
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # with thousands separators or without; "3,18" is two numbers
+
+
+def numbers_in(text: str) -> list[str]:
+    # a sign right behind a word is a minus between two numbers, or a hyphen
+    return re.findall(rf"(?:(?<![\w)\]])[+-])?(?:{DIGITS}(?:\.\d+)?|\.\d+)", text)
 
 
 def _number(text: str) -> Decimal | None:
@@ -56,9 +65,7 @@ def reveals_answer(teaching: str, gold: str) -> bool:
     """
     value = _number(gold)
     if value is not None:
-        # a sign right behind a word is a minus between two numbers, or a hyphen
-        numbers = re.findall(rf"(?:(?<![\w)\]])[+-])?(?:{DIGITS}(?:\.\d+)?|\.\d+)", teaching)
-        return any(_number(found) == value for found in numbers)
+        return any(_number(found) == value for found in numbers_in(teaching))
     words = re.escape(" ".join(gold.casefold().strip(" .").split()))
     return re.search(rf"(?<!\w){words}(?!\w)", " ".join(teaching.casefold().split())) is not None
 

@@ -20,6 +20,7 @@ from nano_atlas.reward import efficiency, teaching_reward
 from nano_atlas.schedule import Call, Script, ask
 from nano_atlas.seats import Generation, Reply
 
+MOST_UNREADABLE = 0.2  # share of answers; above it there is a hint
 SeedOf = Callable[..., int]  # (kind, id of the problem, ...) -> seed of one call
 CountTokens = Callable[[str], int]  # length of a text in the teacher's tokens
 
@@ -32,6 +33,7 @@ class EpisodeConfig:
     teaching_tokens: int = option(4096, "longest completion of the teacher, thinking included", above=0)
     answer_tokens: int = option(4096, "longest answer of the student, alone or guided", above=0)
     temperature: tuple[float, float] = option((0.7, 0.7), "of student and teacher (0: greedy)", at_least=0)
+    answer_format: str = option("solution", "how answers are asked for and read", protocol.ANSWER_FORMATS)
     top_p: float = 1.0  # nucleus mass of both; log-probs for training need 1
 
     @property
@@ -112,11 +114,11 @@ def sketch(problem: Problem, config: EpisodeConfig, seed: SeedOf, samples: int =
     if config.probe_tokens:
         messages = protocol.probe_messages(problem.question)
         calls.append(Call("student", "probe", messages, probe, seed("probe", problem.id)))
-    messages = protocol.baseline_messages(problem.question)
+    messages = protocol.baseline_messages(problem.question, config.answer_format)
     calls.append(Call("student", "alone", messages, config.answering, seed("alone", problem.id), samples))
     *probes, answers = yield from ask(*calls)
     approach = probes[0][0] if probes else Reply("", 0, False)
-    baselines = [attempt(reply, problem.answer) for reply in answers]
+    baselines = [attempt(reply, problem.answer, config.answer_format) for reply in answers]
     return Sketch(problem, approach.text, approach.tokens, baselines)
 
 
@@ -147,19 +149,20 @@ def guide(sketch: Sketch, teachings: Sequence[str | None], config: EpisodeConfig
     problem, own, calls = sketch.problem, sketch.baselines, []
     for i, told in enumerate(teachings):
         if told is not None:
-            messages = protocol.guided_messages(problem.question, told)
+            messages = protocol.guided_messages(problem.question, told, config.answer_format)
             calls.append(Call("student", "guided", messages, config.answering, seed("guided", problem.id, i)))
     replies = yield from ask(*calls)
-    answers = (attempt(reply, problem.answer) for reply, *_ in replies)
+    answers = (attempt(reply, problem.answer, config.answer_format) for reply, *_ in replies)
     return [own[i % len(own)] if told is None else next(answers) for i, told in enumerate(teachings)]
 
 
 def answer(problem: Problem, config: EpisodeConfig, seed: SeedOf, group_size: int) -> Script:
     """The control without a teacher: the policy answers by itself, and is rewarded for being right -> list[Episode]."""
     generation = Generation(config.answer_tokens, config.teacher_temperature, config.top_p)
-    asked = protocol.baseline_messages(problem.question), generation, seed("alone", problem.id), group_size
-    (replies,) = yield from ask(Call("teacher", "alone", *asked))
-    attempts = [attempt(reply, problem.answer) for reply in replies]
+    messages = protocol.baseline_messages(problem.question, config.answer_format)
+    call = Call("teacher", "alone", messages, generation, seed("alone", problem.id), group_size)
+    (replies,) = yield from ask(call)
+    attempts = [attempt(reply, problem.answer, config.answer_format) for reply in replies]
     alone = Sketch(problem, "", 0, attempts)
     return [Episode(alone, "", reply, "", 0, own, False, own.score) for reply, own in zip(replies, attempts)]
 
@@ -169,10 +172,16 @@ def seeds(seed: Any) -> SeedOf:
     return lambda *call: derive_seed(seed, *call)
 
 
-def attempt(reply: Reply, gold: str | None) -> Attempt:
-    answer = extract_answer(reply.text)
+def attempt(reply: Reply, gold: str | None, answer_format: str = "solution") -> Attempt:
+    answer = extract_answer(reply.text, answer_format)
     is_right = gold is not None and is_correct(answer, gold)
     return Attempt(reply.text, answer, is_right, reply.tokens, reply.is_truncated)
+
+
+def reading_hint(share: float) -> str:
+    """What to do where so large a share of the answers could not be read; "" where it is small."""
+    remedy = "another --answer-format, or more --answer-tokens?"
+    return f"{share:.0%} of the answers could not be read: {remedy}" if share > MOST_UNREADABLE else ""
 
 
 def teaching_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
@@ -191,6 +200,7 @@ def teaching_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
         "student_approach_length": mean(lambda e: e.sketch.approach_tokens),
         "leak_rate": mean(lambda e: e.is_leak),
         "malformed_rate": mean(lambda e: e.teaching is None),
+        "unreadable_rate": mean(lambda e: e.guided.answer is None),
         "completions/mean_length": mean(lambda e: e.reply.tokens),
         "completions/truncated_ratio": mean(lambda e: e.reply.is_truncated),
     }

@@ -18,8 +18,7 @@ from nano_atlas.seats import EmbeddedSeat, Seat, TokenSeat, is_url, open_seat
 
 ROLLOUT = re.compile(r"embedded|vllm(?::(cpu|cuda:\d+(?:,\d+)*))?")
 ROLLOUT_HELP = """who samples the policy: embedded (this process), vllm (a server started here, on the last GPU),
-vllm:cuda:6,7 or vllm:cpu (started there), or URLs of running servers; auto: vllm where it is installed and there are two
-GPUs, else embedded"""
+vllm:cuda:6,7, vllm:cpu, or URLs of running servers; auto: vllm where it is installed and there are two GPUs, else embedded"""
 
 
 @dataclass(frozen=True)

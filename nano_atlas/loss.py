@@ -120,9 +120,7 @@ def _differentiate(token_loss: TokenLoss, weights: Tensor, stats: TokenStats, ro
 
 
 @torch.no_grad()
-def _sweep(
-    hidden, weight, targets, temperature, reference, token_loss=None, token_weights=None, needs=(False, False)
-):
+def _sweep(hidden, weight, targets, temperature, reference, token_loss=None, weights=None, needs=(0, 0)):
     """One pass over the chunks -> loss [] float32, statistics, d loss / d hidden, d loss / d weight (None where not needed)."""
     device, tokens, vocabulary = hidden.device, len(hidden), len(weight)
     longest = max(1, min(MAX_CHUNK_TOKENS, CHUNK_ELEMENTS[device.type] // vocabulary))
@@ -148,7 +146,7 @@ def _sweep(
         every[: 2 if reference is None else 3, rows] = torch.stack([x for x in stats if x is not None])
         if token_loss is None:
             continue
-        chunk_loss, *derivatives = _differentiate(token_loss, token_weights[rows].float(), stats, rows)
+        chunk_loss, *derivatives = _differentiate(token_loss, weights[rows].float(), stats, rows)
         loss += chunk_loss
         if any(needs):
             known = (targets[rows], inverse_temperature, stats, *logsumexps, *derivatives)

@@ -27,7 +27,6 @@ from nano_atlas.errors import UserError
 from nano_atlas.runs import atomic_directory, read_json, write_json
 
 SHARD_BYTES = 2 * 10**9  # size of a file of a training state
-SCHEDULES = ("cosine", "constant", "linear")
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_fraction: float, schedule: str) -> float:

@@ -1,17 +1,18 @@
 """The presets: one table, named after model and machine, with the same names and models in every script.
 
-    python train_sft.py --preset qwen3-0.6b-24gb ... && python train_grpo.py --preset qwen3-0.6b-24gb ... && python eval.py --preset ...
-
-A preset's memory is computed by `python -m benchmarks.memory` (weights, gradients, optimizer, activations, KV cache).
+Their memory is computed by `python -m benchmarks.memory` (weights, gradients, optimizer, activations, KV cache).
 """
 
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nano_atlas.config import Preset
 
 STUDENT = Path(__file__).parent / "world" / "student"  # it comes with the package
 NANO = Path("runs/nano")
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 NANO_SAMPLING = {"student": str(STUDENT), "probe_tokens": 40, "teaching_tokens": 96, "answer_tokens": 120}
 
 
@@ -46,10 +47,10 @@ TABLE = {
          "save_every": 1, **NANO_SAMPLING},
         {"bench": "nano", "limit": 500, "control": ("shuffled",), **NANO_SAMPLING},
         {"lane": "paired", **NANO_SAMPLING}),
-    "smollm2-cpu": _language_model(
-        "SmolLM2-135M-Instruct as student and teacher, on a CPU, 8 GB; --data, --problems, --tasks", "smollm2",
-        "HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct", 256, 64,
-        dtype="float32", device="cpu", gradient_checkpointing=False, tokens_per_batch=4096),
+    "smollm2": _language_model(
+        "SmolLM2-135M-Instruct as student and teacher, on a CPU (float32, 6 GB) or a GPU (bfloat16); --data, --problems, --tasks",
+        "smollm2", SMOLLM2, SMOLLM2, 256, 64, tokens_per_batch=4096, gradient_checkpointing=False,
+        **({} if torch.cuda.is_available() else {"dtype": "float32", "device": "cpu"})),
     "qwen3-0.6b-24gb": _language_model("Qwen3-0.6B as student and teacher, on one 24 GB GPU", "qwen3-0.6b",
         "Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", 1024, 32),
     "qwen3-1.7b-80gb": _language_model("Qwen3-1.7B teaches Qwen3-4B, on one 80 GB GPU", "qwen3-1.7b",

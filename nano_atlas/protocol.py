@@ -3,7 +3,7 @@
     probe     student   question                        -> how it would approach the problem
     baseline  student   question                        -> its answer alone, in <solution></solution>
     teaching  teacher   question + approach             -> <thinking>diagnosis</thinking> <teaching>guidance</teaching>
-    guided    student   question + guidance             -> its answer again, in the same format
+    guided    student   question + guidance             -> its answer again, in the same format (--answer-format)
 
 Only the question, the approach and the guidance ever enter a prompt; no function here takes the gold answer (answers.py judges
 finished texts by it). Texts are inserted as values, so braces and tags in them are inert.
@@ -17,7 +17,11 @@ from nano_atlas.answers import visible
 
 Messages = list[dict[str, str]]
 
-ANSWER_FORMAT = "Solve step by step. Give the final answer in <solution></solution>."
+ANSWER_FORMATS = {
+    "solution": "Solve step by step. Give the final answer in <solution></solution>.",
+    "boxed": "Solve step by step. Give the final answer in \\boxed{}.",
+    "last-number": "Solve step by step. End with the final answer, a number.",
+}
 PROBE_REQUEST = "Before solving, describe your approach in brief."
 TEACHER_REQUEST = "Diagnose the approach in <thinking></thinking>, then guide the student in <teaching></teaching>. {style} Never state the answer."
 TEACHING_STYLES = {
@@ -35,8 +39,8 @@ def probe_messages(question: str) -> Messages:
     return user_turn(question, PROBE_REQUEST)
 
 
-def baseline_messages(question: str) -> Messages:
-    return user_turn(question, ANSWER_FORMAT)
+def baseline_messages(question: str, answer_format: str = "solution") -> Messages:
+    return user_turn(question, ANSWER_FORMATS[answer_format])
 
 
 def teacher_messages(question: str, approach: str, style: str = "adaptive") -> Messages:
@@ -45,11 +49,11 @@ def teacher_messages(question: str, approach: str, style: str = "adaptive") -> M
     return user_turn(question, f"Student's approach: {approach}", request)
 
 
-def guided_messages(question: str, teaching: str | None) -> Messages:
+def guided_messages(question: str, teaching: str | None, answer_format: str = "solution") -> Messages:
     """Without a teaching (None) the student gets exactly its baseline prompt."""
     if teaching is None:
-        return baseline_messages(question)
-    return user_turn(question, f"Teacher's guidance: {teaching}", ANSWER_FORMAT)
+        return baseline_messages(question, answer_format)
+    return user_turn(question, f"Teacher's guidance: {teaching}", ANSWER_FORMATS[answer_format])
 
 
 def guided_system_prompt(system_prompt: str, teaching: str | None) -> str:

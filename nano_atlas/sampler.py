@@ -185,10 +185,14 @@ class Sampler:
         waiting = deque(chain(*groups))  # longest first: the shortest tail
         if waiting:
             batch = _Batch(self, waiting)
-            with tqdm(None, progress, len(waiting), leave=False, unit="sample", disable=not progress) as bar:
+            shown = {"leave": False, "unit": "sample", "disable": not progress}
+            with tqdm(
+                None, progress, len(waiting), miniters=0, **shown
+            ) as bar:  # 0: it moves with every token
                 while waiting or batch.samples:
                     batch.admit(waiting)
                     bar.update(batch.decode())
+                    bar.set_postfix_str(f"{batch.tokens:,} tokens", refresh=False)
         return results
 
     def _sample(self, request: Request, index: int) -> Sample:
@@ -220,6 +224,7 @@ class _Batch:
         size = self.max_rows, max(sample.longest for sample in waiting)
         self.attention = CachedAttention(self.model.config, *size, self.dtype, self.device)
         self.samples: list[Sample] = []
+        self.tokens = 0  # drawn so far
         self.newest: tuple = (None, None)  # a prompt, some of whose samples may still wait, and its prefix
 
     def admit(self, waiting: deque[Sample]) -> None:
@@ -256,6 +261,7 @@ class _Batch:
         tokens, logprobs = self._steps(min(self.steps_per_sync, *left))
         if logprobs.isnan().any():
             raise UserError("the model's logits are NaN: its weights are broken, use an earlier checkpoint")
+        self.tokens += tokens.numel()
         drawn = zip(self.samples, tokens.tolist(), logprobs.tolist())
         is_finished = [sample.extend(ids, values) for sample, ids, values in drawn]
         remaining = is_finished.count(False)
@@ -295,12 +301,12 @@ class _Batch:
 
 
 def _check(request: Request, number: int, config: ModelConfig) -> None:
-    prompt, max_tokens, limit = (
-        request.prompt_ids,
-        request.generation.max_tokens,
+    prompt, max_tokens = request.prompt_ids, request.generation.max_tokens
+    limit, said, last = (
         config.max_position_embeddings,
+        f"the prompt of request {number}",
+        config.vocab_size - 1,
     )
-    said, last = f"the prompt of request {number}", config.vocab_size - 1
     if not prompt or not 0 <= min(prompt) <= max(prompt) <= last:
         raise UserError(f"{said} is empty or has ids outside 0 ... {last}: use this model's tokenizer")
     if not 1 <= max_tokens <= limit - len(prompt):

@@ -41,7 +41,7 @@ class Agent:
 
     def reply(self, messages):
         last, first = messages[-1]["content"], messages[0]["content"]
-        if protocol.ANSWER_FORMAT not in first:
+        if protocol.ANSWER_FORMATS["solution"] not in first:
             return Reply("<teaching>Be strict.</teaching>" if "Diagnose" in last else "look it up", 10, False)
         agent = first.split("agent ")[1][0]
         if len(messages) == 1:

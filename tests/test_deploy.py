@@ -96,8 +96,8 @@ def test_a_promoted_teacher_takes_the_place_of_the_old_one_alone(file):
 
 def test_an_address_beyond_this_machine_needs_a_key(monkeypatch):
     monkeypatch.delenv("NANO_ATLAS_API_KEY", raising=False)
-    runtime_loop.Config(student="s", teacher="t", serve=0).check()
+    runtime_loop.Config(student="s", teacher="t", serve="0").check()
     with pytest.raises(UserError, match="NANO_ATLAS_API_KEY"):
-        runtime_loop.Config(student="s", teacher="t", serve=0, host="0.0.0.0").check()
+        runtime_loop.Config(student="s", teacher="t", serve="0.0.0.0:0").check()
     monkeypatch.setenv("NANO_ATLAS_API_KEY", "s3cret")
-    runtime_loop.Config(student="s", teacher="t", serve=0, host="0.0.0.0").check()
+    runtime_loop.Config(student="s", teacher="t", serve="0.0.0.0:0").check()

@@ -188,17 +188,17 @@ def test_without_a_gold_answer_nothing_is_correct_and_nothing_leaks():
 
 
 def test_the_metrics_are_what_their_names_say():
-    def attempt(is_correct):
-        return Attempt("text", "answer", is_correct, tokens=5, is_truncated=False)
+    def attempt(is_correct, answer="answer"):
+        return Attempt("text", answer, is_correct, tokens=5, is_truncated=False)
 
-    def episode(baselines, guided, teaching, length, tokens, is_truncated, is_leak, reward):
+    def episode(baselines, guided, teaching, length, tokens, is_truncated, is_leak, reward, answer="answer"):
         sketch = Sketch(PROBLEMS[0], "plan", 7, [attempt(is_correct) for is_correct in baselines])
         reply = Reply("completion", tokens, is_truncated)
-        return Episode(sketch, "adaptive", reply, teaching, length, attempt(guided), is_leak, reward)
+        return Episode(sketch, "adaptive", reply, teaching, length, attempt(guided, answer), is_leak, reward)
 
     metrics = teaching_metrics([
         episode([0, 1], True, "go", 0, 10, False, False, 1.0),  # improved by 1/2
-        episode([1, 1], False, "no", 100, 20, True, False, -2.0),  # degraded by 1
+        episode([1, 1], False, "no", 100, 20, True, False, -2.0, None),  # degraded by 1, unreadable
         episode([0, 0], False, None, 0, 30, False, False, -0.5),  # unchanged, malformed
         episode([1, 1], True, "42", 300, 40, False, True, -1.0),  # unchanged, a leak
     ])  # fmt: skip
@@ -207,5 +207,6 @@ def test_the_metrics_are_what_their_names_say():
         "improvement_rate": 1 / 4, "degradation_rate": 1 / 4, "non_degradation_rate": 3 / 4,
         "token_efficiency": (1 + 0.5 + 1 + 0.25) / 4,
         "teaching_length_mean": 100, "student_approach_length": 7, "leak_rate": 1 / 4, "malformed_rate": 1 / 4,
+        "unreadable_rate": 1 / 4,
         "completions/mean_length": 25, "completions/truncated_ratio": 1 / 4,
     })  # fmt: skip

@@ -61,7 +61,7 @@ def student_rule(conversation, draws):
     text, (domain, i) = conversation[0]["content"], number_of(conversation)
     if protocol.PROBE_REQUEST in text:
         return Reply("I would guess.", 7, False)
-    if protocol.ANSWER_FORMAT not in text:
+    if protocol.ANSWER_FORMATS["solution"] not in text:
         return Reply("no idea how to teach", 5, True)  # in the teacher's seat
     is_right = draws.random() < 0.5 if draws else i % 3 == 0
     if f"plan {domain}-{i}." in text:
@@ -149,7 +149,9 @@ def test_the_student_alone_is_asked_once_for_all_arms(tmp_path):
     teaching = [prompt for prompt in asked if "Diagnose" in prompt]
     guided = [prompt for prompt in asked if "Teacher's guidance" in prompt]
     assert len(teaching) == 42 and len(guided) == 42 + 2 * (42 - 2) and len(asked) == 42 * 3 + len(guided)
-    assert all(prompt.endswith(protocol.ANSWER_FORMAT) for prompt in alone + guided)  # the same format
+    assert all(
+        prompt.endswith(protocol.ANSWER_FORMATS["solution"]) for prompt in alone + guided
+    )  # the same format
     assert not any("<thinking>" in prompt for prompt in guided)  # the teacher's private text
 
 

@@ -17,6 +17,7 @@ from nano_atlas.config import parse, run_script
 from nano_atlas.episode import attempt
 from nano_atlas.errors import UserError
 from nano_atlas.presets import NANO, presets
+from nano_atlas.protocol import ANSWER_FORMATS
 from nano_atlas.seats import Reply
 
 
@@ -104,6 +105,30 @@ def test_help_begins_with_what_everyone_needs(capsys):
     assert len(flags) <= 25
 
 
+def test_a_student_is_evaluated_alone_without_a_probe_in_the_format_it_can_write(
+    tmp_path, monkeypatch, capsys
+):
+    """No teacher, so no control; the same format is asked for and read."""
+    data, asked = tmp_path / "test.jsonl", []
+    data.write_text("".join(f'{{"question": "Question t-{i}?", "answer": "{i}"}}\n' for i in range(4)))
+
+    def answer(messages, _):
+        asked.append(messages[-1]["content"])
+        return Reply("It is 1, or 2.", 9, False)
+
+    monkeypatch.setattr(Config, "open", lambda *_: Seat(answer))
+    for answer_format, right in (("solution", 0), ("last-number", 1)):
+        argv = ["--preset", "own", "--bench", "gsm8k", "--data", str(data), "--student", "http://student", "--probe-tokens", "0",
+                "--answer-format", answer_format, "--out", str(tmp_path / answer_format)]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["eval.py", *argv])
+        evaluation.main()
+        (score,) = json.loads((tmp_path / answer_format / "results.json").read_text())["scores"]
+        assert (score["arm"], score["tasks"], score["accuracy"]) == ("student", 4, right / 4)
+        assert asked == [f"Question t-{i}?\n\n{ANSWER_FORMATS[answer_format]}" for i in range(4)]
+        assert ("100% of the answers could not be read" in capsys.readouterr().out) == (right == 0)
+        asked.clear()
+
+
 def test_teachers_are_named_by_option_or_path():
     config = Config(teacher=("base=runs/x=1/sft", "runs/y/grpo/", "http://host:8000/v1?a=b"))
     urls = {"base": "runs/x=1/sft", "grpo": "runs/y/grpo/", "v1?a=b": "http://host:8000/v1?a=b"}
@@ -138,8 +163,8 @@ def test_the_script_from_checkpoints_to_tables(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Config, "open", lambda *_: pytest.fail("a finished run opened a model"))
     assert printed("--full") == printed("--full", "--tables") == first
     short = printed()  # shows less, and loses nothing
-    accuracy = [f"{100 * score['accuracy']:.1f}" for score in written["scores"][:3]]
-    assert re.search(r"gsm8k \(5\) +\| +" + r" +\| +".join(accuracy) + r" +\|", short)
+    cells = [rf"{100 * score['accuracy']:.1f}( \(\d+\.\d unread\))?" for score in written["scores"][:3]]
+    assert re.search(r"gsm8k \(5\) +\| +" + r" +\| +".join(cells) + r" +\|", short)
     assert "| shuffled | teacher − student |" in re.sub(" +", " ", short)
     assert "untrained" not in short and Path("out/tables.md").read_text().strip() == first.strip()
     assert hashlib.sha256(Path("student/model.safetensors").read_bytes()).hexdigest() == weights

@@ -193,7 +193,7 @@ def test_copies_of_templates_and_extractors_drift_apart():
     """There were three of each. Here they exist once, and whoever needs them imports `protocol` or `answers`."""
     root = Path(train_grpo.__file__).parent
     texts = [
-        protocol.ANSWER_FORMAT,
+        protocol.ANSWER_FORMATS["solution"],
         protocol.PROBE_REQUEST,
         *protocol.TEACHING_STYLES.values(),
         "Teacher's guidance",

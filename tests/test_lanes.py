@@ -7,7 +7,7 @@ from scripted import TASK, Seat, answer, run, student, teacher, words
 
 from nano_atlas.answers import last_json
 from nano_atlas.episode import EpisodeConfig, seeds, sketch, teach
-from nano_atlas.protocol import ANSWER_FORMAT
+from nano_atlas.protocol import ANSWER_FORMATS
 from nano_atlas.reward import RewardConfig
 from nano_atlas.runtime.lanes import choose_lane, parse_plan
 from nano_atlas.runtime.options import Config
@@ -80,7 +80,7 @@ def test_coach_reviews_the_plan_and_the_student_gets_plan_and_review():
     assert f"Student's approach: {plan}" in guide.prompts[0]
     assert (
         pupil.prompts[-1]
-        == f"{TASK.question}\n\nYour plan: {plan}\n\nTeacher's guidance: HELP: skip b\n\n{ANSWER_FORMAT}"
+        == f"{TASK.question}\n\nYour plan: {plan}\n\nTeacher's guidance: HELP: skip b\n\n{ANSWER_FORMATS['solution']}"
     )
 
 

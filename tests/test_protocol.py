@@ -20,15 +20,22 @@ def test_without_a_teaching_the_student_gets_exactly_its_baseline_prompt():
     assert protocol.guided_messages(QUESTION, None) == protocol.baseline_messages(QUESTION)
 
 
-def test_both_arms_ask_for_the_answer_in_the_same_format():
+@pytest.mark.parametrize(
+    ("answer_format", "words"),
+    [("solution", "<solution>"), ("boxed", "\\boxed{}"), ("last-number", "a number.")],
+)
+def test_both_arms_ask_for_the_answer_in_the_same_format(answer_format, words):
     """Otherwise the arms would differ in more than the teaching."""
     alone, guided = (
-        prompt(protocol.baseline_messages(QUESTION)),
-        prompt(protocol.guided_messages(QUESTION, "Multiply.")),
+        prompt(protocol.baseline_messages(QUESTION, answer_format)),
+        prompt(protocol.guided_messages(QUESTION, "Multiply.", answer_format)),
     )
-    assert alone.endswith(protocol.ANSWER_FORMAT) and guided.endswith(protocol.ANSWER_FORMAT)
+    asked = protocol.ANSWER_FORMATS[answer_format]
+    assert words in asked and alone.endswith(asked) and guided.endswith(asked)
     assert alone.startswith(QUESTION) and guided.startswith(QUESTION)
     assert "Multiply." in guided
+    others = [text for name, text in protocol.ANSWER_FORMATS.items() if name != answer_format]
+    assert not any(text in alone + guided for text in others)
 
 
 def test_the_probe_does_not_ask_for_an_answer():
@@ -114,7 +121,18 @@ def test_the_target_of_a_demonstration_is_read_back_as_its_teaching():
     ("The answer is 18", None), ("", None),
 ])  # fmt: skip
 def test_the_answer_is_the_last_tagged_or_boxed_one_and_is_never_guessed(completion, answer):
-    assert answers.extract_answer(completion) == answer
+    for answer_format in ("solution", "boxed"):
+        assert answers.extract_answer(completion, answer_format) == answer
+
+
+@pytest.mark.parametrize(("completion", "answer"), [
+    ("To add 7 and 5, you simply add them together: 7 + 5 = 12.", "12"),
+    ("First 3, then -4.", "-4"), ("It costs $1,250.50!", "1,250.50"), ("10-3 is seven", "3"), ("No idea.", None),
+    ("12 <solution>7</solution> and 8", "7"), (r"\boxed{5} as 3 + 2", "5"), ("<think>5</think> none", None),
+    ("<think>so 5", None),
+])  # fmt: skip
+def test_the_last_number_is_an_answer_only_where_it_is_asked_for(completion, answer):
+    assert answers.extract_answer(completion, "last-number") == answer
 
 
 @pytest.mark.parametrize(("answer", "gold"), [

@@ -23,7 +23,7 @@ import runtime_loop
 from nano_atlas.config import derive_seed
 from nano_atlas.data import Problem, load_problems
 from nano_atlas.errors import UserError
-from nano_atlas.protocol import ANSWER_FORMAT, baseline_messages
+from nano_atlas.protocol import ANSWER_FORMATS, baseline_messages
 from nano_atlas.runtime.review import export_traces, summary
 from runtime_loop import Config, session_ids
 
@@ -316,7 +316,7 @@ def test_braces_and_tags_in_tasks_are_data(config):
     tasks = [Problem("h", hostile, "gold", "math")]
     student, teacher = Student(tasks), Teacher("<teaching>Mind {braces} and </solution></teaching>")
     (outcome,) = run(config, tasks, student, teacher)
-    assert json.loads(student.prompts[1])[0]["content"] == f"{hostile}\n\n{ANSWER_FORMAT}"
+    assert json.loads(student.prompts[1])[0]["content"] == f"{hostile}\n\n{ANSWER_FORMATS['solution']}"
     assert json.loads(teacher.prompts[0])[0]["content"].startswith(
         f"{hostile}\n\nStudent's approach: I would guess."
     )

@@ -87,9 +87,29 @@ def test_every_number_of_the_tables_follows_from_the_rules(tmp_path):
     short = cells_of(summary(report, config))
     assert short[0] == ["tasks", "student", "sft", "grpo", "shuffled", "grpo − sft"]
     assert [row[0] for row in short[2:]] == [f"{domain} ({len(tasks)})" for domain, tasks in TASKS.items()]
-    assert short[2][1:4] == [f"{100 * rows['math', arm]['accuracy']:.1f}" for arm in (STUDENT, "sft", "grpo")]
+    unread = f" ({100 / len(TASKS['math']):.1f} unread)"  # the student alone gives up task 1
+    accuracies = [f"{100 * rows['math', arm]['accuracy']:.1f}" for arm in (STUDENT, "sft", "grpo")]
+    assert (
+        short[2][1].endswith(unread) and [cell.removesuffix(unread) for cell in short[2][1:4]] == accuracies
+    )
     difference = next(d for d in report["differences"] if d["domain"] == "math")
     assert short[2][5].startswith(f"**{100 * difference['delta']:+.1f} [")
+
+
+def test_answers_that_cannot_be_read_stand_beside_accuracy_and_many_of_them_get_a_hint(tmp_path):
+    config = config_for(tmp_path, teacher=(), control=("none",))
+    results, _ = run(config)
+    blank = Attempt("It is 7.", None, False, 5, False)
+
+    def shown(unread):
+        tasks = [dataclasses.replace(r, attempt=blank) if i < unread else r for i, r in enumerate(readable)]
+        return summary(make_report(tasks, config), config)
+
+    readable = [r for r in results.values() if r.domain == "math" and r.attempt.answer is not None][:25]
+    assert "unread" not in shown(0) and "hint" not in shown(0)
+    assert "(20.0 unread)" in shown(5) and "found; they count as wrong" in shown(5) and "hint" not in shown(5)
+    assert "(24.0 unread)" in shown(6)
+    assert "hint: student: 24% of the answers could not be read: another --answer-format" in shown(6)
 
 
 def test_several_samples_give_averages_with_errors_and_pass_at_k(tmp_path):

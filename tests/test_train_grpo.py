@@ -109,7 +109,7 @@ def test_the_records_hold_the_metrics_people_know_and_whole_episodes(place, tmp_
     known = {"reward", "reward_std", "kl", "entropy", "clip_ratio", "completions/mean_length", "completions/truncated_ratio",
              "loss", "grad_norm", "lr", "student_accuracy", "baseline_accuracy", "accuracy_delta", "improvement_rate",
              "degradation_rate", "non_degradation_rate", "token_efficiency", "teaching_length_mean", "leak_rate",
-             "malformed_rate", "zero_variance_ratio"}  # fmt: skip
+             "malformed_rate", "unreadable_rate", "zero_variance_ratio"}  # fmt: skip
     assert all(known <= set(record) for record in metrics)
     assert "eval/reward" not in metrics[0] and "eval/reward" in metrics[1]
     episodes = records(tmp_path / "out/episodes.jsonl")
@@ -259,6 +259,30 @@ def test_the_norm_of_the_gradient_is_the_mean_over_the_updates(place, sampled):
         config_of(place, updates_per_batch=2), policy, reference, Measured(policy), sampled, 1e-2
     )
     assert metrics["grad_norm"] == 2.5
+
+
+@pytest.mark.parametrize("normalization", ["sequence", "token", "constant"])
+def test_without_a_kl_samples_without_an_advantage_are_left_out_but_count_in_the_mean(
+    place, sampled, normalization, monkeypatch
+):
+    """The same weights as where they are computed, for which their advantage is not quite zero."""
+    computed = []
+    right = train_grpo.policy_batches
+    monkeypatch.setattr(
+        train_grpo, "policy_batches", lambda found, *a: computed.append(len(found)) or right(found, *a)
+    )
+    options = {"normalization": normalization, "beta": 0.0}
+    flat, tiny = (
+        [dataclasses.replace(s, advantage=value) if i % 3 else s for i, s in enumerate(sampled)]
+        for value in (0.0, 1e-30)
+    )
+    short, _ = after_update(place, flat, **options)
+    whole, _ = after_update(place, tiny, **options)
+    assert computed == [3, 8]
+    for name in whole:
+        torch.testing.assert_close(short[name], whole[name], rtol=1e-6, atol=1e-7)
+    after_update(place, flat, **options | {"beta": 0.04})  # with a KL all are needed
+    assert computed[-1] == 8
 
 
 def test_the_kl_is_that_to_the_reference(place, sampled):

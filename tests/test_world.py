@@ -196,7 +196,7 @@ def test_every_text_of_the_base_corpus_is_right():
     kinds = set()
     for (turn,), reply in (*pretrain.base_corpus(1000, "test"), *pretrain.reading_corpus(100, "test")):
         prompt, question = turn["content"], turn["content"].split("\n\n")[0]
-        if protocol.ANSWER_FORMAT in prompt:
+        if protocol.ANSWER_FORMATS["solution"] in prompt:
             check_working(reply, question)
             is_guided = "Teacher's guidance: " in prompt
             assert is_guided or [turn] == protocol.baseline_messages(question)

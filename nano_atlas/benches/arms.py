@@ -11,13 +11,12 @@ from typing import Self
 
 import torch
 
+from nano_atlas import checkpoint, protocol
 from nano_atlas.answers import answer_key, reveals_answer
-from nano_atlas.checkpoint import is_checkpoint
 from nano_atlas.config import derive_seed, option, refuse_changes, to_json
 from nano_atlas.data import Problem
 from nano_atlas.episode import Attempt, EpisodeConfig
 from nano_atlas.errors import UserError
-from nano_atlas.protocol import parse_teaching
 from nano_atlas.runs import Journal, checkpoint_digest, read_json, read_jsonl, write_json
 from nano_atlas.seats import Reply, Seat, is_url, open_seat
 
@@ -43,7 +42,7 @@ class ArmsConfig:
 
     temperature: float = option(0.0, "of student and teachers (0: greedy)", group="sampling", at_least=0)
     top_p: float = option(1.0, "nucleus mass of student and teachers", above=0, at_most=1)
-    probe_tokens: int = option(500, "longest student approach (tokens)", at_least=1)
+    probe_tokens: int = option(500, "longest student approach (tokens; 0: no probe)", at_least=0)
     teaching_tokens: int = option(4096, "longest teacher completion, thinking included (tokens)", at_least=1)
     answer_tokens: int = option(4096, "longest student answer or message (tokens)", at_least=1)
 
@@ -80,7 +79,8 @@ class ArmsConfig:
     @property
     def episode(self) -> EpisodeConfig:
         lengths = self.probe_tokens, self.teaching_tokens, self.answer_tokens
-        return EpisodeConfig(*lengths, temperature=(self.temperature, self.temperature), top_p=self.top_p)
+        how = (self.temperature, self.temperature), getattr(self, "answer_format", "solution"), self.top_p
+        return EpisodeConfig(*lengths, *how)
 
     def open(self, spec: str) -> Seat:
         return open_seat(spec, device=self.device, dtype=getattr(torch, self.dtype))
@@ -111,7 +111,7 @@ class TaskResult:
 
     def taught(self, reply: Reply, **changes) -> Self:
         """The same task with a teacher's reply."""
-        teaching = parse_teaching(reply.text)
+        teaching = protocol.parse_teaching(reply.text)
         is_leak = bool(self.gold and teaching) and reveals_answer(teaching, self.gold)
         said = {"teacher_text": reply.text, "teacher_tokens": reply.tokens, "teaching": teaching}
         return replace(self, **said, is_teacher_truncated=reply.is_truncated, is_leak=is_leak, **changes)
@@ -175,16 +175,14 @@ def start_or_continue(config: ArmsConfig, contents: dict[str, str]) -> None:
     out, specs = config.out, {STUDENT: config.student, **config.teachers}
     paths = {name: Path(spec) for name, spec in specs.items() if not is_url(spec)}
     for path in paths.values():
-        if not is_checkpoint(path):
+        if not checkpoint.is_checkpoint(path):
             raise UserError(f"{path}: no checkpoint; train_sft.py and train_grpo.py make the teachers")
     contents = {f"checkpoint {name}": checkpoint_digest(path) for name, path in paths.items()} | contents
     for file in [file for pattern in RESULT_FILES for file in out.glob(pattern)] if config.restart else ():
         file.unlink()
     saved = read_json(out / "run.json")
     if not saved and (out / "tasks.jsonl").exists():
-        raise UserError(
-            f"{out}/tasks.jsonl has no run.json; choose another --out, or start over with --restart"
-        )
+        raise UserError(f"{out}/tasks.jsonl has no run.json; choose another --out, or use --restart")
     if saved:
         refuse_changes(config, saved["config"], str(out))
         if changed := [name for name in contents if saved["contents"].get(name) != contents[name]]:

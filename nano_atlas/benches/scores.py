@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 from nano_atlas import stats
 from nano_atlas.benches import arms
 from nano_atlas.benches.arms import ALONE, CONTROLS, SHUFFLED, STUDENT, ArmsConfig, TaskResult
+from nano_atlas.episode import reading_hint
 from nano_atlas.errors import UserError
 from nano_atlas.runs import read_json, replace_text, write_json
 
@@ -167,11 +168,18 @@ def summary(report: Report, config: ArmsConfig) -> str:
     shown = [arm for arm in (STUDENT, *config.teachers, SHUFFLED) if arm in {arm for _, arm in found}]
     rows = [["tasks", *shown, " − ".join(reversed(pair))]]
     for domain in dict.fromkeys(domain for domain, _ in found):
-        accuracies = [percent(found.get((domain, arm), {}).get("accuracy")) for arm in shown]
+        here = [found.get((domain, arm)) or {"accuracy": None, "completion": 1} for arm in shown]
+        unread = [f" ({percent(1 - row['completion'])} unread)" * (row["completion"] < 1) for row in here]
+        accuracies = [percent(row["accuracy"]) + missing for row, missing in zip(here, unread)]
         gain = f"**{gains[domain, *pair]}**" if (domain, *pair) in gains else ""
         rows.append([f"{domain} ({found[domain, STUDENT]['tasks']})", *accuracies, gain])
-    note = "Accuracy in %, difference in points with its 95 % interval over tasks."
-    return "\n".join([*table(rows if config.teachers else [row[:-1] for row in rows]), note, ""])
+    notes = ["Accuracy in %, difference in points with its 95 % interval over tasks."]
+    if "unread" in str(rows):
+        notes.append("unread: answers, in %, in which no final answer was found; they count as wrong")
+    worst = min(report["scores"], key=lambda row: row["completion"])
+    if hint := reading_hint(1 - worst["completion"]):
+        notes.append(f"hint: {worst['arm']}: {hint}")
+    return "\n".join([*table(rows if config.teachers else [row[:-1] for row in rows]), *notes, ""])
 
 
 def table(rows: Sequence[Sequence[str]], title: str = "") -> list[str]:

@@ -50,10 +50,7 @@ class Config(EpisodeConfig, RunConfig):
     seed: int = option(0, "of every random choice")
 
     deploy: Path | None = option(None, "YAML that names the pair", group="service", resumable=True)
-    serve: int | None = option(
-        None, "port of an endpoint (0: any)", at_least=0, at_most=65535, resumable=True
-    )
-    host: str = option("127.0.0.1", f"address; others than this machine need {KEY_VARIABLE}", resumable=True)
+    serve: str | None = option(None, f"[HOST:]PORT of an endpoint; HOST needs {KEY_VARIABLE}", resumable=True)
 
     rounds: int = option(0, "times to run, train and promote", group="rounds", at_least=0, resumable=True)
     held_out: Path | None = option(None, "JSONL of problems that decide (none: nano world)", resumable=True)
@@ -73,14 +70,21 @@ class Config(EpisodeConfig, RunConfig):
     note: str = option("", "why, for --approve and --quarantine", resumable=True)
     require_approval: bool = option(False, "record sessions as pending: none is exported before --approve")
 
+    @property
+    def address(self) -> tuple[str, str]:
+        host, _, port = (self.serve or "0").rpartition(":")
+        return host or "127.0.0.1", port
+
     def check(self) -> None:
         if self.large_judge and not self.judge:
             raise UserError("--large-judge needs --judge")
         if not self.strategies:
             raise UserError("--strategies needs at least one")
-        is_local = self.serve is None or self.host in ("127.0.0.1", "localhost", "::1")
-        if not is_local and not os.environ.get(KEY_VARIABLE):
-            raise UserError(f"--host {self.host}: set {KEY_VARIABLE} to a key that clients must send")
+        host, port = self.address
+        if not port.isdecimal() or int(port) > 65535:
+            raise UserError(f"--serve {self.serve}: the port must be a number from 0 (any) to 65535")
+        if host not in ("127.0.0.1", "localhost", "[::1]") and not os.environ.get(KEY_VARIABLE):
+            raise UserError(f"--serve {self.serve}: set {KEY_VARIABLE} to a key that clients must send")
         for time in filter(None, self.since.split("..")):
             try:
                 datetime.fromisoformat(time)

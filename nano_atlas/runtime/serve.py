@@ -72,7 +72,8 @@ def serve_pair(config: Config, seats: Mapping[str, Seat]) -> None:
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)  # uvicorn stops on them, and then raises them once more
-        uvicorn.run(make_app(answer), host=config.host, port=config.serve, lifespan="off", access_log=False)
+        host, port = config.address
+        uvicorn.run(make_app(answer), host=host.strip("[]"), port=int(port), lifespan="off", access_log=False)
 
 
 def make_app(answer: Callable) -> Starlette:
