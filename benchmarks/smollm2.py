@@ -236,6 +236,8 @@ def choose_problems(story: Story) -> None:
     teaching would ever be rewarded."""
     problems = word_problems.variants(part(story, "grpo"), GRPO_VARIANTS, SEED)
     solved = answer(story, problems, [detailed(p.steps) for p in problems])
+    if not any(solved):
+        raise UserError("the student solves no problem with right guidance: it needs more lessons")
     write_jsonl(
         story.file("solvable"), [vars(p.problem) for p, is_right in zip(problems, solved) if is_right]
     )
