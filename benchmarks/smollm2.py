@@ -29,7 +29,7 @@ import torch
 
 from benchmarks import word_problems
 from benchmarks.jobs import ROOT, Job, call, markdown, run_jobs
-from benchmarks.word_problems import WordProblem, detailed, is_plan_of
+from benchmarks.word_problems import WordProblem, detailed, has_operations_of, is_plan_of
 from nano_atlas import answers, protocol
 from nano_atlas.benches import arms, scores
 from nano_atlas.benches.scores import percent, points
@@ -55,7 +55,7 @@ SFT = "--steps 130 --tokens-per-step 2048 --lr 2e-4"
 # the student is greedy, as in the evaluation: what differs within a group is then the teachings' doing alone
 GRPO = "--problems-per-step 8 --temperature 0 1.0 --baseline-samples 1 --lr 4e-5 --beta 0 --eval-every 0 --save-every 10"
 GRPO_VARIANTS = 700  # of the problems for GRPO; those are kept that the student can solve with right guidance
-BENCHES = ("test", "gsm8k")
+BENCHES = {"test": "--control shuffled same-budget", "gsm8k": "--control shuffled"}
 LENGTHS = {"probe_tokens": 40, "teaching_tokens": 96, "answer_tokens": 64}
 
 
@@ -258,45 +258,56 @@ def evaluate(story: Story, bench: str, threads: int) -> None:
         "teacher": [f"{name}={story.model(name)}" for name in teachers],
     }
     how = {"bench": "gsm8k", "data": story.file(bench), "limit": story.config.tasks, **LENGTHS}
-    story.script("eval.py", f"eval-{bench}", "--control shuffled same-budget", threads, **models, **how)
+    story.script("eval.py", f"eval-{bench}", BENCHES[bench], threads, **models, **how)
 
 
 # ------------------------------------------------------------------------------------------------------------------ tables
 
 
-def table(story: Story, bench: str) -> str:
-    """One row per arm: accuracy, paired differences, and for SVAMP whether the teaching names the right operations and numbers."""
-    results = list(arms.read_results(story.out / f"eval-{bench}" / "tasks.jsonl").values())
-    plans = {p.id: p.steps for p in part(story, bench)} if bench != "gsm8k" else {}
+def results_of(story: Story, bench: str) -> dict[str, scores.Tasks]:
+    """By arm."""
     found: dict[str, scores.Tasks] = {}
-    for result in results:
+    for result in arms.read_results(story.out / f"eval-{bench}" / "tasks.jsonl").values():
         found.setdefault(result.arm, {})[result.id] = [result]
-    rows = []
+    return found
+
+
+def table(story: Story, bench: str) -> str:
+    """One row per arm: accuracy, and paired differences to the student alone and to the SFT teacher."""
+    found, rows = results_of(story, bench), []
     for arm, tasks in found.items():
         row = scores.score(tasks)
         gains = [
-            scores.compare(tasks, found[other]) if arm != other else None for other in ("student", "sft")
+            points(scores.compare(tasks, found[other])) if arm != other else ""
+            for other in ("student", "sft")
         ]
-        taught = [r for (r,) in tasks.values() if r.teaching and r.id in plans]
-        right = [r.attempt.is_correct for r in taught if is_plan_of(r.teaching, plans[r.id])]
-        shown = (
-            [percent(len(right) / len(taught)), percent(fmean(right) if right else None)]
-            if taught
-            else ["", ""]
-        )
         rates = [percent(value) for value in (1 - row["completion"], row["leak"], row["malformed"])]
-        rows.append(
-            [
-                arm,
-                percent(row["accuracy"]),
-                *(points(g) if g else "" for g in gains),
-                *shown,
-                *rates,
-                f"{row['all_tokens']:.0f}",
-            ]
-        )
-    head = "arm | accuracy | − alone | − SFT | plan right | solved then | unread | leaks | malformed | tokens"
+        rows.append([arm, percent(row["accuracy"]), *gains, *rates, f"{row['all_tokens']:.0f}"])
+    head = "arm | accuracy | − alone | − SFT | unread | leaks | malformed | tokens"
     return f"### {bench}: {len(found['student'])} problems\n\n{markdown(head, rows)}\n"
+
+
+def show_reading(story: Story) -> str:
+    """What the teachings say, by the equation, and how often the student is right then."""
+    plans, rows = {p.id: p.steps for p in part(story, "test")}, []
+    kinds = {
+        "operations and numbers right": lambda text, steps: is_plan_of(text, steps),
+        "operations right, no numbers": lambda text, steps: text == word_problems.brief(steps),
+        "operations right, wrong numbers": lambda text, steps: has_operations_of(text, steps),
+        "wrong operations": lambda text, steps: True,
+    }
+    for arm, tasks in results_of(story, "test").items():
+        taught, shown = [result for (result,) in tasks.values() if result.teaching], []
+        for fits in kinds.values():
+            these = [r for r in taught if fits(r.teaching, plans[r.id])]
+            taught = [r for r in taught if r not in these]
+            right = percent(fmean(r.attempt.is_correct for r in these)) if these else "–"
+            shown.append(f"{percent(len(these) / len(tasks))} ({right})")
+        if arm not in arms.ALONE:
+            rows.append([arm, *shown])
+    return (
+        f"### What the teachings say, in % (solved then)\n\n{markdown(' | '.join(['arm', *kinds]), rows)}\n"
+    )
 
 
 def show_headroom(story: Story) -> str:
@@ -346,7 +357,9 @@ def main() -> None:
         print(f"{name}: {spent.get(name, 0) / 60:.1f} minutes", flush=True)
         if name == config.until:
             return
-    text = "\n\n".join([show_headroom(story), *(table(story, bench) for bench in BENCHES)])
+    text = "\n\n".join(
+        [show_headroom(story), *(table(story, bench) for bench in BENCHES), show_reading(story)]
+    )
     replace_text(config.out / "tables.md", text)
     print(f"\n{text}")
 

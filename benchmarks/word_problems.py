@@ -245,9 +245,7 @@ def demonstration(problem: WordProblem, approach: str, number: int) -> dict:
     used = ", ".join(show(x) for step in steps for x in (step.a, step.b) if x is not None)
     if is_plan_of(approach, steps):
         verdict = "The approach is right."
-    elif [verb for verb in re.findall("|".join(VERBS.values()), approach)] == [
-        VERBS[step.operation] for step in steps
-    ]:
+    elif has_operations_of(approach, steps):
         verdict = "The approach takes the wrong numbers."
     else:
         verdict = "The approach takes the wrong operation."
@@ -263,6 +261,11 @@ def demonstration(problem: WordProblem, approach: str, number: int) -> dict:
 
 def approach_to(steps: list[Step]) -> str:
     return f"I would {uncapitalized(detailed(steps))}"
+
+
+def has_operations_of(text: str, steps: list[Step]) -> bool:
+    """Whether the text names these operations in this order, with whatever numbers."""
+    return re.findall("|".join(VERBS.values()), text.lower()) == [VERBS[step.operation] for step in steps]
 
 
 def is_plan_of(text: str, steps: list[Step]) -> bool:

@@ -48,7 +48,7 @@ TABLE = {
         {"bench": "nano", "limit": 500, "control": ("shuffled",), **NANO_SAMPLING},
         {"lane": "paired", **NANO_SAMPLING}),
     "smollm2": _language_model(
-        "SmolLM2-135M-Instruct as student and teacher, on a CPU (float32, 6 GB) or a GPU (bfloat16); --data, --problems, --tasks",
+        "SmolLM2-135M-Instruct as student and teacher, on a CPU (float32, 8 GB) or a GPU (bfloat16); --data, --problems, --tasks",
         "smollm2", SMOLLM2, SMOLLM2, 256, 64, tokens_per_batch=4096, gradient_checkpointing=False,
         **({} if torch.cuda.is_available() else {"dtype": "float32", "device": "cpu"})),
     "qwen3-0.6b-24gb": _language_model("Qwen3-0.6B as student and teacher, on one 24 GB GPU", "qwen3-0.6b",
