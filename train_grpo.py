@@ -133,9 +133,7 @@ def roll_out(config, seats: Mapping[str, Seat], problems, step) -> tuple[list[li
 # ----------------------------------------------------------------------------------------------------------------- the loss
 
 
-def grpo_token_loss(
-    logprobs, old_logprobs, sampled_logprobs, advantages, kl: Tensor | None, config
-) -> Tensor:
+def grpo_token_loss(logprobs, old_logprobs, sampled_logprobs, advantages, kl, config: GrpoConfig) -> Tensor:
     """The loss of each token, `[T]` float32 (DeepSeekMath, arXiv:2402.03300, equation 3); all arguments `[T]`, log-probs in nats.
 
     logprobs: of the policy, with gradient; old_logprobs: of the policy before the step's first update (in which they are the same
@@ -230,11 +228,10 @@ def update(config, policy: Transformer, reference, optimizer, samples, rate, is_
     started, device = time.perf_counter(), policy.head_weight.device
     lengths = [len(sample.rollout.completion_ids) for sample in samples]
     longest = config.answer_tokens if config.reward == "exact" else config.teaching_tokens
-    weighed = list(zip(samples, token_weights(lengths, config.normalization, longest)))
+    weights, kept = token_weights(lengths, config.normalization, longest), range(len(samples))
     if reference is None:  # then an advantage of zero gives no gradient, and need not be computed
-        weighed = [pair for pair in weighed if pair[0].advantage] or weighed
-    samples, weights_B = zip(*weighed)
-    lengths = [len(sample.rollout.completion_ids) for sample in samples]
+        kept = [index for index in kept if samples[index].advantage] or kept
+    samples, lengths, weights = ([values[index] for index in kept] for values in (samples, lengths, weights))
 
     def per_token(values: Sequence[float]) -> Tensor:
         return torch.tensor(values).repeat_interleave(torch.tensor(lengths)).to(device)
@@ -245,7 +242,7 @@ def update(config, policy: Transformer, reference, optimizer, samples, rate, is_
         ref_logprobs = completion_logprobs(reference, samples, *batching).to(device)
     sampled = torch.tensor([x for sample in samples for x in sample.rollout.logprobs], device=device)
     advantages = per_token([sample.advantage for sample in samples])
-    tokens = StepTokens(per_token(weights_B), advantages, sampled, ref_logprobs, old_logprobs=None)
+    tokens = StepTokens(per_token(weights), advantages, sampled, ref_logprobs, old_logprobs=None)
 
     metrics, (low, high) = {}, config.clip
     for _ in range(config.updates_per_batch):

@@ -70,7 +70,7 @@ class Ours:
         for _ in range(steps):
             started = time.perf_counter()
             groups, _ = train_grpo.roll_out(self.config, self.seats, self.problems, self.step)
-            # random rewards: without a difference within a group there would be no gradient to time
+            # made-up advantages: without a difference within a group there would be no gradient to time
             samples = [
                 Sample(one.reply.rollout, (-1.0) ** i) for group in groups for i, one in enumerate(group)
             ]

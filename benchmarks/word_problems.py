@@ -1,4 +1,4 @@
-"""SVAMP and GSM8K as lessons: problems with their plans, the same stories with other numbers, and splits that share no story.
+"""SVAMP as lessons: problems with their plans, the same stories with other numbers, and a split that keeps the student's stories apart.
 
 student's lessons    answers alone, answers that follow guidance, approaches, sums; from the student's own stories
 demonstrations       question + the student's sampled approach -> diagnosis + teaching that names the operations
@@ -35,6 +35,10 @@ class Step:
     operation: str
     a: float | None
     b: float | None
+
+    def operands(self, before: str) -> list[str]:
+        """Both as texts; `before` says the result of the step before."""
+        return [before if x is None else show(x) for x in (self.a, self.b)]
 
 
 @dataclass(frozen=True)
@@ -86,9 +90,7 @@ def load_svamp(path: Path) -> list[WordProblem]:
     problems = []
     for record in json.loads(path.read_text(encoding="utf-8")):
         body, asked = record["Body"].strip(), record["Question"].strip()
-        joined = (
-            f"{body} {asked}" if body.endswith((".", "?", "!")) else f"{body}, {asked[:1].lower()}{asked[1:]}"
-        )
+        joined = f"{body} {asked}" if body.endswith((".", "?", "!")) else f"{body}, {uncapitalized(asked)}"
         problem = WordProblem(record["ID"], joined, record["Equation"])
         numbers = {float(found) for found in NUMBER.findall(joined)}
         operands = {x for step in problem.steps for x in (step.a, step.b) if x is not None}
@@ -134,9 +136,8 @@ def renumbered(problem: WordProblem, rng: random.Random) -> WordProblem:
             step = problem.steps[-1]
             fresh[step.a] = fresh[step.b] * rng.randrange(2, 40)
         swap = lambda match: show(fresh.get(float(match[0]), float(match[0])))
-        made = WordProblem(
-            f"{problem.id}~", NUMBER.sub(swap, problem.question), NUMBER.sub(swap, problem.equation)
-        )
+        question, equation = (NUMBER.sub(swap, text) for text in (problem.question, problem.equation))
+        made = WordProblem(f"{problem.id}~", question, equation)
         if all(0 < value < 10_000 and value == int(value) for value in made.values):
             return made
     return problem
@@ -145,12 +146,13 @@ def renumbered(problem: WordProblem, rng: random.Random) -> WordProblem:
 # ------------------------------------------------------------------------------------------------------------ what is said
 
 
+def clause(operation: str, a: str, b: str) -> str:
+    return CLAUSES[operation].format(a=a, b=b)
+
+
 def detailed(steps: list[Step]) -> str:
     """ "Subtract 25 from 76." or "First add 3 and 5. Then subtract 2 from the result.": operations with numbers, never a result."""
-    clauses = []
-    for step in steps:
-        a, b = (RESULT if x is None else show(x) for x in (step.a, step.b))
-        clauses.append(CLAUSES[step.operation].format(a=a, b=b))
+    clauses = [clause(step.operation, *step.operands(RESULT)) for step in steps]
     return f"{clauses[0].capitalize()}." if len(clauses) == 1 else f"First {clauses[0]}. Then {clauses[1]}."
 
 
@@ -164,7 +166,7 @@ def worked(problem: WordProblem) -> str:
     """The student's answer: each operation with its result, and the last result as the solution."""
     lines, results = [], problem.values
     for index, step in enumerate(problem.steps):
-        a, b = (show(results[index - 1] if x is None else x) for x in (step.a, step.b))
+        a, b = step.operands(show(results[index - 1]))
         lines.append(f"{a} {step.operation} {b} = {show(results[index])}")
     return "\n".join([*lines, f"<solution>{problem.answer}</solution>"])
 
@@ -272,13 +274,12 @@ def is_plan_of(text: str, steps: list[Step]) -> bool:
     """Whether the text names these operations with these numbers; the order of a sum or product does not matter."""
     said = " ".join(text.lower().replace(".", " ").split())
     for step in steps:
-        a, b = (RESULT if x is None else show(x) for x in (step.a, step.b))
+        a, b = step.operands(RESULT)
         orders = [(a, b), (b, a)] if step.operation in "+*" else [(a, b)]
-        found = [CLAUSES[step.operation].format(a=x, b=y) for x, y in orders]
-        clause = next((clause for clause in found if clause in said), None)
-        if clause is None:
+        found = next((text for x, y in orders if (text := clause(step.operation, x, y)) in said), None)
+        if found is None:
             return False
-        said = said.partition(clause)[2]
+        said = said.partition(found)[2]
     return not any(f"{verb} " in said for verb in VERBS.values())
 
 

@@ -1,9 +1,9 @@
 """The teaching protocol: every prompt and every tag. Training, runtime and evaluation all use this file.
 
     probe     student   question                        -> how it would approach the problem
-    baseline  student   question                        -> its answer alone, in <solution></solution>
+    baseline  student   question                        -> its answer alone, in the format of --answer-format
     teaching  teacher   question + approach             -> <thinking>diagnosis</thinking> <teaching>guidance</teaching>
-    guided    student   question + guidance             -> its answer again, in the same format (--answer-format)
+    guided    student   question + guidance             -> its answer again, in the same format
 
 Only the question, the approach and the guidance ever enter a prompt; no function here takes the gold answer (answers.py judges
 finished texts by it). Texts are inserted as values, so braces and tags in them are inert.

@@ -185,14 +185,14 @@ class Sampler:
         waiting = deque(chain(*groups))  # longest first: the shortest tail
         if waiting:
             batch = _Batch(self, waiting)
-            shown = {"leave": False, "unit": "sample", "disable": not progress}
-            with tqdm(
-                None, progress, len(waiting), miniters=0, **shown
-            ) as bar:  # 0: it moves with every token
+            # only for calls of more than a second, and then it moves with every token
+            shown = {"leave": False, "unit": "sample", "disable": not progress, "delay": 1, "miniters": 0}
+            with tqdm(None, progress, len(waiting), **shown) as bar:
                 while waiting or batch.samples:
                     batch.admit(waiting)
-                    bar.update(batch.decode())
+                    finished = batch.decode()
                     bar.set_postfix_str(f"{batch.tokens:,} tokens", refresh=False)
+                    bar.update(finished)
         return results
 
     def _sample(self, request: Request, index: int) -> Sample:
@@ -302,11 +302,8 @@ class _Batch:
 
 def _check(request: Request, number: int, config: ModelConfig) -> None:
     prompt, max_tokens = request.prompt_ids, request.generation.max_tokens
-    limit, said, last = (
-        config.max_position_embeddings,
-        f"the prompt of request {number}",
-        config.vocab_size - 1,
-    )
+    limit, last = config.max_position_embeddings, config.vocab_size - 1
+    said = f"the prompt of request {number}"
     if not prompt or not 0 <= min(prompt) <= max(prompt) <= last:
         raise UserError(f"{said} is empty or has ids outside 0 ... {last}: use this model's tokenizer")
     if not 1 <= max_tokens <= limit - len(prompt):

@@ -20,8 +20,8 @@ def test_every_stage_runs_once_and_the_tables_have_every_arm(tmp_path, monkeypat
              "LENGTHS": {"probe_tokens": 4, "teaching_tokens": 4, "answer_tokens": 4}}  # fmt: skip
     for name, value in small.items():
         monkeypatch.setattr(smollm2, name, value)
-    right = smollm2.answer  # so small a model solves nothing
-    monkeypatch.setattr(smollm2, "answer", lambda *asked: [i % 2 == 0 for i, _ in enumerate(right(*asked))])
+    right = smollm2.is_right  # so small a model solves nothing
+    monkeypatch.setattr(smollm2, "is_right", lambda *asked: [i % 2 == 0 for i, _ in enumerate(right(*asked))])
     argv = ["smollm2", "--svamp", DATA / "svamp_excerpt.json", "--gsm8k", DATA / "gsm8k_excerpt.jsonl", "--base", world.STUDENT,
             "--dtype", "float32", "--seeds", 1, 2, "--steps", 1, "--tasks", 4, "--out", tmp_path]  # fmt: skip
     monkeypatch.setattr(sys, "argv", [*map(str, argv)])

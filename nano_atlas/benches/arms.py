@@ -46,6 +46,8 @@ class ArmsConfig:
     teaching_tokens: int = option(4096, "longest teacher completion, thinking included (tokens)", at_least=1)
     answer_tokens: int = option(4096, "longest student answer or message (tokens)", at_least=1)
 
+    answer_format: str = "solution"  # an option where answers are read from texts (eval.Config)
+
     device: str = option("cpu", "where checkpoints run, such as cpu or cuda", group="run")
     dtype: str = option("float32", "of checkpoints", ("float32", "bfloat16"))
     tables: bool = option(False, "only print the tables of --out, also of an unfinished run", resumable=True)
@@ -79,7 +81,7 @@ class ArmsConfig:
     @property
     def episode(self) -> EpisodeConfig:
         lengths = self.probe_tokens, self.teaching_tokens, self.answer_tokens
-        how = (self.temperature, self.temperature), getattr(self, "answer_format", "solution"), self.top_p
+        how = (self.temperature, self.temperature), self.answer_format, self.top_p
         return EpisodeConfig(*lengths, *how)
 
     def open(self, spec: str) -> Seat:

@@ -1,5 +1,7 @@
 """CRMArena-Pro: questions about a customer's data. The student may query Salesforce before it answers.
 
+    pip install simple-salesforce
+    export SALESFORCE_USERNAME=... SALESFORCE_PASSWORD=... SALESFORCE_SECURITY_TOKEN=...
     python eval.py --preset own --bench crmarena --data b2b.jsonl --student URL --teacher grpo=URL --out runs/crm
 
 **Not yet run against the live organisation**, only on a synthetic fixture. A line of --data is a record of the published data set.
@@ -14,11 +16,12 @@ from itertools import islice
 from pathlib import Path
 from statistics import fmean
 
-from nano_atlas import answers, runs
+from nano_atlas.answers import visible
 from nano_atlas.benches import scores
 from nano_atlas.benches.arms import STUDENT, ArmsConfig, TaskResult
 from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
+from nano_atlas.runs import read_jsonl
 from nano_atlas.schedule import Call, Script, ask, play
 from nano_atlas.seats import Question, Reply, Seat
 
@@ -38,7 +41,7 @@ def load_tasks(path: Path, limit: int | None) -> dict[str, list[Problem]]:
     """Problems with an exact answer by kind of task, the first `limit` of each. Raises UserError naming file and line."""
     kinds: dict[str, list[Problem]] = {}
     left_out = 0
-    for number, record in runs.read_jsonl(path):
+    for number, record in read_jsonl(path):
         if not isinstance(record.get("answer"), list) or not all(name in record for name in FIELDS):
             raise UserError(f"{path}:{number}: needs {', '.join(FIELDS)} (a list)")
         if record["reward_metric"] != "exact_match":
@@ -76,7 +79,7 @@ class QueryingSeat:
             call = Call(STUDENT, "turn", messages, question.generation, seed + turn * 1_000_003)
             ((reply,),) = yield from ask(call)
             tokens += reply.tokens
-            found = re.search(r"<execute>(.*?)</execute>", answers.visible(reply.text), re.DOTALL)
+            found = re.search(r"<execute>(.*?)</execute>", visible(reply.text), re.DOTALL)
             if not found:
                 break
             said = {"role": "assistant", "content": found.string[: found.end()]}  # no invented rows

@@ -174,9 +174,9 @@ def summary(report: Report, config: ArmsConfig) -> str:
         gain = f"**{gains[domain, *pair]}**" if (domain, *pair) in gains else ""
         rows.append([f"{domain} ({found[domain, STUDENT]['tasks']})", *accuracies, gain])
     notes = ["Accuracy in %, difference in points with its 95 % interval over tasks."]
-    if "unread" in str(rows):
-        notes.append("unread: answers, in %, in which no final answer was found; they count as wrong")
     worst = min(report["scores"], key=lambda row: row["completion"])
+    if worst["completion"] < 1:
+        notes.append("unread: answers, in %, in which no final answer was found; they count as wrong")
     if hint := reading_hint(1 - worst["completion"]):
         notes.append(f"hint: {worst['arm']}: {hint}")
     return "\n".join([*table(rows if config.teachers else [row[:-1] for row in rows]), *notes, ""])

@@ -2,6 +2,7 @@
 
     python eval.py --bench tau2 --dry-run                                             # what would run, and its floors
     python eval.py --bench tau2 --tasks mms_issue --student URL --teacher grpo=URL --user URL --out runs/mms
+    python eval.py --bench tau2 --user solo ...                                       # from the ticket, without a user
     tau2 view --file runs/mms/tau2-grpo.json                                          # the dialogues
 
 The official package runs and scores each dialogue (dialogue.py). The arms are those of eval.py without the votes: dialogues change the

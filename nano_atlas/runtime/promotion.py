@@ -63,6 +63,7 @@ def run_rounds(config: Config, tasks: Sequence[data.Problem], run: Callable, ope
         decision = runs.read_json(folder / "promotion.json")
         if not decision:
             pair = {"teacher": config.teacher, "student": config.student, "out": folder / "grpo"}
+            pair["answer_format"] = config.answer_format
             preset = "" if config.preset == "own" else f"--preset {config.preset} "
             call("train_grpo.py", preset + config.train_options, problems=folder / "export.jsonl", **pair)
             places = [config.teacher, str(folder / "grpo/model")]

@@ -11,8 +11,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import l1_loss
 
-from nano_atlas import checkpoint, loss
+from nano_atlas.checkpoint import save_model
 from nano_atlas.errors import UserError
+from nano_atlas.loss import token_stats
 from nano_atlas.model import PackedAttention, Transformer
 from nano_atlas.seats import Client
 from nano_atlas.tokenizer import Tokenizer
@@ -30,9 +31,7 @@ class FileTransfer:
     def stage(self, model: Transformer) -> None:
         """Replaces the checkpoint as a whole. Raises UserError where there is no room; the one before is then still there."""
         try:  # a file per tensor: never two of them in host memory
-            checkpoint.save_model(
-                self.folder, model, self.tokenizer, max_shard_bytes=0, repeat_tied_head=True
-            )
+            save_model(self.folder, model, self.tokenizer, max_shard_bytes=0, repeat_tied_head=True)
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot write the server's weights to {self.folder}: {error}") from error
 
@@ -99,7 +98,7 @@ class Parity:
         device = model.head_weight.device
         attention, ids = PackedAttention([self.TOKENS], device), torch.tensor(self.token_ids, device=device)
         hidden = model(ids, attention.positions, attention)[:-1]
-        self.trainer = loss.token_stats(hidden, model.head_weight, ids[1:]).logprobs.cpu()
+        self.trainer = token_stats(hidden, model.head_weight, ids[1:]).logprobs.cpu()
 
     def check(self, url: str, server: Tensor) -> float:
         """The difference to the server's log-probs `[TOKENS - 1]`. Raises UserError where it is too large."""
