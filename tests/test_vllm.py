@@ -223,9 +223,7 @@ def broadcast_by_store(monkeypatch) -> None:
 def test_a_stale_tied_head_is_noticed(server, monkeypatch):
     """What plain `reload_weights` of a tied checkpoint does on a CPU: new blocks, the old head, and no error."""
     sampler, real = sampler_at(server, random_model(2)), sync_room.save_model
-    monkeypatch.setattr(
-        sync_room.checkpoint, "save_model", lambda *a, repeat_tied_head, **options: real(*a, **options)
-    )
+    monkeypatch.setattr(sync_room, "save_model", lambda *a, repeat_tied_head, **options: real(*a, **options))
     with pytest.raises(UserError, match="the server has other weights .*an old tied head"):
         sampler.sync(random_model(3), 1)
 
@@ -348,7 +346,7 @@ def test_weights_of_another_shape_are_refused(server, tmp_path, monkeypatch):
 
 def test_a_run_whose_server_is_killed_goes_on_and_leaves_nothing_of_it_in_the_end(run, monkeypatch):
     """Killed in the sync of the first step, restarted from a checkpoint as users have it; an error in the third ends the run."""
-    server, real, sync, save = (run.sampler.server, FileTransfer.load, VllmSampler.sync, sync_room.save_model)
+    server, real, sync, save = run.sampler.server, FileTransfer.load, VllmSampler.sync, sync_room.save_model
     killed, left = [], []
 
     def load(self, client):
