@@ -188,8 +188,8 @@ def backward(config, policy: Transformer, reference, samples, own, tokens: StepT
     device, is_k3 = policy.head_weight.device, tokens.ref_logprobs is not None
     loss_sum = torch.zeros((), device=device)
     logprobs_T, entropy_T, kl_T = torch.zeros(3, len(tokens.weights), device=device)
-    batches = policy_batches(samples, config.tokens_per_batch, device, own)
-    filler = batches[0] if batches else policy_batches(samples, config.tokens_per_batch, device, [0])[0]
+    batches = policy_batches(samples, config.tokens_per_batch, policy, own)
+    filler = batches[0] if batches else policy_batches(samples, config.tokens_per_batch, policy, [0])[0]
     for batch, is_own in distributed.in_step(batches, filler):
         exact = None
         if reference is not None and not is_k3:

@@ -29,7 +29,7 @@ from nano_atlas.config import derive_seed, option, parse, run_script, to_json
 from nano_atlas.data import Example, collate, count_targets, load_examples
 from nano_atlas.errors import UserError
 from nano_atlas.loss import batch_loss
-from nano_atlas.model import PackedAttention, Transformer
+from nano_atlas.model import Transformer
 from nano_atlas.presets import presets
 from nano_atlas.runs import RunLog, checkpoint_digest, files_digest, read_json, write_jsonl
 from nano_atlas.tokenizer import Tokenizer
@@ -67,7 +67,6 @@ class Config:
     optimizer_device: str = option("auto", "where masters and moments are", resumable=True)
     dtype: str = option("float32", "compute precision; masters are always float32", ["float32", "bfloat16"])
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, 4/3 the time")
-    compile: bool = option(False, "compile the layers (torch.compile): faster, after a minute")
 
     def check(self) -> None:
         if not self.data and self.preset != "nano":
@@ -77,11 +76,6 @@ class Config:
 def load(config: Config) -> Transformer:
     model = load_model(config.model, getattr(torch, config.dtype), distributed.device(config.device))
     model.recompute_activations = config.gradient_checkpointing
-    if config.compile:
-        # The lengths of the documents differ in every batch; a compiler that saw them would compile for each anew.
-        PackedAttention.__call__ = torch.compiler.disable(PackedAttention.__call__)
-        for layer in model.model.layers:
-            layer.compile(dynamic=True)
     distributed.shard(model)
     return model
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nano_atlas.loss import token_stats
-from nano_atlas.model import SharedPromptAttention, Transformer
+from nano_atlas.model import FlexAttention, SharedPromptAttention, Transformer
 from nano_atlas.sampler import Rollout
 
 
@@ -34,16 +34,16 @@ class PolicyBatch:
     """A micro-batch of N tokens with M completion tokens among them."""
 
     input_ids: Tensor  # [N] int64: prompts, then completions, each of these without its last token
-    attention: SharedPromptAttention
+    attention: SharedPromptAttention | FlexAttention
     predictors: Tensor  # [M] int64: the place whose hidden state predicts each completion token
     targets: Tensor  # [M] int64: the completion tokens
     rows: Tensor  # [M] int64: index into the step's flat per-token arrays
 
 
-def policy_batches(samples: Sequence[Sample], tokens_per_batch: int, device, own=None) -> list[PolicyBatch]:
+def policy_batches(samples: Sequence[Sample], tokens_per_batch: int, model, own=None) -> list[PolicyBatch]:
     """Cut a step's samples into micro-batches of at most `tokens_per_batch` tokens (a single longer completion is its own).
 
-    own: the samples (by index) to take; None takes all.
+    model: the one that will compute them. own: the samples (by index) to take; None takes all.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for index in range(len(samples)) if own is None else own:
@@ -62,10 +62,12 @@ def policy_batches(samples: Sequence[Sample], tokens_per_batch: int, device, own
             batches[-1][-1][1].append(index)
             room -= size + is_new * len(prompt)
     starts = [0, *accumulate(len(sample.rollout.completion_ids) for sample in samples)]
-    return [_policy_batch(samples, batch, starts, device) for batch in batches if batch]
+    return [_policy_batch(samples, batch, starts, model) for batch in batches if batch]
 
 
-def _policy_batch(samples: Sequence[Sample], batch: list, starts: Sequence[int], device) -> PolicyBatch:
+def _policy_batch(samples: Sequence[Sample], batch: list, starts: Sequence[int], model) -> PolicyBatch:
+    device = model.head_weight.device
+    kind = FlexAttention if model.is_compiled and device.type == "cuda" else SharedPromptAttention
     prompts = [prompt for prompt, _ in batch]
     members = [(place, index) for place, (_, indices) in enumerate(batch) for index in indices]
     completions = [samples[index].rollout.completion_ids for _, index in members]
@@ -80,7 +82,7 @@ def _policy_batch(samples: Sequence[Sample], batch: list, starts: Sequence[int],
     prompt_lengths, lengths = [len(prompt) for prompt in prompts], [len(c) - 1 for c in completions]
     return PolicyBatch(
         input_ids=torch.tensor(ids, device=device),
-        attention=SharedPromptAttention(prompt_lengths, lengths, [place for place, _ in members], device),
+        attention=kind(prompt_lengths, lengths, [place for place, _ in members], device),
         predictors=torch.tensor(predictors, device=device),
         targets=torch.tensor([token for completion in completions for token in completion], device=device),
         rows=torch.tensor(rows, device=device),
@@ -96,9 +98,9 @@ def predicting_states(model: Transformer, batch: PolicyBatch) -> Tensor:
 @torch.no_grad()
 def completion_logprobs(model, samples, tokens_per_batch: int, temperature: float, own=None) -> Tensor:
     """Log-probs `[M_step]` float32 of all completion tokens of a step, at the sampling temperature; 0 where not of `own`."""
-    device = model.head_weight.device
-    logprobs = torch.zeros(sum(len(sample.rollout.completion_ids) for sample in samples), device=device)
-    for batch in policy_batches(samples, tokens_per_batch, device, own):
+    tokens = sum(len(sample.rollout.completion_ids) for sample in samples)
+    logprobs = torch.zeros(tokens, device=model.head_weight.device)
+    for batch in policy_batches(samples, tokens_per_batch, model, own):
         hidden = predicting_states(model, batch)
         logprobs[batch.rows] = token_stats(hidden, model.head_weight, batch.targets, temperature).logprobs
     return logprobs

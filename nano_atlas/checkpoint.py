@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nano_atlas.distributed import full_parameters, rank
 from nano_atlas.errors import UserError
-from nano_atlas.model import ModelConfig, Transformer
+from nano_atlas.model import ModelConfig, Transformer, compile_layers
 from nano_atlas.runs import atomic_directory, read_json, write_json
 from nano_atlas.tokenizer import Tokenizer
 
@@ -139,7 +139,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
         # not a view: the file may be replaced while the model lives, and training writes into its weights
         state[name] = torch.empty(shape, dtype=dtype, device=device).copy_(_read(files, name))
     model.load_state_dict(state, assign=True)
-    return model
+    return compile_layers(model)
 
 
 def _stored_tensors(path: Path) -> tuple[dict[str, Path], dict[str, list[int]]]:

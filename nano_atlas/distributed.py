@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nano_atlas.errors import UserError
-from nano_atlas.model import Transformer
+from nano_atlas.model import Transformer, compile_layers
 
 TIMEOUT = timedelta(hours=2)  # for a collective: the other ranks may be sampling long answers or evaluating
 
@@ -192,4 +192,5 @@ def whole_copy(model: Transformer) -> Transformer:
     """An unsharded model on the same device, for `copy_parameters` to fill; in a single process the model itself."""
     if size() == 1:
         return model
-    return Transformer(model.config).to(model.head_weight.device, model.compute_dtype).requires_grad_(False)
+    copy = Transformer(model.config).to(model.head_weight.device, model.compute_dtype)
+    return compile_layers(copy.requires_grad_(False))

@@ -18,11 +18,10 @@ p = softmax(logits), q = softmax(reference logits) and y the target token:
 Numerics: matrix products run in the dtype of `hidden` and `weight`; of bfloat16 they return float32 logits on a GPU, bfloat16
 logits on a CPU. Softmax, entropy, KL and loss are always float32. The head's gradient is summed over chunks in float32 and rounded
 to the dtype of `weight` once.
-Environment: NANO_ATLAS_COMPILE=1 compiles the elementwise kernels always, 0 never; unset, for vocabularies of 4,096 and more.
+The elementwise kernels are compiled for vocabularies of 4,096 and more (NANO_ATLAS_COMPILE, see model.py).
 """
 
 import math
-import os
 from collections.abc import Callable
 from functools import cache, partial
 from typing import NamedTuple
@@ -31,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nano_atlas.model import PackedAttention, Transformer
+from nano_atlas.model import PackedAttention, Transformer, is_worth_compiling
 
 # (logprobs [n], kl [n] | None, rows) -> loss [n]; `rows` is the slice of the N tokens that the chunk holds
 TokenLoss = Callable[[Tensor, Tensor | None, slice], Tensor]
@@ -39,7 +38,6 @@ Reference = tuple[Tensor, Tensor]  # its hidden states [N, D_ref] and head [V, D
 
 MAX_CHUNK_TOKENS = 1024  # beyond this, longer matrix products are no faster
 CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}  # logits in one chunk: 128 MiB and 1 GiB of float32
-MIN_COMPILED_VOCABULARY = 4096
 
 
 class TokenStats(NamedTuple):
@@ -91,11 +89,7 @@ _compiled = cache(partial(torch.compile, dynamic=True, fullgraph=True))
 
 
 def _run(kernel: Callable, *arguments):
-    setting = os.environ.get("NANO_ATLAS_COMPILE", "")
-    if setting not in ("", "0", "1"):
-        raise ValueError(f"NANO_ATLAS_COMPILE is {setting!r}; use 0, 1 or leave it unset")
-    is_compiled = setting == "1" or (setting == "" and arguments[0].shape[1] >= MIN_COMPILED_VOCABULARY)
-    return (_compiled(kernel) if is_compiled else kernel)(*arguments)
+    return (_compiled(kernel) if is_worth_compiling(arguments[0].shape[1]) else kernel)(*arguments)
 
 
 def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:

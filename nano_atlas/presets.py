@@ -33,7 +33,7 @@ def _language_model(help: str, run: str, student: str, teacher: str, lengths: in
     training = {"dtype": "bfloat16", "gradient_checkpointing": True, "tokens_per_batch": 8192} | more
     sampling = {"student": student, "teaching_tokens": lengths, "answer_tokens": lengths}
     using = {"device": more.get("device", "cuda"), "dtype": training["dtype"], **sampling}
-    sft = {"model": Path(teacher), "compile": "device" not in more, **training}
+    sft = {"model": Path(teacher), **training}
     grpo = {"cache_rows": rows, **sampling, **training}
     return _preset(help, Path("runs") / run, sft, grpo, {"bench": "gsm8k", **using}, using)
 

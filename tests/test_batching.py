@@ -4,13 +4,25 @@ import random
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention
 
+from nano_atlas import batching
 from nano_atlas.batching import Sample, completion_logprobs, policy_batches, predicting_states
-from nano_atlas.model import ModelConfig, PackedAttention, Transformer
+from nano_atlas.model import FlexAttention, ModelConfig, PackedAttention, Transformer, compile_layers
 from nano_atlas.sampler import Rollout
 
 TEMPERATURE = 0.7
 HEADS = [(4, 4), (4, 2), (4, 1)]  # query and key heads: plain, grouped-query, multi-query
+
+
+@pytest.fixture(autouse=True, params=["padded", "flex"])
+def kernel(request, monkeypatch):
+    """Every test with both attention objects; on a CPU torch has FlexAttention's formulas, with gradients, but refuses them."""
+    if request.param == "flex":
+        monkeypatch.setattr(batching, "SharedPromptAttention", FlexAttention)
+        monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+        monkeypatch.setattr(flex_attention, "_warn_once", lambda **_: None)  # "use torch.compile()"
+    return request.param
 
 
 def make_model(heads=(4, 2)) -> Transformer:
@@ -69,7 +81,7 @@ def test_gradients_are_those_of_each_sequence_alone(heads, tokens_per_batch):
     advantages = torch.cat(
         [torch.full((len(sample.rollout.completion_ids),), sample.advantage) for sample in samples]
     )
-    for batch in policy_batches(samples, tokens_per_batch, "cpu"):
+    for batch in policy_batches(samples, tokens_per_batch, model):
         logits = predicting_states(model, batch) @ model.head_weight.T / TEMPERATURE
         chosen = torch.log_softmax(logits, dim=-1).gather(1, batch.targets[:, None]).squeeze(1)
         (chosen * advantages[batch.rows]).sum().backward()
@@ -82,18 +94,20 @@ def test_gradients_are_those_of_each_sequence_alone(heads, tokens_per_batch):
 def test_every_completion_token_is_predicted_once_and_batches_keep_to_their_size(tokens_per_batch):
     samples = make_samples()
     tokens = [token for sample in samples for token in sample.rollout.completion_ids]
-    batches = policy_batches(samples, tokens_per_batch, "cpu")
+    owners = [index for index, s in enumerate(samples) for _ in s.rollout.completion_ids]
+    batches = policy_batches(samples, tokens_per_batch, make_model())
     rows = torch.cat([batch.rows for batch in batches])
     assert sorted(rows.tolist()) == list(range(len(tokens)))
     assert [tokens[row] for row in rows] == torch.cat([batch.targets for batch in batches]).tolist()
     for batch in batches:
-        assert len(batch.input_ids) <= tokens_per_batch or len(batch.attention.completions.lengths) == 1
+        is_single = len({owners[row] for row in batch.rows}) == 1
+        assert len(batch.input_ids) <= tokens_per_batch or is_single
     assert len(batches) == {1: len(samples), 10_000: 1}.get(tokens_per_batch, len(batches))
 
 
 def test_a_prompt_is_computed_once_for_its_group():
     samples = make_samples()
-    (batch,) = policy_batches(samples, 10_000, "cpu")
+    (batch,) = policy_batches(samples, 10_000, make_model())
     prompts = {sample.rollout.prompt_ids for sample in samples}
     assert len(batch.input_ids) == sum(map(len, prompts)) + sum(
         len(s.rollout.completion_ids) - 1 for s in samples
@@ -107,3 +121,32 @@ def test_completions_of_one_token_need_no_token_of_their_own():
     torch.testing.assert_close(
         completion_logprobs(model, samples, 100, TEMPERATURE).double(), expected, rtol=0, atol=1e-5
     )
+
+
+def test_positions_go_on_after_the_prompt():
+    attention = FlexAttention([3, 1], [2, 0, 4], [0, 0, 1], "cpu")
+    assert attention.positions.tolist() == [0, 1, 2, 0, 3, 4, 1, 2, 3, 4]
+    padded = batching.SharedPromptAttention([3, 1], [2, 0, 4], [0, 0, 1], "cpu")
+    assert padded.positions.tolist() == attention.positions.tolist()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+def test_on_a_gpu(monkeypatch, kernel, dtype, bound):
+    """Compiled layers with FlexAttention's kernel, and plain ones with the padded one, against the CPU: log-probs and gradients."""
+    monkeypatch.undo()
+    monkeypatch.setenv("NANO_ATLAS_COMPILE", "1" if kernel == "flex" else "0")
+    samples, found = make_samples(), []
+    for device, kind in (("cpu", torch.float32), ("cuda", dtype)):
+        model = Transformer(ModelConfig("qwen3", 61, 64, 96, 2, 4, 2, 32, qk_norm=True)).initialize(0)
+        model = model.to(device, kind)
+        if device == "cuda":
+            compile_layers(model)
+        (batch,) = policy_batches(samples, 10_000, model)
+        assert isinstance(batch.attention, FlexAttention) == (device == "cuda" and kernel == "flex")
+        logits = predicting_states(model, batch) @ model.head_weight.T
+        logprobs = logits.float().log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
+        logprobs.square().sum().backward()
+        found.append([logprobs.detach(), *(p.grad for p in model.parameters())])
+    for expected, computed in zip(*found, strict=True):
+        assert (computed.float().cpu() - expected).norm() <= bound * expected.norm()

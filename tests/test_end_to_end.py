@@ -66,18 +66,7 @@ def test_every_script_runs_a_checkpoint_made_by_transformers_on_gsm8k(tmp_path, 
 
     machine = ("--preset", "own", "--device", "cpu")
     sizes = ("--steps", 4, "--lr", 1e-2, "--tokens-per-step", 2048, "--tokens-per-batch", 1024)
-    run(
-        "train_sft.py",
-        *machine,
-        "--no-compile",
-        "--data",
-        demonstrations,
-        "--model",
-        base,
-        "--out",
-        sft,
-        *sizes,
-    )
+    run("train_sft.py", *machine, "--data", demonstrations, "--model", base, "--out", sft, *sizes)
     losses = [record["loss"] for record in lines(sft / "metrics.jsonl")]
     assert len(losses) == 4 and losses[-1] < losses[0]
 

@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nano_atlas.checkpoint import config_from_dict, load_model
 from nano_atlas.errors import UserError
-from nano_atlas.model import PackedAttention
+from nano_atlas.model import ModelConfig, PackedAttention, Transformer, compile_layers
 
 SIZES = {
     "vocab_size": 97,
@@ -142,6 +142,29 @@ def test_gradients_equal_transformers_and_survive_recomputation(tmp_path):
     for name, gradient in plain.items():
         torch.testing.assert_close(recomputed[name], gradient, atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(gradient, expected[name].grad, atol=2e-4, rtol=1e-3)
+
+
+def test_compiled_layers_are_the_plain_ones_and_compile_once_for_all(monkeypatch):
+    """Same states and gradients; neither another layer nor another number of tokens compiles anything anew."""
+    shape = ModelConfig("qwen3", 61, 32, 48, 4, 4, 2, 8, qk_norm=True)
+    plain, compiled = (Transformer(shape).initialize(0) for _ in range(2))
+    assert not compile_layers(plain).is_compiled  # a small vocabulary, no GPU
+    monkeypatch.setenv("NANO_ATLAS_COMPILE", "1")
+    assert compile_layers(compiled).is_compiled
+    names = [name for name, _ in plain.named_parameters()]
+    assert [name for name, _ in compiled.named_parameters()] == names
+    compilations = []
+    for lengths in ([5, 3], [14, 6], [30], [7, 7, 7]):
+        attention, found = PackedAttention(lengths), []
+        for model in (plain, compiled):
+            model.zero_grad()
+            model.recompute_activations = lengths == [30]
+            hidden = model(torch.arange(sum(lengths)) % 61, attention.positions, attention)
+            hidden.square().sum().backward()
+            found.append([hidden, *(p.grad for p in model.parameters())])
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+        compilations.append(torch._dynamo.utils.counters["frames"]["ok"])
+    assert compilations[1:] == compilations[1:2] * 3, compilations
 
 
 QWEN3 = SIZES | FAMILIES["qwen3"]
