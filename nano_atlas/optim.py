@@ -53,10 +53,13 @@ class MasterAdamW:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.weights = {name: own_part(p) for name, p in self.parameters.items()}  # this rank's rows
         self.masters = {name: _master(weight, state_device) for name, weight in self.weights.items()}
-        self.adamws = {}  # one per parameter, so that only one gradient at a time moves to `state_device`
-        for name, master in self.masters.items():
-            decay = weight_decay if master.ndim > 1 else 0.0
-            self.adamws[name] = torch.optim.AdamW([master], betas=betas, weight_decay=decay, fused=True)
+        matrices = [master for master in self.masters.values() if master.ndim > 1]
+        vectors = [master for master in self.masters.values() if master.ndim <= 1]
+        groups = {"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}
+        self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, fused=True)
+        for master in self.masters.values():  # now, so that what does not fit fails before the first step
+            zeros = {kind: torch.zeros_like(master.detach()) for kind in ("exp_avg", "exp_avg_sq")}
+            self.adamw.state[master] = {"step": torch.zeros((), device=master.device), **zeros}
         self.gradient_sums: dict[str, Tensor] = {}  # float32, of the low-precision parameters
         for name, parameter in self.parameters.items():
             if parameter.dtype != torch.float32:
@@ -85,13 +88,18 @@ class MasterAdamW:
         self.skipped_steps += not is_finite
         if is_finite and norm > self.clip_norm:
             torch._foreach_mul_(list(gradients.values()), self.clip_norm / norm)
-        for name, gradient in gradients.items() if is_finite else ():
-            master, adamw = self.masters[name], self.adamws[name]
-            master.grad = gradient.to(master.device)
-            adamw.param_groups[0]["lr"] = rate
-            adamw.step()
-            master.grad = None
-            self.weights[name].copy_(master)  # does nothing where a weight is its own master
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+        updates = [(self.masters[name], self.weights[name], g) for name, g in gradients.items()]
+        is_near = all(master.device == gradient.device for master, _, gradient in updates)
+        chunks = [updates] if is_near else [[one] for one in updates]  # one gradient at a time moves
+        for some in chunks if is_finite else ():
+            for master, _, gradient in some:
+                master.grad = gradient.to(master.device)
+            self.adamw.step()
+            for master, weight, _ in some:
+                master.grad = None
+                weight.copy_(master)  # does nothing where a weight is its own master
         self.gradient_sums.clear()
         for parameter in self.parameters.values():
             parameter.grad = None
@@ -100,7 +108,7 @@ class MasterAdamW:
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All that the next step depends on, whole: `{parameter name}.{master|step|exp_avg|exp_avg_sq}`, float32. Collective."""
         for name, master in self.masters.items():
-            for kind, value in {"master": master.detach(), **self.adamws[name].state[master]}.items():
+            for kind, value in {"master": master.detach(), **self.adamw.state[master]}.items():
                 whole = value if kind == "step" else gather_rows(value, len(self.parameters[name]))
                 yield f"{name}.{kind}", whole
 
@@ -116,7 +124,7 @@ class MasterAdamW:
         if kind == "master":
             self.weights[name].copy_(master.copy_(value))
         else:
-            self.adamws[name].state[master][kind] = value.to(master.device, copy=True)
+            self.adamw.state[master][kind] = value.to(master.device, copy=True)
 
 
 def _master(weight: Tensor, choice: torch.device | str) -> Tensor:

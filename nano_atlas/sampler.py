@@ -4,6 +4,8 @@
 2. Samples enter free rows of the batch. A prompt runs through the model once (`RecordingAttention`), however many samples share
    it. Its keys and values are copied to each row, except those of its last token, which is the first input of decoding.
 3. A decoding step feeds one token per row, attends to the row's cache (`CachedAttention`), and draws the next (`draw_tokens`).
+   All it reads and writes are buffers on the device. So on a GPU, which an eager step keeps waiting, it is recorded as a CUDA graph
+   for each number of rows and cache length (rounded up, so that there are few) and replayed (NANO_ATLAS_COMPILE=0: never).
 4. Finished rows leave at once, the last rows move into the gaps, waiting samples enter.
 
 What a request yields depends on the weights, its prompt, parameters and seed and the sample's index, not on the batch around it:
@@ -12,9 +14,10 @@ left: products round differently at another batch size, which can flip a draw wi
 Simplified against vLLM (Kwon et al. 2023, arXiv:2309.06180): a row of cache is as long as the longest request; no pages.
 """
 
+import os
 from bisect import bisect
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import NamedTuple
@@ -30,6 +33,8 @@ from nano_atlas.errors import UserError
 from nano_atlas.model import ModelConfig, PackedAttention, Transformer
 
 PREFILL_TOKENS = 8192  # prompt tokens that go through the model at once (a longer prompt goes alone)
+RECORDED = ("cuda",)  # devices on which decoding steps are recorded
+RECORDED_SLOTS = 256  # their cache lengths are multiples of this
 
 
 @dataclass(frozen=True)
@@ -223,6 +228,17 @@ class _Batch:
         self.max_rows = min(sampler.max_rows, len(waiting))
         size = self.max_rows, max(sample.longest for sample in waiting)
         self.attention = CachedAttention(self.model.config, *size, self.dtype, self.device)
+        place = {
+            "device": self.device
+        }  # what a step reads and writes: newest token and its position, how to draw
+        self.last, self.positions = torch.zeros(2, self.max_rows, dtype=torch.int64, **place)
+        self.is_greedy = torch.zeros(self.max_rows, 1, dtype=torch.bool, **place)
+        self.temperature, self.top_p = torch.ones(2, self.max_rows, 1, **place)
+        self.uniforms = torch.zeros(self.max_rows, 1, dtype=torch.float64, **place)
+        self.logprobs = torch.zeros(self.max_rows, **place)
+        self.is_recorded = self.device.type in RECORDED and os.environ.get("NANO_ATLAS_COMPILE") != "0"
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self.graphs: dict[tuple, Callable | None] = {}  # by the arguments of `_step`; None: done once
         self.samples: list[Sample] = []
         self.tokens = 0  # drawn so far
         self.newest: tuple = (None, None)  # a prompt, some of whose samples may still wait, and its prefix
@@ -276,28 +292,60 @@ class _Batch:
     def _steps(self, steps: int) -> tuple[Tensor, Tensor]:
         """Decoding steps without a look at the results: drawn tokens `[R, steps]` int64 and their log-probs, float32, on the CPU."""
 
-        def column(values: Sequence) -> Tensor:
-            return torch.tensor(values).to(self.device, non_blocking=True)[:, None]  # [R, 1]
-
         params = [sample.request.generation for sample in self.samples]
         places = [sample.position for sample in self.samples]
         last = [(s.rollout.completion_ids or s.rollout.prompt_ids)[-1] for s in self.samples]
-        tokens, positions = column(last)[:, 0], column(places)[:, 0]
-        greedy = [p.temperature == 0 for p in params]
-        is_greedy = column(greedy) if any(greedy) else None
-        temperature = column([p.temperature or 1.0 for p in params])
-        top_p = column([p.top_p for p in params]) if any(p.top_p < 1 for p in params) else None
+        rows, greedy, top_p = len(places), [p.temperature == 0 for p in params], [p.top_p for p in params]
+        self.positions.zero_()  # of rows beyond the samples too, which a recorded step computes for nothing
+        for buffer, values in (
+            (self.last, last), (self.positions, places), (self.is_greedy, greedy), (self.top_p, top_p),
+            (self.temperature, [p.temperature or 1.0 for p in params]),
+        ):  # fmt: skip
+            buffer[:rows].view(-1).copy_(torch.tensor(values, dtype=buffer.dtype), non_blocking=True)
         coming = [s.uniforms[len(s.rollout.completion_ids) :][:steps] for s in self.samples]
         uniforms = torch.from_numpy(np.stack(coming, axis=1)).to(self.device, non_blocking=True)[..., None]
         drawn = []
-        for step in range(steps):  # uniforms[step]: [R, 1]
-            self.attention.begin_step(positions, max(places) + 1 + step)
-            hidden = self.model(tokens, positions, self.attention)
-            logits = F.linear(hidden, self.model.head_weight).float()
-            tokens, logprobs = draw_tokens(logits, uniforms[step], temperature, is_greedy, top_p)
-            positions = positions + 1
-            drawn.append((tokens, logprobs))
+        for step in range(steps):
+            self.uniforms[:rows] = uniforms[step]
+            self._run(rows, max(places) + 1 + step, any(greedy), min(top_p) < 1)
+            drawn.append((self.last[:rows].clone(), self.logprobs[:rows].clone()))
         return tuple(torch.stack(values, 1).cpu() for values in zip(*drawn))
+
+    def _run(self, rows: int, longest: int, *kinds: bool) -> None:
+        """`_step`, from its second time on as a replay of what it did. The first time compiles, and loads what must be loaded."""
+        if not self.is_recorded:
+            self._step(rows, longest, *kinds)
+            return
+        rows = min(1 << (rows - 1).bit_length(), self.max_rows)
+        longest = min(-(-longest // RECORDED_SLOTS) * RECORDED_SLOTS, len(self.attention.columns))
+        key = rows, longest, *kinds
+        if key not in self.graphs:
+            self._step(*key)
+            self.graphs[key] = None
+            return
+        self.graphs[key] = self.graphs[key] or record(lambda: self._step(*key), self.pool)
+        self.graphs[key]()
+
+    def _step(self, rows: int, longest: int, has_greedy: bool, has_top_p: bool) -> None:
+        """One token for each of the first rows, whose caches have at most `longest` slots with it. The host learns nothing of it."""
+        tokens, positions = self.last[:rows], self.positions[:rows]
+        self.attention.begin_step(positions, longest)
+        hidden = self.model(tokens, positions, self.attention)
+        logits = F.linear(hidden, self.model.head_weight).float()
+        is_greedy = self.is_greedy[:rows] if has_greedy else None
+        top_p = self.top_p[:rows] if has_top_p else None
+        drawn = draw_tokens(logits, self.uniforms[:rows], self.temperature[:rows], is_greedy, top_p)
+        tokens.copy_(drawn[0])
+        self.logprobs[:rows] = drawn[1]
+        positions += 1
+
+
+def record(step: Callable[[], None], pool) -> Callable[[], None]:
+    """A CUDA graph of the kernels of `step`, which are not run now; calling it runs them, on the same memory (of the pool)."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
+        step()
+    return graph.replay
 
 
 def _check(request: Request, number: int, config: ModelConfig) -> None:

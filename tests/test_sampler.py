@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from nano_atlas import sampler as sampler_module
 from nano_atlas.errors import UserError
-from nano_atlas.model import ModelConfig, PackedAttention, Transformer
+from nano_atlas.model import ModelConfig, PackedAttention, Transformer, compile_layers
 from nano_atlas.sampler import Generation, Request, Sampler, draw_tokens
 
 
@@ -306,11 +309,73 @@ def test_the_longest_possible_request():
     assert len(rollout.completion_ids) == 28
 
 
+class Tape(TorchDispatchMode):
+    """What a CUDA graph is, on a CPU: a list of kernels, each with the very tensors that it had when it was recorded."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.replays = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        self.replays += 1
+        for function, args, kwargs, result in self.calls:
+            again = function(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again)):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.mark.parametrize("slots", [4, 16, 1000])
+@pytest.mark.parametrize("rows", [3, 5, 64])
+def test_recorded_steps_replay_on_fixed_memory_and_draw_the_same(monkeypatch, rows, slots):
+    """Numbers that a step would take from the host, and memory that it would not get again, show as other tokens."""
+    tapes, requests = [], mixed_requests()
+    expected = Sampler(tiny_model(), max_rows=rows).generate(requests)
+
+    def on_tape(step, pool):
+        state = {name: x.clone() for name, x in vars(batch[0]).items() if isinstance(x, torch.Tensor)}
+        cache = batch[0].attention.kv.clone()
+        with Tape() as tape:
+            step()
+        for name, x in state.items():  # recording runs nothing
+            vars(batch[0])[name].copy_(x)
+        batch[0].attention.kv.copy_(cache)
+        tapes.append(tape)
+        return tape.replay
+
+    def remember(self, *arguments):
+        batch[:] = [self]
+        real(self, *arguments)
+
+    batch, real = [], sampler_module._Batch.__init__
+    monkeypatch.setattr(sampler_module._Batch, "__init__", remember)
+    monkeypatch.setattr(sampler_module, "RECORDED", ("cpu",))
+    monkeypatch.setattr(sampler_module, "RECORDED_SLOTS", slots)
+    monkeypatch.setattr(sampler_module, "record", on_tape)
+    for steps in (1, 3):
+        sampler = Sampler(tiny_model(), max_rows=rows, steps_per_sync=steps)
+        for ours, theirs in zip(sum(sampler.generate(requests), []), sum(expected, []), strict=True):
+            assert ours.completion_ids == theirs.completion_ids
+            np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-5)
+    assert sum(tape.replays for tape in tapes) > 20
+    for count, longest, *_ in batch[0].graphs:
+        assert count.bit_count() == 1 or count == batch[0].max_rows
+        assert longest % slots == 0 or longest == len(batch[0].attention.columns)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("setting", ["0", "1"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_a_gpu(dtype):
-    """On a GPU: float32 agrees with the CPU's log-probs of the same ids, bfloat16 with its own training forward."""
-    model = tiny_model().to("cuda", dtype)
+def test_on_a_gpu(monkeypatch, setting, dtype):
+    """float32 agrees with the CPU's log-probs of the same ids, bfloat16 with its own training forward; eager, and compiled and
+    recorded."""
+    monkeypatch.setenv("NANO_ATLAS_COMPILE", setting)
+    model = compile_layers(tiny_model().to("cuda", dtype))
     requests = mixed_requests()
     results = Sampler(model).generate(requests)
     model = model.float().cpu()
