@@ -39,8 +39,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nano_atlas import distributed, episode, optim
-from nano_atlas.batching import Sample, completion_logprobs, policy_batches, predicting_states
+from nano_atlas import distributed, episode, optim, protocol
+from nano_atlas.batching import (
+    Sample,
+    completion_logprobs,
+    longest_samples,
+    policy_batches,
+    predicting_states,
+)
 from nano_atlas.checkpoint import load_model, save_model
 from nano_atlas.config import derive_seed, option, parse, run_script, to_json
 from nano_atlas.data import Problem, load_problems, problems_of_step
@@ -93,12 +99,17 @@ class GrpoConfig:
     updates_per_batch: int = option(1, "optimizer updates per step, clipped against the first", above=0)
     tokens_per_batch: int = option(16384, "most tokens in one micro-batch; memory depends on it", above=0)
     lr: float = option(1e-6, "peak learning rate", above=0)
+    dry_step: bool = option(True, "on a GPU, try the longest micro-batch before step 1", resumable=True)
     schedule: str = "constant"  # of the learning rate after the warm-up; the preset nano takes "cosine"
 
 
 @dataclass(frozen=True)
 class Config(LayoutConfig, RewardConfig, EpisodeConfig, GrpoConfig):
     max_logp_diff: float = 0.1  # nats per token by which trainer and sampler may differ about fresh samples
+
+    @property
+    def completion_tokens(self) -> int:  # of the policy, at most
+        return self.answer_tokens if self.reward == "exact" else self.teaching_tokens
 
     def check(self) -> None:
         if self.teacher_temperature <= 0:
@@ -227,8 +238,8 @@ def update(config, policy: Transformer, reference, optimizer, samples, rate, is_
     """
     started, device = time.perf_counter(), policy.head_weight.device
     lengths = [len(sample.rollout.completion_ids) for sample in samples]
-    longest = config.answer_tokens if config.reward == "exact" else config.teaching_tokens
-    weights, kept = token_weights(lengths, config.normalization, longest), range(len(samples))
+    weights = token_weights(lengths, config.normalization, config.completion_tokens)
+    kept = range(len(samples))
     if reference is None:  # then an advantage of zero gives no gradient, and need not be computed
         kept = [index for index in kept if samples[index].advantage] or kept
     samples, lengths, weights = ([values[index] for index in kept] for values in (samples, lengths, weights))
@@ -296,6 +307,23 @@ def evaluate(config: Config, seats: Mapping[str, Seat], sketches: Sequence[Sketc
     return {f"eval/{name}": value for name, value in metrics.items()}
 
 
+def dry_step(config: Config, policy: Transformer, reference, optimizer, teacher, problems) -> None:
+    """The longest micro-batch there can be, once, for nothing."""
+    question = max((problem.question for problem in problems), key=len)
+    is_exact, length = config.reward == "exact", config.completion_tokens
+    messages = protocol.baseline_messages(question) if is_exact else protocol.teacher_messages(question, "")
+    prompt = len(teacher.prompt_ids(messages)) + (0 if is_exact else config.probe_tokens)
+    groups = config.problems_per_step, config.group_size
+    samples, tokens = longest_samples(prompt, length, *groups, config.tokens_per_batch)
+    zeros, own = torch.zeros(len(samples) * length, device=policy.head_weight.device), range(len(samples))
+    with optimizer.dry_step(tokens):
+        is_k3 = reference is not None and config.kl == "k3"
+        if is_k3:
+            completion_logprobs(reference, samples, config.tokens_per_batch, config.teacher_temperature, own)
+        arrays = StepTokens(zeros, zeros, zeros, zeros if is_k3 else None, None)
+        backward(config, policy, reference, samples, own, arrays)
+
+
 def train(config: Config) -> None:
     resumed = optim.open_run(config)
     done = read_json(resumed / "state.json")["step"] if resumed else 0
@@ -332,6 +360,9 @@ def train(config: Config) -> None:
             if config.eval_every:
                 greedy, seed = config.greedy(), episode.seeds("evaluation")
                 sketches = play([episode.sketch(problem, greedy, seed) for problem in held_out], seats)
+        if config.dry_step and policy.head_weight.device.type in optim.DRY_STEP_ON:
+            teacher.sampler.rest()
+            dry_step(config, policy, reference, optimizer, teacher, problems)
         produce = partial(roll_out, config, seats, problems)
         rollouts = Pipeline(produce, teacher.sampler, config.steps - 1, config.overlap)
 

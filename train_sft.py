@@ -65,6 +65,7 @@ class Config:
 
     device: str = option("auto", "where the model is: cpu, cuda:1, ...", group="layout", resumable=True)
     optimizer_device: str = option("auto", "where masters and moments are", resumable=True)
+    dry_step: bool = option(True, "on a GPU, try the longest micro-batch before step 1", resumable=True)
     dtype: str = option("float32", "compute precision; masters are always float32", ["float32", "bfloat16"])
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, 4/3 the time")
 
@@ -112,6 +113,15 @@ def evaluate(model: Transformer, examples: Sequence[Example], tokens_per_batch: 
     return distributed.sum_over_ranks(sum(losses(model, examples, tokens_per_batch))).item()
 
 
+def dry_step(config: Config, model: Transformer, optimizer, examples: Sequence[Example]) -> None:
+    """The longest micro-batch there can be, once, for nothing."""
+    longest = max(examples, key=lambda example: len(example.input_ids))
+    count = max(1, config.tokens_per_batch // (len(longest.input_ids) - 1))
+    batch = collate([longest] * count, model.head_weight.device)
+    with optimizer.dry_step(len(batch.input_ids)):
+        (batch_loss(model, batch, 1) * 0).backward()
+
+
 def train(config: Config, resumed: Path | None) -> None:
     """resumed: the training state to continue from."""
     tokenizer = Tokenizer.from_directory(config.model)
@@ -133,6 +143,8 @@ def train(config: Config, resumed: Path | None) -> None:
     where = config.optimizer_device
     optimizer = optim.MasterAdamW(model, weight_decay=config.weight_decay, state_device=where)
     first_step = optim.load_training_state(resumed, optimizer)["step"] if resumed else 0
+    if config.dry_step and model.head_weight.device.type in optim.DRY_STEP_ON:
+        dry_step(config, model, optimizer, learned)
     bar = {"total": total_steps, "initial": first_step, "unit": "step", "disable": distributed.rank() > 0}
     logged = config.out / "metrics.jsonl", first_step, config.wandb, to_json(config)
     with RunLog(*logged) as log, tqdm(desc=config.out.name, **bar) as progress:

@@ -65,6 +65,19 @@ def policy_batches(samples: Sequence[Sample], tokens_per_batch: int, model, own=
     return [_policy_batch(samples, batch, starts, model) for batch in batches if batch]
 
 
+def longest_samples(prompt: int, completion: int, groups: int, group_size: int, tokens_per_batch: int):
+    """-> samples that make the largest micro-batch there can be, and its tokens. prompt, completion: the longest, in tokens."""
+    samples: list[Sample] = []
+    tokens = 0
+    for group in range(groups):
+        for size in [prompt + completion - 1] + [completion - 1] * (group_size - 1):
+            if samples and tokens + size > tokens_per_batch:
+                return samples, tokens
+            samples.append(Sample(Rollout((group,) * prompt, [0] * completion, [], "length", 0), 0.0))
+            tokens += size
+    return samples, tokens
+
+
 def _policy_batch(samples: Sequence[Sample], batch: list, starts: Sequence[int], model) -> PolicyBatch:
     device = model.head_weight.device
     kind = FlexAttention if model.is_compiled and device.type == "cuda" else SharedPromptAttention

@@ -25,9 +25,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from torch import OutOfMemoryError
+
 from nano_atlas.distributed import is_first_failure, process_group, size
 from nano_atlas.errors import UserError
 
+MEMORY_REMEDY = "\nLower --cache-rows (sampling) or --tokens-per-batch, or use --gradient-checkpointing or --optimizer-device cpu."
 METAVARS = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 BOUNDS = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le, "below": operator.lt}
 
@@ -149,6 +152,8 @@ def refuse_changes(config: Any, saved: Mapping[str, Any], where: str) -> None:
 
 def run_script(main: Callable[[], None], is_parallel: bool = False) -> None:
     """Run a script's `main`; what the user can fix ends it with one readable line. is_parallel: it may run under torchrun."""
+    # read when a GPU is first used; without it, memory falls into pieces too small for batches of other lengths
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     with process_group():
         try:
             if size() > 1 and not is_parallel:
@@ -161,9 +166,10 @@ def run_script(main: Callable[[], None], is_parallel: bool = False) -> None:
             if isinstance(error, BrokenPipeError):  # whoever read our output, such as `head`, has had enough
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 sys.exit(141)
-            if not isinstance(error, UserError):
+            if not isinstance(error, UserError | OutOfMemoryError):
                 raise
-            print(f"error: {error}", file=sys.stderr)
+            is_memory = isinstance(error, OutOfMemoryError)
+            print(f"error: {error}{MEMORY_REMEDY if is_memory else ''}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print("\ninterrupted; the same command continues from the last saved state", file=sys.stderr)

@@ -37,7 +37,7 @@ TokenLoss = Callable[[Tensor, Tensor | None, slice], Tensor]
 Reference = tuple[Tensor, Tensor]  # its hidden states [N, D_ref] and head [V, D_ref]
 
 MAX_CHUNK_TOKENS = 1024  # beyond this, longer matrix products are no faster
-CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}  # logits in one chunk: 128 MiB and 1 GiB of float32
+CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**27}  # logits in one chunk: 128 MiB and 512 MiB of float32
 
 
 class TokenStats(NamedTuple):
@@ -70,10 +70,10 @@ def _chunk_stats(logits, ref_logits, target_logits, inverse_temperature):
     return TokenStats(logprobs, entropy, kl), logsumexp, ref_logsumexp
 
 
-def _logits_to_gradient_(
-    logits, ref_logits, targets, inverse_temperature, stats, logsumexp, ref_logsumexp, d_logprobs, d_kl
+def _logits_gradient(
+    out, logits, ref_logits, targets, inverse_temperature, stats, logsumexp, ref_logsumexp, d_logprobs, d_kl
 ):
-    """Overwrites the logits with d loss / d logits. d_logprobs, d_kl: derivatives of the loss, [n]."""
+    """Writes d loss / d logits to `out`, which may be the logits. d_logprobs, d_kl: derivatives of the loss, [n]."""
     logprobs = logits.float() * inverse_temperature - logsumexp[:, None]  # [n, V]
     per_probability = -d_logprobs[:, None]
     if d_kl is not None:
@@ -81,7 +81,7 @@ def _logits_to_gradient_(
         per_probability = per_probability + d_kl[:, None] * (logprobs - ref_logprobs - stats.kl[:, None])
     is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
     gradient = logprobs.exp() * per_probability + torch.where(is_target, d_logprobs[:, None], 0.0)
-    logits.copy_(gradient * inverse_temperature)
+    out.copy_(gradient * inverse_temperature)
 
 
 # dynamic: one compilation serves every chunk length and vocabulary (but a chunk of a single token, which is another)
@@ -123,10 +123,13 @@ def _sweep(hidden, weight, targets, temperature, reference, token_loss=None, wei
     dtype = torch.float32 if weight.is_cuda else weight.dtype
     buffer = torch.empty(min(length, tokens), vocabulary, dtype=dtype, device=device)
     ref_buffer = None if reference is None else torch.empty_like(buffer)
+    d_buffer = buffer if dtype == hidden.dtype else torch.empty_like(buffer, dtype=hidden.dtype)
     d_hidden = torch.empty_like(hidden) if needs[0] else None
-    d_weight = torch.zeros_like(weight) if needs[1] else None
-    is_summed_apart = needs[1] and weight.dtype != torch.float32 and len(chunks) > 1
-    d_weight_sum = torch.zeros_like(weight, dtype=torch.float32) if is_summed_apart else None
+    is_summed_apart = weight.dtype != torch.float32 and len(chunks) > 1  # in float32
+    d_weight = (
+        torch.zeros_like(weight, dtype=torch.float32 if is_summed_apart else None) if needs[1] else None
+    )
+    d_part = torch.empty_like(weight) if needs[1] and is_summed_apart and not weight.is_cuda else None
     # a tensor, because the compiler would make a new kernel for each temperature that comes as a number
     inverse_temperature = torch.full((), 1.0 / temperature, device=device)
     loss, every = torch.zeros((), device=device), torch.empty(3, tokens, device=device)
@@ -143,17 +146,20 @@ def _sweep(hidden, weight, targets, temperature, reference, token_loss=None, wei
         chunk_loss, *derivatives = _differentiate(token_loss, weights[rows].float(), stats, rows)
         loss += chunk_loss
         if any(needs):
+            d_logits = d_buffer.resize_(logits.shape)
             known = (targets[rows], inverse_temperature, stats, *logsumexps, *derivatives)
-            _run(_logits_to_gradient_, logits, ref_logits, *known)
-            d_logits = logits.to(hidden.dtype)  # [n, V]; a copy only of float32 for bfloat16
+            _run(_logits_gradient, d_logits, logits, ref_logits, *known)
         if d_hidden is not None:
             torch.mm(d_logits, weight, out=d_hidden[rows])
-        if is_summed_apart:
-            d_weight_sum += torch.mm(d_logits.T, hidden[rows], out=d_weight)
+        if d_part is not None:
+            d_weight += torch.mm(d_logits.T, hidden[rows], out=d_part)
+        elif d_weight is not None and is_summed_apart:  # which only CUDA's addmm can do
+            torch.addmm(d_weight, d_logits.T, hidden[rows], out_dtype=torch.float32, out=d_weight)
         elif d_weight is not None:
             d_weight.addmm_(d_logits.T, hidden[rows])
-    if is_summed_apart:
-        d_weight.copy_(d_weight_sum)
+    buffer = ref_buffer = d_buffer = logits = ref_logits = d_logits = None  # before the last large tensor
+    if d_weight is not None and is_summed_apart:
+        d_weight = d_weight.to(weight.dtype) if d_part is None else d_part.copy_(d_weight)
     return loss, TokenStats(every[0], every[1], None if reference is None else every[2]), d_hidden, d_weight
 
 

@@ -10,6 +10,7 @@ import math
 import shutil
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from nano_atlas.errors import UserError
 from nano_atlas.runs import atomic_directory, read_json, write_json
 
 SHARD_BYTES = 2 * 10**9  # size of a file of a training state
+DRY_STEP_ON = ("cuda",)  # devices on which memory is what runs out
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_fraction: float, schedule: str) -> float:
@@ -100,10 +102,30 @@ class MasterAdamW:
             for master, weight, _ in some:
                 master.grad = None
                 weight.copy_(master)  # does nothing where a weight is its own master
+        self.clear_gradients()
+        return norm
+
+    def clear_gradients(self) -> None:
         self.gradient_sums.clear()
         for parameter in self.parameters.values():
             parameter.grad = None
-        return norm
+
+    @contextmanager
+    def dry_step(self, tokens: int) -> Iterator[None]:
+        """Within it the longest micro-batch there can be is computed, before step 1; its gradients are dropped.
+
+        So what does not fit fails in the first minute: raises UserError that says what to lower.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            less = "lower --tokens-per-batch, or use --gradient-checkpointing or --optimizer-device cpu"
+            cause = str(error).split(". ")[0]
+            raise UserError(f"a micro-batch of {tokens:,} tokens does not fit ({cause}): {less}") from None
+        self.clear_gradients()
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated() / 1e9
+            print(f"the longest micro-batch, {tokens:,} tokens, fits: {peak:.1f} GB at most so far")
 
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All that the next step depends on, whole: `{parameter name}.{master|step|exp_avg|exp_avg_sq}`, float32. Collective."""

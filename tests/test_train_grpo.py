@@ -13,7 +13,7 @@ from conftest import run_grpo as run
 from safetensors.torch import load_file
 
 import train_grpo
-from nano_atlas import protocol
+from nano_atlas import optim, protocol
 from nano_atlas.batching import Sample, completion_logprobs
 from nano_atlas.checkpoint import load_model
 from nano_atlas.config import parse, run_script
@@ -283,6 +283,44 @@ def test_without_a_kl_samples_without_an_advantage_are_left_out_but_count_in_the
         torch.testing.assert_close(short[name], whole[name], rtol=1e-6, atol=1e-7)
     after_update(place, flat, **options | {"beta": 0.04})  # with a KL all are needed
     assert computed[-1] == 8
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"kl": "exact"}, {"beta": 0.0}, {"tokens_per_batch": 64}, {"reward": "exact"}]
+)
+def test_the_dry_step_is_as_long_as_any_micro_batch_and_changes_nothing(
+    place, tmp_path, options, monkeypatch, capsys
+):
+    plain = run(place, tmp_path / "plain", steps=2, **options)
+    tokens, real = [], train_grpo.policy_batches
+
+    def spy(*arguments):
+        batches = real(*arguments)
+        tokens.append(max(len(batch.input_ids) for batch in batches))
+        return batches
+
+    monkeypatch.setattr(optim, "DRY_STEP_ON", ("cpu",))
+    monkeypatch.setattr(train_grpo, "policy_batches", spy)
+    dry = run(place, tmp_path / "dry", steps=2, **options)
+    assert is_same(weights(tmp_path / "plain/model"), weights(tmp_path / "dry/model"))
+    assert [r["loss"] for r in plain] == [r["loss"] for r in dry]
+    assert len(tokens) == 3 and tokens[0] >= max(tokens[1:])
+    run(place, tmp_path / "none", steps=1, dry_step=False, **options)
+    assert len(tokens) == 4
+
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(train_grpo, "backward", too_large)
+    with pytest.raises(
+        UserError, match=r"micro-batch of \d+ tokens .*out of memory\): lower --tokens-per-batch"
+    ):
+        run(place, tmp_path / "large", steps=2, **options)
+    monkeypatch.setattr(optim, "DRY_STEP_ON", ())
+    with pytest.raises(SystemExit):  # in a step: every script says what to lower
+        run_script(lambda: run(place, tmp_path / "larger", steps=2, **options))
+    said = capsys.readouterr().err
+    assert "error: CUDA out of memory" in said and "Lower --cache-rows" in said
 
 
 def test_the_kl_is_that_to_the_reference(place, sampled):

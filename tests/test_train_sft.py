@@ -213,6 +213,33 @@ def test_a_broken_line_ends_the_script_with_file_line_and_exit_code_2(checkpoint
     assert f"error: {data}:2: prompt make no training example" in capsys.readouterr().err
 
 
+def test_the_dry_step_is_as_long_as_any_micro_batch_and_changes_nothing(
+    checkpoint, sums, tmp_path, monkeypatch
+):
+    plain = run(checkpoint, sums, tmp_path / "plain", "--steps", "2")
+    tokens, real = [], train_sft.batch_loss
+
+    def spy(model, batch, target_tokens):
+        tokens.append(len(batch.input_ids))
+        return real(model, batch, target_tokens)
+
+    monkeypatch.setattr(optim, "DRY_STEP_ON", ("cpu",))
+    monkeypatch.setattr(train_sft, "batch_loss", spy)
+    dry = run(checkpoint, sums, tmp_path / "dry", "--steps", "2")
+    assert [r["loss"] for r in plain] == [r["loss"] for r in dry]
+    assert tokens[0] == max(tokens) > 200
+    count = len(tokens)
+    run(checkpoint, sums, tmp_path / "none", "--steps", "2", "--no-dry-step")
+    assert len(tokens) == 2 * count - 1
+
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(train_sft, "batch_loss", too_large)
+    with pytest.raises(UserError, match="does not fit .*out of memory.*: lower --tokens-per-batch"):
+        run(checkpoint, sums, tmp_path / "large", "--steps", "2")
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_sets_options_that_exist_and_agree(name):
     data = [] if name == "nano" else ["--data", "x.jsonl"]
