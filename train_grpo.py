@@ -39,14 +39,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nano_atlas import distributed, episode, optim, protocol
-from nano_atlas.batching import (
-    Sample,
-    completion_logprobs,
-    longest_samples,
-    policy_batches,
-    predicting_states,
-)
+from nano_atlas import batching, distributed, episode, optim, protocol
+from nano_atlas.batching import Sample, completion_logprobs, policy_batches, predicting_states
 from nano_atlas.checkpoint import load_model, save_model
 from nano_atlas.config import derive_seed, option, parse, run_script, to_json
 from nano_atlas.data import Problem, load_problems, problems_of_step
@@ -313,15 +307,13 @@ def dry_step(config: Config, policy: Transformer, reference, optimizer, teacher,
     is_exact, length = config.reward == "exact", config.completion_tokens
     messages = protocol.baseline_messages(question) if is_exact else protocol.teacher_messages(question, "")
     prompt = len(teacher.prompt_ids(messages)) + (0 if is_exact else config.probe_tokens)
-    groups = config.problems_per_step, config.group_size
-    samples, tokens = longest_samples(prompt, length, *groups, config.tokens_per_batch)
-    zeros, own = torch.zeros(len(samples) * length, device=policy.head_weight.device), range(len(samples))
+    sizes = config.problems_per_step, config.group_size, config.tokens_per_batch
+    samples, tokens = batching.longest_samples(prompt, length, *sizes)
+    zeros = torch.zeros(len(samples) * length, device=policy.head_weight.device)
+    is_k3 = reference is not None and config.kl == "k3"
     with optimizer.dry_step(tokens):
-        is_k3 = reference is not None and config.kl == "k3"
-        if is_k3:
-            completion_logprobs(reference, samples, config.tokens_per_batch, config.teacher_temperature, own)
         arrays = StepTokens(zeros, zeros, zeros, zeros if is_k3 else None, None)
-        backward(config, policy, reference, samples, own, arrays)
+        backward(config, policy, reference, samples, range(len(samples)), arrays)
 
 
 def train(config: Config) -> None:
