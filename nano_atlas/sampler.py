@@ -19,6 +19,7 @@ from bisect import bisect
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate, chain
 from typing import NamedTuple
 
@@ -238,7 +239,7 @@ class _Batch:
         self.logprobs = torch.zeros(self.max_rows, **place)
         self.is_recorded = self.device.type in RECORDED and os.environ.get("NANO_ATLAS_COMPILE") != "0"
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
-        self.graphs: dict[tuple, Callable | None] = {}  # by the arguments of `_step`; None: done once
+        self.graphs: dict[tuple, Callable] = {}  # replays, by the arguments of `_step`
         self.samples: list[Sample] = []
         self.tokens = 0  # drawn so far
         self.newest: tuple = (None, None)  # a prompt, some of whose samples may still wait, and its prefix
@@ -312,19 +313,17 @@ class _Batch:
         return tuple(torch.stack(values, 1).cpu() for values in zip(*drawn))
 
     def _run(self, rows: int, longest: int, *kinds: bool) -> None:
-        """`_step`, from its second time on as a replay of what it did. The first time compiles, and loads what must be loaded."""
+        """`_step`; on a GPU, from its second time on with about these arguments, a replay of what it did."""
         if not self.is_recorded:
             self._step(rows, longest, *kinds)
             return
         rows = min(1 << (rows - 1).bit_length(), self.max_rows)
         longest = min(-(-longest // RECORDED_SLOTS) * RECORDED_SLOTS, len(self.attention.columns))
         key = rows, longest, *kinds
-        if key not in self.graphs:
-            self._step(*key)
-            self.graphs[key] = None
-            return
-        self.graphs[key] = self.graphs[key] or record(lambda: self._step(*key), self.pool)
-        self.graphs[key]()
+        if key in self.graphs:
+            self.graphs[key]()
+        else:
+            self.graphs[key] = record(lambda: self._step(*key), self.device, self.pool)
 
     def _step(self, rows: int, longest: int, has_greedy: bool, has_top_p: bool) -> None:
         """One token for each of the first rows, whose caches have at most `longest` slots with it. The host learns nothing of it."""
@@ -340,12 +339,22 @@ class _Batch:
         positions += 1
 
 
-def record(step: Callable[[], None], pool) -> Callable[[], None]:
-    """A CUDA graph of the kernels of `step`, which are not run now; calling it runs them, on the same memory (of the pool)."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
-        step()
+def record(step: Callable[[], None], device: torch.device, pool) -> Callable[[], None]:
+    """Runs `step` and makes a CUDA graph of its kernels. What is returned runs them again, on the same memory (of the pool)."""
+    stream, graph = _recording_stream(device), torch.cuda.CUDAGraph()
+    with torch.cuda.device(device):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()  # compiles, and loads what must not be loaded while recording
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+            step()  # is not run
     return graph.replay
+
+
+@cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # one, because the matrix library keeps a workspace for each
 
 
 def _check(request: Request, number: int, config: ModelConfig) -> None:

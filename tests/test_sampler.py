@@ -337,7 +337,8 @@ def test_recorded_steps_replay_on_fixed_memory_and_draw_the_same(monkeypatch, ro
     tapes, requests = [], mixed_requests()
     expected = Sampler(tiny_model(), max_rows=rows).generate(requests)
 
-    def on_tape(step, pool):
+    def on_tape(step, device, pool):
+        step()
         state = {name: x.clone() for name, x in vars(batch[0]).items() if isinstance(x, torch.Tensor)}
         cache = batch[0].attention.kv.clone()
         with Tape() as tape:
