@@ -22,6 +22,10 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 # (layer index, q [N, H, D_head], k [N, H_kv, D_head], v [N, H_kv, D_head]) -> [N, H, D_head]
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 MIN_COMPILED_VOCABULARY = 4096  # smaller models are done before the compiler is
+FLEX_BLOCK = 128  # tokens
+torch.backends.cuda.enable_cudnn_sdp(
+    False
+)  # it plans every new shape for up to a second, and batches differ in theirs
 
 
 @dataclass(frozen=True)
@@ -281,23 +285,24 @@ class SharedPromptAttention:
 class FlexAttention:
     """What `SharedPromptAttention` computes, by one kernel over the flat tokens (Dong et al. 2024, arXiv:2412.05496).
 
-    Nothing is padded, and prompts are read where they are instead of being copied for each completion. The kernel skips the blocks of
-    128 x 128 tokens in which nobody sees anybody. For GPUs: on a CPU it has no backward pass.
+    Prompts are read where they are instead of being copied for each completion, and blocks of 128 x 128 tokens in which nobody sees
+    anybody are skipped. `positions` may be longer than the documents: whole blocks, filled up by one more document, spare the
+    compiler special cases. For GPUs: on a CPU it has no backward pass.
     """
 
     def __init__(self, prompt_lengths, completion_lengths, prompt_of: Sequence[int], device):
         from torch.nn.attention.flex_attention import create_block_mask  # here: it takes seconds to import
 
-        lengths = torch.tensor([*prompt_lengths, *completion_lengths])
+        count, lengths = len(prompt_lengths), [*prompt_lengths, *completion_lengths]
+        lengths = torch.tensor([*lengths, -sum(lengths) % FLEX_BLOCK])
         documents = torch.arange(len(lengths)).repeat_interleave(lengths)  # [N] of each token
-        starts = torch.zeros_like(lengths)  # positions at which documents begin
-        starts[len(prompt_lengths) :] = lengths[: len(prompt_lengths)][
-            torch.tensor(prompt_of, dtype=torch.int64)
-        ]
+        starts = torch.tensor(
+            [0] * count + [prompt_lengths[prompt] for prompt in prompt_of] + [0]
+        )  # positions
         places = torch.arange(len(documents))
         self.positions = (places - (lengths.cumsum(0) - lengths - starts)[documents]).to(device)
-        prompts = torch.tensor([*range(len(prompt_lengths)), *prompt_of])[documents].to(device)
-        documents, count = documents.to(device), len(prompt_lengths)
+        prompts = torch.tensor([*range(count), *prompt_of, -1])[documents].to(device)
+        documents = documents.to(device)
 
         def sees(batch, head, query: Tensor, key: Tensor) -> Tensor:
             is_shared = (prompts[query] == prompts[key]) & (documents[key] < count)
