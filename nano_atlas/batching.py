@@ -16,8 +16,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from nano_atlas.gpu import FlexAttention
 from nano_atlas.loss import token_stats
-from nano_atlas.model import FlexAttention, SharedPromptAttention, Transformer
+from nano_atlas.model import SharedPromptAttention, Transformer
 from nano_atlas.sampler import Rollout
 
 

@@ -8,14 +8,8 @@ from torch.nn.attention import flex_attention
 
 from nano_atlas import batching
 from nano_atlas.batching import Sample, completion_logprobs, policy_batches, predicting_states
-from nano_atlas.model import (
-    FlexAttention,
-    ModelConfig,
-    PackedAttention,
-    SharedPromptAttention,
-    Transformer,
-    compile_layers,
-)
+from nano_atlas.gpu import FlexAttention, compile_layers
+from nano_atlas.model import ModelConfig, PackedAttention, SharedPromptAttention, Transformer
 from nano_atlas.sampler import Rollout
 
 TEMPERATURE = 0.7
