@@ -17,7 +17,6 @@ The traces are the only state: all else is rebuilt by replaying them. A run that
 failed sessions again. A task is known by its content, not by its line.
 """
 
-import hashlib
 import json
 import sys
 from collections import Counter
@@ -30,14 +29,14 @@ import torch
 from tqdm import tqdm
 
 from nano_atlas import schedule, world
-from nano_atlas.config import parse, refuse_changes, run_script, to_json
+from nano_atlas.config import parse, run_script
 from nano_atlas.data import Problem, load_problems
 from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
-from nano_atlas.runs import Journal, RunLog, checkpoint_digest, read_json, write_json
+from nano_atlas.runs import Journal, RunLog, checkpoint_digest, digest, keep_to, write_json
 from nano_atlas.runtime import agents, deploy, lanes, learning, promotion, review
 from nano_atlas.runtime.options import Config
-from nano_atlas.runtime.traces import Outcome, past_outcomes, session_record
+from nano_atlas.runtime.traces import Outcome, read_traces, session_record
 from nano_atlas.seats import Seat
 
 
@@ -47,7 +46,7 @@ def run(config: Config, tasks: Sequence[Problem], seats: Mapping[str, Seat] | No
     with Journal(config.out / "traces.jsonl") as journal, RunLog(config.out / "metrics.jsonl") as log:
         settle_options(config)
         experience, ids = learning.Experience(config.strategies), session_ids(tasks)
-        done = {past.session_id: past for past in past_outcomes(journal) if past.status == "succeeded"}
+        done = {o.session_id: o for o, _ in read_traces(journal.path) if o.status == "succeeded"}
         wanted = set(ids)
         for past in done.values():
             if past.session_id not in wanted:  # experience with tasks that have left the file still counts
@@ -79,27 +78,22 @@ def session_ids(tasks: Sequence[Problem]) -> list[str]:
     for task in tasks:
         content = json.dumps([task.domain, task.question, task.answer])
         seen[content] += 1
-        names.append(hashlib.sha256(f"{seen[content]} {content}".encode()).hexdigest()[:24])
+        names.append(digest([f"{seen[content]} {content}".encode()])[:24])
     return names
 
 
 def settle_options(config: Config) -> None:
-    """A directory holds one experiment: other options, or other weights, than those it began with are refused."""
-    path, specs = config.out / "config.json", (config.student, config.teacher)
-    now = {"options": to_json(config), "weights": {spec: checkpoint_digest(Path(spec)) for spec in specs}}
-    saved = read_json(path) or now
-    refuse_changes(config, saved["options"], str(config.out))
-    if saved["weights"] != now["weights"]:
-        cause = f"{config.out} holds traces of other weights of the student or the teacher"
-        raise UserError(f"{cause}; choose another --out, or start over with --restart")
-    write_json(path, saved)
+    """Other options, or other weights, than those that --out began with are refused."""
+    names = ("student", "teacher")
+    weights = {f"weights of the {name}": checkpoint_digest(Path(getattr(config, name))) for name in names}
+    keep_to(config, config.out / "run.json", weights)
 
 
 def set_aside(directory: Path) -> None:
     """For --restart: what all else is made from is kept under other names."""
     with Journal(directory / "traces.jsonl"):  # not while another process writes it
         number = next(n for n in count(1) if not Path(f"{directory}/traces.jsonl.{n}").exists())
-        for path in (directory / name for name in ("traces.jsonl", "reviews.jsonl", "config.json")):
+        for path in (directory / name for name in ("traces.jsonl", "reviews.jsonl", "run.json")):
             if path.exists():
                 path.rename(f"{path}.{number}")
 
@@ -121,11 +115,7 @@ def open_seat(config: Config, spec: str) -> Seat:
 def load_tasks(config: Config) -> list[Problem]:
     if config.tasks is None:  # may train the next teacher, so not the tasks that eval.py holds out
         return world.held_out(config.domain, config.count, f"runtime/{config.seed}")
-    bad = [] if config.skip_bad else None
-    tasks = load_problems(config.tasks, needs_answer=False, bad=bad)
-    if bad:
-        print(f"left out {len(bad)} malformed lines of {config.tasks}:", *bad, sep="\n  ")
-    return tasks
+    return load_problems(config.tasks, needs_answer=False, skip_bad=config.skip_bad)
 
 
 def main() -> None:

@@ -142,7 +142,7 @@ def test_new_weights_under_an_old_name_are_noticed(config, tmp_path):
         (teacher / "model.safetensors").write_bytes(content)
         if content == b"one":
             run(config, TASKS[:4], Student(), Teacher())
-    with pytest.raises(UserError, match="other weights of the student or the teacher"):
+    with pytest.raises(UserError, match="other contents than now: weights of the teacher"):
         run(config, TASKS, Student(), Teacher())
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 
 from nano_atlas.errors import UserError
-from nano_atlas.runs import Journal, replace_text
+from nano_atlas.runs import Journal, read_jsonl, replace_text
 from nano_atlas.runtime.judges import degradation_bound
 from nano_atlas.runtime.options import LANES, STYLES, Config
 from nano_atlas.runtime.traces import Outcome, Trace, now, read_traces
@@ -88,8 +88,7 @@ def reviewed_traces(path: Path) -> Iterator[tuple[Outcome, Trace]]:
     """All records of a trace file, the latest decision on each written in."""
     reviews = {}
     if (decisions := path.with_name("reviews.jsonl")).exists():
-        with Journal(decisions) as journal:
-            reviews = {review["session_id"]: review for _, review in journal.records()}
+        reviews = {review["session_id"]: review for _, review in read_jsonl(decisions, is_journal=True)}
     for outcome, trace in read_traces(path):
         if review := reviews.get(outcome.session_id):
             outcome.review = review["status"]

@@ -181,11 +181,6 @@ def _reward(session: Session, alone: Trial, helped: Trial) -> Trace:
     return {"score": session.reward, "judges": judges, "rationale": rationale, "raw": raw}
 
 
-def past_outcomes(journal: runs.Journal) -> Iterator[Outcome]:
-    """Of all sessions in the runtime's own trace file, in the order written."""
-    return (outcome_of(trace, f"{journal.path}:{number}") for number, trace in journal.records())
-
-
 def read_traces(path: Path | str) -> Iterator[tuple[Outcome, Trace]]:
     """The records of a trace file, ours or atlas-sdk's. Raises UserError naming file and line."""
     for number, trace in runs.read_jsonl(path, is_journal=True):
