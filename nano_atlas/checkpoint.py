@@ -123,42 +123,38 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
     config = read_config(path)
     with torch.device("meta"):
         model = Transformer(config)
-    files, found = _stored_tensors(Path(path))
-    if config.tie_word_embeddings and {HEAD, EMBEDDING} <= found.keys():  # some store it twice
+    files, state = _files_of_tensors(Path(path)), {}
+    if config.tie_word_embeddings and {HEAD, EMBEDDING} <= files.keys():  # some store it twice
         if not torch.equal(_read(files, HEAD), _read(files, EMBEDDING)):
             raise UserError(f"{path}: {HEAD} differs from {EMBEDDING} although tie_word_embeddings is true")
-        del found[HEAD]
-    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-    ours, theirs = dict.fromkeys(found, "absent") | shapes, dict.fromkeys(shapes, "missing") | found
-    wrong = [name for name in sorted(ours) if ours[name] != theirs[name]]
-    if wrong:
-        listed = "\n  ".join(f"{name}: {theirs[name]}, should be {ours[name]}" for name in wrong)
-        raise UserError(f"{path} does not fit its config.json ({len(wrong)} problems):\n  {listed}")
-    state = {}
-    for name, shape in shapes.items():
+        del files[HEAD]
+    for name in files:
+        stored = _read(files, name)
         # not a view: the file may be replaced while the model lives, and training writes into its weights
-        state[name] = torch.empty(shape, dtype=dtype, device=device).copy_(_read(files, name))
-    model.load_state_dict(state, assign=True)
+        state[name] = torch.empty(stored.shape, dtype=dtype, device=device).copy_(stored)
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit its config.json: {error}") from None
     return model
 
 
-def _stored_tensors(path: Path) -> tuple[dict[str, Path], dict[str, list[int]]]:
-    """The file and the shape of each tensor in one `model.safetensors`, or in the shards that the index names."""
+def _files_of_tensors(path: Path) -> dict[str, Path]:
+    """By name the file of each tensor: one `model.safetensors`, or the shards that the index names."""
     names = {"model.safetensors"}
     if not (path / "model.safetensors").is_file():
         names = set(read_json(path / "model.safetensors.index.json").get("weight_map", {}).values())
     if not names:
         raise UserError(f"{path} has neither model.safetensors nor its index; convert pickled weights first")
-    files, shapes = {}, {}
+    files = {}
     for file in sorted(path / name for name in names):
         try:
             with safe_open(file, framework="pt") as tensors:
-                shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
                 files |= dict.fromkeys(tensors.keys(), file)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file} is not a complete safetensors file ({error}); copy it again") from error
     # old versions of transformers stored a buffer that means nothing
-    return files, {name: shape for name, shape in shapes.items() if not name.endswith("rotary_emb.inv_freq")}
+    return {name: file for name, file in files.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
 def _read(files: dict[str, Path], name: str) -> Tensor:
