@@ -24,7 +24,7 @@ from nano_atlas.config import derive_seed
 from nano_atlas.data import Problem, load_problems
 from nano_atlas.errors import UserError
 from nano_atlas.protocol import ANSWER_FORMATS, baseline_messages
-from nano_atlas.runtime.review import export_traces, summary
+from nano_atlas.runtime.traces import export_traces, summary
 from runtime_loop import Config, session_ids
 
 

@@ -9,12 +9,12 @@ from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
 from nano_atlas.runs import Journal
 from nano_atlas.runtime.options import Config
-from nano_atlas.runtime.review import is_selected
 from nano_atlas.runtime.traces import (
     Outcome,
     Session,
     Trial,
     Verdict,
+    is_selected,
     outcome_of,
     read_traces,
     session_record,
