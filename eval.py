@@ -179,11 +179,9 @@ class Arms:
     @cached_property
     def budget(self) -> dict[str, int]:
         """By domain: answers of the student alone that cost at least what one of the last teacher's pair does (tokens)."""
-        pair, found = (self.config.last, STUDENT), {}
-        for domain, problems in self.tasks.items():
-            costs = [mean(r.all_tokens for p in problems for r in self.log.get(arm, p)) for arm in pair]
-            found[domain] = ceil(costs[0] / max(costs[1], 1))
-        return found
+        cost = lambda arm, problems: mean(r.all_tokens for p in problems for r in self.log.get(arm, p))
+        pair, tasks = self.config.last, self.tasks.items()
+        return {domain: ceil(cost(pair, own) / max(cost(STUDENT, own), 1)) for domain, own in tasks}
 
 
 if __name__ == "__main__":

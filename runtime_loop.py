@@ -11,17 +11,16 @@ three parts are the published ones:
 
     task analysis     how much help: a lane, by the student's record; a teaching strategy, by what has worked so far (`learning`)
     experimentation   answer, teaching, answer again (`lanes`); each is judged, and the best one returned (`judges`)
-    trace export      each session appended to traces.jsonl (`traces`); --export selects those worth training on (`review`)
+    trace export      each session appended to traces.jsonl; --export selects those worth training on (`traces`)
 
 The traces are the only state: all else is rebuilt by replaying them. A run that was killed continues where it stopped, and tries
 failed sessions again. A task is known by its content, not by its line.
 """
 
-import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -30,24 +29,23 @@ import torch
 from tqdm import tqdm
 
 from nano_atlas import schedule, world
-from nano_atlas.config import parse, refuse_changes, run_script, to_json
+from nano_atlas.config import parse, run_script
 from nano_atlas.data import Problem, load_problems
 from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
-from nano_atlas.runs import Journal, RunLog, checkpoint_digest, read_json, write_json
-from nano_atlas.runtime import agents, deploy, lanes, learning, promotion, review
+from nano_atlas.runs import Journal, RunLog, checkpoint_digest, digest, keep_to, write_json
+from nano_atlas.runtime import agents, deploy, lanes, learning, promotion, traces
 from nano_atlas.runtime.options import Config
-from nano_atlas.runtime.traces import Outcome, past_outcomes, session_record
 from nano_atlas.seats import Seat
 
 
-def run(config: Config, tasks: Sequence[Problem], seats: Mapping[str, Seat] | None = None) -> list[Outcome]:
+def run(config: Config, tasks: Sequence[Problem], seats: dict | None = None) -> list[traces.Outcome]:
     """Bring every task to a trace, and return the outcome of each in the order of the tasks. seats: by default `open_seats`."""
     seats = seats or open_seats(config)
     with Journal(config.out / "traces.jsonl") as journal, RunLog(config.out / "metrics.jsonl") as log:
         settle_options(config)
         experience, ids = learning.Experience(config.strategies), session_ids(tasks)
-        done = {past.session_id: past for past in past_outcomes(journal) if past.status == "succeeded"}
+        done = {o.session_id: o for o, _ in traces.read_traces(journal.path) if o.status == "succeeded"}
         wanted = set(ids)
         for past in done.values():
             if past.session_id not in wanted:  # experience with tasks that have left the file still counts
@@ -61,12 +59,12 @@ def run(config: Config, tasks: Sequence[Problem], seats: Mapping[str, Seat] | No
                     session = lanes.new_session(name, task, experience, config)
                     scripts[name] = lanes.run_session(session, config, seats["teacher"].count_tokens)
             for finished in schedule.drive(scripts, seats, workers=config.workers, timeout=config.timeout):
-                recorded = [session_record(session) for session in finished.values()]
+                recorded = [traces.session_record(session) for session in finished.values()]
                 journal.append(trace for _, trace in recorded)
                 done |= {outcome.session_id: outcome for outcome, _ in recorded}
             outcomes = [done[name] for name in batch]
             experience.learn(*outcomes)
-            log.log(start + len(batch), **review.runtime_metrics(outcomes), skills=len(experience.entries))
+            log.log(start + len(batch), **traces.runtime_metrics(outcomes), skills=len(experience.entries))
     if config.skill_writer:  # to read; nothing reads it back
         entries = [asdict(entry) | {"effect": entry.effect} for entry in experience.entries.values()]
         write_json(config.out / "playbook.json", {"entries": entries})
@@ -79,27 +77,22 @@ def session_ids(tasks: Sequence[Problem]) -> list[str]:
     for task in tasks:
         content = json.dumps([task.domain, task.question, task.answer])
         seen[content] += 1
-        names.append(hashlib.sha256(f"{seen[content]} {content}".encode()).hexdigest()[:24])
+        names.append(digest([f"{seen[content]} {content}".encode()])[:24])
     return names
 
 
 def settle_options(config: Config) -> None:
-    """A directory holds one experiment: other options, or other weights, than those it began with are refused."""
-    path, specs = config.out / "config.json", (config.student, config.teacher)
-    now = {"options": to_json(config), "weights": {spec: checkpoint_digest(Path(spec)) for spec in specs}}
-    saved = read_json(path) or now
-    refuse_changes(config, saved["options"], str(config.out))
-    if saved["weights"] != now["weights"]:
-        cause = f"{config.out} holds traces of other weights of the student or the teacher"
-        raise UserError(f"{cause}; choose another --out, or start over with --restart")
-    write_json(path, saved)
+    """Other options, or other weights, than those that --out began with are refused."""
+    names = ("student", "teacher")
+    weights = {f"weights of the {name}": checkpoint_digest(Path(getattr(config, name))) for name in names}
+    keep_to(config, config.out / "run.json", weights)
 
 
 def set_aside(directory: Path) -> None:
     """For --restart: what all else is made from is kept under other names."""
     with Journal(directory / "traces.jsonl"):  # not while another process writes it
         number = next(n for n in count(1) if not Path(f"{directory}/traces.jsonl.{n}").exists())
-        for path in (directory / name for name in ("traces.jsonl", "reviews.jsonl", "config.json")):
+        for path in (directory / name for name in ("traces.jsonl", "reviews.jsonl", "run.json")):
             if path.exists():
                 path.rename(f"{path}.{number}")
 
@@ -121,24 +114,20 @@ def open_seat(config: Config, spec: str) -> Seat:
 def load_tasks(config: Config) -> list[Problem]:
     if config.tasks is None:  # may train the next teacher, so not the tasks that eval.py holds out
         return world.held_out(config.domain, config.count, f"runtime/{config.seed}")
-    bad = [] if config.skip_bad else None
-    tasks = load_problems(config.tasks, needs_answer=False, bad=bad)
-    if bad:
-        print(f"left out {len(bad)} malformed lines of {config.tasks}:", *bad, sep="\n  ")
-    return tasks
+    return load_problems(config.tasks, needs_answer=False, skip_bad=config.skip_bad)
 
 
 def main() -> None:
     config = parse(Config, deploy.with_deployment(sys.argv[1:]), presets("runtime_loop"), __doc__)
-    traces, named = config.out / "traces.jsonl", config.approve or config.quarantine
+    path, named = config.out / "traces.jsonl", config.approve or config.quarantine
     if config.export is not None:
-        selected, total = review.export_traces(traces, config.export, config)
+        selected, total = traces.export_traces(path, config.export, config)
         print(f"{config.export}: {selected} of {total} traces, for train_grpo.py --problems {config.export}")
     elif config.show is not None:
-        print(*review.show_sessions(config.out, config.show), sep="\n")
+        print(*traces.show_sessions(config.out, config.show), sep="\n")
     elif named:
         status = "approved" if config.approve else "quarantined"
-        for name in review.record_reviews(config.out, named, status, config.note):
+        for name in traces.record_reviews(config.out, named, status, config.note):
             print(f"{name} {status}")
     elif config.rounds:
         promotion.run_rounds(config, load_tasks(config), run, open_seat)
@@ -151,7 +140,7 @@ def main() -> None:
         tasks, seats = load_tasks(config), open_seats(config)
         if config.restart:
             set_aside(config.out)
-        print(review.summary(run(config, tasks, seats)), f"  traces             {traces}", sep="\n")
+        print(traces.summary(run(config, tasks, seats)), f"  traces             {path}", sep="\n")
 
 
 if __name__ == "__main__":

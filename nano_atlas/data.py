@@ -49,16 +49,16 @@ class Problem:
     domain: str = ""
 
 
-def load_problems(path: Path | str, *, needs_answer=True, bad: list[str] | None = None) -> list[Problem]:
+def load_problems(path: Path | str, *, needs_answer=True, skip_bad=False) -> list[Problem]:
     """Problems of the usual layouts: GSM8K and AIME {question|problem, answer}, Arc's RL file {prompt, ground_truth},
     {problem_text|input, solution}, and session traces of this runtime or of atlas-sdk {task, ...}.
 
     Without an `id` a problem is called after its line, `test:17`. A trace that failed, is not approved, has no ground truth or a task
     seen before is left out and counted. Raises UserError for a line without question or answer (if it `needs_answer`) or with an id
-    seen before; with a list `bad`, the complaint is added to it, and the line left out.
+    seen before; to `skip_bad` is to leave the line out, and to print what is wrong with it.
     """
-    problems, traced, left_out = {}, set(), Counter()
-    complain = refuse if bad is None else bad.append
+    problems, traced, left_out, bad = {}, set(), Counter(), []
+    complain = bad.append if skip_bad else refuse
     for number, record in read_jsonl(path, complain):
         if "task" in record and not record.keys() & set(QUESTION_FIELDS):
             record, reason = _from_trace(record, needs_answer)
@@ -76,6 +76,8 @@ def load_problems(path: Path | str, *, needs_answer=True, bad: list[str] | None 
         if problem.id in problems:
             complain(f"{path}:{number}: an earlier line has the id {problem.id!r} too; ids must differ")
         problems.setdefault(problem.id, problem)
+    if bad:
+        print(f"left out {len(bad)} malformed lines of {path}:", *bad, sep="\n  ")
     said = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
     if left_out and not problems:
         raise UserError(f"{path}: no trace here makes a problem ({said})")

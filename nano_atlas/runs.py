@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+from nano_atlas.config import refuse_changes, to_json
 from nano_atlas.distributed import rank
 from nano_atlas.errors import UserError
 
@@ -68,6 +69,19 @@ def checkpoint_digest(path: Path) -> str:
     return files_digest(sorted(file for pattern in patterns for file in path.glob(pattern)))
 
 
+def keep_to(config: Any, path: Path, contents: Mapping[str, str]) -> None:
+    """A directory holds one experiment: writes its options to `path`, and digests of whatever else a name may come to mean.
+
+    Raises UserError for other options or contents than those it began with.
+    """
+    if saved := read_json(path):
+        refuse_changes(config, saved["config"], str(path.parent))
+        if changed := [name for name in contents if saved["contents"].get(name) != contents[name]]:
+            what = f"{path.parent} was begun with other contents than now: {', '.join(changed)}"
+            raise UserError(f"{what}; choose another --out, or start over with --restart")
+    write_json(path, {"config": to_json(config), "contents": contents})
+
+
 @contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yields a new directory to fill, which takes the place of `path` when the block ends without an exception.
@@ -102,7 +116,7 @@ def read_jsonl(path: Path | str, complain=refuse, is_journal=False) -> Iterator[
     """Yield (line number from 1, object) for each line that is not blank. Raises UserError for a file that is missing or empty.
 
     complain: is told of a line that is not UTF-8, not JSON or not an object, which is left out if it does not raise.
-    is_journal: a `Journal` may be writing the file; a last line without its line break is not a record yet, and no error.
+    is_journal: a `Journal` may be writing the file, which is empty at first; a last line without its line break is not a record yet.
     """
     path, is_empty = Path(path), True
     if not path.is_file():
@@ -125,7 +139,7 @@ def read_jsonl(path: Path | str, complain=refuse, is_journal=False) -> Iterator[
                 yield number, record
             else:
                 complain(f"{path}:{number}: {fault}")
-    if is_empty:
+    if is_empty and not is_journal:
         raise UserError(f"{path}: empty; it should have one JSON object per line")
 
 
@@ -159,7 +173,7 @@ class Journal(AbstractContextManager):
 
     def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """(line number, record) of all that is in the file. Raises UserError for a damaged line."""
-        return read_jsonl(self.path) if self.path.stat().st_size else iter(())
+        return read_jsonl(self.path, is_journal=True)
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Returns when the records are on the disk."""

@@ -10,10 +10,10 @@ from scripted import TASK, Seat, answer, finish, run, student, teacher, verdict_
 from nano_atlas.config import derive_seed
 from nano_atlas.protocol import PROBE_REQUEST
 from nano_atlas.runtime import judges
-from nano_atlas.runtime.judges import choose_trial, degradation_bound, hold_consistent, read_sample
+from nano_atlas.runtime.judges import choose_trial, hold_consistent, read_sample
 from nano_atlas.runtime.lanes import run_session
 from nano_atlas.runtime.options import Config
-from nano_atlas.runtime.traces import Session, Trial, Verdict
+from nano_atlas.runtime.traces import Session, Trial, Verdict, degradation_bound
 from nano_atlas.seats import Reply
 
 # ------------------------------------------------------------------------------------------------------------- judges

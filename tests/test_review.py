@@ -5,8 +5,13 @@ import pytest
 from nano_atlas.errors import UserError
 from nano_atlas.runs import Journal
 from nano_atlas.runtime.options import Config
-from nano_atlas.runtime.review import export_traces, record_reviews, reviewed_traces, show_sessions
-from nano_atlas.runtime.traces import read_traces
+from nano_atlas.runtime.traces import (
+    export_traces,
+    read_traces,
+    record_reviews,
+    reviewed_traces,
+    show_sessions,
+)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from nano_atlas.config import derive_seed
 from nano_atlas.data import Problem, load_problems
 from nano_atlas.errors import UserError
 from nano_atlas.protocol import ANSWER_FORMATS, baseline_messages
-from nano_atlas.runtime.review import export_traces, summary
+from nano_atlas.runtime.traces import export_traces, summary
 from runtime_loop import Config, session_ids
 
 
@@ -142,7 +142,7 @@ def test_new_weights_under_an_old_name_are_noticed(config, tmp_path):
         (teacher / "model.safetensors").write_bytes(content)
         if content == b"one":
             run(config, TASKS[:4], Student(), Teacher())
-    with pytest.raises(UserError, match="other weights of the student or the teacher"):
+    with pytest.raises(UserError, match="other contents than now: weights of the teacher"):
         run(config, TASKS, Student(), Teacher())
 
 

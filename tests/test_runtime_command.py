@@ -10,7 +10,7 @@ from runtime_fakes import TASKS, Student, StyledTeacher, Teacher, run, traces_at
 import runtime_loop
 from nano_atlas import world
 from nano_atlas.errors import UserError
-from nano_atlas.runtime.review import export_traces
+from nano_atlas.runtime.traces import export_traces
 from runtime_loop import Config
 
 
@@ -153,7 +153,7 @@ def test_the_nano_tasks_are_not_the_ones_that_evaluation_holds_out(tmp_path, mon
     given = []
     monkeypatch.setattr(runtime_loop.agents, "open_agent", lambda spec, *where: None)
     monkeypatch.setattr(runtime_loop, "run", lambda config, tasks, seats: given.extend(tasks))
-    monkeypatch.setattr(runtime_loop.review, "summary", lambda outcomes: "")
+    monkeypatch.setattr(runtime_loop.traces, "summary", lambda outcomes: "")
     monkeypatch.setattr(
         "sys.argv", ["runtime_loop.py", "--count", "50", "--teacher", "t", "--out", str(tmp_path)]
     )

@@ -1,1 +1,1 @@
-"""Evaluation: arms and controls, scores and tables, τ²-bench, CRMArena-Pro, published claims."""
+"""Evaluation: arms and controls, scores and tables, τ²-bench, CRMArena-Pro."""

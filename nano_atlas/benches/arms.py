@@ -13,11 +13,11 @@ import torch
 
 from nano_atlas import checkpoint, protocol
 from nano_atlas.answers import answer_key, reveals_answer
-from nano_atlas.config import derive_seed, option, refuse_changes, to_json
+from nano_atlas.config import derive_seed, option
 from nano_atlas.data import Problem
 from nano_atlas.episode import Attempt, EpisodeConfig
 from nano_atlas.errors import UserError
-from nano_atlas.runs import Journal, checkpoint_digest, read_json, read_jsonl, write_json
+from nano_atlas.runs import Journal, checkpoint_digest, keep_to, read_jsonl
 from nano_atlas.seats import Reply, Seat, is_url, open_seat
 
 STUDENT = "student"  # the arm that all others are compared with
@@ -131,7 +131,7 @@ class TaskResult:
 
 def read_results(path: Path) -> dict[Key, TaskResult]:
     """What a tasks.jsonl holds. Raises UserError for a damaged line."""
-    lines = read_jsonl(path, is_journal=True) if path.exists() and path.stat().st_size else ()
+    lines = read_jsonl(path, is_journal=True) if path.exists() else ()
     found = (TaskResult(**record | {"attempt": Attempt(**record["attempt"])}) for _, record in lines)
     return {result.key: result for result in found}
 
@@ -173,7 +173,7 @@ def fill(log: TaskLog, config: ArmsConfig, problems: Sequence[Problem], answer: 
 
 
 def start_or_continue(config: ArmsConfig, contents: dict[str, str]) -> None:
-    """Write run.json: options, and digests of checkpoints and whatever else a path may come to hold. Raises UserError for changes."""
+    """Write run.json (`keep_to`), for --restart in place of what was there. Raises UserError for changes."""
     out, specs = config.out, {STUDENT: config.student, **config.teachers}
     paths = {name: Path(spec) for name, spec in specs.items() if not is_url(spec)}
     for path in paths.values():
@@ -182,15 +182,9 @@ def start_or_continue(config: ArmsConfig, contents: dict[str, str]) -> None:
     contents = {f"checkpoint {name}": checkpoint_digest(path) for name, path in paths.items()} | contents
     for file in [file for pattern in RESULT_FILES for file in out.glob(pattern)] if config.restart else ():
         file.unlink()
-    saved = read_json(out / "run.json")
-    if not saved and (out / "tasks.jsonl").exists():
+    if (out / "tasks.jsonl").exists() and not (out / "run.json").exists():
         raise UserError(f"{out}/tasks.jsonl has no run.json; choose another --out, or use --restart")
-    if saved:
-        refuse_changes(config, saved["config"], str(out))
-        if changed := [name for name in contents if saved["contents"].get(name) != contents[name]]:
-            what = f"{out} holds results of other contents than now: {', '.join(changed)}"
-            raise UserError(f"{what}; choose another --out, or start over with --restart")
-    write_json(out / "run.json", {"config": to_json(config), "contents": contents})
+    keep_to(config, out / "run.json", contents)
 
 
 def derange(problems: Sequence[Problem], seed: int) -> dict[str, Problem]:

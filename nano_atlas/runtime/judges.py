@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from statistics import NormalDist, fmean, pstdev
 from typing import Any
 
-from nano_atlas import answers, protocol, stats
+from nano_atlas import answers, protocol
 from nano_atlas.config import derive_seed
 from nano_atlas.runtime.agents import load_object, resolve
 from nano_atlas.runtime.options import Config
-from nano_atlas.runtime.traces import Session, Trial, Verdict
+from nano_atlas.runtime.traces import CONFIDENCE, Session, Trial, Verdict
 from nano_atlas.schedule import Call, Fault, Script
 from nano_atlas.seats import Generation, Reply
 
@@ -32,7 +32,6 @@ TEMPERATURES, ARBITER = (0.2, 0.5, 0.8), 0.3  # of the samples of each judge; of
 DEVIATION, UNCERTAINTY = 0.15, 0.3  # above one of these the large judge decides
 VERDICT_TOKENS = 1024  # longest verdict
 ACCEPT = 0.8  # score from which a judged answer counts as valid
-CONFIDENCE = 0.95  # that a judged answer with help is better, before it is returned; and of the bound on harm
 ANSWER_JUDGES = ("accuracy", "process")
 JUDGES = {
     "accuracy": "Is the final answer correct? Compare it with the reference where one is given, else work it out.",
@@ -176,9 +175,3 @@ def choose_trial(trials: Sequence[Trial]) -> int:
         noise = math.hypot(trials[best].verdict.deviation, alone.verdict.deviation)
         return best if gain > NormalDist().inv_cdf(CONFIDENCE) * noise else 0
     return best if gain >= 0 else 0
-
-
-def degradation_bound(audited_gains: Sequence[float]) -> tuple[int, float]:
-    """How many audited answers came out below the student's own, and the one-sided upper bound of their share (Wilson)."""
-    worse = sum(gain < 0 for gain in audited_gains)
-    return worse, stats.wilson_interval(worse, len(audited_gains), 2 * CONFIDENCE - 1)[1]

@@ -17,7 +17,7 @@ from nano_atlas import data, runs, world
 from nano_atlas.episode import EpisodeConfig, seeds, sketch, teach
 from nano_atlas.errors import UserError
 from nano_atlas.reward import RewardConfig
-from nano_atlas.runtime import deploy, review
+from nano_atlas.runtime import deploy, traces
 from nano_atlas.runtime.options import Config
 from nano_atlas.schedule import play
 from nano_atlas.seats import Seat
@@ -58,8 +58,8 @@ def run_rounds(config: Config, tasks: Sequence[data.Problem], run: Callable, ope
     for number, (start, end) in enumerate(zip(cuts, cuts[1:]), start=1):
         folder = config.out / f"round-{number}"
         print(f"round {number}: {end - start} tasks with the teacher {config.teacher}")
-        print(review.summary(run(replace(config, out=folder / "runtime"), tasks[start:end])))
-        review.export_traces(folder / "runtime/traces.jsonl", folder / "export.jsonl", config)
+        print(traces.summary(run(replace(config, out=folder / "runtime"), tasks[start:end])))
+        traces.export_traces(folder / "runtime/traces.jsonl", folder / "export.jsonl", config)
         decision = runs.read_json(folder / "promotion.json")
         if not decision:
             pair = {"teacher": config.teacher, "student": config.student, "out": folder / "grpo"}

@@ -50,7 +50,7 @@ def serve_pair(config: Config, seats: Mapping[str, Seat]) -> None:
     turn = threading.Lock() if has_sampler else contextlib.nullcontext()  # one caller at a time
     with runs.Journal(config.out / "traces.jsonl") as journal:
         experience = learning.Experience(config.strategies)
-        for past in traces.past_outcomes(journal):
+        for past, _ in traces.read_traces(journal.path):
             experience.learn(past)
 
         def answer(question: str, temperature: float | None, max_tokens: int | None) -> tuple:
