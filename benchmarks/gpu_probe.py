@@ -10,6 +10,7 @@ import math
 import os
 import statistics
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -19,11 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from benchmarks.bench_loss import memory
 from nano_atlas.model import ModelConfig, Transformer
 
 RUNNING, NO_TIME = "did not return", "no time"
+SELF = "the section itself"  # the name of a record about what lies between measurements
 ONLY_ON_GPU = "only on a GPU"
 
 
@@ -97,13 +100,16 @@ def work(section, function: str, imports, stream: Path, log: Path, options, done
             importlib.import_module(extra)
         except Exception as error:  # whoever uses it reports it
             print(f"{extra}: {error!r}")
+    tqdm.set_lock(
+        threading.RLock()
+    )  # the usual one lies in shared memory, and is missed when we end as below
     gate.send("ready")
     probe = Probe(section, stream, gate.recv(), options, done)
     try:
         call(probe)
     except Exception as error:
         traceback.print_exc()
-        probe.write("the section itself", {"error": f"{type(error).__name__}: {error}"[:300]})
+        probe.write(SELF, {"error": f"{type(error).__name__}: {error}"[:300]})
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # an orderly end of CUDA and of compilers takes seconds
