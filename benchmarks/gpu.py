@@ -111,7 +111,8 @@ class Worker:
         self.name, self.stream = name, folder / f"{name}.jsonl"
         context = multiprocessing.get_context("spawn")
         self.gate, theirs = context.Pipe()
-        imports = section.imports if config.device == "cuda" else ()
+        is_cuda = config.device == "cuda"  # in small, nothing is compiled
+        imports = [module for module in section.imports if is_cuda or module not in COMPILER]
         words = name, section.function, imports, self.stream, log, config, done, theirs
         self.process = context.Process(target=work, args=words)
         self.process.start()
@@ -243,6 +244,7 @@ def main(argv: Sequence[str] | None = None, sections: Mapping[str, Section] = SE
     config = parse(Config, sys.argv[1:] if argv is None else argv, {}, __doc__)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no GPU here; --device cpu runs everything in small")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no section outlives this process
     card = torch.cuda.get_device_name() if config.device == "cuda" else "CPU"
     config = replace(config, out=config.out or ROOT / f"benchmarks/results/gpu-{slug(card)}.json")
     head = {"torch": torch.__version__, "commit": commit(), "budget": config.budget, "card": card}
