@@ -21,7 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import memory
-from benchmarks.gpu_probe import ONLY_ON_GPU, NotHere, Probe, compared, milliseconds, random_model, timed
+from benchmarks.gpu_probe import (
+    NO_TIME,
+    ONLY_ON_GPU,
+    NotHere,
+    Probe,
+    compared,
+    milliseconds,
+    random_model,
+    timed,
+)
 from nano_atlas import model as model_module
 from nano_atlas.model import (
     FlexAttention,
@@ -35,6 +44,7 @@ PEAK = 989e12  # flops of an H100 SXM or H200 per second, dense bfloat16
 BF16 = torch.bfloat16
 TINY = ModelConfig("qwen3", 300, 64, 96, 2, 4, 2, 16, tie_word_embeddings=True, qk_norm=True)
 OUTPUT_BOUND = 2e-2  # between two bfloat16 kernels
+TRL_SECONDS = 45  # two steps of it: less, and they would be for nothing
 
 
 def shape_of(probe: Probe, name: str) -> ModelConfig:
@@ -304,6 +314,8 @@ def grpo(probe: Probe) -> None:
         )  # fmt: skip
 
         def run(arm: type, warmups: int, steps: int) -> dict:
+            if arm is bench_grpo.Trl and probe.left() < TRL_SECONDS and not probe.is_small:
+                raise NotHere(f"{NO_TIME}: it would take about {TRL_SECONDS} s")
             built = arm(config)
             if warmups:  # TRL leaves its own first step out
                 built.run(warmups)
