@@ -16,8 +16,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from nano_atlas.gpu import FlexAttention
 from nano_atlas.loss import token_stats
-from nano_atlas.model import FlexAttention, SharedPromptAttention, Transformer
+from nano_atlas.model import SharedPromptAttention, Transformer
 from nano_atlas.sampler import Rollout
 
 
@@ -33,7 +34,7 @@ class Sample:
 class PolicyBatch:
     """A micro-batch of N tokens with M completion tokens among them."""
 
-    input_ids: Tensor  # [N] int64: prompts, then completions, each of these without its last token
+    input_ids: Tensor  # [N] int64: prompts, then completions, each of these without its last token (then what fills a block)
     attention: SharedPromptAttention | FlexAttention
     predictors: Tensor  # [M] int64: the place whose hidden state predicts each completion token
     targets: Tensor  # [M] int64: the completion tokens
@@ -93,9 +94,10 @@ def _policy_batch(samples: Sequence[Sample], batch: list, starts: Sequence[int],
     ids = [token for prompt in prompts for token in prompt]
     ids += [token for completion in completions for token in completion[:-1]]
     prompt_lengths, lengths = [len(prompt) for prompt in prompts], [len(c) - 1 for c in completions]
+    attention = kind(prompt_lengths, lengths, [place for place, _ in members], device)
     return PolicyBatch(
-        input_ids=torch.tensor(ids, device=device),
-        attention=kind(prompt_lengths, lengths, [place for place, _ in members], device),
+        input_ids=torch.tensor(ids + [0] * (len(attention.positions) - len(ids)), device=device),
+        attention=attention,
         predictors=torch.tensor(predictors, device=device),
         targets=torch.tensor([token for completion in completions for token in completion], device=device),
         rows=torch.tensor(rows, device=device),

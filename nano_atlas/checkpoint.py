@@ -16,7 +16,8 @@ from torch import Tensor
 
 from nano_atlas.distributed import full_parameters, rank
 from nano_atlas.errors import UserError
-from nano_atlas.model import ModelConfig, Transformer, compile_layers
+from nano_atlas.gpu import compile_layers
+from nano_atlas.model import ModelConfig, Transformer
 from nano_atlas.runs import atomic_directory, read_json, write_json
 from nano_atlas.tokenizer import Tokenizer
 

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nano_atlas.errors import UserError
-from nano_atlas.model import Transformer, compile_layers
+from nano_atlas.gpu import compile_layers
+from nano_atlas.model import Transformer
 
 TIMEOUT = timedelta(hours=2)  # for a collective: the other ranks may be sampling long answers or evaluating
 

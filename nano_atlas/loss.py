@@ -18,7 +18,7 @@ p = softmax(logits), q = softmax(reference logits) and y the target token:
 Numerics: matrix products run in the dtype of `hidden` and `weight`; of bfloat16 they return float32 logits on a GPU, bfloat16
 logits on a CPU. Softmax, entropy, KL and loss are always float32. The head's gradient is summed over chunks in float32 and rounded
 to the dtype of `weight` once.
-The elementwise kernels are compiled for vocabularies of 4,096 and more (NANO_ATLAS_COMPILE, see model.py).
+The elementwise kernels are compiled for vocabularies of 4,096 and more (NANO_ATLAS_COMPILE, see gpu.py).
 """
 
 import math
@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nano_atlas.model import PackedAttention, Transformer, is_worth_compiling
+from nano_atlas.gpu import is_worth_compiling
+from nano_atlas.model import PackedAttention, Transformer
 
 # (logprobs [n], kl [n] | None, rows) -> loss [n]; `rows` is the slice of the N tokens that the chunk holds
 TokenLoss = Callable[[Tensor, Tensor | None, slice], Tensor]

@@ -1,18 +1,14 @@
 """The dense decoder family of Llama 3.x, Mistral, Qwen2.5 and Qwen3, over flat lists of `N` tokens, whichever documents they are of.
 
 The `attention` object that the model is called with decides what a token may attend to. So one `Transformer` serves packed training
-(`PackedAttention`), groups of completions (`SharedPromptAttention`, on a GPU `FlexAttention`) and cached decoding (`sampler.py`), and no
-computation is spent on padding. Modules and parameters are called as in the Hugging Face checkpoints. Simplified: no dropout, no
-sliding window, no mixture of experts (these are refused).
-Environment: NANO_ATLAS_COMPILE=1 compiles layers and kernels (torch.compile) always, 0 never; unset, models with a vocabulary of
-4,096 and more: their layers on a GPU, the loss anywhere.
+(`PackedAttention`), groups of completions (`SharedPromptAttention`; on a GPU another one, gpu.py) and cached decoding (`sampler.py`),
+and no computation is spent on padding. Modules and parameters are called as in the Hugging Face checkpoints. Simplified: no dropout,
+no sliding window, no mixture of experts (these are refused).
 """
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +17,6 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 # (layer index, q [N, H, D_head], k [N, H_kv, D_head], v [N, H_kv, D_head]) -> [N, H, D_head]
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-MIN_COMPILED_VOCABULARY = 4096  # smaller models are done before the compiler is
 
 
 @dataclass(frozen=True)
@@ -143,7 +138,7 @@ class Transformer(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.recompute_activations = False  # gradient checkpointing, one layer at a time
-        self.is_compiled = False  # see `compile_layers`
+        self.is_compiled = False  # see gpu.py
         self.compute_dtype: torch.dtype | None = None  # of a sharded model (its parameters are float32)
 
     @property
@@ -176,32 +171,6 @@ class Transformer(nn.Module):
             std = 0.02 / math.sqrt(2 * self.config.num_hidden_layers) if is_output else 0.02
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
         return self
-
-
-def is_worth_compiling(vocabulary: int) -> bool:
-    """Raises ValueError for a NANO_ATLAS_COMPILE that is neither 0 nor 1 nor unset."""
-    setting = os.environ.get("NANO_ATLAS_COMPILE", "")
-    if setting not in ("", "0", "1"):
-        raise ValueError(f"NANO_ATLAS_COMPILE is {setting!r}; use 0, 1 or leave it unset")
-    return setting == "1" or (setting == "" and vocabulary >= MIN_COMPILED_VOCABULARY)
-
-
-def compile_layers(model: Transformer) -> Transformer:
-    """Compiles what each layer does before and after its attention, in place, where that is worth a minute (see above).
-
-    One compilation serves all layers and numbers of tokens. What tokens see each other stays outside: the compiler would look at
-    the lengths of the documents, which differ in every batch.
-    """
-    is_here = model.head_weight.is_cuda or os.environ.get("NANO_ATLAS_COMPILE") == "1"
-    if is_here and is_worth_compiling(model.config.vocab_size):
-        model.is_compiled = True
-        torch._dynamo.config.recompile_limit = (
-            64  # teacher and student, with gradient and without: 8 would not do
-        )
-        for layer in model.model.layers:
-            for name in ("before", "after"):
-                setattr(layer, name, torch.compile(getattr(layer, name), dynamic=True))
-    return model
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -276,43 +245,3 @@ class SharedPromptAttention:
 
         out = attend(self.completions.pad(q[split:]), joined(k), joined(v), self.mask)
         return torch.cat((on_prompts, self.completions.unpad(out)))
-
-
-class FlexAttention:
-    """What `SharedPromptAttention` computes, by one kernel over the flat tokens (Dong et al. 2024, arXiv:2412.05496).
-
-    Nothing is padded, and prompts are read where they are instead of being copied for each completion. The kernel skips the blocks of
-    128 x 128 tokens in which nobody sees anybody. For GPUs: on a CPU it has no backward pass.
-    """
-
-    def __init__(self, prompt_lengths, completion_lengths, prompt_of: Sequence[int], device):
-        from torch.nn.attention.flex_attention import create_block_mask  # here: it takes seconds to import
-
-        lengths = torch.tensor([*prompt_lengths, *completion_lengths])
-        documents = torch.arange(len(lengths)).repeat_interleave(lengths)  # [N] of each token
-        starts = torch.zeros_like(lengths)  # positions at which documents begin
-        starts[len(prompt_lengths) :] = lengths[: len(prompt_lengths)][
-            torch.tensor(prompt_of, dtype=torch.int64)
-        ]
-        places = torch.arange(len(documents))
-        self.positions = (places - (lengths.cumsum(0) - lengths - starts)[documents]).to(device)
-        prompts = torch.tensor([*range(len(prompt_lengths)), *prompt_of])[documents].to(device)
-        documents, count = documents.to(device), len(prompt_lengths)
-
-        def sees(batch, head, query: Tensor, key: Tensor) -> Tensor:
-            is_shared = (prompts[query] == prompts[key]) & (documents[key] < count)
-            return (query >= key) & (is_shared | (documents[query] == documents[key]))
-
-        self.mask = create_block_mask(sees, None, None, len(documents), len(documents), device)
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H or H_kv, N, D_head]
-        kernel = _flex_kernel(q.device.type)
-        return kernel(q, k, v, block_mask=self.mask, enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1)
-
-
-@cache
-def _flex_kernel(device: str) -> Callable:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention

@@ -5,7 +5,7 @@
    it. Its keys and values are copied to each row, except those of its last token, which is the first input of decoding.
 3. A decoding step feeds one token per row, attends to the row's cache (`CachedAttention`), and draws the next (`draw_tokens`).
    All it reads and writes are buffers on the device. So on a GPU, which an eager step keeps waiting, it is recorded as a CUDA graph
-   for each number of rows and cache length (rounded up, so that there are few) and replayed (NANO_ATLAS_COMPILE=0: never).
+   for each number of rows and cache length (rounded up, so that there are few) and replayed.
 4. Finished rows leave at once, the last rows move into the gaps, waiting samples enter.
 
 What a request yields depends on the weights, its prompt, parameters and seed and the sample's index, not on the batch around it:
@@ -14,12 +14,10 @@ left: products round differently at another batch size, which can flip a draw wi
 Simplified against vLLM (Kwon et al. 2023, arXiv:2309.06180): a row of cache is as long as the longest request; no pages.
 """
 
-import os
 from bisect import bisect
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import accumulate, chain
 from typing import NamedTuple
 
@@ -29,13 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from nano_atlas import gpu
 from nano_atlas.distributed import copy_parameters
 from nano_atlas.errors import UserError
 from nano_atlas.model import ModelConfig, PackedAttention, Transformer
 
 PREFILL_TOKENS = 8192  # prompt tokens that go through the model at once (a longer prompt goes alone)
-RECORDED = ("cuda",)  # devices on which decoding steps are recorded
-RECORDED_SLOTS = 256  # their cache lengths are multiples of this
+RECORDED_SLOTS = 256  # cache lengths of recorded steps are multiples of this
 
 
 @dataclass(frozen=True)
@@ -237,7 +235,7 @@ class _Batch:
         self.temperature, self.top_p = torch.ones(2, self.max_rows, 1, **place)
         self.uniforms = torch.zeros(self.max_rows, 1, dtype=torch.float64, **place)
         self.logprobs = torch.zeros(self.max_rows, **place)
-        self.is_recorded = self.device.type in RECORDED and os.environ.get("NANO_ATLAS_COMPILE") != "0"
+        self.is_recorded = gpu.is_recorded(self.device)
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self.graphs: dict[tuple, Callable] = {}  # replays, by the arguments of `_step`
         self.samples: list[Sample] = []
@@ -323,7 +321,7 @@ class _Batch:
         if key in self.graphs:
             self.graphs[key]()
         else:
-            self.graphs[key] = record(lambda: self._step(*key), self.device, self.pool)
+            self.graphs[key] = gpu.record(lambda: self._step(*key), self.device, self.pool)
 
     def _step(self, rows: int, longest: int, has_greedy: bool, has_top_p: bool) -> None:
         """One token for each of the first rows, whose caches have at most `longest` slots with it. The host learns nothing of it."""
@@ -337,24 +335,6 @@ class _Batch:
         tokens.copy_(drawn[0])
         self.logprobs[:rows] = drawn[1]
         positions += 1
-
-
-def record(step: Callable[[], None], device: torch.device, pool) -> Callable[[], None]:
-    """Runs `step` and makes a CUDA graph of its kernels. What is returned runs them again, on the same memory (of the pool)."""
-    stream, graph = _recording_stream(device), torch.cuda.CUDAGraph()
-    with torch.cuda.device(device):
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()  # compiles, and loads what must not be loaded while recording
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-            step()  # is not run
-    return graph.replay
-
-
-@cache
-def _recording_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # one, because the matrix library keeps a workspace for each
 
 
 def _check(request: Request, number: int, config: ModelConfig) -> None:

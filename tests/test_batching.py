@@ -8,7 +8,8 @@ from torch.nn.attention import flex_attention
 
 from nano_atlas import batching
 from nano_atlas.batching import Sample, completion_logprobs, policy_batches, predicting_states
-from nano_atlas.model import FlexAttention, ModelConfig, PackedAttention, Transformer, compile_layers
+from nano_atlas.gpu import FlexAttention, compile_layers
+from nano_atlas.model import ModelConfig, PackedAttention, SharedPromptAttention, Transformer
 from nano_atlas.sampler import Rollout
 
 TEMPERATURE = 0.7
@@ -23,6 +24,11 @@ def kernel(request, monkeypatch):
         monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
         monkeypatch.setattr(flex_attention, "_warn_once", lambda **_: None)  # "use torch.compile()"
     return request.param
+
+
+def filled(tokens: int, kernel: str) -> int:
+    """As many tokens as are computed."""
+    return -(-tokens // 128) * 128 if kernel == "flex" else tokens
 
 
 def make_model(heads=(4, 2)) -> Transformer:
@@ -91,7 +97,7 @@ def test_gradients_are_those_of_each_sequence_alone(heads, tokens_per_batch):
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 20, 40, 10_000])
-def test_every_completion_token_is_predicted_once_and_batches_keep_to_their_size(tokens_per_batch):
+def test_every_completion_token_is_predicted_once_and_batches_keep_to_their_size(kernel, tokens_per_batch):
     samples = make_samples()
     tokens = [token for sample in samples for token in sample.rollout.completion_ids]
     owners = [index for index, s in enumerate(samples) for _ in s.rollout.completion_ids]
@@ -101,17 +107,16 @@ def test_every_completion_token_is_predicted_once_and_batches_keep_to_their_size
     assert [tokens[row] for row in rows] == torch.cat([batch.targets for batch in batches]).tolist()
     for batch in batches:
         is_single = len({owners[row] for row in batch.rows}) == 1
-        assert len(batch.input_ids) <= tokens_per_batch or is_single
+        assert len(batch.input_ids) <= filled(tokens_per_batch, kernel) or is_single
     assert len(batches) == {1: len(samples), 10_000: 1}.get(tokens_per_batch, len(batches))
 
 
-def test_a_prompt_is_computed_once_for_its_group():
+def test_a_prompt_is_computed_once_for_its_group(kernel):
     samples = make_samples()
     (batch,) = policy_batches(samples, 10_000, make_model())
     prompts = {sample.rollout.prompt_ids for sample in samples}
-    assert len(batch.input_ids) == sum(map(len, prompts)) + sum(
-        len(s.rollout.completion_ids) - 1 for s in samples
-    )
+    completions = sum(len(s.rollout.completion_ids) - 1 for s in samples)
+    assert len(batch.input_ids) == filled(sum(map(len, prompts)) + completions, kernel)
 
 
 def test_completions_of_one_token_need_no_token_of_their_own():
@@ -125,9 +130,9 @@ def test_completions_of_one_token_need_no_token_of_their_own():
 
 def test_positions_go_on_after_the_prompt():
     attention = FlexAttention([3, 1], [2, 0, 4], [0, 0, 1], "cpu")
-    assert attention.positions.tolist() == [0, 1, 2, 0, 3, 4, 1, 2, 3, 4]
-    padded = batching.SharedPromptAttention([3, 1], [2, 0, 4], [0, 0, 1], "cpu")
-    assert padded.positions.tolist() == attention.positions.tolist()
+    assert attention.positions.tolist() == [0, 1, 2, 0, 3, 4, 1, 2, 3, 4, *range(118)]
+    padded = SharedPromptAttention([3, 1], [2, 0, 4], [0, 0, 1], "cpu")
+    assert padded.positions.tolist() == attention.positions.tolist()[:10]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

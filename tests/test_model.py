@@ -6,7 +6,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nano_atlas.checkpoint import config_from_dict, load_model
 from nano_atlas.errors import UserError
-from nano_atlas.model import ModelConfig, PackedAttention, Transformer, compile_layers
+from nano_atlas.gpu import compile_layers
+from nano_atlas.model import ModelConfig, PackedAttention, Transformer
 
 SIZES = {
     "vocab_size": 97,

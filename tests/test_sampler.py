@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from nano_atlas import sampler as sampler_module
 from nano_atlas.errors import UserError
-from nano_atlas.model import ModelConfig, PackedAttention, Transformer, compile_layers
+from nano_atlas.gpu import compile_layers
+from nano_atlas.model import ModelConfig, PackedAttention, Transformer
 from nano_atlas.sampler import Generation, Request, Sampler, draw_tokens
 
 
@@ -355,9 +356,9 @@ def test_recorded_steps_replay_on_fixed_memory_and_draw_the_same(monkeypatch, ro
 
     batch, real = [], sampler_module._Batch.__init__
     monkeypatch.setattr(sampler_module._Batch, "__init__", remember)
-    monkeypatch.setattr(sampler_module, "RECORDED", ("cpu",))
+    monkeypatch.setattr(sampler_module.gpu, "is_recorded", lambda device: True)
     monkeypatch.setattr(sampler_module, "RECORDED_SLOTS", slots)
-    monkeypatch.setattr(sampler_module, "record", on_tape)
+    monkeypatch.setattr(sampler_module.gpu, "record", on_tape)
     for steps in (1, 3):
         sampler = Sampler(tiny_model(), max_rows=rows, steps_per_sync=steps)
         for ours, theirs in zip(sum(sampler.generate(requests), []), sum(expected, []), strict=True):

@@ -1,0 +1,111 @@
+"""What makes the same computation fast on a GPU: compiled layers, FlexAttention for groups, recorded decoding steps.
+
+Nothing here changes what is computed. Environment: NANO_ATLAS_COMPILE=0 switches all of it off, 1 compiles everything everywhere;
+unset, layers and FlexAttention's kernel are compiled for models on a GPU with a vocabulary of 4,096 and more, the loss's kernels for
+such models anywhere, and decoding steps are recorded on every GPU.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from nano_atlas.model import Transformer
+
+MIN_COMPILED_VOCABULARY = 4096  # smaller models are done before the compiler is
+BLOCK = 128  # tokens, of FlexAttention
+# cuDNN's attention plans every new shape, for up to a second, and batches differ in theirs
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def setting() -> str:
+    """Raises ValueError for a NANO_ATLAS_COMPILE that is neither 0 nor 1 nor unset."""
+    found = os.environ.get("NANO_ATLAS_COMPILE", "")
+    if found not in ("", "0", "1"):
+        raise ValueError(f"NANO_ATLAS_COMPILE is {found!r}; use 0, 1 or leave it unset")
+    return found
+
+
+def is_worth_compiling(vocabulary: int) -> bool:
+    return setting() == "1" or (setting() == "" and vocabulary >= MIN_COMPILED_VOCABULARY)
+
+
+def is_recorded(device: torch.device) -> bool:
+    """Whether decoding steps are."""
+    return device.type == "cuda" and setting() != "0"
+
+
+def compile_layers(model: Transformer) -> Transformer:
+    """Compiles what each layer does before and after its attention, in place, where that is worth a minute.
+
+    One compilation serves all layers and numbers of tokens. What tokens see each other stays outside: the compiler would look at
+    the lengths of the documents, which differ in every batch.
+    """
+    is_here = model.head_weight.is_cuda or setting() == "1"
+    if is_here and is_worth_compiling(model.config.vocab_size):
+        model.is_compiled = True
+        # teacher and student, with gradient, without, and in inference mode: 8 would not do
+        torch._dynamo.config.recompile_limit = 64
+        for layer in model.model.layers:
+            for name in ("before", "after"):
+                setattr(layer, name, torch.compile(getattr(layer, name), dynamic=True))
+    return model
+
+
+class FlexAttention:
+    """What `SharedPromptAttention` computes, by one kernel over the flat tokens (Dong et al. 2024, arXiv:2412.05496).
+
+    Prompts are read where they are instead of being copied for each completion, and blocks of 128 x 128 tokens in which nobody sees
+    anybody are skipped. `positions` may be longer than the documents: whole blocks, filled up by one more document, spare the
+    compiler special cases. For GPUs: on a CPU it has no backward pass.
+    """
+
+    def __init__(self, prompt_lengths, completion_lengths, prompt_of: Sequence[int], device):
+        from torch.nn.attention.flex_attention import create_block_mask  # here: it takes seconds to import
+
+        count, lengths = len(prompt_lengths), [*prompt_lengths, *completion_lengths]
+        lengths = torch.tensor([*lengths, -sum(lengths) % BLOCK])
+        documents = torch.arange(len(lengths)).repeat_interleave(lengths)  # [N] of each token
+        starts = torch.tensor([0] * count + [prompt_lengths[i] for i in prompt_of] + [0])  # positions
+        places = torch.arange(len(documents))
+        self.positions = (places - (lengths.cumsum(0) - lengths - starts)[documents]).to(device)
+        prompts = torch.tensor([*range(count), *prompt_of, -1])[documents].to(device)
+        documents = documents.to(device)
+
+        def sees(batch, head, query: Tensor, key: Tensor) -> Tensor:
+            is_shared = (prompts[query] == prompts[key]) & (documents[key] < count)
+            return (query >= key) & (is_shared | (documents[query] == documents[key]))
+
+        self.mask = create_block_mask(sees, None, None, len(documents), len(documents), device)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H or H_kv, N, D_head]
+        kernel = _flex_kernel(q.device.type)
+        return kernel(q, k, v, block_mask=self.mask, enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1)
+
+
+@cache
+def _flex_kernel(device: str) -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention
+
+
+def record(step: Callable[[], None], device: torch.device, pool) -> Callable[[], None]:
+    """Runs `step` and makes a CUDA graph of its kernels. What is returned runs them again, on the same memory (of the pool)."""
+    stream, graph = _recording_stream(device), torch.cuda.CUDAGraph()
+    with torch.cuda.device(device):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()  # compiles, and loads what must not be loaded while recording
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+            step()  # is not run
+    return graph.replay
+
+
+@cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # one, because the matrix library keeps a workspace for each
