@@ -1,11 +1,12 @@
 """Seconds per GRPO step on a real model: nano_atlas beside TRL's GRPOTrainer with transformers' generation.
 
-    python -m benchmarks.bench_grpo --model DIR                          # SmolLM2-135M in Hugging Face layout (benchmarks/smollm2.py makes one)
-    python -m benchmarks.bench_grpo --model DIR --device cuda --dtype bfloat16 --prompts 8 --new-tokens 512 --trl-batch 8
+    python -m benchmarks.bench_grpo --model DIR       # SmolLM2-135M, for example (benchmarks/smollm2.py makes one)
+    python -m benchmarks.bench_grpo --model DIR --device cuda --dtype bfloat16 --new-tokens 512 --trl-batch 8
 
-The task is one that both can do: the policy answers by itself (`--reward exact`), P prompts, G completions of exactly N tokens each, KL
-to a frozen reference, one update. The arms take turns on the same prompts; the first step of each is not counted. The table gives
-medians and the median of the per-round ratio. Of a step, what is not rollout is update; the reference's log-probs are part of that.
+The task is one that both can do: the policy answers by itself (`--reward exact`), P prompts, G completions of
+exactly N tokens each, KL to a frozen reference, one update. The arms take turns on the same prompts; the first
+step of each is not counted. The table gives medians and the median of the per-round ratio. Of a step, what is
+not rollout is update; the reference's log-probs are part of that.
 """
 
 import statistics

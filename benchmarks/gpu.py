@@ -4,11 +4,12 @@
     python -m benchmarks.gpu --sections attention sft --budget 120  # the others' results stay in the file
     python -m benchmarks.gpu --device cpu --budget 60               # in small, so that it never rots
 
-Each section has a process of its own and a share of the time that is left; what it leaves over goes to the later ones. Within a section
-the measurements stand in the order of their worth. One that fails costs its own row. What did not begin in time says "no time", and a
-section that passes its time is ended; a process that dies is replaced, and goes on after the measurement that killed it. The results
-are in benchmarks/results/gpu-CARD.json after each measurement, what was printed beside it in gpu-CARD.log. Exit status 1: something
-computed a wrong number, or the section `correct` could not say.
+Each section has a process of its own and a share of the time that is left; what it leaves over goes to the
+later ones. Within a section the measurements stand in the order of their worth. One that fails costs its
+own row. What did not begin in time says "no time", and a section that passes its time is ended; a process
+that dies is replaced, and goes on after the measurement that killed it. The results are in
+benchmarks/results/gpu-CARD.json after each measurement, what was printed beside it in gpu-CARD.log. Exit
+status 1: something computed a wrong number, or the section `correct` could not say.
 """
 
 import json
@@ -46,28 +47,58 @@ class Section(NamedTuple):
 
 
 SECTIONS = {
-    "correct": Section("benchmarks.gpu_correct:correct", 60,
-        "Against the plain formula in float64 on the CPU: norm(found - right) / norm(right) of the part that is nearest to its bound.",
-        COMPILER),
-    "attention": Section("benchmarks.gpu_speed:attention", 35,
-        "bfloat16, 16 heads and 8 of keys, of 128; forward and backward of one layer. TFLOP/s: 14 x heads x 128 x pairs of tokens that see "
-        "each other (4 forward, 10 backward). Errors are against the first row of a case.", COMPILER),
-    "sft": Section("benchmarks.gpu_speed:sft", 50,
-        "bfloat16, random weights, compiled, whole steps with AdamW on float32 masters. MFU over 989 TFLOP/s. Published: nanochat d12 "
-        "41.9 to 46 %, torchtitan Llama-3.1-8B 33 to 39 %; wanted: 45 % at 1.7B.", COMPILER),
-    "sampler": Section("benchmarks.gpu_speed:sampler", 45,
-        "Qwen3-0.6B's shape, bfloat16, random weights, 256 prompt tokens. Published: vLLM about 12,000 tokens/s, 2.4 to 5.5 ms a step.",
-        COMPILER + QWEN3),
-    "grpo": Section("benchmarks.gpu_speed:grpo", 50,
-        "Qwen3-0.6B's shape, 8 prompts x 8 completions, 256 + 512 tokens; seconds per step after one that is not counted. TRL's optimizer "
-        "state is bfloat16, ours float32.", COMPILER + QWEN3 + ("datasets", "trl")),
-    "loss": Section("benchmarks.gpu_memory:loss", 20,
-        "N = 8,192 tokens, V = 151,936, bfloat16, forward and backward. The bar: three matrix products at 700 TFLOP/s. Wanted: twice "
-        "that at most, and 1.5 GB.", COMPILER),
-    "memory": Section("benchmarks.gpu_memory:memory_section", 20,
-        "GB (10^9 bytes) allocated by torch, beside the formulas of benchmarks/memory.py.", COMPILER),
+    "correct": Section(
+        "benchmarks.gpu_correct:correct",
+        60,
+        "Against the plain formula in float64 on the CPU: norm(found - right) / norm(right) of the "
+        "part that is nearest to its bound.",
+        COMPILER,
+    ),
+    "attention": Section(
+        "benchmarks.gpu_speed:attention",
+        35,
+        "bfloat16, 16 heads and 8 of keys, of 128; forward and backward of one layer. TFLOP/s: 14 x "
+        "heads x 128 x pairs of tokens that see each other (4 forward, 10 backward). Errors: against "
+        "a case's first row.",
+        COMPILER,
+    ),
+    "sft": Section(
+        "benchmarks.gpu_speed:sft",
+        50,
+        "bfloat16, random weights, compiled, whole steps with AdamW on float32 masters. MFU over 989 "
+        "TFLOP/s. Published: nanochat d12 41.9 to 46 %, torchtitan Llama-3.1-8B 33 to 39 %; wanted: "
+        "45 % at 1.7B.",
+        COMPILER,
+    ),
+    "sampler": Section(
+        "benchmarks.gpu_speed:sampler",
+        45,
+        "Qwen3-0.6B's shape, bfloat16, random weights, 256 prompt tokens. Published: vLLM about "
+        "12,000 tokens/s, 2.4 to 5.5 ms a step.",
+        COMPILER + QWEN3,
+    ),
+    "grpo": Section(
+        "benchmarks.gpu_speed:grpo",
+        50,
+        "Qwen3-0.6B's shape, 8 prompts x 8 completions, 256 + 512 tokens; seconds per step after one "
+        "that is not counted. TRL's optimizer state is bfloat16, ours float32.",
+        (*COMPILER, *QWEN3, "datasets", "trl"),
+    ),
+    "loss": Section(
+        "benchmarks.gpu_memory:loss",
+        20,
+        "N = 8,192 tokens, V = 151,936, bfloat16, forward and backward. The bar: three matrix "
+        "products at 700 TFLOP/s. Wanted: twice that at most, and 1.5 GB.",
+        COMPILER,
+    ),
+    "memory": Section(
+        "benchmarks.gpu_memory:memory_section",
+        20,
+        "GB (10^9 bytes) allocated by torch, beside the formulas of benchmarks/memory.py.",
+        COMPILER,
+    ),
     "story": Section("benchmarks.gpu_memory:story", 1, "Minutes of each stage of benchmarks/smollm2.py."),
-}  # fmt: skip
+}
 GRACE = 10.0  # seconds that a section may be late before it is ended
 LOADING = 90.0  # seconds that a process may take to import what it needs
 TRIES = 4  # processes of one section, of which all but the last died
@@ -141,7 +172,8 @@ class Worker:
 def run_section(worker: Worker, again, share, publish) -> None:
     """Until the section is finished or its time is up.
 
-    again(done): another process for it. share(): seconds it gets, asked once it has loaded. publish(records): of the section so far.
+    again(done): another process for it. share(): seconds it gets, asked once it has loaded.
+    publish(records): of the section so far.
     """
     seconds = deadline = 0.0
     for tries in range(TRIES):

@@ -1,8 +1,9 @@
-"""Is it right? The section `correct` of gpu.py: what a device computes beside the plain formula in float64 on the CPU.
+"""Is it right? The section `correct` of gpu.py: what a device computes beside the plain formula in float64
+on the CPU.
 
-The plain side runs every sequence by itself, with attention, softmax, losses and AdamW written out; only the layers' matrices are shared
-with what is tested. An error is norm(found - right) / norm(right). Weights are rounded to the dtype first, so that the
-errors are those of the computation alone.
+The plain side runs every sequence by itself, with attention, softmax, losses and AdamW written out; only
+the layers' matrices are shared with what is tested. An error is norm(found - right) / norm(right). Weights
+are rounded to the dtype first, so that the errors are those of the computation alone.
 """
 
 import copy
@@ -21,8 +22,9 @@ import train_sft
 from benchmarks.gpu_probe import Probe, compared, random_model
 from nano_atlas.batching import Sample, completion_logprobs
 from nano_atlas.data import Example, count_targets
+from nano_atlas.gpu import compile_layers
 from nano_atlas.loss import fused_token_loss
-from nano_atlas.model import ModelConfig, PackedAttention, Transformer, compile_layers
+from nano_atlas.model import ModelConfig, PackedAttention, Transformer
 from nano_atlas.optim import MasterAdamW
 from nano_atlas.sampler import Generation, Request, Rollout, Sampler
 
@@ -38,7 +40,7 @@ LOGPROBS = 4  # part of the bound: they are numbers far from zero with small dif
 RATE = 1e-4
 
 
-# --------------------------------------------------------------------------------------------------------- the right answers
+# ---------------------------------------------------------------------------------------- the right answers
 
 
 def plain_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -101,9 +103,12 @@ class Case:
                 rollout = Rollout(tuple(prompt), completion, (right + noise).tolist(), "length", 0)
                 self.samples.append(Sample(rollout, 1.0 - 0.7 * number + 0.2 * index))
         self.config = train_grpo.Config(
-            reward="exact", temperature=(1.0, 1.0), answer_tokens=COMPLETIONS[0] * scale, tokens_per_batch=40 * scale,
+            reward="exact",
+            temperature=(1.0, 1.0),
+            answer_tokens=COMPLETIONS[0] * scale,
+            tokens_per_batch=40 * scale,
             max_logp_diff=math.inf,
-        )  # fmt: skip
+        )
 
     @torch.no_grad()
     def logits(self) -> Tensor:
@@ -143,7 +148,7 @@ class Case:
         return sum(losses).detach(), torch.cat(kls).detach().mean(), gradients(self.plain)
 
 
-# ------------------------------------------------------------------------------------------------------------ what is tested
+# ------------------------------------------------------------------------------------------ what is tested
 
 
 class KeepingAdamW(MasterAdamW):
@@ -235,7 +240,7 @@ def check_grpo(case: Case, mode: str) -> dict:
 
 
 def check_sampler(case: Case, mode: str, steps_per_sync: int) -> dict:
-    """Log-probs of drawn tokens beside the training forward's and the plain ones; greedy tokens beside the likeliest."""
+    """Log-probs of drawn tokens beside the training forward and the plain one; greedy tokens beside the best."""
     model, parts = on_device(case, case.model, mode), {}
     sampler = Sampler(model, max_rows=4, steps_per_sync=steps_per_sync)  # fewer rows than samples
     for temperature, name in (1.0, "drawn"), (0.0, "greedy"):

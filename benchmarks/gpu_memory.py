@@ -1,4 +1,5 @@
-"""What is left of gpu.py's sections: the fused loss, memory beside its formulas, and the story on a real model."""
+"""What is left of gpu.py's sections: the fused loss, memory beside its formulas, and the story on a real
+model."""
 
 import gc
 import os
@@ -17,7 +18,7 @@ from benchmarks import bench_loss, memory
 from benchmarks.gpu_probe import NotHere, Probe, random_model, timed
 from benchmarks.gpu_speed import BF16, shape_of
 from benchmarks.jobs import ROOT
-from nano_atlas.model import compile_layers
+from nano_atlas.gpu import compile_layers
 
 
 def loss(probe: Probe) -> None:

@@ -1,6 +1,7 @@
 """What the sections of gpu.py measure with: a process of their own, a clock, and one record per measurement.
 
-Nothing here or in a section imports torch before it is needed: the next section's process loads what it needs while it waits.
+Nothing here or in a section imports torch before it is needed: the next section's process loads what it
+needs while it waits.
 """
 
 import gc
@@ -87,7 +88,7 @@ class Probe:
 
 
 def work(section, function: str, imports, stream: Path, log: Path, options, done, gate: Connection) -> None:
-    """A section's process: load, wait at the gate for the seconds it gets, measure. function: "module:name"."""
+    """A section's process: load, wait at the gate for its seconds, measure. function: "module:name"."""
     os.setsid()  # the driver ends it with all that it started
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
@@ -129,7 +130,7 @@ def milliseconds(device: str, call: Callable[[], Any]) -> float:
 
 
 def timed(device: str, call: Callable[[], Any], repeats: int = 10, warmups: int = 2) -> dict[str, float]:
-    """Median time of a call, and its peak memory over what was there before, after warm-ups that are not counted."""
+    """Median time of a call, and its peak memory over what was there before; warm-ups are not counted."""
     repeats, warmups = (2, 1) if device == "cpu" else (repeats, warmups)
     for _ in range(warmups):
         call()
@@ -148,7 +149,10 @@ def relative_error(found: Tensor, right: Tensor) -> float:
 
 
 def compared(parts: Mapping[str, tuple[Any, Any]], bound: float, **bounds: float) -> dict[str, Any]:
-    """Relative errors of pairs (found, right): the record has the one nearest to its bound. NaN never passes. bounds: of some parts."""
+    """Relative errors of pairs (found, right): the record has the one nearest to its bound. NaN never passes.
+
+    bounds: those of some parts, where they differ.
+    """
     errors = {name: relative_error(*map(torch.as_tensor, pair)) for name, pair in parts.items()}
     limits = dict.fromkeys(parts, bound) | bounds
     worst = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name] / limits[name]))
@@ -158,7 +162,10 @@ def compared(parts: Mapping[str, tuple[Any, Any]], bound: float, **bounds: float
 
 @torch.no_grad()
 def random_model(shape: ModelConfig, device: str, dtype: torch.dtype, seed: int = 0) -> Transformer:
-    """A model made where it is needed: `Transformer.initialize` would take a minute. Its logits have a deviation of about 1."""
+    """A model made where it is needed, because `Transformer.initialize` would take a minute.
+
+    Its logits have a deviation of about 1.
+    """
     with torch.device("meta"):
         model = Transformer(shape).to(dtype)
     model.to_empty(device=device)

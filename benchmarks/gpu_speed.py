@@ -1,9 +1,9 @@
 """How fast: the sections attention, sft, sampler and grpo of gpu.py.
 
-model flops of training   per token 6 x (parameters without the embedding, but with the head)
-                          and per layer 6 x heads x D_head x length: half of the square, which causal attention leaves
-MFU                       these over the seconds and PEAK; what gradient checkpointing computes again does not count
-attention                 4 x heads x D_head x pairs forward, 10 backward; pairs: of tokens that see each other
+flops of training   per token 6 x (parameters without the embedding, but with the head) and per layer
+                    6 x heads x D_head x length: half of the square, which causal attention leaves
+MFU                 these over the seconds and PEAK; what gradient checkpointing repeats does not count
+attention           4 x heads x D_head x pairs forward, 10 backward; pairs: of tokens that see each other
 """
 
 import gc
@@ -32,13 +32,8 @@ from benchmarks.gpu_probe import (
     timed,
 )
 from nano_atlas import model as model_module
-from nano_atlas.model import (
-    FlexAttention,
-    ModelConfig,
-    PackedAttention,
-    SharedPromptAttention,
-    compile_layers,
-)
+from nano_atlas.gpu import FlexAttention, compile_layers
+from nano_atlas.model import ModelConfig, PackedAttention, SharedPromptAttention
 
 PEAK = 989e12  # flops of an H100 SXM or H200 per second, dense bfloat16
 BF16 = torch.bfloat16
@@ -62,11 +57,11 @@ def training_flops(c: ModelConfig, length: int) -> int:
     return 6 * parameters + 6 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * length
 
 
-# -------------------------------------------------------------------------------------------------------------- attention
+# -------------------------------------------------------------------------------------------------- attention
 
 
 def shared_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`model.attend` as it would be with a mask and shared key heads, for which CUDA has only the plain kernel."""
+    """`model.attend` with a mask and shared key heads, for which CUDA has only the plain kernel."""
     options = {"is_causal": mask is None, "enable_gqa": q.shape[1] != k.shape[1]}
     return F.scaled_dot_product_attention(q, k, v, mask, **options)
 
@@ -77,7 +72,7 @@ def expanded_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
 
 
 class Varlen:
-    """Packed documents by torch's flash kernel, which no CPU has. Its signature differs between versions of torch."""
+    """Packed documents by torch's flash kernel, which no CPU has. Its signature differs between versions."""
 
     def __init__(self, lengths: Sequence[int], device: str):
         if device == "cpu":
@@ -110,10 +105,14 @@ def attention(probe: Probe) -> None:
     def run(case: str, build: Callable, attend: Callable | None, tokens: int, pairs: int) -> dict:
         generator = torch.Generator(device).manual_seed(0)
         options = {"device": device, "dtype": BF16, "generator": generator}
-        q, *kv = (torch.randn(tokens, count, head_dim, **options) for count in (heads, kv_heads, kv_heads))
-        inputs, d_out = [x.requires_grad_() for x in (q, *kv)], torch.randn(q.shape, **options)
+        counts = heads, kv_heads, kv_heads, heads
+        drawn = [torch.randn(tokens, count, head_dim, **options) for count in counts]
         with mock.patch.object(model_module, "attend", attend or model_module.attend):
             built = build()
+            # FlexAttention fills whole blocks
+            more = len(built.positions) - tokens if isinstance(built, FlexAttention) else 0
+            q, k, v, d_out = (F.pad(x, (0, 0, 0, 0, 0, more)) for x in drawn)
+            inputs = [x.requires_grad_() for x in (q, k, v)]
             has_backward = device == "cuda" or not isinstance(built, FlexAttention)
             found: dict[str, Tensor] = {}
 
@@ -121,14 +120,14 @@ def attention(probe: Probe) -> None:
                 for x in inputs:
                     x.grad = None
                 out = built(0, *(inputs if has_backward else [x.detach() for x in inputs]))
-                found["output"] = out.detach()
+                found["output"] = out.detach()[:tokens]
                 if has_backward:
                     out.backward(d_out)
 
             speed = timed(device, call)
             build_ms = statistics.median(milliseconds(device, build) for _ in range(3))
         if has_backward:
-            found |= {name: x.grad for name, x in zip(("d q", "d k", "d v"), inputs)}
+            found |= {name: x.grad[:tokens] for name, x in zip(("d q", "d k", "d v"), inputs)}
         right = first.setdefault(case, found)
         flops = (14 if has_backward else 4) * heads * head_dim * pairs
         rates = {"tflops": flops / speed["ms"] / 1e9, "build_ms": build_ms}
@@ -161,7 +160,7 @@ def attention(probe: Probe) -> None:
             probe.measure(f"{case}: {name}", run, case, build, None, sum(lengths), pairs)
 
 
-# -------------------------------------------------------------------------------------------------------------------- SFT
+# -------------------------------------------------------------------------------------------------------- SFT
 
 
 def sft(probe: Probe) -> None:
@@ -210,7 +209,7 @@ def sft(probe: Probe) -> None:
         probe.measure(f"{name}, documents of {length:,}, {how}", run, name, length, is_checkpointed)
 
 
-# ---------------------------------------------------------------------------------------------------------- sampler, GRPO
+# ---------------------------------------------------------------------------------------------- sampler, GRPO
 
 
 def our_generation(probe: Probe) -> Callable:
@@ -309,8 +308,9 @@ def grpo(probe: Probe) -> None:
         length = random_checkpoint(Path(folder, "model"), probe)
         missing = prompt - length("t2") + 1
         config = bench_grpo.Config(
-            Path(folder, "model"), prompts, group, new, steps=1, dtype="bfloat16", device=probe.device, tokens_per_batch=8192,
-            trl_batch=8, questions=tuple(" ".join([f"t{2 + i}"] * missing) for i in range(prompts)),
+            Path(folder, "model"), prompts, group, new, steps=1, dtype="bfloat16", device=probe.device,
+            tokens_per_batch=8192, trl_batch=8,
+            questions=tuple(" ".join([f"t{2 + i}"] * missing) for i in range(prompts)),
         )  # fmt: skip
 
         def run(arm: type, warmups: int, steps: int) -> dict:

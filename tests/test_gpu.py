@@ -1,4 +1,4 @@
-"""The check for whoever has a GPU for a few minutes: it runs here in small, and nothing is lost when a part of it fails."""
+"""The check for whoever has a GPU for a few minutes: it runs in small; what fails costs nothing else."""
 
 import json
 import os
