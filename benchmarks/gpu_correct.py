@@ -240,7 +240,7 @@ def check_grpo(case: Case, mode: str) -> dict:
 
 
 def check_sampler(case: Case, mode: str, steps_per_sync: int) -> dict:
-    """Log-probs of drawn tokens beside the training forward and the plain one; greedy tokens beside the best."""
+    """Log-probs of draws beside the training forward and the plain one; greedy tokens beside the best."""
     model, parts = on_device(case, case.model, mode), {}
     sampler = Sampler(model, max_rows=4, steps_per_sync=steps_per_sync)  # fewer rows than samples
     for temperature, name in (1.0, "drawn"), (0.0, "greedy"):
