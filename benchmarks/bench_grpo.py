@@ -1,10 +1,12 @@
 """Seconds per GRPO step on a real model: nano_atlas beside TRL's GRPOTrainer with transformers' generation.
 
-    python -m benchmarks.bench_grpo --model DIR              # SmolLM2-135M in Hugging Face layout (benchmarks/smollm2.py makes one)
+    python -m benchmarks.bench_grpo --model DIR       # SmolLM2-135M, for example (benchmarks/smollm2.py makes one)
+    python -m benchmarks.bench_grpo --model DIR --device cuda --dtype bfloat16 --new-tokens 512 --trl-batch 8
 
-The task is one that both can do: the policy answers by itself (`--reward exact`), P prompts, G completions of exactly N tokens each, KL
-to a frozen reference, one update. The arms take turns on the same prompts; the first step of each is not counted. The table gives
-medians and the median of the per-round ratio.
+The task is one that both can do: the policy answers by itself (`--reward exact`), P prompts, G completions of
+exactly N tokens each, KL to a frozen reference, one update. The arms take turns on the same prompts; the first
+step of each is not counted. The table gives medians and the median of the per-round ratio. Of a step, what is
+not rollout is update; the reference's log-probs are part of that.
 """
 
 import statistics
@@ -41,12 +43,15 @@ class Config:
     threads: int = option(2, "CPU threads")
     dtype: str = option("float32", "of the models", ["float32", "bfloat16"])
     device: str = option("cpu", "cpu or cuda")
+    tokens_per_batch: int = option(16384, "tokens in one of our micro-batches", above=0)
+    trl_batch: int | None = option(None, "completions in one of TRL's micro-batches (none: all)", above=0)
+    questions: tuple[str, ...] = ()  # instead of those about pens
 
 
-def questions(count: int) -> list[str]:
-    return [
+def questions(config: Config) -> list[str]:
+    return list(config.questions) or [
         f"A shop sells {i + 3} boxes of {i + 12} pens each and then {i} more pens. How many pens is that?"
-        for i in range(count)
+        for i in range(config.prompts)
     ]
 
 
@@ -58,24 +63,27 @@ class Ours:
         tokenizer.eos_ids = ()  # every completion has its full length
         self.seats = {"teacher": EmbeddedSeat(self.policy, tokenizer)}
         self.optimizer = optim.MasterAdamW(self.policy, **train_grpo.ADAMW)
-        self.problems = [Problem(str(i), text, "1") for i, text in enumerate(questions(config.prompts))]
+        self.problems = [Problem(str(i), text, "1") for i, text in enumerate(questions(config))]
         self.config = train_grpo.Config(
             reward="exact", problems_per_step=config.prompts, group_size=config.group_size, answer_tokens=config.new_tokens,
-            temperature=(1.0, 1.0), dtype=config.dtype, device=config.device,
+            temperature=(1.0, 1.0), dtype=config.dtype, device=config.device, tokens_per_batch=config.tokens_per_batch,
         )  # fmt: skip
         self.step = 0
 
-    def run(self, steps: int) -> list[float]:
+    def run(self, steps: int) -> list[dict[str, float]]:
+        """Seconds of each step, and of its rollout."""
         seconds = []
         for _ in range(steps):
             started = time.perf_counter()
-            groups, _ = train_grpo.roll_out(self.config, self.seats, self.problems, self.step)
+            groups, metrics = train_grpo.roll_out(self.config, self.seats, self.problems, self.step)
             # made-up advantages: without a difference within a group there would be no gradient to time
             samples = [
                 Sample(one.reply.rollout, (-1.0) ** i) for group in groups for i, one in enumerate(group)
             ]
             train_grpo.update(self.config, self.policy, self.reference, self.optimizer, samples, RATE)
-            seconds.append(time.perf_counter() - started)
+            wait(self.config.device)
+            whole = time.perf_counter() - started
+            seconds.append({"step": whole, "rollout": metrics["seconds/rollout"]})
             self.step += 1
         return seconds
 
@@ -86,32 +94,55 @@ class Trl:
         from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
         from trl import GRPOConfig, GRPOTrainer
 
-        ends: list[float] = []
+        ends: list[tuple[float, float]] = []  # of steps: when, and seconds of rollouts by then
+        rollouts: list[float] = []
 
         class Clock(TrainerCallback):
             def on_step_end(self, *_, **__):
-                ends.append(time.perf_counter())
+                wait(config.device)
+                ends.append((time.perf_counter(), sum(rollouts)))
+
+        class Trainer(GRPOTrainer):
+            def _generate(self, *arguments, **options):
+                started = time.perf_counter()
+                result = super()._generate(*arguments, **options)
+                wait(config.device)
+                rollouts.append(time.perf_counter() - started)
+                return result
 
         self.ends, self.folder = ends, tempfile.TemporaryDirectory()
         count = config.prompts * config.group_size
+        batch = min(count, config.trl_batch or count)
         self.arguments = GRPOConfig(
-            output_dir=self.folder.name, per_device_train_batch_size=count, num_generations=config.group_size,
+            output_dir=self.folder.name, per_device_train_batch_size=batch,
+            gradient_accumulation_steps=count // batch, num_generations=config.group_size,
             max_completion_length=config.new_tokens, generation_kwargs={"min_new_tokens": config.new_tokens}, temperature=1.0,
             beta=0.04, learning_rate=RATE, lr_scheduler_type="constant", report_to="none", save_strategy="no", logging_strategy="no",
             use_cpu=config.device == "cpu", bf16=False, gradient_checkpointing=False, max_steps=config.steps + 1, disable_tqdm=True,
         )  # fmt: skip
-        rows = [{"prompt": baseline_messages(text)} for text in questions(config.prompts)]
+        rows = [{"prompt": baseline_messages(text)} for text in questions(config)]
         model = AutoModelForCausalLM.from_pretrained(config.model, dtype=getattr(torch, config.dtype))
         reward = lambda completions, **_: [float(i % 2) for i in range(len(completions))]
-        self.trainer = GRPOTrainer(
+        self.trainer = Trainer(
             model, reward, self.arguments, Dataset.from_list(rows * 64), callbacks=[Clock()],
             processing_class=AutoTokenizer.from_pretrained(config.model),
         )  # fmt: skip
 
-    def run(self, steps: int) -> list[float]:
+    def run(self, steps: int) -> list[dict[str, float]]:
         self.ends.clear()
         self.trainer.train()
-        return [end - start for start, end in zip(self.ends, self.ends[1:])]
+        pairs = zip(self.ends, self.ends[1:])
+        return [{"step": end - start, "rollout": after - before} for (start, before), (end, after) in pairs]
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def medians(steps: list[dict[str, float]]) -> dict[str, float]:
+    found = {name: statistics.median(step[name] for step in steps) for name in ("step", "rollout")}
+    return found | {"update": found["step"] - found["rollout"]}
 
 
 def main() -> None:
@@ -121,14 +152,15 @@ def main() -> None:
     arms["nano_atlas"].run(1)
     rounds = []
     for _ in range(config.rounds):
-        rounds.append({name: statistics.median(arm.run(config.steps)) for name, arm in arms.items()})
-        print({name: round(seconds, 2) for name, seconds in rounds[-1].items()}, flush=True)
+        rounds.append({name: medians(arm.run(config.steps)) for name, arm in arms.items()})
+        print({name: round(found["step"], 2) for name, found in rounds[-1].items()}, flush=True)
     rows = []
     for name in arms:
-        ratios = [one["TRL"] / one[name] for one in rounds]
+        ratios = [one["TRL"]["step"] / one[name]["step"] for one in rounds]
         spread = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
-        rows.append([name, f"{statistics.median(one[name] for one in rounds):.1f}", spread])
-    print(markdown("arm | seconds per step | times as fast as TRL", rows))
+        every = [f"{value:.1f}" for value in medians([one[name] for one in rounds]).values()]
+        rows.append([name, *every, spread])
+    print(markdown("arm | seconds per step | rollout | update | times as fast as TRL", rows))
 
 
 if __name__ == "__main__":

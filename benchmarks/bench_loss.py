@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks.jobs import markdown
 from nano_atlas.config import option, parse, run_script
 
-VARIANTS = ("plain", "nano", "nano-eager", "nano-grpo", "trl", "torch")
+VARIANTS = ("plain", "nano", "nano-eager", "nano-grpo", "trl", "torch", "liger")
 CLOCKS = ("seconds", "cpu_seconds")
 PREPARED: dict = {}  # in a process of its own: what to call
 
@@ -58,6 +58,11 @@ def build(variant: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> Call
 
         options = torch.nn.LinearCrossEntropyOptions()
         return lambda: linear_cross_entropy(hidden, weight, targets, options=options)
+    if variant == "liger":
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        fused = LigerFusedLinearCrossEntropyLoss()
+        return lambda: fused(weight, hidden, targets)
     from nano_atlas.loss import fused_token_loss
     from train_grpo import GrpoConfig, grpo_token_loss, k3_kl
 
