@@ -14,6 +14,8 @@ One step (the loop in `train`):
 
 OUT gets model and best (the teacher at the end, and where it did best on held-out problems), metrics.jsonl (a record per step),
 episodes.jsonl (samples of whole episodes) and state, from which the same command continues.
+Environment: WANDB_PROJECT=NAME mirrors the metrics to that Weights & Biases project; NANO_ATLAS_VLLM_ARGS="..." are options for
+the vLLM servers started here.
 
 What lies where (nano_atlas/layout.py): on --device the policy (weights, gradients) and, unless --optimizer-device says otherwise,
 AdamW's float32 masters and moments. With one GPU the frozen student and reference lie beside them; with two the student on the
@@ -80,7 +82,6 @@ class GrpoConfig:
     eval_every: int = option(25, "steps between evaluations (0: never)", at_least=0, resumable=True)
     eval_problems: int = option(200, "most problems held out for them, answered greedily", at_least=0)
     save_every: int = option(10, "steps between training states", above=0, resumable=True)
-    wandb: str = option("", "mirror the metrics to this Weights & Biases project", resumable=True)
 
     problems_per_step: int = option(4, "problems P per step", group="GRPO", above=0)
     group_size: int = option(8, "teachings G sampled per problem", at_least=2)
@@ -320,7 +321,7 @@ def train(config: Config) -> None:
     bar = {"total": config.steps, "initial": first_step, "unit": "step", "disable": distributed.rank() > 0}
     with (
         ExitStack() as servers,
-        RunLog(config.out / "metrics.jsonl", first_step, config.wandb, to_json(config)) as log,
+        RunLog(config.out / "metrics.jsonl", first_step, to_json(config)) as log,
         RunLog(config.out / "episodes.jsonl", first_step) as episodes,
         tqdm(desc=config.out.name, **bar) as progress,
     ):

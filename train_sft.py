@@ -7,6 +7,7 @@
 Data are JSONL files of Arc-ATLAS-Teach-v0 demonstrations, chats, or prompt/completion pairs (nano_atlas/data.py); a model is a
 directory in Hugging Face layout. Only what the assistant says is learned. The same command continues an interrupted run.
 OUT gets model (which transformers, vLLM and the other scripts load), metrics.jsonl (a record per step) and state, to continue from.
+Environment: WANDB_PROJECT=NAME mirrors the metrics to that Weights & Biases project.
 
 Against the published recipe (ATLAS: Qwen3-8B, 16 documents a step, 10 epochs, ZeRO-3): the target is the text that GRPO samples
 later, `<thinking>..</thinking><teaching>..</teaching>` after the student's approach in the prompt, and not a text with labels
@@ -48,7 +49,6 @@ class Config:
     seed: int = option(42, "of the order, of what is held out, and of the nano demonstrations")
     eval_every: int = option(100, "steps between evaluations of eval_loss", above=0, resumable=True)
     save_every: int = option(100, "steps between training states", above=0, resumable=True)
-    wandb: str = option("", "mirror the metrics to this Weights & Biases project", resumable=True)
 
     max_length: int = option(4096, "longest example (tokens); others are left out", group="data", above=0)
     shuffle: bool = option(True, "random order; --no-shuffle keeps that of the files, as a curriculum")
@@ -140,7 +140,7 @@ def train(config: Config, resumed: Path | None) -> None:
     optimizer = optim.MasterAdamW(model, weight_decay=config.weight_decay, state_device=where)
     first_step = optim.load_training_state(resumed, optimizer)["step"] if resumed else 0
     bar = {"total": total_steps, "initial": first_step, "unit": "step", "disable": distributed.rank() > 0}
-    logged = config.out / "metrics.jsonl", first_step, config.wandb, to_json(config)
+    logged = config.out / "metrics.jsonl", first_step, to_json(config)
     with RunLog(*logged) as log, tqdm(desc=config.out.name, **bar) as progress:
         for step in range(first_step, total_steps):
             started, is_last = time.perf_counter(), step + 1 == total_steps

@@ -30,7 +30,6 @@ class LayoutConfig:
     thinking: bool = option(False, "render prompts with Qwen3's thinking mode; others ignore it")
     cache_rows: int = option(256, "most sequences decoded at once by a sampler", above=0, resumable=True)
     rollout: tuple[str, ...] = option(("auto",), ROLLOUT_HELP, group="vLLM", resumable=True)
-    vllm_args: str = option("", "options for servers started here, as one quoted text", resumable=True)
     overlap: bool = option(False, "sample a step while the one before trains (vLLM only)")
 
 
