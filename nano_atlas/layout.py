@@ -17,8 +17,8 @@ from nano_atlas.model import Transformer
 from nano_atlas.seats import EmbeddedSeat, Seat, TokenSeat, is_url, open_seat
 
 ROLLOUT = re.compile(r"embedded|vllm(?::(cpu|cuda:\d+(?:,\d+)*))?")
-ROLLOUT_HELP = """who samples the policy: embedded (this process), vllm (a server started here, on the last GPU),
-vllm:cuda:6,7, vllm:cpu, or URLs of running servers; auto: vllm where it is installed and there are two GPUs, else embedded"""
+ROLLOUT_HELP = """who samples the policy: embedded (this process), vllm (a server started here, on the last GPU; NANO_ATLAS_VLLM_ARGS="..."
+are options for it), vllm:cuda:6,7, vllm:cpu, or URLs of running servers; auto: vllm if installed and with two GPUs, else embedded"""
 
 
 @dataclass(frozen=True)

@@ -177,11 +177,10 @@ class Journal(AbstractContextManager):
 
 
 class RunLog(ExitStack):
-    """What a run measured: a record `{"step": 12, "loss": 1.5, ...}` per line, and on Weights & Biases.
+    """A record `{"step": 12, "loss": 1.5, ...}` per line; given the run's config, also on Weights & Biases if WANDB_PROJECT is set.
 
     A run that continues after `resumed_step` computes the later steps again, so their records are dropped first: every step is in
-    the file once. Of several ranks the first alone writes. The log that is given the run's config is mirrored to the project that
-    WANDB_PROJECT names, if it is set. Raises UserError when the file is damaged.
+    the file once. Only rank 0 writes. Raises UserError when the file is damaged.
     """
 
     def __init__(self, path: Path, resumed_step: int = 0, config: Any = None):

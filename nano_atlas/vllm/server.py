@@ -17,8 +17,7 @@ from nano_atlas.errors import UserError
 # the endpoints that exchange weights; no reports to the internet, and nothing from there
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 CPU_ENVIRONMENT = {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB; the user's own go first
-# What `run_script` sets for the trainer: an allocator with which vLLM's sleep mode cannot give memory back.
-TRAINERS = {(name, "expandable_segments:True") for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")}
+ALLOCATOR = "expandable_segments:True"  # PYTORCH_CUDA_ALLOC_CONF of the trainer; vLLM's sleep mode refuses it
 PATIENCE = 900.0  # seconds until a server must be up
 
 
@@ -48,7 +47,7 @@ class VllmServer:
                 indices = [visible.split(",")[int(index)] for index in indices]
             environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(indices)}
             settings += ["--tensor-parallel-size", str(len(indices))]
-        self._environment = ENVIRONMENT | dict(environment.items() - TRAINERS)
+        self._environment = ENVIRONMENT | {k: v for k, v in environment.items() if v != ALLOCATOR}
         self._command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1",
             "--port", str(port), "--dtype", dtype, "--max-model-len", "auto", *settings, *options,
