@@ -17,7 +17,7 @@ from nano_atlas.errors import UserError
 # the endpoints that exchange weights; no reports to the internet, and nothing from there
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 CPU_ENVIRONMENT = {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB; the user's own go first
-ALLOCATOR = "expandable_segments:True"  # the trainer's PYTORCH_CUDA_ALLOC_CONF; vLLM's sleep mode cannot use it
+ALLOCATOR = "expandable_segments:True"  # the trainer's PYTORCH_CUDA_ALLOC_CONF; no good for vLLM's sleep mode
 PATIENCE = 900.0  # seconds until a server must be up
 
 
