@@ -1,6 +1,6 @@
 """GRPO: train the teacher on how much its teaching improves a frozen student.
 
-    python train_grpo.py                                                            # CPU: the nano world's teacher
+    python train_grpo.py                                                            # the nano world's teacher
     python train_grpo.py --preset qwen3-1.7b-80gb --problems gsm8k.jsonl            # or traces of runtime_loop.py
     torchrun --nproc-per-node 8 train_grpo.py --preset qwen3-8b-2gpu --optimizer-device auto ...   # eight GPUs
 
@@ -12,13 +12,11 @@ One step (the loop in `train`):
     update       gradient on the teacher's sampled tokens, each after the very prompt it was sampled from; prompts get none
     sync         the sampler gets the new weights
 
-OUT gets model and best (the teacher at the end, and where it did best on held-out problems), metrics.jsonl (a record per step),
-episodes.jsonl (samples of whole episodes) and state, from which the same command continues.
+OUT gets model and best (the teacher at the end, and where it did best on held-out problems), metrics.jsonl (a record per step; also at
+Weights & Biases, if WANDB_PROJECT is set), episodes.jsonl (samples of whole episodes) and state, to continue from.
 
-What lies where (nano_atlas/layout.py): on --device the policy (weights, gradients) and, unless --optimizer-device says otherwise,
-AdamW's float32 masters and moments. With one GPU the frozen student and reference lie beside them; with two the student on the
-second, and the reference too unless vLLM fills that one. Under torchrun each rank has its rows of the policy, of gradients and of
-AdamW's state, and whole copies of the frozen models.
+What lies where, --show-layout prints. With two GPUs the frozen student is on the second, and the reference too unless vLLM fills
+that one. Under torchrun each rank has its rows of policy, gradients and AdamW's state, and whole copies of the frozen models.
 
 Against the published recipe (ATLAS): the gradient is on the prompt that was sampled from; the sampler has the current weights;
 probe and baselines are shared by a group; the reward compares the guided answer with the student's own; an advantage is not divided
@@ -49,7 +47,7 @@ from nano_atlas.errors import UserError
 from nano_atlas.layout import LayoutConfig, Pipeline, choose_layout, open_policy, open_student
 from nano_atlas.loss import fused_token_loss
 from nano_atlas.model import Transformer
-from nano_atlas.presets import presets
+from nano_atlas.presets import presets, suggestion
 from nano_atlas.reward import RewardConfig, step_advantages
 from nano_atlas.runs import RunLog, read_json
 from nano_atlas.schedule import play
@@ -80,7 +78,7 @@ class GrpoConfig:
     eval_every: int = option(25, "steps between evaluations (0: never)", at_least=0, resumable=True)
     eval_problems: int = option(200, "most problems held out for them, answered greedily", at_least=0)
     save_every: int = option(10, "steps between training states", above=0, resumable=True)
-    wandb: str = option("", "mirror the metrics to this Weights & Biases project", resumable=True)
+    show_layout: bool = option(False, "print what lies where, in GB, and do nothing else", resumable=True)
 
     problems_per_step: int = option(4, "problems P per step", group="GRPO", above=0)
     group_size: int = option(8, "teachings G sampled per problem", at_least=2)
@@ -108,7 +106,7 @@ class Config(LayoutConfig, RewardConfig, EpisodeConfig, GrpoConfig):
     def check(self) -> None:
         if self.teacher_temperature <= 0:
             raise UserError("--temperature: a greedy teacher samples no group to compare; above 0, please")
-        if not self.problems and self.preset != "nano":
+        if not self.problems and self.preset != "nano" and not self.show_layout:
             raise UserError("name the problems to train on with --problems FILE")
 
 
@@ -340,7 +338,7 @@ def train(config: Config) -> None:
     bar = {"total": config.steps, "initial": first_step, "unit": "step", "disable": distributed.rank() > 0}
     with (
         ExitStack() as servers,
-        RunLog(config.out / "metrics.jsonl", first_step, config.wandb, to_json(config)) as log,
+        RunLog(config.out / "metrics.jsonl", first_step, to_json(config)) as log,
         RunLog(config.out / "episodes.jsonl", first_step) as episodes,
         tqdm(desc=config.out.name, **bar) as progress,
     ):
@@ -386,7 +384,14 @@ def train(config: Config) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    train(parse(Config, sys.argv[1:] if argv is None else argv, presets("train_grpo"), __doc__))
+    config = parse(Config, sys.argv[1:] if argv is None else argv, presets("train_grpo"), __doc__)
+    if config.show_layout:
+        from benchmarks import memory
+
+        return print(memory.layout_table(config))
+    if config.preset == "nano" and (line := suggestion()):
+        print(line)
+    train(config)
 
 
 if __name__ == "__main__":

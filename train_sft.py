@@ -1,12 +1,12 @@
 """Supervised fine-tuning: teach a model by demonstration, before reinforcement learning improves it.
 
-    python train_sft.py                                                      # CPU: the nano world's teacher, from its student
+    python train_sft.py                                                           # the nano world's teacher, from its student
     python train_sft.py --preset qwen3-0.6b-24gb --data sft.jsonl --out runs/teacher-sft                             # one GPU
     torchrun --nproc-per-node 8 train_sft.py --preset qwen3-8b-2gpu --optimizer-device auto --data sft.jsonl       # eight
 
 Data are JSONL files of Arc-ATLAS-Teach-v0 demonstrations, chats, or prompt/completion pairs (nano_atlas/data.py); a model is a
 directory in Hugging Face layout. Only what the assistant says is learned. The same command continues an interrupted run.
-OUT gets model (which transformers, vLLM and the other scripts load), metrics.jsonl (a record per step) and state, to continue from.
+OUT gets model (for transformers, vLLM and the other scripts), metrics.jsonl (also at W&B, if WANDB_PROJECT is set) and state.
 
 Against the published recipe (ATLAS: Qwen3-8B, 16 documents a step, 10 epochs, ZeRO-3): the target is the text that GRPO samples
 later, `<thinking>..</thinking><teaching>..</teaching>` after the student's approach in the prompt, and not a text with labels
@@ -30,7 +30,7 @@ from nano_atlas.data import Example, collate, count_targets, load_examples
 from nano_atlas.errors import UserError
 from nano_atlas.loss import batch_loss
 from nano_atlas.model import Transformer
-from nano_atlas.presets import presets
+from nano_atlas.presets import presets, suggestion
 from nano_atlas.runs import RunLog, checkpoint_digest, files_digest, read_json, write_jsonl
 from nano_atlas.tokenizer import Tokenizer
 
@@ -48,7 +48,6 @@ class Config:
     seed: int = option(42, "of the order, of what is held out, and of the nano demonstrations")
     eval_every: int = option(100, "steps between evaluations of eval_loss", above=0, resumable=True)
     save_every: int = option(100, "steps between training states", above=0, resumable=True)
-    wandb: str = option("", "mirror the metrics to this Weights & Biases project", resumable=True)
 
     max_length: int = option(4096, "longest example (tokens); others are left out", group="data", above=0)
     shuffle: bool = option(True, "random order; --no-shuffle keeps that of the files, as a curriculum")
@@ -146,7 +145,7 @@ def train(config: Config, resumed: Path | None) -> None:
     if config.dry_step and model.head_weight.device.type in optim.DRY_STEP_ON:
         dry_step(config, model, optimizer, learned)
     bar = {"total": total_steps, "initial": first_step, "unit": "step", "disable": distributed.rank() > 0}
-    logged = config.out / "metrics.jsonl", first_step, config.wandb, to_json(config)
+    logged = config.out / "metrics.jsonl", first_step, to_json(config)
     with RunLog(*logged) as log, tqdm(desc=config.out.name, **bar) as progress:
         for step in range(first_step, total_steps):
             started, is_last = time.perf_counter(), step + 1 == total_steps
@@ -192,6 +191,8 @@ def write_nano_demonstrations(config: Config, path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, sys.argv[1:] if argv is None else argv, presets("train_sft"), __doc__)
     print(f"{config.preset}: {presets('train_sft')[config.preset].help}", flush=True)
+    if config.preset == "nano" and (line := suggestion()):
+        print(line, flush=True)
     resumed = optim.open_run(config)
     if not config.data:  # only the nano preset may leave them out
         config = replace(config, data=(config.out / "demonstrations.jsonl",))

@@ -1,43 +1,60 @@
 """Does it fit? The bytes that training takes on each GPU, one formula per item.
 
     python -m benchmarks.memory --policy Qwen/Qwen3-8B --student Qwen/Qwen3-4B --gpus 2 8 16
+    python train_grpo.py --preset qwen3-8b-2gpu --show-layout      # of this machine and with these options
 
-One GPU trains and samples. Of two, the second samples with vLLM, and the optimizer's state is on the host. Of more, each holds 1/N
-of the policy (FSDP2), the whole frozen models and a copy to sample from. The KV cache is gone when gradients come. Not counted:
-CUDA's context (about 1 GB) and what the allocator cannot reuse. tests/test_memory.py compares with real tensors, except the fused
-loss on a GPU and FSDP2's buffers. c: the model; b: bytes of a number (2: bfloat16).
+The first is of a fixed scheme: one GPU trains and samples; of two, the second samples with vLLM, and the optimizer's state is on the
+host; of more, each holds 1/N of the policy (FSDP2), the whole frozen models and a copy to sample from. The second follows what
+`choose_layout` chooses. The KV cache is gone when gradients come. Not counted: CUDA's context (about 1 GB) and what the allocator
+cannot reuse. tests/test_memory.py compares with real tensors, except the fused loss on a GPU and FSDP2's buffers. c: the model; b:
+bytes of a number (2: bfloat16).
 """
 
+import os
+import re
 import sys
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from nano_atlas.checkpoint import read_config
+import torch
+
+from nano_atlas import distributed
+from nano_atlas.checkpoint import is_checkpoint, read_config
 from nano_atlas.config import option, parse, run_script
+from nano_atlas.layout import Layout, choose_layout, gpus_of
 from nano_atlas.loss import CHUNK_ELEMENTS, MAX_CHUNK_TOKENS
 from nano_atlas.model import ModelConfig
+from nano_atlas.presets import SMOLLM2, presets
+from nano_atlas.vllm.sampler import SHARED_MEMORY, memory_share
 
 QWEN3 = {  # hidden and intermediate size, layers, heads, tied embedding; from their config.json
     "Qwen/Qwen3-0.6B": (1024, 3072, 28, 16, True), "Qwen/Qwen3-1.7B": (2048, 6144, 28, 16, True),
     "Qwen/Qwen3-4B": (2560, 9728, 36, 32, True), "Qwen/Qwen3-8B": (4096, 12288, 36, 32, False),
     "Qwen/Qwen3-14B": (5120, 17408, 40, 40, False), "Qwen/Qwen3-32B": (5120, 25600, 64, 64, False),
 }  # fmt: skip
+KNOWN = {
+    name: ModelConfig("qwen3", 151936, *sizes, 8, 128, tie_word_embeddings=is_tied, qk_norm=True)
+    for name, (*sizes, is_tied) in QWEN3.items()
+}
+KNOWN[SMOLLM2] = ModelConfig("llama", 49152, 576, 1536, 30, 9, 3, 64, tie_word_embeddings=True)
 CARD = 81_559 * 2**20  # bytes of an H100 of "80 GB"
 VLLM_SHARE = 0.9  # of a card that only serves
-NORM_INPUT = {
-    4: 4,
-    2: 8,
-}  # bytes of a number that a norm keeps in float32; of bfloat16 two copies, for square and product
-LOGITS = {4: 4, 2: 6}  # bytes of an element of the logits, and of the head's gradient
+CONTEXT = 1e9  # bytes of CUDA's own on each GPU
+QUESTION = 512  # tokens, with the words around it
+# Bytes of a number that a norm keeps in float32; of bfloat16 two copies, for square and product.
+NORM_INPUT = {4: 4, 2: 8}
+LOGITS = {4: 4, 2: 6}  # bytes of an element of the logits on a GPU, and of the head's gradient anywhere
 DURING_UPDATE = ("gradients", "activations", "fused loss", "gathered by FSDP2")
+VLLM_CACHE = "KV cache, vLLM"
+ROWS = ("policy", "masters, moments", *DURING_UPDATE, "reference", "sampler's copy", "student", "KV cache", VLLM_CACHE,
+        "weights in shared memory")  # fmt: skip
 
 
 def known_config(name: str) -> ModelConfig:
-    """A Qwen3 by its name, or what is in a checkpoint directory. Raises UserError."""
-    if name not in QWEN3:
-        return read_config(name)
-    *sizes, is_tied = QWEN3[name]
-    return ModelConfig("qwen3", 151936, *sizes, 8, 128, tie_word_embeddings=is_tied, qk_norm=True)
+    """What is in a checkpoint directory, or else one of the KNOWN by its name. Raises UserError."""
+    return KNOWN[name] if name in KNOWN and not is_checkpoint(name) else read_config(name)
 
 
 def layer_parameters(c: ModelConfig) -> int:
@@ -74,17 +91,29 @@ def kv_cache(c: ModelConfig, rows: int, slots: int, b: int = 2) -> int:
     return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * b * rows * slots
 
 
-def training(c: ModelConfig, tokens: int, b=2, ranks=1, is_offloaded=False) -> dict[str, int]:
-    """{item: bytes} on each rank, with gradient checkpointing; tokens: of a micro-batch."""
+def training(
+    c: ModelConfig,
+    tokens: int,
+    b=2,
+    ranks=1,
+    is_offloaded=False,
+    is_checkpointed=True,
+    kind="cuda",
+    references=0,
+) -> dict[str, int]:
+    """{item: bytes} on each rank; tokens: of a micro-batch; references: 1 if there is a reference's logits in the loss."""
     total, layer, root = parameters(c), layer_parameters(c), root_parameters(c)
-    chunk = min(tokens, MAX_CHUNK_TOKENS, CHUNK_ELEMENTS["cuda"] // c.vocab_size)
+    chunk = max(1, min(tokens, MAX_CHUNK_TOKENS, CHUNK_ELEMENTS[kind] // c.vocab_size))
+    logits, buffer = (LOGITS[b], 4) if kind == "cuda" else (b, b)
     head, masters = c.vocab_size * c.hidden_size, 12 if b == 2 and ranks == 1 else 8
     items = {
         "policy": (b if ranks == 1 else 4) * total // ranks,  # sharded they are the float32 masters
         "masters, moments": 0 if is_offloaded else masters * total // ranks,
         "gradients": 4 * total // ranks,  # summed in float32 over the micro-batches
-        "activations": activations(c, tokens, True, b),
-        "fused loss": (chunk * c.vocab_size + head) * LOGITS[b] + tokens * c.hidden_size * b,
+        "activations": activations(c, tokens, is_checkpointed, b),
+        "fused loss": chunk * c.vocab_size * (logits + references * buffer)
+        + head * LOGITS[b]
+        + tokens * c.hidden_size * b * (1 + references),
     }
     if ranks > 1:  # weights and gradients of the root and of two layers, input of the largest reduce-scatter
         items["gathered by FSDP2"] = b * (root + 2 * layer) + b * (root + layer) + 4 * max(root, layer)
@@ -103,13 +132,128 @@ def grpo(policy: ModelConfig, student: ModelConfig, gpus: int, rows: int, slots:
     return {f"{gpus} GPUs": train | reference | (copy if gpus > 1 else {}) | learner}
 
 
-def peak(items: dict[str, int]) -> int:
+def peak(items: Mapping[str, int], is_overlapped=False) -> int:
+    """The larger of what is there in the update and in the rollout, which with --overlap are at the same time.
+
+    A vLLM server on the policy's GPU counts in full though it sleeps in the update: what the update took, torch keeps.
+    """
     update = sum(items.get(name, 0) for name in DURING_UPDATE)
-    return sum(items.values()) - min(update, items.get("KV cache", 0))
+    return sum(items.values()) - (0 if is_overlapped else min(update, items.get("KV cache", 0)))
+
+
+def of_layout(config, layout: Layout, policy, student, cards: Mapping[str, float]) -> dict[str, Counter]:
+    """{device: {item: bytes}} of a run of train_grpo.py. cards: {device: bytes}; student: None where it is elsewhere.
+
+    Under torchrun a GPU is that of each rank, and "cpu" what all ranks of one machine have there together.
+    """
+    b, ranks, columns = getattr(torch, config.dtype).itemsize, distributed.size(), defaultdict(Counter)
+
+    def per_rank(device: str) -> int:
+        return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if ranks > 1 and device == "cpu" else 1
+
+    def cache(device: str, model: ModelConfig, slots: int) -> None:  # one at a time: they take turns
+        calls = config.problems_per_step * max(config.group_size, config.baseline_samples + 1)
+        rows = min(config.cache_rows, max(calls, config.eval_problems))
+        size = kv_cache(model, rows, slots, b) * per_rank(device)
+        columns[device]["KV cache"] = max(columns[device]["KV cache"], size)
+
+    def serve(devices: str, item: str, model: ModelConfig) -> None:
+        arguments = os.environ.get("NANO_ATLAS_VLLM_ARGS", "")
+        asked = re.findall(r"--gpu-memory-utilization[= ]([\d.]+)", arguments)
+        share, gpus = float(asked[-1]) if asked else memory_share(layout, devices), gpus_of(devices)
+        for device in gpus or ["cpu"]:
+            weights = b * parameters(model) // max(1, len(gpus))
+            space = float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", 1)) * 2**30
+            space = share * cards[device] - weights if gpus else space
+            columns[device].update({item: weights, VLLM_CACHE: int(space)})
+
+    device, state = layout.policy, config.optimizer_device
+    gpus = sum(name.startswith("cuda") for name in cards)
+    state = device if state == "auto" else distributed.device(state, gpus)
+    references = int(config.beta > 0 and config.kl == "exact")
+    options = state != device, config.gradient_checkpointing, device.split(":")[0], references
+    items = training(policy, config.tokens_per_batch, b, ranks, *options)
+    columns[device].update({name: size * per_rank(device) for name, size in items.items()})
+    if state != device:
+        columns[state]["masters, moments"] += 12 * parameters(policy) // ranks * per_rank(state)
+    if config.beta:
+        columns[layout.reference]["reference"] += b * parameters(policy) * per_rank(layout.reference)
+
+    asked = 0 if config.reward == "exact" else config.probe_tokens
+    longest = config.answer_tokens if config.reward == "exact" else config.teaching_tokens
+    if layout.server:
+        serve(layout.server, "sampler's copy", policy)
+        if SHARED_MEMORY.is_dir():  # a tied head is there twice
+            head = policy.tie_word_embeddings * policy.vocab_size * policy.hidden_size
+            columns["cpu"]["weights in shared memory"] += b * (parameters(policy) + head)
+        if device in gpus_of(layout.server):  # its sleep mode moves the weights there
+            columns["cpu"]["sampler's copy"] += b * parameters(policy)
+    elif not layout.urls:
+        columns[device]["sampler's copy"] += (ranks > 1) * b * parameters(policy) * per_rank(device)
+        cache(device, policy, QUESTION + asked + longest)
+    if student and layout.student_server:
+        serve(layout.student, "student", student)
+    elif student:
+        columns[layout.student]["student"] += b * parameters(student) * per_rank(layout.student)
+        cache(layout.student, student, QUESTION + config.teaching_tokens + config.answer_tokens)
+    return {name: columns[name] for name in sorted(columns, key=lambda name: (name == "cpu", name))}
+
+
+def layout_table(config, gpus: int | None = None, cards: Mapping[str, float] | None = None) -> str:
+    """What `config` of train_grpo.py would put on each device, as Markdown. gpus, cards: {device: bytes}; None: those that are here.
+
+    Prints the layout. Raises UserError for a model whose sizes are not known here.
+    """
+    if cards is None:
+        found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        cards = {f"cuda:{index}": gpu.total_memory for index, gpu in enumerate(found)}
+        cards["cpu"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    layout = choose_layout(config, config.student if config.reward == "teaching" else "", config.kl, gpus)
+    student = known_config(config.student) if layout.student else None
+    columns = of_layout(config, layout, known_config(str(start_of(config))), student, cards)
+    ranks = distributed.size()
+    shared = {layout.policy: f", each of {ranks} ranks", "cpu": ", all ranks of a machine"}
+    shared = shared if ranks > 1 else {}
+    names = [name for name in ROWS if any(items[name] for items in columns.values())]
+    lines = [["GB", *(device + shared.get(device, "") for device in columns)]]
+    lines += [["---", *["---:"] * len(columns)]]
+    lines += [[name, *(gigabytes(items[name]) for items in columns.values())] for name in names]
+    lines += [["**peak**", *(f"**{gigabytes(peak(items, config.overlap))}**" for items in columns.values())]]
+    lines += [["the device has", *(gigabytes(cards[device]) for device in columns)]]
+    lines += [["fits", *(verdict(config, name, items, cards[name]) for name, items in columns.items())]]
+    checkpointing = "with" if config.gradient_checkpointing else "without"
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + (
+        f"\n\nBy formula (benchmarks/memory.py), not measured. Weights in {config.dtype}; activations of {config.tokens_per_batch:,} tokens "
+        f"{checkpointing} gradient checkpointing. The peak is the larger of rollout and update; CUDA's context ({gigabytes(CONTEXT)} GB) is not in it."
+    )
+
+
+def start_of(config) -> Path | str:
+    """The checkpoint that the policy starts from; or, until SFT has made it, the one that the preset's SFT starts from."""
+    start = config.teacher if config.reward == "teaching" else config.student
+    sft, grpo = (presets(script)[config.preset].overrides for script in ("train_sft", "train_grpo"))
+    return sft["model"] if start == grpo.get("teacher") and not is_checkpoint(start) else start
+
+
+def verdict(config, device: str, items: Counter, card: float) -> str:
+    """Whether the peak is below `card` bytes, and if not, the first option that would make it so."""
+    is_torch = "policy" in items or "KV cache" in items  # vLLM's share has its context in it
+    room = card - CONTEXT * (is_torch and device != "cpu")
+    if VLLM_CACHE in items and items[VLLM_CACHE] < CONTEXT:
+        return "no: give vLLM more GPUs (--rollout vllm:cuda:I,J) or memory (--gpu-memory-utilization in NANO_ATLAS_VLLM_ARGS)"
+    checkpointing = "" if config.gradient_checkpointing else "--gradient-checkpointing or "
+    remedies = {"": (), "a lower --cache-rows": ("KV cache",)}
+    remedies |= {} if device == "cpu" else {"--optimizer-device cpu": ("masters, moments",)}
+    remedies |= {f"{checkpointing}a lower --tokens-per-batch": ("activations", "fused loss")}
+    for remedy, smaller in remedies.items():
+        left = {name: size for name, size in items.items() if name not in smaller}
+        if peak(left, config.overlap) <= room:
+            return f"no: {remedy}" if remedy else "yes"
+    return "no: --dtype bfloat16" if config.dtype == "float32" else "no: more GPUs, or smaller models"
 
 
 def gigabytes(size: float) -> str:
-    digits = 1 if size < 9.95e9 else 0
+    digits = 0 if size >= 9.95e9 else 1 if size >= 5e7 else 3
     return f"{size / 1e9:.{digits}f}" if size else ""
 
 

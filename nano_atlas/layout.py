@@ -17,8 +17,8 @@ from nano_atlas.model import Transformer
 from nano_atlas.seats import EmbeddedSeat, Seat, TokenSeat, is_url, open_seat
 
 ROLLOUT = re.compile(r"embedded|vllm(?::(cpu|cuda:\d+(?:,\d+)*))?")
-ROLLOUT_HELP = """who samples the policy: embedded (this process), vllm (a server started here, on the last GPU),
-vllm:cuda:6,7, vllm:cpu, or URLs of running servers; auto: vllm where it is installed and there are two GPUs, else embedded"""
+ROLLOUT_HELP = """who samples the policy: embedded (this process), vllm (a server started here, on the last GPU; NANO_ATLAS_VLLM_ARGS="..."
+are options for it), vllm:cuda:6,7, vllm:cpu, or URLs of running servers; auto: vllm if installed and with two GPUs, else embedded"""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,6 @@ class LayoutConfig:
     thinking: bool = option(False, "render prompts with Qwen3's thinking mode; others ignore it")
     cache_rows: int = option(256, "most sequences decoded at once by a sampler", above=0, resumable=True)
     rollout: tuple[str, ...] = option(("auto",), ROLLOUT_HELP, group="vLLM", resumable=True)
-    vllm_args: str = option("", "options for servers started here, as one quoted text", resumable=True)
     overlap: bool = option(False, "sample a step while the one before trains (vLLM only)")
 
 

@@ -3,6 +3,7 @@
 Their memory is computed by `python -m benchmarks.memory` (weights, gradients, optimizer, activations, KV cache).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,36 +29,36 @@ def _preset(help: str, run: Path, train_sft: dict, train_grpo: dict, evaluation:
     }
 
 
-def _language_model(help: str, run: str, student: str, teacher: str, lengths: int, rows: int, **more: Any):
-    """lengths: longest teaching and answer (tokens); rows: sequences decoded at once; more: of training, such as device or dtype."""
+def _language_model(help: str, run: str, student, teacher, lengths: int, rows: int, gpus, **more: Any):
+    """lengths: longest teaching and answer (tokens); rows: decoded at once; gpus: number, GB of each; more: of training."""
     training = {"dtype": "bfloat16", "gradient_checkpointing": True, "tokens_per_batch": 8192} | more
     sampling = {"student": student, "teaching_tokens": lengths, "answer_tokens": lengths}
     using = {"device": more.get("device", "cuda"), "dtype": training["dtype"], **sampling}
     sft = {"model": Path(teacher), **training}
     grpo = {"cache_rows": rows, **sampling, **training}
-    return _preset(help, Path("runs") / run, sft, grpo, {"bench": "gsm8k", **using}, using)
+    return *_preset(help, Path("runs") / run, sft, grpo, {"bench": "gsm8k", **using}, using), gpus
 
 
-TABLE = {
+TABLE = {  # from small to large
     "nano": _preset(
-        "the nano world with its student and teachers, on a CPU, 1 GB", NANO,
+        "the nano world with its student and teachers, on a CPU or GPU, 1 GB", NANO,
         {"model": STUDENT, "epochs": 6, "tokens_per_step": 8192, "tokens_per_batch": 4096, "lr": 1e-3, "weight_decay": 0.01,
          "held_out": 0.05},
         {"steps": 40, "problems_per_step": 16, "lr": 2e-4, "schedule": "cosine", "tokens_per_batch": 8192, "eval_every": 20,
-         "save_every": 1, **NANO_SAMPLING},
+         "save_every": 1, "rollout": ("embedded",), **NANO_SAMPLING},
         {"bench": "nano", "limit": 500, "control": ("shuffled",), **NANO_SAMPLING},
         {"lane": "paired", **NANO_SAMPLING}),
     "smollm2": _language_model(
-        "SmolLM2-135M-Instruct as student and teacher, on a CPU (float32, 8 GB) or a GPU (bfloat16); --data, --problems, --tasks",
-        "smollm2", SMOLLM2, SMOLLM2, 256, 64, tokens_per_batch=4096, gradient_checkpointing=False,
+        "SmolLM2-135M-Instruct as student and teacher, on a CPU (float32, 9 GB) or a GPU (bfloat16, 10 GB); --data, --problems, --tasks",
+        "smollm2", SMOLLM2, SMOLLM2, 256, 64, (1, 10), tokens_per_batch=4096, gradient_checkpointing=False,
         **({} if torch.cuda.is_available() else {"dtype": "float32", "device": "cpu"})),
     "qwen3-0.6b-24gb": _language_model("Qwen3-0.6B as student and teacher, on one 24 GB GPU", "qwen3-0.6b",
-        "Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", 1024, 32),
+        "Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", 1024, 32, (1, 24)),
     "qwen3-1.7b-80gb": _language_model("Qwen3-1.7B teaches Qwen3-4B, on one 80 GB GPU", "qwen3-1.7b",
-        "Qwen/Qwen3-4B", "Qwen/Qwen3-1.7B", 2048, 48),
+        "Qwen/Qwen3-4B", "Qwen/Qwen3-1.7B", 2048, 48, (1, 80)),
     "qwen3-8b-2gpu": _language_model(
         "Qwen3-8B teaches Qwen3-4B, on two 80 GB GPUs, the optimizer's state (98 GB) on the host", "qwen3-8b",
-        "Qwen/Qwen3-4B", "Qwen/Qwen3-8B", 4096, 16, optimizer_device="cpu"),
+        "Qwen/Qwen3-4B", "Qwen/Qwen3-8B", 4096, 16, (2, 80), optimizer_device="cpu"),
     "own": ("models of yours, named by flags, with the lengths and step sizes of the published recipe", {
         "train_sft": {}, "train_grpo": {}, "eval": {"bench": "gsm8k", "out": Path("runs/eval")},
         "runtime_loop": {"out": Path("runs/runtime")}}),
@@ -66,4 +67,15 @@ TABLE = {
 
 def presets(script: str) -> dict[str, Preset]:
     """The presets of a script: "train_sft", "train_grpo", "eval" or "runtime_loop"."""
-    return {name: Preset(help, settings[script]) for name, (help, settings) in TABLE.items()}
+    return {name: Preset(help, settings[script]) for name, (help, settings, *_) in TABLE.items()}
+
+
+def suggestion(gigabytes: Sequence[float] | None = None) -> str:
+    """A line that names the largest preset for these GPUs (10^9 bytes of each; None: those that are here), "" where none fits."""
+    here = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    cards = [gpu.total_memory / 1e9 for gpu in here] if gigabytes is None else gigabytes
+    needs = {name: need for name, (_, _, *gpus) in TABLE.items() for need in gpus}  # "24 GB" may be 23.7
+    fitting = [n for n, (count, size) in needs.items() if sum(card >= 0.95 * size for card in cards) >= count]
+    plural, it = ("s", "them") if len(cards) > 1 else ("", "it")
+    found = f"{len(cards)} GPU{plural} with {min(cards, default=0):.0f} GB"
+    return f"{found}: --preset {fitting[-1]} would fit {it}" if fitting else ""

@@ -191,13 +191,13 @@ class Journal(AbstractContextManager):
 
 
 class RunLog(ExitStack):
-    """What a run measured: a record `{"step": 12, "loss": 1.5, ...}` per line, and on Weights & Biases where a project is named.
+    """A record `{"step": 12, "loss": 1.5, ...}` per line; given the run's config, also on Weights & Biases if WANDB_PROJECT is set.
 
     A run that continues after `resumed_step` computes the later steps again, so their records are dropped first: every step is in
-    the file once. Of several ranks the first alone writes. Raises UserError when the file is damaged.
+    the file once. Only rank 0 writes. Raises UserError when the file is damaged.
     """
 
-    def __init__(self, path: Path, resumed_step: int = 0, wandb: str = "", config: Any = None):
+    def __init__(self, path: Path, resumed_step: int = 0, config: Any = None):
         super().__init__()
         self._journal = self._wandb = None
         if rank() > 0:
@@ -209,16 +209,16 @@ class RunLog(ExitStack):
                 raise UserError(f"{path}:{number}: no metrics record; fix or delete it, or use --restart")
             steps.append(record["step"])
         self._journal.keep(sum(step <= resumed_step for step in steps))
-        if wandb:
+        if config is not None and (project := os.environ.get("WANDB_PROJECT")):
             try:
-                import wandb as weights_and_biases
+                import wandb
             except ImportError:
-                raise UserError("--wandb needs a package: pip install wandb, or leave it out") from None
+                raise UserError("WANDB_PROJECT needs a package: pip install wandb, or unset it") from None
             id_file = path.with_name("wandb_run.txt")  # so that a continued run goes on in the same graph
             if resumed_step == 0 or not id_file.exists():
                 id_file.write_text(uuid.uuid4().hex)
-            options = {"project": wandb, "name": path.resolve().parent.name, "config": config}
-            self._wandb = weights_and_biases.init(**options, id=id_file.read_text(), resume="allow")
+            options = {"project": project, "name": path.resolve().parent.name, "config": config}
+            self._wandb = wandb.init(**options, id=id_file.read_text(), resume="allow")
             self.callback(self._wandb.finish)
 
     def log(self, step: int, **metrics: Any) -> None:

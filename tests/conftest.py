@@ -1,6 +1,7 @@
 """What several tests share: a byte tokenizer, small random checkpoints whose samples are lively, and scripted seats."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from nano_atlas.model import ModelConfig, Transformer
 from nano_atlas.seats import Reply
 from nano_atlas.tokenizer import Tokenizer
 
+os.environ.pop("WANDB_PROJECT", None)  # the tests' runs are nobody's project
 TAGS = [f"<{slash}{name}>" for name in ("thinking", "teaching", "solution") for slash in ("", "/")]
 TEACHER_WORDS = ("<teaching>Go.</teaching>", "<teaching>It is 1.</teaching>", "hm", "<|im_end|>")
 STUDENT_WORDS = ("<solution>1</solution>", "<solution>2</solution>", "hm", "<|im_end|>")

@@ -175,11 +175,14 @@ def test_damage_in_the_log_names_the_line(tmp_path):
 
 
 def test_wandb_is_asked_for_only_with_a_project_and_its_absence_is_explained(tmp_path, monkeypatch):
+    """A log without the run's config, such as that of the episodes, is no log of metrics."""
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with RunLog(tmp_path / "metrics.jsonl"):
-        pass
-    with pytest.raises(UserError, match="pip install wandb"):
-        RunLog(tmp_path / "metrics.jsonl", wandb="atlas")
+    for project, config in (("", {"lr": 1}), ("atlas", None)):
+        monkeypatch.setenv("WANDB_PROJECT", project)
+        with RunLog(tmp_path / "metrics.jsonl", config=config):
+            pass
+    with pytest.raises(UserError, match="pip install wandb, or unset it"):
+        RunLog(tmp_path / "metrics.jsonl", config={"lr": 1})
 
 
 def test_wandb_gets_the_same_records_and_a_continued_run_the_same_id(tmp_path, monkeypatch):
@@ -197,8 +200,9 @@ def test_wandb_gets_the_same_records_and_a_continued_run_the_same_id(tmp_path, m
             pass
 
     monkeypatch.setitem(sys.modules, "wandb", Wandb())
+    monkeypatch.setenv("WANDB_PROJECT", "atlas")
     for resumed_step in (0, 1):
-        with RunLog(tmp_path / "metrics.jsonl", resumed_step, wandb="atlas", config={"lr": 1}) as log:
+        with RunLog(tmp_path / "metrics.jsonl", resumed_step, config={"lr": 1}) as log:
             log.log(resumed_step + 1, loss=0.5)
     first, record, second, _ = Wandb.calls
     assert record == (1, {"loss": 0.5})

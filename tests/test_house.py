@@ -76,8 +76,9 @@ def test_no_room_imports_one_above_or_beside_it():
         for is_lazy in (False, True):
             for other in imports(path, is_lazy):
                 floor = FLOORS.get(room(other), 0)
-                # a function may call into a wing; nobody calls a script or an experiment
-                is_allowed = floor < own or room(other) == room(module) or (is_lazy and floor < 3)
+                # a function may call into a wing, and a script's into an experiment beside it; nobody calls a script
+                lazily = is_lazy and (floor < 3 or (own == 3 and room(other) == "benchmarks"))
+                is_allowed = floor < own or room(other) == room(module) or lazily
                 wrong += [] if is_allowed else [f"{module} imports {other}"]
     assert not wrong
 

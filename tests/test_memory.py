@@ -48,6 +48,7 @@ def test_weights_gradients_and_optimizer_state_to_the_byte(shape, dtype):
 
 def test_known_models_have_the_published_numbers_of_parameters():
     published = {
+        "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
         "Qwen/Qwen3-0.6B": 596_049_920,
         "Qwen/Qwen3-4B": 4_022_468_096,
         "Qwen/Qwen3-8B": 8_190_735_360,

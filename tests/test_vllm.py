@@ -88,8 +88,7 @@ def run(place, tmp_path_factory):
         return update(*arguments)
 
     def train():
-        vllm_args = """--enforce-eager --weight-transfer-config '{"backend": "nccl"}'"""
-        options = {"teacher": path / "teacher", "rollout": "vllm", "vllm_args": vllm_args, "eval_every": 0}
+        options = {"teacher": path / "teacher", "rollout": "vllm", "eval_every": 0}
         try:
             run_grpo(place, run.out, **options)
         except UserError as error:
@@ -100,6 +99,8 @@ def run(place, tmp_path_factory):
     run.thread = threading.Thread(target=train)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(STORE_NCCL))  # of the server: broadcasts without NCCL
+        vllm_args = """--enforce-eager --weight-transfer-config '{"backend": "nccl"}'"""
+        patch.setenv("NANO_ATLAS_VLLM_ARGS", vllm_args)
         patch.setattr(train_grpo, "open_policy", open_policy)
         patch.setattr(train_grpo, "update", wait)
         run.thread.start()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from safetensors.torch import load_file
 
 from nano_atlas.checkpoint import with_tied_head
 from nano_atlas.errors import UserError
+from nano_atlas.layout import Layout
 from nano_atlas.model import ModelConfig, Transformer
 from nano_atlas.vllm import server as server_room
+from nano_atlas.vllm.sampler import make_server
 from nano_atlas.vllm.server import VllmServer
 from nano_atlas.vllm.sync import FileTransfer, Parity
 
@@ -80,6 +83,38 @@ def test_a_server_that_does_not_start_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(server_room, "PATIENCE", 1.0)
     with pytest.raises(UserError, match="did not come up in time"):
         server.start()
+
+
+def option_of(server: VllmServer, flag: str) -> str:
+    """The last value that the server is given, which is the one it takes."""
+    command = list(map(str, server._command))
+    return command[len(command) - command[::-1].index(flag)]
+
+
+def test_a_server_gets_its_gpus_and_not_the_trainers_allocator(tmp_path, monkeypatch):
+    """vLLM's sleep mode cannot give memory back from expandable segments; a setting of the user's own is left as it is."""
+    monkeypatch.setattr(server_room, "find_spec", lambda name: "found")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:128")
+    for device, visible in (("cuda:1,2", "5,6"), ("cuda:0", "4"), ("cpu", "4,5,6")):
+        server = VllmServer(tmp_path, tmp_path / "log", device)
+        assert server._environment["CUDA_VISIBLE_DEVICES"] == visible
+        assert "PYTORCH_CUDA_ALLOC_CONF" not in server._environment
+        assert server._environment["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:128"
+        if device != "cpu":
+            assert option_of(server, "--tensor-parallel-size") == str(len(visible.split(",")))
+
+
+def test_the_users_options_for_vllm_come_last(tmp_path, monkeypatch):
+    monkeypatch.setattr(server_room, "find_spec", lambda name: "found")
+    monkeypatch.setenv("NANO_ATLAS_VLLM_ARGS", "--gpu-memory-utilization 0.6 --served-model-name 'my model'")
+    config = SimpleNamespace(out=tmp_path, dtype="bfloat16")
+    server = make_server(
+        config, Layout("cuda:0", "", False, "cuda:0", "cuda:1"), "cuda:1", "model", "vllm.log"
+    )
+    assert option_of(server, "--gpu-memory-utilization") == "0.6"
+    assert option_of(server, "--served-model-name") == "my model"
 
 
 def test_a_full_disk_at_sync_leaves_the_checkpoint_before(tmp_path):

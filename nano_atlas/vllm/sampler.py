@@ -4,6 +4,7 @@ Every sync puts a tag on the servers' weights, which is compared before and afte
 weights that it was not drawn with, even where somebody has restarted a server in between.
 """
 
+import os
 import shlex
 import shutil
 import uuid
@@ -187,9 +188,9 @@ def open_student(config, layout: Layout, stack: ExitStack) -> TokenSeat:
 
 
 def make_server(config, layout: Layout, device, model, log: str, options=(), orphan="") -> VllmServer:
-    """A server that is not started yet. The user's --vllm-args come last and override the others."""
+    """A server that is not started yet. The user's NANO_ATLAS_VLLM_ARGS come last and override the others."""
     memory = ["--gpu-memory-utilization", str(memory_share(layout, device))] if device != "cpu" else []
-    options = *memory, *options, *shlex.split(config.vllm_args)
+    options = *memory, *options, *shlex.split(os.environ.get("NANO_ATLAS_VLLM_ARGS", ""))
     return VllmServer(model, config.out / log, device, config.dtype, options, orphan)
 
 

@@ -17,6 +17,7 @@ from nano_atlas.errors import UserError
 # the endpoints that exchange weights; no reports to the internet, and nothing from there
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 CPU_ENVIRONMENT = {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB; the user's own go first
+ALLOCATOR = "expandable_segments:True"  # the trainer's PYTORCH_CUDA_ALLOC_CONF; no good for vLLM's sleep mode
 PATIENCE = 900.0  # seconds until a server must be up
 
 
@@ -45,7 +46,8 @@ class VllmServer:
             if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
                 indices = [visible.split(",")[int(index)] for index in indices]
             environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(indices)}
-        self._environment = ENVIRONMENT | environment
+            settings += ["--tensor-parallel-size", str(len(indices))]
+        self._environment = ENVIRONMENT | {k: v for k, v in environment.items() if v != ALLOCATOR}
         self._command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1",
             "--port", str(port), "--dtype", dtype, "--max-model-len", "auto", *settings, *options,
