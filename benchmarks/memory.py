@@ -47,8 +47,9 @@ QUESTION = 512  # tokens, with the words around it
 NORM_INPUT = {4: 4, 2: 8}
 LOGITS = {4: 4, 2: 6}  # bytes of an element of the logits on a GPU, and of the head's gradient anywhere
 DURING_UPDATE = ("gradients", "activations", "fused loss", "gathered by FSDP2")
-VLLM_CACHE = "KV cache, vLLM"
-ROWS = ("policy", "masters, moments", *DURING_UPDATE, "reference", "sampler's copy", "student", "KV cache", VLLM_CACHE,
+VLLM_CACHE, VLLM_SHARED = "KV cache, vLLM", "vLLM, asleep in the update"
+DURING_ROLLOUT = ("KV cache", VLLM_SHARED)
+ROWS = ("policy", "masters, moments", *DURING_UPDATE, "reference", "sampler's copy", "student", "KV cache", VLLM_CACHE, VLLM_SHARED,
         "weights in shared memory")  # fmt: skip
 
 
@@ -106,14 +107,16 @@ def training(
     chunk = max(1, min(tokens, MAX_CHUNK_TOKENS, CHUNK_ELEMENTS[kind] // c.vocab_size))
     logits, buffer = (LOGITS[b], 4) if kind == "cuda" else (b, b)
     head, masters = c.vocab_size * c.hidden_size, 12 if b == 2 and ranks == 1 else 8
+    # a GPU frees the logits before it rounds the head's gradient
+    fused = chunk * c.vocab_size * (logits + references * buffer) + head * (
+        4 if kind == "cuda" else LOGITS[b]
+    )
     items = {
         "policy": (b if ranks == 1 else 4) * total // ranks,  # sharded they are the float32 masters
         "masters, moments": 0 if is_offloaded else masters * total // ranks,
         "gradients": 4 * total // ranks,  # summed in float32 over the micro-batches
         "activations": activations(c, tokens, is_checkpointed, b),
-        "fused loss": chunk * c.vocab_size * (logits + references * buffer)
-        + head * LOGITS[b]
-        + tokens * c.hidden_size * b * (1 + references),
+        "fused loss": max(fused, head * LOGITS[b]) + tokens * c.hidden_size * b * (1 + references),
     }
     if ranks > 1:  # weights and gradients of the root and of two layers, input of the largest reduce-scatter
         items["gathered by FSDP2"] = b * (root + 2 * layer) + b * (root + layer) + 4 * max(root, layer)
@@ -135,10 +138,10 @@ def grpo(policy: ModelConfig, student: ModelConfig, gpus: int, rows: int, slots:
 def peak(items: Mapping[str, int], is_overlapped=False) -> int:
     """The larger of what is there in the update and in the rollout, which with --overlap are at the same time.
 
-    A vLLM server on the policy's GPU counts in full though it sleeps in the update: what the update took, torch keeps.
+    A vLLM server on the policy's GPU sleeps in the update, whose memory is given back before the server wakes.
     """
-    update = sum(items.get(name, 0) for name in DURING_UPDATE)
-    return sum(items.values()) - (0 if is_overlapped else min(update, items.get("KV cache", 0)))
+    update, rollout = (sum(items.get(name, 0) for name in names) for names in (DURING_UPDATE, DURING_ROLLOUT))
+    return sum(items.values()) - (0 if is_overlapped else min(update, rollout))
 
 
 def of_layout(config, layout: Layout, policy, student, cards: Mapping[str, float]) -> dict[str, Counter]:
@@ -165,7 +168,11 @@ def of_layout(config, layout: Layout, policy, student, cards: Mapping[str, float
             weights = b * parameters(model) // max(1, len(gpus))
             space = float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", 1)) * 2**30
             space = share * cards[device] - weights if gpus else space
-            columns[device].update({item: weights, VLLM_CACHE: int(space)})
+            is_shared = gpus and device == layout.policy
+            served = (
+                {VLLM_SHARED: weights + int(space)} if is_shared else {item: weights, VLLM_CACHE: int(space)}
+            )
+            columns[device].update(served)
 
     device, state = layout.policy, config.optimizer_device
     gpus = sum(name.startswith("cuda") for name in cards)

@@ -177,6 +177,10 @@ def test_the_table_says_which_option_to_lower(monkeypatch):
 def test_what_runs_at_the_same_time_is_there_at_the_same_time():
     items = {"policy": 10, "gradients": 5, "KV cache": 3}
     assert memory.peak(items) == 15 and memory.peak(items, is_overlapped=True) == 18
+    assert (
+        memory.peak(items | {memory.VLLM_SHARED: 30}) == 10 + 33
+    )  # on the policy's GPU: it sleeps in the update
+    assert memory.peak({"sampler's copy": 2, memory.VLLM_CACHE: 30, "student": 1}) == 33
 
 
 def test_show_layout_loads_no_weights_and_writes_nothing(monkeypatch, tmp_path, capsys):

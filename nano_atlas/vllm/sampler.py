@@ -112,6 +112,8 @@ class VllmSampler:
         """Runs `action`, which sees to the weights, and runs it anew where a server is lost meanwhile."""
         for tries_left in reversed(range(TRIES)):
             try:
+                if self.sleeps:
+                    torch.cuda.empty_cache()  # what an update took, for the server
                 for client in self.clients if self.sleeps else ():
                     client.request("POST", "/wake_up")
                 return action()
