@@ -72,10 +72,11 @@ class FlexAttention:
         places = torch.arange(len(documents))
         self.positions = (places - (lengths.cumsum(0) - lengths - starts)[documents]).to(device)
         prompts = torch.tensor([*range(count), *prompt_of, -1])[documents].to(device)
-        documents = documents.to(device)
+        is_prompt, documents = (documents < count).to(device), documents.to(device)
 
+        # only tensors: a number in here would be another kernel for each of its values
         def sees(batch, head, query: Tensor, key: Tensor) -> Tensor:
-            is_shared = (prompts[query] == prompts[key]) & (documents[key] < count)
+            is_shared = (prompts[query] == prompts[key]) & is_prompt[key]
             return (query >= key) & (is_shared | (documents[query] == documents[key]))
 
         self.mask = create_block_mask(sees, None, None, len(documents), len(documents), device)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.attention import flex_attention
 
-from nano_atlas import batching
+from nano_atlas import batching, gpu
 from nano_atlas.batching import Sample, completion_logprobs, policy_batches, predicting_states
 from nano_atlas.gpu import FlexAttention, compile_layers
 from nano_atlas.model import ModelConfig, PackedAttention, SharedPromptAttention, Transformer
@@ -133,6 +133,33 @@ def test_positions_go_on_after_the_prompt():
     assert attention.positions.tolist() == [0, 1, 2, 0, 3, 4, 1, 2, 3, 4, *range(118)]
     padded = SharedPromptAttention([3, 1], [2, 0, 4], [0, 0, 1], "cpu")
     assert padded.positions.tolist() == attention.positions.tolist()[:10]
+
+
+@pytest.mark.processes
+@torch.no_grad()
+def test_one_kernel_serves_every_batch(kernel, monkeypatch):
+    """Compiled for a CPU, which can do the forward pass: at most one kernel more after the first batch."""
+    if kernel == "padded":
+        pytest.skip("it compiles nothing")
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        gpu, "_flex_kernel", lambda _: torch.compile(flex_attention.flex_attention, dynamic=True)
+    )
+    torch._dynamo.reset()
+    graphs = []
+    for prompts, completions, prompt_of in (
+        ([30, 70], [20, 1, 30, 50], [0, 0, 1, 1]), ([300, 40, 1], [120, 100, 30, 50, 9], [0, 0, 1, 1, 2]),
+        ([37], [200, 100, 39, 50], [0] * 4), ([50] * 9, [2] * 9, range(9)),
+    ):  # fmt: skip
+        kinds = [
+            kind(prompts, completions, prompt_of, "cpu") for kind in (SharedPromptAttention, FlexAttention)
+        ]
+        computed, tokens = len(kinds[1].positions), sum(prompts) + sum(completions)
+        q, k, v = (torch.randn(computed, heads, 32) for heads in (4, 2, 2))
+        expected = kinds[0](0, q[:tokens], k[:tokens], v[:tokens])
+        torch.testing.assert_close(kinds[1](0, q, k, v)[:tokens], expected, rtol=1e-5, atol=1e-5)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[-1] - graphs[0] <= 1, graphs
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
