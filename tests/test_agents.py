@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from nano_atlas.errors import UserError
-from nano_atlas.runtime.agents import Agent, call_function, open_agent, tool_schema
+from nano_atlas.runtime.agents import Agent, call_function, open_agent
 from nano_atlas.schedule import LONGEST_REPLY, Call, Fault, drive
 from nano_atlas.seats import Generation, Question, Reply
 
@@ -114,7 +114,7 @@ def test_a_python_agent_is_found_by_its_name(tmp_path, monkeypatch):
     for spec, complaint in (
         ("my_agent:nobody", "nobody"),
         ("no_such_module:f", "No module"),
-        ("my_agent:number", "not a Callable"),
+        ("my_agent:number", "not a function"),
     ):
         with pytest.raises(UserError, match=complaint):
             open_agent(spec)
@@ -134,49 +134,6 @@ def test_an_http_service_gets_prompt_and_metadata_and_its_reply_is_found_by_its_
         "temperature": 0.3,
         "top_p": 1.0,
     }
-
-
-def multiply(a: int, b: int = 2, *, why: str = "") -> int:
-    """The product of two numbers."""
-    return a * b
-
-
-def test_a_chat_model_calls_tools_until_it_answers(server, monkeypatch, tmp_path):
-    assert tool_schema(multiply)["function"] == {
-        "name": "multiply",
-        "description": "The product of two numbers.",
-        "parameters": {
-            "type": "object",
-            "required": ["a"],
-            "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}, "why": {"type": "string"}},
-        },
-    }
-    (tmp_path / "my_tools.py").write_text(
-        "def multiply(a: int, b: int) -> int:\n    return a * b\nTOOLS = [multiply]\n"
-    )
-    monkeypatch.chdir(tmp_path)
-
-    def rule(path, body):
-        said = [m["content"] for m in body["messages"] if m["role"] == "tool"]
-        call = {
-            "id": "c1",
-            "type": "function",
-            "function": {"name": "multiply", "arguments": '{"a": 6, "b": 7}' if said else '{"a": "6"'},
-        }
-        message = (
-            {"content": f"It is {said[1]}"} if len(said) == 2 else {"content": None, "tool_calls": [call]}
-        )
-        return 200, {
-            "choices": [{"message": message, "finish_reason": "stop"}],
-            "usage": {"prompt_tokens": 10, "completion_tokens": 1},
-        }
-
-    server.rule = rule
-    reply = ask(open_agent(f"my_tools:TOOLS@{server.url}#tiny"))
-    assert (reply.text, reply.prompt_tokens, reply.tokens) == ("It is 42", 30, 3)
-    assert server.bodies[1]["messages"][-1]["content"].startswith(
-        "error: JSONDecodeError"
-    )  # and the model could correct its call
 
 
 def test_a_plain_endpoint_counts_the_tokens_read_too(server):

@@ -117,7 +117,9 @@ def lines_of(path: Path) -> int:
 def test_every_file_and_the_whole_stay_short():
     sizes = {str(path.relative_to(ROOT)): lines_of(path) for path in FILES}
     assert {name: size for name, size in sizes.items() if size > 400} == {}
-    assert sum(sizes.values()) <= 7_200
+    assert (
+        sum(sizes.values()) <= 7_420
+    )  # gpu.py, recorded steps, the dry step and --show-layout are 220 of them
 
 
 def test_the_reading_path_is_an_evening():

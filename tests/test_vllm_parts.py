@@ -1,6 +1,8 @@
 """The parts of the vLLM wing that need no vLLM: the supervisor, a failing start, a full disk, who is stale."""
 
+import random
 import resource
+import socket
 import subprocess
 import sys
 import time
@@ -104,6 +106,17 @@ def test_a_server_gets_its_gpus_and_not_the_trainers_allocator(tmp_path, monkeyp
         assert server._environment["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:128"
         if device != "cpu":
             assert option_of(server, "--tensor-parallel-size") == str(len(visible.split(",")))
+
+
+def test_a_servers_port_is_none_that_another_program_is_given_meanwhile(monkeypatch):
+    first = server_room.free_port()
+    assert 20_000 <= first < 32_768
+    with socket.create_server(("127.0.0.1", first)):
+        second = iter([[first, first + 1], [first]])
+        monkeypatch.setattr(random.SystemRandom, "sample", lambda *_: next(second))
+        assert server_room.free_port() == first + 1
+        with pytest.raises(UserError, match="no free port"):
+            server_room.free_port()
 
 
 def test_the_users_options_for_vllm_come_last(tmp_path, monkeypatch):

@@ -1,32 +1,26 @@
-"""Agents of other people in the seats: a Python function, an HTTP service, a chat model with tools. Faults in them stay theirs.
+"""Agents of other people in the seats: a Python function, an HTTP service, a checkpoint. Faults in them stay theirs.
 
     DIRECTORY                        a checkpoint
     http://host:port#model           an OpenAI-compatible server
-    module:tools@http://host:port    the same, whose model may call the Python functions in a list
     post+http://host/path#a.b        any HTTP service: POST {"prompt", "metadata"}, reply text at a.b of the JSON that comes back
     module:function                  function(prompt=, metadata=), plain, async or a generator of pieces
 
 A function returns a text, or a dict {"content": text, "usage": {"prompt_tokens", "completion_tokens"}}. `metadata` holds the
-messages, the seed and the sampling options. Each call has a thread of its own, so it works under a running event loop too.
+messages, the seed and the sampling options; an agent with tools runs its rounds itself. Each call has a thread of its own, so it works under a running event loop too.
 """
 
 import asyncio
 import importlib
 import inspect
-import json
 import sys
-import typing
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
 from nano_atlas.errors import UserError
-from nano_atlas.seats import Client, EndpointSeat, Question, Reply, Seat, is_url, open_seat
-
-TOOL_ROUNDS = 16  # requests per answer; an agent that still wants tools after them has failed
-JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
+from nano_atlas.seats import Client, Question, Reply, Seat, is_url, open_seat
 
 
 @dataclass
@@ -43,18 +37,15 @@ class Agent:
 
 def open_agent(spec: str, *where: Any) -> Seat:
     """A seat from any of these kinds of `spec`; where: device and dtype of a checkpoint. Raises UserError."""
-    tools, _, url = spec.partition("@")
     if spec.startswith("post+http"):  # one try: the service may not be idempotent
         url, _, path = spec.removeprefix("post+").partition("#")
         return Agent(partial(call_function, partial(post, Client(url, tries=1), path or "response")))
     if is_url(spec) or ":" not in spec or Path(spec).exists():
         return open_seat(spec, *where)
-    if is_url(url):
-        return Agent(partial(chat_with_tools, open_seat(url), load_object(tools, Sequence)))
     return Agent(partial(call_function, load_object(spec)))
 
 
-def load_object(spec: str, kind: type = Callable) -> Any:
+def load_object(spec: str) -> Callable:
     """What `module:name` names, modules in the current directory included. Raises UserError."""
     module, _, name = spec.partition(":")
     if "" not in sys.path:
@@ -63,9 +54,9 @@ def load_object(spec: str, kind: type = Callable) -> Any:
         found = reduce(getattr, name.split("."), importlib.import_module(module))
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{spec}: {error}; it should be MODULE:NAME of something importable") from None
-    if isinstance(found, kind):
+    if callable(found):
         return found
-    raise UserError(f"{spec} is a {type(found).__name__}, not a {kind.__name__}")
+    raise UserError(f"{spec} is a {type(found).__name__}, not a function")
 
 
 def resolve(value: Any) -> Any:
@@ -98,41 +89,3 @@ def post(client: Client, path: str, prompt: str, metadata: dict) -> dict:
     for key in path.split("."):
         value = value[int(key)] if isinstance(value, list) else value[key]
     return {"content": value, "usage": body.get("usage")}
-
-
-def chat_with_tools(endpoint: EndpointSeat, tools: list[Callable], question: Question, seed: int) -> Reply:
-    """The reply of a chat model that may call Python functions before it answers."""
-    messages, read, written = list(question.messages), 0, 0
-    schemas = [tool_schema(tool) for tool in tools]
-    for _ in range(TOOL_ROUNDS):
-        choice, reply = endpoint.complete(messages, question.generation, seed, tools=schemas)
-        read, written = read + reply.prompt_tokens, written + reply.tokens
-        calls = choice["message"].get("tool_calls")
-        if not calls:
-            return replace(reply, tokens=written, prompt_tokens=read)
-        messages.append({"role": "assistant", "content": reply.text, "tool_calls": calls})
-        for call in calls:
-            result = use_tool(tools, call["function"])
-            messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
-    raise UserError(f"still calls tools after {TOOL_ROUNDS} rounds")
-
-
-def use_tool(tools: list[Callable], wanted: dict[str, str]) -> str:
-    """What a tool returns, or its complaint, so that the model can correct its call."""
-    try:
-        tool = {tool.__name__: tool for tool in tools}[wanted["name"]]
-        value = resolve(tool(**json.loads(wanted["arguments"] or "{}")))
-        return value if isinstance(value, str) else json.dumps(value, default=str)
-    except Exception as error:  # of a user's function, on arguments that a model made up
-        return f"error: {type(error).__name__}: {error}"
-
-
-def tool_schema(function: Callable[..., Any]) -> dict:
-    """A Python function as OpenAI's tool: name, docstring, and a JSON type for each annotated parameter."""
-    parameters = inspect.signature(function, eval_str=True).parameters
-    kinds = {name: typing.get_origin(p.annotation) or p.annotation for name, p in parameters.items()}
-    properties = {name: {"type": JSON_TYPES.get(kind, "string")} for name, kind in kinds.items()}
-    required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
-    schema = {"type": "object", "properties": properties, "required": required}
-    about = {"name": function.__name__, "description": inspect.getdoc(function) or "", "parameters": schema}
-    return {"type": "function", "function": about}

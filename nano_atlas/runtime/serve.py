@@ -120,7 +120,7 @@ def read_request(content: bytes) -> tuple[bool, str, float | None, int | None]:
         if not texts or any(limit is not None and limit < 0 for limit in limits):
             raise ValueError("it needs messages, and no limit may be below 0")
         if body.get("n") not in (None, 1) or body.get("tools") or body.get("functions"):
-            raise ValueError("there is one answer, and tools are the student's (--student MODULE:TOOLS@URL)")
+            raise ValueError("there is one answer, and tools are the student's (--student MODULE:FUNCTION)")
     except (ValueError, KeyError, TypeError) as error:
         raise HTTPException(400, f"not a chat completion request: {type(error).__name__}: {error}") from None
     return bool(body.get("stream")), "\n\n".join(texts), *limits

