@@ -34,7 +34,7 @@ from nano_atlas.data import Problem, load_problems
 from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
 from nano_atlas.runs import Journal, RunLog, checkpoint_digest, digest, keep_to, write_json
-from nano_atlas.runtime import agents, deploy, lanes, learning, promotion, traces
+from nano_atlas.runtime import agents, deploy, lanes, learning, traces
 from nano_atlas.runtime.options import Config
 from nano_atlas.seats import Seat
 
@@ -130,7 +130,7 @@ def main() -> None:
         for name in traces.record_reviews(config.out, named, status, config.note):
             print(f"{name} {status}")
     elif config.rounds:
-        promotion.run_rounds(config, load_tasks(config), run, open_seat)
+        deploy.run_rounds(config, load_tasks(config), run, open_seat)
     elif config.serve is not None:
         from nano_atlas.runtime.serve import serve_pair
 

@@ -31,8 +31,7 @@ from nano_atlas.protocol import Messages, baseline_messages
 from nano_atlas.reward import RewardConfig
 from nano_atlas.runs import read_json, write_json, write_jsonl
 from nano_atlas.runtime.agents import open_agent
-from nano_atlas.runtime.deploy import read_deployment
-from nano_atlas.runtime.promotion import call
+from nano_atlas.runtime.deploy import call, read_deployment
 from nano_atlas.runtime.traces import read_traces
 from nano_atlas.schedule import play
 from nano_atlas.seats import Generation, Question, Seat

@@ -118,7 +118,7 @@ def test_every_file_and_the_whole_stay_short():
     sizes = {str(path.relative_to(ROOT)): lines_of(path) for path in FILES}
     assert {name: size for name, size in sizes.items() if size > 400} == {}
     assert (
-        sum(sizes.values()) <= 7_420
+        sum(sizes.values()) <= 7_410
     )  # gpu.py, recorded steps, the dry step and --show-layout are 220 of them
 
 

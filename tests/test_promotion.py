@@ -9,9 +9,8 @@ import runtime_loop
 from nano_atlas.data import Problem
 from nano_atlas.episode import EpisodeConfig
 from nano_atlas.errors import UserError
-from nano_atlas.runtime import promotion
-from nano_atlas.runtime.deploy import read_deployment
-from nano_atlas.runtime.promotion import compare
+from nano_atlas.runtime import deploy
+from nano_atlas.runtime.deploy import compare, read_deployment
 from nano_atlas.runtime.traces import read_traces
 from nano_atlas.seats import Reply
 from nano_atlas.stats import paired_bootstrap
@@ -60,7 +59,7 @@ class Teacher:
     ],
 )
 def test_a_new_teacher_is_promoted_only_if_it_is_not_worse(old, new, margin, is_promoted, monkeypatch):
-    monkeypatch.setattr(promotion, "MARGIN", margin)
+    monkeypatch.setattr(deploy, "MARGIN", margin)
     decision = compare([Student(), Teacher(old), Teacher(new)], PROBLEMS, EpisodeConfig())
     assert decision["is_promoted"] is is_promoted
     assert (decision["old"], decision["new"], decision["alone"]) == (old / 200, new / 200, 0.0)
@@ -109,7 +108,7 @@ def test_two_rounds_for_real_and_again_nothing(rounds, place, monkeypatch, capsy
 
 
 def test_a_training_that_fails_leaves_the_round_undecided(rounds, monkeypatch):
-    monkeypatch.setattr(promotion.sys, "executable", "false")
+    monkeypatch.setattr(deploy.sys, "executable", "false")
     with pytest.raises(UserError, match="train_grpo.py .* failed with exit code 1"):
         runtime_loop.main()
     assert not (rounds / "round-1/promotion.json").exists() and not (rounds / "deploy.yaml").exists()

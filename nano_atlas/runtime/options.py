@@ -22,7 +22,7 @@ SELECTION = ("min_reward", "min_gain", "min_signal", "only", "since", "review_st
 class RunConfig:
     preset: str = option("nano", "", group="run")
     tasks: Path | None = option(None, "JSONL of tasks (none: of the nano world)", resumable=True)
-    student: str | None = option(None, "directory, URL#model, post+URL#path or module:function")
+    student: str | None = option(None, "DIR, URL#model, post+URL#path or module:function (it may use tools)")
     teacher: str | None = option(None, "the same of the teacher")
     out: Path = option(Path("runs/runtime"), "directory of traces.jsonl and metrics.jsonl", resumable=True)
     restart: bool = option(False, "start over; earlier traces are kept under another name", resumable=True)
