@@ -91,7 +91,6 @@ class GrpoConfig:
     updates_per_batch: int = option(1, "optimizer updates per step, clipped against the first", above=0)
     tokens_per_batch: int = option(16384, "most tokens in one micro-batch; memory depends on it", above=0)
     lr: float = option(1e-6, "peak learning rate", above=0)
-    dry_step: bool = option(True, "on a GPU, try the longest micro-batch before step 1", resumable=True)
     schedule: str = "constant"  # of the learning rate after the warm-up; the preset nano takes "cosine"
 
 

@@ -27,6 +27,7 @@ class LayoutConfig:
     optimizer_device: str = option("auto", "of masters and moments (12 bytes a parameter)", resumable=True)
     dtype: str = option("float32", "of the models; masters are always float32", ["float32", "bfloat16"])
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, 4/3 the time")
+    dry_step: bool = option(True, "on a GPU, try the longest micro-batch before step 1", resumable=True)
     thinking: bool = option(False, "render prompts with Qwen3's thinking mode; others ignore it")
     cache_rows: int = option(256, "most sequences decoded at once by a sampler", above=0, resumable=True)
     rollout: tuple[str, ...] = option(("auto",), ROLLOUT_HELP, group="vLLM", resumable=True)
