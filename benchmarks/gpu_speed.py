@@ -66,11 +66,6 @@ def shared_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) ->
     return F.scaled_dot_product_attention(q, k, v, mask, **options)
 
 
-def expanded_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
-
-
 class Varlen:
     """Packed documents by torch's flash kernel, which no CPU has. Its signature differs between versions."""
 
@@ -140,7 +135,7 @@ def attention(probe: Probe) -> None:
         pairs = groups * (prompt * (prompt + 1) // 2 + 8 * completion * (prompt + (completion + 1) // 2))
         case = f"{groups} x ({prompt} + 8 x {completion})"
         variants = {
-            "padded, heads expanded": (SharedPromptAttention, expanded_heads),
+            "padded, heads expanded": (SharedPromptAttention, None),  # what `attend` does on a GPU
             "FlexAttention": (FlexAttention, None),
             "padded, heads shared": (SharedPromptAttention, shared_heads),
         }

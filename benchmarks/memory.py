@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.jobs import markdown
 from nano_atlas import distributed
 from nano_atlas.checkpoint import is_checkpoint, read_config
 from nano_atlas.config import option, parse, run_script
@@ -222,14 +223,13 @@ def layout_table(config, gpus: int | None = None, cards: Mapping[str, float] | N
     shared = {layout.policy: f", each of {ranks} ranks", "cpu": ", all ranks of a machine"}
     shared = shared if ranks > 1 else {}
     names = [name for name in ROWS if any(items[name] for items in columns.values())]
-    lines = [["GB", *(device + shared.get(device, "") for device in columns)]]
-    lines += [["---", *["---:"] * len(columns)]]
-    lines += [[name, *(gigabytes(items[name]) for items in columns.values())] for name in names]
-    lines += [["**peak**", *(f"**{gigabytes(peak(items, config.overlap))}**" for items in columns.values())]]
-    lines += [["the device has", *(gigabytes(cards[device]) for device in columns)]]
-    lines += [["fits", *(verdict(config, name, items, cards[name]) for name, items in columns.items())]]
+    head = " | ".join(["GB", *(device + shared.get(device, "") for device in columns)])
+    rows = [[name, *(gigabytes(items[name]) for items in columns.values())] for name in names]
+    rows += [["**peak**", *(f"**{gigabytes(peak(items, config.overlap))}**" for items in columns.values())]]
+    rows += [["the device has", *(gigabytes(cards[device]) for device in columns)]]
+    rows += [["fits", *(verdict(config, name, items, cards[name]) for name, items in columns.items())]]
     checkpointing = "with" if config.gradient_checkpointing else "without"
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + (
+    return markdown(head, rows) + (
         f"\n\nBy formula (benchmarks/memory.py), not measured. Weights in {config.dtype}; activations of {config.tokens_per_batch:,} tokens "
         f"{checkpointing} gradient checkpointing. The peak is the larger of rollout and update; CUDA's context ({gigabytes(CONTEXT)} GB) is not in it."
     )
@@ -282,11 +282,10 @@ def table(config: Config) -> str:
     for gpus in config.gpus:
         columns |= grpo(policy, student, gpus, rows, slots, tokens)
     names = dict.fromkeys(name for items in columns.values() for name in items)
-    lines = [["GB per GPU", *columns], ["---", *["---:"] * len(columns)]]
-    lines += [[name, *(gigabytes(items.get(name, 0)) for items in columns.values())] for name in names]
-    lines += [["**peak**", *(f"**{gigabytes(peak(items))}**" for items in columns.values())]]
+    found = [[name, *(gigabytes(items.get(name, 0)) for items in columns.values())] for name in names]
+    found += [["**peak**", *(f"**{gigabytes(peak(items))}**" for items in columns.values())]]
     whole, cache = gigabytes(activations(policy, tokens, False)), gigabytes(kv_cache(policy, 1, slots))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + (
+    return markdown(" | ".join(["GB per GPU", *columns]), found) + (
         f"\n\nAn 80 GB card has {gigabytes(CARD)} GB. Activations of {tokens:,} tokens with gradient checkpointing; without, {whole} GB. "
         f"One sequence of {slots:,} tokens has {cache} GB of KV cache. Masters and moments of 2 GPUs, {gigabytes(12 * parameters(policy))} GB, are on the host."
     )

@@ -30,7 +30,9 @@ from torch import OutOfMemoryError
 from nano_atlas.distributed import is_first_failure, process_group, size
 from nano_atlas.errors import UserError
 
-MEMORY_REMEDY = "\nLower --cache-rows (sampling) or --tokens-per-batch, or use --gradient-checkpointing or --optimizer-device cpu."
+MEMORY_REMEDY = """
+Lower --cache-rows (sampling) or --tokens-per-batch, or use --gradient-checkpointing or --optimizer-device cpu;
+outside of training: --dtype bfloat16, shorter --answer-tokens, or a model behind a URL."""
 METAVARS = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 BOUNDS = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le, "below": operator.lt}
 

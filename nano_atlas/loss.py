@@ -126,10 +126,9 @@ def _sweep(hidden, weight, targets, temperature, reference, token_loss=None, wei
     ref_buffer = None if reference is None else torch.empty_like(buffer)
     d_buffer = buffer if dtype == hidden.dtype else torch.empty_like(buffer, dtype=hidden.dtype)
     d_hidden = torch.empty_like(hidden) if needs[0] else None
-    is_summed_apart = weight.dtype != torch.float32 and len(chunks) > 1  # in float32
-    d_weight = (
-        torch.zeros_like(weight, dtype=torch.float32 if is_summed_apart else None) if needs[1] else None
-    )
+    is_summed_apart = weight.dtype != torch.float32 and len(chunks) > 1
+    sum_dtype = torch.float32 if is_summed_apart else weight.dtype
+    d_weight = torch.zeros_like(weight, dtype=sum_dtype) if needs[1] else None
     d_part = torch.empty_like(weight) if needs[1] and is_summed_apart and not weight.is_cuda else None
     # a tensor, because the compiler would make a new kernel for each temperature that comes as a number
     inverse_temperature = torch.full((), 1.0 / temperature, device=device)

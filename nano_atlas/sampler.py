@@ -227,9 +227,8 @@ class _Batch:
         self.max_rows = min(sampler.max_rows, len(waiting))
         size = self.max_rows, max(sample.longest for sample in waiting)
         self.attention = CachedAttention(self.model.config, *size, self.dtype, self.device)
-        place = {
-            "device": self.device
-        }  # what a step reads and writes: newest token and its position, how to draw
+        # what a step reads and writes: newest token and its position, how to draw, the draw's log-prob
+        place = {"device": self.device}
         self.last, self.positions = torch.zeros(2, self.max_rows, dtype=torch.int64, **place)
         self.is_greedy = torch.zeros(self.max_rows, 1, dtype=torch.bool, **place)
         self.temperature, self.top_p = torch.ones(2, self.max_rows, 1, **place)
@@ -290,7 +289,6 @@ class _Batch:
 
     def _steps(self, steps: int) -> tuple[Tensor, Tensor]:
         """Decoding steps without a look at the results: drawn tokens `[R, steps]` int64 and their log-probs, float32, on the CPU."""
-
         params = [sample.request.generation for sample in self.samples]
         places = [sample.position for sample in self.samples]
         last = [(s.rollout.completion_ids or s.rollout.prompt_ids)[-1] for s in self.samples]
