@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nano_atlas import batching, distributed, episode, optim, protocol
+from nano_atlas import batching, distributed, episode, optim, protocol, runs
 from nano_atlas.batching import Sample, completion_logprobs, policy_batches, predicting_states
 from nano_atlas.checkpoint import load_model, save_model
 from nano_atlas.config import derive_seed, option, parse, run_script, to_json
@@ -70,7 +70,7 @@ class GrpoConfig:
     teacher: Path = option(Path("runs/sft/model"), "checkpoint the policy starts from; the KL reference")
     student: str = option("Qwen/Qwen3-0.6B", "checkpoint of the frozen student, or URL[#model]")
     problems: Path | None = option(None, "JSONL of problems with gold answers, or of traces")
-    out: Path = option(Path("runs/grpo"), "directory of the run: models, metrics, episodes, state")
+    out: Path = option(Path("runs/grpo"), "directory of models, metrics, episodes, state", resumable=True)
     restart: bool = option(False, "discard what --out holds of an earlier run", resumable=True)
     seed: int = option(42, "fixes the order of the problems and every sample")
     reward: str = option("teaching", "for the teaching, or exact: for the policy's own answer", REWARDS)
@@ -314,11 +314,10 @@ def dry_step(config: Config, policy: Transformer, reference, optimizer, teacher,
 
 
 def train(config: Config) -> None:
-    resumed = optim.open_run(config)
+    resumed = runs.open_run(config)
     done = read_json(resumed / "state.json")["step"] if resumed else 0
-    if done >= config.steps and (config.out / "model").is_dir():
-        print(f"{config.out / 'model'} is already trained; more with --steps, anew with --restart")
-        return
+    if done >= config.steps and runs.is_saved(config.out, done):
+        return print(f"{config.out}/model is already trained, {done} steps; more: --steps, anew: --restart")
     problems, held_out = load_data(config)
     is_taught = config.reward == "teaching"
     start = config.teacher if is_taught else config.student
@@ -330,7 +329,8 @@ def train(config: Config) -> None:
     tokenizer = Tokenizer.from_directory(start)
     optimizer = optim.MasterAdamW(policy, **ADAMW, state_device=config.optimizer_device)
     record = optim.load_training_state(resumed, optimizer) if resumed else {"step": 0, "best": None}
-    first_step, best = record["step"], record["best"]
+    first_step, best = record["step"], record.get("best")
+    runs.begin_run(config, resumed)
     size = f"{config.problems_per_step} x {config.group_size}"
     print(f"{len(problems)} problems, {len(held_out)} held out; {size} completions a step")
 
@@ -378,7 +378,7 @@ def train(config: Config) -> None:
             if (step + 1) % config.save_every == 0 or is_last:
                 optim.save_training_state(config.out / "state", optimizer, step + 1, best=best)
 
-    save_model(config.out / "model", policy, tokenizer)
+    save_model(config.out / "model", policy, tokenizer, step=max(first_step, config.steps))
     print(f"{config.out}: model, best, metrics.jsonl, episodes.jsonl, state")
 
 
@@ -390,7 +390,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return print(memory.layout_table(config))
     if config.preset == "nano" and (line := suggestion()):
         print(line)
-    train(config)
+    with runs.owned(config.out):
+        train(config)
 
 
 if __name__ == "__main__":
