@@ -7,6 +7,7 @@ weights that it was not drawn with, even where somebody has restarted a server i
 import os
 import shlex
 import shutil
+import tempfile
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nano_atlas import distributed
-from nano_atlas.config import derive_seed
 from nano_atlas.errors import UserError
 from nano_atlas.layout import Layout, gpus_of
 from nano_atlas.model import Transformer
@@ -162,13 +162,14 @@ def open_policy(config, layout, policy: Transformer, tokenizer, version: int, st
     is_first, sleeps = distributed.rank() == 0, layout.policy in gpus_of(layout.server)
     is_nccl = layout.server.startswith("cuda") and not sleeps and distributed.size() == 1
     folder, server, urls = config.out / "served", None, layout.urls if is_first else ()
-    if layout.server and SHARED_MEMORY.is_dir():
-        folder = SHARED_MEMORY / f"nano-atlas-{derive_seed(str(config.out.resolve()))}"
+    if layout.server and is_first:  # a new directory, which nobody else can enter
+        place = SHARED_MEMORY if SHARED_MEMORY.is_dir() else config.out
+        folder = Path(tempfile.mkdtemp(prefix="nano-atlas-", dir=place))
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
     files = FileTransfer(folder / "model", tokenizer)
     if layout.server:
         files.stage(policy)  # what the server starts from, and starts from again if it must
     if layout.server and is_first:
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
         options = ["--weight-transfer-config", '{"backend": "nccl"}'] if is_nccl else []
         options += ["--enable-sleep-mode"] if sleeps else []
         server = make_server(config, layout, layout.server, files.folder, "vllm.log", options, folder)
