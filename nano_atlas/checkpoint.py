@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nano_atlas.distributed import full_parameters, rank
+from nano_atlas.distributed import full_parameters, rank, settle_threads
 from nano_atlas.errors import UserError
 from nano_atlas.gpu import compile_layers
 from nano_atlas.model import ModelConfig, Transformer
@@ -138,6 +138,8 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
         # not a view: the file may be replaced while the model lives, and training writes into its weights
         state[name] = torch.empty(shape, dtype=dtype, device=device).copy_(_read(files, name))
     model.load_state_dict(state, assign=True)
+    if torch.device(device).type == "cpu":
+        settle_threads(sum(parameter.numel() for parameter in model.parameters()))
     return compile_layers(model)
 
 

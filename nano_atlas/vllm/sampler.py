@@ -69,20 +69,21 @@ class VllmSampler:
     def _ask(self, request: Request, client: Client) -> list[Rollout]:
         params = request.generation
         count = request.n if params.temperature else 1  # vLLM refuses groups of greedy samples
-        body = {
-            "prompt": list(request.prompt_ids), "n": count, "seed": request.seed % 2**62, "max_tokens": params.max_tokens,
-            "temperature": params.temperature, "top_p": params.top_p, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
-            "logprobs": 0, "return_token_ids": True,
+        drawing = {
+            "n": count, "seed": request.seed % 2**62, "max_tokens": params.max_tokens, "temperature": params.temperature,
+            "top_p": params.top_p, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "logprobs": 0, "detokenize": False,
             "stop_token_ids": list(request.stop_token_ids), "ignore_eos": True,  # those given stop it, and no others
         }  # fmt: skip
-        choices = client.request("POST", "/v1/completions", body, choices=count)["choices"]
+        # tokens in, tokens out: a third faster than /v1/completions, whose frontend makes text of every token
+        body = {"token_ids": list(request.prompt_ids), "sampling_params": drawing}
+        choices = client.request("POST", "/inference/v1/generate", body, choices=count)["choices"]
         rollouts = []
         for choice in sorted(choices, key=lambda choice: choice["index"]) * (request.n // count):
-            ids, logprobs, reason = choice["token_ids"], choice["logprobs"], choice["finish_reason"]
-            if not ids or not logprobs or reason not in ("stop", "length"):
+            ids, scored, reason = choice["token_ids"], choice["logprobs"], choice["finish_reason"]
+            if not ids or not scored or reason not in ("stop", "length"):
                 raise ServerLost(f"{client.url} ended a completion after {len(ids)} tokens: {reason}")
-            drawn = ids, logprobs["token_logprobs"], reason
-            rollouts.append(Rollout(request.prompt_ids, *drawn, self.weight_version))
+            logprobs = [token["logprob"] for token in scored["content"]]
+            rollouts.append(Rollout(request.prompt_ids, ids, logprobs, reason, self.weight_version))
         return rollouts
 
     def sync(self, model: Transformer, version: int) -> float:
@@ -150,7 +151,7 @@ def context_of(client: Client) -> int:
         config = client.request("GET", "/server_info?config_format=json")["vllm_config"]["model_config"]
         if config["logprobs_mode"] == "processed_logprobs":  # raw ones are of temperature 1
             return config["max_model_len"]
-    flags = "VLLM_SERVER_DEV_MODE=1 and --logprobs-mode processed_logprobs (on a CPU, --no-enable-chunked-prefill)"
+    flags = "VLLM_SERVER_DEV_MODE=1, --enable-scale-out, --logprobs-mode processed_logprobs (CPU: --no-enable-chunked-prefill)"
     raise UserError(f"{client.url} must be a running vLLM server, started with {flags}")
 
 
