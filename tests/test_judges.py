@@ -193,11 +193,11 @@ def test_what_is_no_verdict_is_named(text):
     [
         '"principles": [{"weight": NaN}]',
         '"principles": [{"name": {"a": [1]}, "weight": "heavy"}, 5, null, [1]]',
-        '"principles": [{"name": "\\ud83d", "weight": 1' + "0" * 400 + "}]",
+        '"principles": [{"name": "\\u00fc", "weight": 1' + "0" * 400 + "}]",
         '"principles": ' + json.dumps([{"name": "n" * 10**5, "weight": 0.5}] * 100),
         '"principles": {"name": 1}, "rationale": ["because"]',
         '"principles": 5, "rationale": {"x": NaN}',
-        '"rationale": "\\ud83d' + "r" * 10**5 + '"',
+        '"rationale": "\\u00fc' + "r" * 10**5 + '"',
         '"rationale": true, "uncertainty": null',
     ],
 )
@@ -241,7 +241,7 @@ def test_an_evaluator_of_the_users_is_called_and_its_faults_are_the_sessions(mon
         session = graded(lambda **fields: odd)
         assert session.fault.startswith("evaluator: ") and session.reward is None
     session = graded(lambda **fields: sys.exit(3))
-    assert session.fault == "evaluator: RuntimeError: SystemExit(3)" and session.trials[0].answer == "41"
+    assert session.fault == "evaluator: SystemExit: 3" and session.trials[0].answer == "41"
 
 
 def test_an_evaluator_that_hangs_ends_its_session_after_the_timeout(monkeypatch):

@@ -31,7 +31,6 @@ from nano_atlas.runtime.options import Config
 from nano_atlas.runtime.traces import CONFIDENCE, Session, Trial, Verdict
 from nano_atlas.schedule import Call, Fault, Script, ask
 from nano_atlas.seats import Generation, Question, Reply
-from nano_atlas.text import clean
 
 TEMPERATURES, ARBITER = (0.2, 0.5, 0.8), 0.3  # of the samples of each judge; of the large judge's verdict
 DEVIATION, UNCERTAINTY = 0.15, 0.3  # above one of these the large judge decides
@@ -85,10 +84,7 @@ def open_evaluator(spec: str) -> Agent:
     function = load_object(spec)
 
     def reply(question: Question, seed: int) -> Reply:
-        try:
-            value = resolve(function(**json.loads(question.messages[-1]["content"])))
-        except SystemExit as error:  # would end the thread without an answer
-            raise RuntimeError(f"SystemExit({error})") from None
+        value = resolve(function(**json.loads(question.messages[-1]["content"])))
         if isinstance(value, str | bytes) or not (value is None or 0 <= float(value) <= 1):
             raise ValueError(f"the score must be a number between 0 and 1, not {value!r:.80}")
         return Reply(json.dumps(None if value is None else float(value)), 0, False)
@@ -184,10 +180,10 @@ def read_sample(reply: Sequence[Reply] | Fault, temperature: float) -> dict[str,
     if None in (score, uncertainty):
         return f"not the JSON that was asked for, with numbers from 0 to 1: {reply[0].text[:80]!r}"
     said, principles = found.get("rationale"), found.get("principles")
-    said = clean(said)[:LONGEST_RATIONALE] if isinstance(said, str) else ""
+    said = said[:LONGEST_RATIONALE] if isinstance(said, str) else ""
     principles = [one for one in principles if isinstance(one, dict)] if isinstance(principles, list) else []
     principles = [
-        {"name": clean(str(one.get("name")))[:200], "weight": share(one.get("weight"))} for one in principles
+        {"name": str(one.get("name"))[:200], "weight": share(one.get("weight"))} for one in principles
     ]
     kept = {"score": score, "rationale": said, "principles": principles[:MOST_PRINCIPLES]}
     return kept | {"uncertainty": uncertainty, "temperature": temperature}

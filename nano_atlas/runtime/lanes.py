@@ -20,7 +20,6 @@ from nano_atlas.runtime.options import Config
 from nano_atlas.runtime.traces import Session, Trial, Verdict, now
 from nano_atlas.schedule import Call, Fault, Script, ask
 from nano_atlas.seats import Generation, Reply
-from nano_atlas.text import clean
 
 THRESHOLDS = {"auto": 0.85, "paired": 0.65}  # atlas-sdk's, of the student's capability; below both: coach
 PLAN_REQUEST = 'Do not solve this yet. Plan it as JSON: {"steps": ["...", "..."]}, one step or several.'
@@ -119,7 +118,7 @@ def parse_plan(text: str) -> list[str]:
     steps = (last_json(text, "steps") or {}).get("steps")
     steps = steps if isinstance(steps, list) else []
     steps = [step.get("description") if isinstance(step, dict) else step for step in steps]
-    steps = [clean(step).strip() for step in steps if isinstance(step, str) and step.strip()]
+    steps = [step.strip() for step in steps if isinstance(step, str) and step.strip()]
     return steps[:MOST_STEPS] or [visible(text).strip()]
 
 

@@ -26,7 +26,6 @@ from nano_atlas.answers import last_json, reveals_answer
 from nano_atlas.config import derive_seed
 from nano_atlas.runtime.judges import Line
 from nano_atlas.runtime.traces import Outcome
-from nano_atlas.text import clean
 
 WINDOW = 50  # latest answers of the student alone that make its record
 SKILL_REWARD = 0.8  # least session reward from which skills are learned
@@ -87,11 +86,8 @@ def read_entries(text: str, secret: str | None) -> list[dict[str, Any]]:
     proposals, entries = (last_json(text, "entries") or {}).get("entries"), []
     for raw in proposals if isinstance(proposals, list) else []:
         try:
-            kind, pattern = raw["cue"]["type"], clean(raw["cue"]["pattern"]).strip()
-            told, strategy = (
-                clean(raw["action"].get("imperative") or "").strip(),
-                raw["action"].get("strategy"),
-            )
+            kind, pattern = raw["cue"]["type"], raw["cue"]["pattern"].strip()
+            told, strategy = ((raw["action"].get("imperative") or "").strip(), raw["action"].get("strategy"))
         except (TypeError, KeyError, AttributeError):
             continue
         strategy = strategy if strategy in list(protocol.TEACHING_STYLES) else None
