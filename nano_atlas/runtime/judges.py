@@ -182,10 +182,9 @@ def read_sample(reply: Sequence[Reply] | Fault, temperature: float) -> dict[str,
     said, principles = found.get("rationale"), found.get("principles")
     said = said[:LONGEST_RATIONALE] if isinstance(said, str) else ""
     principles = [one for one in principles if isinstance(one, dict)] if isinstance(principles, list) else []
-    principles = [
-        {"name": str(one.get("name"))[:200], "weight": share(one.get("weight"))} for one in principles
-    ]
-    kept = {"score": score, "rationale": said, "principles": principles[:MOST_PRINCIPLES]}
+    named = [(str(one.get("name"))[:200], share(one.get("weight"))) for one in principles[:MOST_PRINCIPLES]]
+    kept = {"score": score, "rationale": said}
+    kept["principles"] = [{"name": name, "weight": weight} for name, weight in named]
     return kept | {"uncertainty": uncertainty, "temperature": temperature}
 
 

@@ -129,9 +129,7 @@ class Experience:
 
     def add(self, proposals: list[dict]) -> None:
         """Entries that sessions proposed, as `read_entries` returns them."""
-        proposals = [
-            entry for entry in proposals if entry["kind"] == "keyword" and entry["id"] not in self.known
-        ]
+        proposals = [e for e in proposals if e["kind"] == "keyword" and e["id"] not in self.known]
         new = {entry["id"]: Entry(**entry) for entry in proposals}
         self.entries, self.known = self.entries | new, self.known | set(new)
         while len(self.entries) > PLAYBOOK_SIZE:
