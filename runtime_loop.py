@@ -34,7 +34,7 @@ from nano_atlas.data import Problem, load_problems
 from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
 from nano_atlas.runs import Journal, RunLog, checkpoint_digest, digest, keep_to, write_json
-from nano_atlas.runtime import agents, deploy, lanes, learning, traces
+from nano_atlas.runtime import agents, deploy, judges, lanes, learning, traces
 from nano_atlas.runtime.options import Config
 from nano_atlas.seats import Seat
 
@@ -102,7 +102,8 @@ def open_seats(config: Config) -> dict[str, Seat]:
     names = ("student", "teacher", "judge", "large judge", "skill writer")
     specs = {name: getattr(config, name.replace(" ", "_")) for name in names}
     opened = {spec: open_seat(config, spec) for spec in dict.fromkeys(specs.values()) if spec is not None}
-    return {name: opened[spec] for name, spec in specs.items() if spec is not None}
+    seats = {name: opened[spec] for name, spec in specs.items() if spec is not None}
+    return seats | ({"evaluator": judges.open_evaluator(config.evaluator)} if config.evaluator else {})
 
 
 def open_seat(config: Config, spec: str) -> Seat:

@@ -134,7 +134,7 @@ def _ask_one(seat: Seat, call: Call) -> list[Reply] | Fault:
     """One call to a seat; whatever somebody else's agent raises becomes a Fault."""
     try:
         (replies,) = seat.ask([call.question])
-    except Exception as error:  # a UserError, or anything at all from a user's function
+    except (Exception, SystemExit) as error:  # a UserError, or anything at all from a user's function
         return Fault(f"{call.seat}: {type(error).__name__}: {str(error)[:500]}")
     lengths = [len(reply.text.strip()) for reply in replies]
     if not all(lengths):

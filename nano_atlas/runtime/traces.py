@@ -36,7 +36,7 @@ def now() -> str:
 @dataclass
 class Verdict:
     score: float | None  # 0 to 1; None: nobody could say
-    by: str  # "exact" | "python" | "judges" | "nobody"
+    by: str  # "exact" | "python" | "judges" | "nobody"; "outage": who should judge did not
     is_valid: bool | None = None  # None: not known
     deviation: float = 0.0  # standard error of the score, from the spread of the samples
     helpfulness: float | None = None
