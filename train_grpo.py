@@ -328,6 +328,7 @@ def train(config: Config) -> None:
     distributed.shard(policy)
     reference = load_model(start, getattr(torch, config.dtype), layout.reference) if config.beta else None
     tokenizer = Tokenizer.from_directory(start)
+    tokenizer.config |= {"enable_thinking": True} if config.thinking else {}
     optimizer = optim.MasterAdamW(policy, **ADAMW, state_device=config.optimizer_device)
     record = optim.load_training_state(resumed, optimizer) if resumed else {"step": 0, "best": None}
     first_step, best = record["step"], record["best"]
