@@ -83,7 +83,7 @@ def load(config: Config) -> Transformer:
 def load_data(config: Config, tokenizer: Tokenizer) -> tuple[list[Example], list[Example]]:
     """(training, held-out) examples; which ones are held out depends on the seed and on the number of examples only."""
     tokenizer.config |= {"enable_thinking": True} if config.thinking else {}
-    reading = tokenizer, config.max_length, tokenizer.thinking
+    reading = tokenizer, config.max_length, tokenizer.config.get("enable_thinking", False)
     examples = load_examples(config.data, *reading)
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "held out"))
     order = torch.randperm(len(examples), generator=generator).tolist()

@@ -58,7 +58,8 @@ class TokenSeat:
 
     def __init__(self, sampler: Sampler, tokenizer: Tokenizer):
         self.sampler, self.tokenizer = sampler, tokenizer
-        self.template_options = {"enable_thinking": tokenizer.thinking}  # other templates ignore it
+        thinking = tokenizer.config.get("enable_thinking", False)
+        self.template_options = {"enable_thinking": thinking}  # other templates ignore it
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:
         ends = self.tokenizer.eos_ids

@@ -146,11 +146,6 @@ class Tokenizer:
         return {"eos_token_id": ends[0] if len(ends) == 1 else ends, "pad_token_id": self.pad_id}
 
     @property
-    def thinking(self) -> bool:
-        """Whether this checkpoint is asked in Qwen3's thinking mode."""
-        return self.config.get("enable_thinking") is True
-
-    @property
     def vocab_size(self) -> int:
         """One more than the largest id, added tokens included; a model's embedding may have more rows, never fewer."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1

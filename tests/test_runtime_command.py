@@ -82,7 +82,7 @@ def test_run_continue_and_export_from_the_command_line(command, capsys):
     command("--batch", "8")
     assert len(traces_at("out/traces.jsonl")) == 23
     command("--export", "hard.jsonl", "--min-gain", "1")
-    assert "of 23 traces, for train_grpo.py --problems hard.jsonl" in capsys.readouterr().out
+    assert "of 23 traces, for\n    python train_grpo.py --preset=nano" in capsys.readouterr().out
     selected = traces_at("hard.jsonl")
     assert selected and all(trace["reward_summary"]["gain"] == 1 for trace in selected)
     assert selected == [
@@ -137,7 +137,9 @@ def test_skip_bad_leaves_out_malformed_lines_and_shows_them(command, capsys):
         (["--strategies"], "--strategies needs at least one"),
         (["--audit", "2"], "--audit must be at most 1"),
         (["--batch", "0"], "--batch must be above 0"),
-        (["--rounds", "99"], "at least as many tasks"),
+        (["--rounds", "99", "--held-out", "tasks.jsonl"], "at least as many tasks"),
+        (["--rounds", "2"], "--rounds with tasks of yours needs --held-out"),
+        (["--rounds", "2", "--held-out", "x", "--require-approval"], "add --review-status pending"),
         (["--serve", "70000"], "--serve 70000: the port must be a number from 0"),
         (["--serve", "0.0.0.0:0"], "NANO_ATLAS_API_KEY"),
         (["--batchsize", "3"], "did you mean --batch"),
@@ -153,7 +155,7 @@ def test_the_nano_tasks_are_not_the_ones_that_evaluation_holds_out(tmp_path, mon
     given = []
     monkeypatch.setattr(runtime_loop.agents, "open_agent", lambda spec, *where: None)
     monkeypatch.setattr(runtime_loop, "run", lambda config, tasks, seats: given.extend(tasks))
-    monkeypatch.setattr(runtime_loop.traces, "summary", lambda outcomes: "")
+    monkeypatch.setattr(runtime_loop.traces, "summary", lambda outcomes, out: "")
     monkeypatch.setattr(
         "sys.argv", ["runtime_loop.py", "--count", "50", "--teacher", "t", "--out", str(tmp_path)]
     )

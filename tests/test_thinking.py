@@ -7,7 +7,6 @@ from conftest import run_grpo
 
 import train_sft
 from nano_atlas.seats import open_seat
-from nano_atlas.tokenizer import Tokenizer
 
 
 def is_thinking(path) -> bool:
@@ -29,4 +28,4 @@ def test_the_mode_of_training_is_the_mode_of_use(place, tmp_path, thinking):
 
 def test_grpo_turns_the_mode_on(place, tmp_path):
     run_grpo(place, tmp_path, steps=1, eval_every=0, thinking=True)
-    assert Tokenizer.from_directory(tmp_path / "model").thinking
+    assert is_thinking(tmp_path / "model")
