@@ -331,7 +331,7 @@ def train(config: Config) -> None:
     tokenizer.config |= {"enable_thinking": True} if config.thinking else {}
     optimizer = optim.MasterAdamW(policy, **ADAMW, state_device=config.optimizer_device)
     record = optim.load_training_state(resumed, optimizer) if resumed else {"step": 0, "best": None}
-    first_step, best = record["step"], record["best"]
+    first_step, best, metrics = record["step"], record["best"], {}
     size = f"{config.problems_per_step} x {config.group_size}"
     print(f"{len(problems)} problems, {len(held_out)} held out; {size} completions a step")
 
@@ -381,6 +381,8 @@ def train(config: Config) -> None:
 
     save_model(config.out / "model", policy, tokenizer)
     print(f"{config.out}: model, best, metrics.jsonl, episodes.jsonl, state")
+    if best is not None and (ahead := best - metrics.get("eval/reward", best)) > 0:
+        print(f"held-out problems: best is {ahead:.3f} (reward) above model; --teacher {config.out / 'best'}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
