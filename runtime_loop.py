@@ -35,7 +35,7 @@ from nano_atlas.config import parse, run_script
 from nano_atlas.data import Problem, load_problems
 from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
-from nano_atlas.runs import Journal, RunLog, checkpoint_digest, digest, keep_to, read_json, write_json
+from nano_atlas.runs import Journal, RunLog, checkpoint_digest, digest, keep_to, kept, write_json
 from nano_atlas.runtime import agents, deploy, lanes, learning, traces
 from nano_atlas.runtime.options import Config
 from nano_atlas.seats import Seat
@@ -97,13 +97,13 @@ def forecast(config: Config, tasks: Sequence[Problem] | None) -> Iterator[str]:
         yield f"nobody can score {what} (no known answer, --evaluator or --judge): {fate}\n"
     is_adaptive = config.lane == "adaptive" or config.skill_writer or len(config.strategies) > 1
     if tasks and is_adaptive and len(tasks) <= config.batch:
-        yield f"{len(tasks)} tasks are a single batch, in which nothing adapts; lower --batch {config.batch}\n"
+        yield f"{len(tasks)} tasks are one batch, and nothing adapts within a batch: lower --batch {config.batch}\n"
 
 
 def settle_options(config: Config) -> None:
     """Other options, or another student, than those that --out began with are refused."""
     path = config.out / "run.json"
-    before = read_json(path).get("config", {}).get("teacher", config.teacher)
+    before = kept(path).get("config", {}).get("teacher", config.teacher)
     keep_to(config, path, {"weights of the student": checkpoint_digest(config.student)})
     if before != config.teacher:
         print(f"{config.teacher} takes over from {before}; sessions that are done stay done, and teach it")
@@ -143,6 +143,8 @@ def load_tasks(config: Config) -> list[Problem]:
 
 def main() -> None:
     config = parse(Config, deploy.with_deployment(sys.argv[1:]), presets("runtime_loop"), __doc__)
+    if {"--approve", "--quarantine"} & set(sys.argv) and not (config.approve or config.quarantine):
+        raise UserError("--approve and --quarantine need the ids of sessions; --show lists them")
     path, named = config.out / "traces.jsonl", config.approve or config.quarantine
     if config.export is not None:
         selected, total = traces.export_traces(path, config.export, config)

@@ -79,12 +79,20 @@ def checkpoint_digest(spec: str | Path) -> str:
     return files_digest(sorted(file for pattern in patterns for file in find_checkpoint(spec).glob(pattern)))
 
 
+def kept(path: Path) -> dict:
+    """What `keep_to` wrote to `path`; {} where there is no such file. Raises UserError."""
+    saved = read_json(path)
+    if saved and not all(isinstance(saved.get(part), dict) for part in ("config", "contents")):
+        raise UserError(f"{path} does not hold the options of a run; choose another --out")
+    return saved
+
+
 def keep_to(config: Any, path: Path, contents: Mapping[str, str]) -> None:
     """A directory holds one experiment: writes its options to `path`, and digests of whatever else a name may come to mean.
 
     Raises UserError for other options or contents than those it began with.
     """
-    if saved := read_json(path):
+    if saved := kept(path):
         refuse_changes(config, saved["config"], str(path.parent))
         if changed := [name for name in contents if saved["contents"].get(name) != contents[name]]:
             what = f"{path.parent} was begun with other contents than now: {', '.join(changed)}"

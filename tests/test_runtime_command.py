@@ -187,3 +187,41 @@ def test_a_missing_nano_teacher_names_the_commands_that_make_it(tmp_path, monkey
     monkeypatch.setattr("sys.argv", ["runtime_loop.py"])
     with pytest.raises(UserError, match="python train_sft.py && python train_grpo.py"):
         runtime_loop.main()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "complaint"),
+    [
+        ("run.json", "[]", [], "run.json should hold a JSON object"),
+        ("run.json", '{"config": 5}', [], "run.json does not hold the options of a run"),
+        ("run.json", '{"x": 5}', ["--export", "x.jsonl"], "run.json does not hold the options of a run"),
+        ("reviews.jsonl", "x\n", ["--show", "approved"], "reviews.jsonl:1: not JSON"),
+        ("traces.jsonl", '{"x": 1}\n', ["--show", "approved"], "traces.jsonl:1: not a session trace"),
+        (None, "", ["--show", "approved"], "traces.jsonl: no such file"),
+        (None, "", ["--approve", "x"], "traces.jsonl: no such file"),
+        (None, "", ["--export", "x"], "traces.jsonl: no such file"),
+        (None, "", ["--approve"], "need the ids of sessions"),
+    ],
+)
+def test_a_directory_without_our_files_or_with_others_is_named(command, name, content, options, complaint):
+    Path("odd").mkdir()
+    if name:
+        export_traces_to(Path("odd/traces.jsonl"))
+        Path("odd", name).write_text(content)
+    with pytest.raises(UserError, match=complaint):
+        command("--out", "odd", *options)
+
+
+def export_traces_to(path):
+    run(Config(out=path.parent, student="s", teacher="t"), TASKS[:2], Student(), Teacher())
+
+
+def test_a_review_that_says_nothing_decides_nothing_in_favour(config):
+    run(config, TASKS[:2], Student(), Teacher())
+    first, second = (
+        trace["session_metadata"]["session_id"] for trace in traces_at(config.out / "traces.jsonl")
+    )
+    (config.out / "reviews.jsonl").write_text(
+        f'{{"x": 1}}\n{{"session_id": ["{second}"]}}\n{{"session_id": "{first}"}}\n'
+    )
+    assert export_traces(config.out / "traces.jsonl", config.out / "export.jsonl", config) == (1, 2)

@@ -28,6 +28,7 @@ from typing import Any
 import yaml
 
 from nano_atlas import data, runs, world
+from nano_atlas.config import to_json
 from nano_atlas.episode import EpisodeConfig, seeds, sketch, teach
 from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
@@ -150,14 +151,14 @@ def run_rounds(config: Config, tasks: Sequence[data.Problem], run: Callable, ope
 
 def trained_as(config: Config) -> dict[str, Any]:
     """The options of train_grpo.py that are those of the run."""
-    return {name: getattr(config, name) for name in ("preset", "student", "teacher", *SHARED)}
+    values = to_json(config)
+    return {name: values[name] for name in ("preset", "student", "teacher", *SHARED)}
 
 
 def training_command(config: Config) -> str:
     """What trains a teacher on the file of --export as --out was run: with its preset and pair, and what else it was told."""
-    told, saved = trained_as(config), runs.read_json(config.out / "run.json").get("config", {})
+    told, saved = trained_as(config), runs.kept(config.out / "run.json").get("config", {})
     told |= {name: saved[name] for name in told if name in saved}
-    told["temperature"] = tuple(told["temperature"])  # a list in JSON
     for name in ("student", "teacher"):
         told[name] = told[name] if can_train(name, told[name]) else "DIRECTORY"
     usual = trained_as(replace(Config(), **presets("runtime_loop")[told["preset"]].overrides))
@@ -176,7 +177,7 @@ def can_train(seat: str, spec: str | None) -> bool:
 
 def flags_of(options: Mapping[str, object]) -> Iterator[str]:
     for name, value in options.items():
-        flag, several = f"--{name.replace('_', '-')}", isinstance(value, tuple)
+        flag, several = f"--{name.replace('_', '-')}", isinstance(value, list)
         yield from (flag, *map(str, value)) if several else [f"{flag}={value}"]
 
 

@@ -300,12 +300,13 @@ def reviewed_traces(path: Path) -> Iterator[tuple[Outcome, Trace]]:
     """All records of a trace file, the latest decision on each written in."""
     reviews = {}
     if (decisions := path.with_name("reviews.jsonl")).exists():
-        reviews = {review["session_id"]: review for _, review in runs.read_jsonl(decisions, is_journal=True)}
+        known = runs.read_jsonl(decisions, is_journal=True)
+        reviews = {str(review.get("session_id")): review for _, review in known}
     for outcome, trace in read_traces(path):
         if review := reviews.get(outcome.session_id):
-            outcome.review = review["status"]
+            outcome.review = review.get("status", "pending")
             trace |= {"outcome": asdict(outcome), "review_status": outcome.review}
-            trace["review_notes"] = review["note"]
+            trace["review_notes"] = review.get("note", "")
         yield outcome, trace
 
 
