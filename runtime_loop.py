@@ -148,10 +148,14 @@ def main() -> None:
     path, named = config.out / "traces.jsonl", config.approve or config.quarantine
     if config.export is not None:
         selected, total = traces.export_traces(path, config.export, config)
-        how = deploy.training_command(config)
-        print(f"{config.export}: {selected} of {total} traces, for\n    {how}")
+        try:
+            usable = len(load_problems(config.export))
+            how = f"{usable} problems for\n    {deploy.training_command(config)}"
+        except UserError as error:
+            how = f"not for training: {error}"
+        print(f"{config.export}: {selected} of {total} traces, {how}")
     elif config.show is not None:
-        print(*traces.show_sessions(config.out, config.show), sep="\n")
+        print("\n".join(traces.show_sessions(config.out, config.show)) or f"no session is {config.show}")
     elif named:
         status = "approved" if config.approve else "quarantined"
         for name in traces.record_reviews(config.out, named, status, config.note):

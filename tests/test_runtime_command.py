@@ -82,7 +82,7 @@ def test_run_continue_and_export_from_the_command_line(command, capsys):
     command("--batch", "8")
     assert len(traces_at("out/traces.jsonl")) == 23
     command("--export", "hard.jsonl", "--min-gain", "1")
-    assert "of 23 traces, for\n    python train_grpo.py --preset=nano" in capsys.readouterr().out
+    assert "problems for\n    python train_grpo.py --preset=nano" in capsys.readouterr().out
     selected = traces_at("hard.jsonl")
     assert selected and all(trace["reward_summary"]["gain"] == 1 for trace in selected)
     assert selected == [

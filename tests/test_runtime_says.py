@@ -182,6 +182,17 @@ def test_the_nano_line_is_that_of_the_nano_preset(tmp_path, monkeypatch, capsys)
     assert len(line) == 5
 
 
+def test_an_export_that_cannot_train_says_why(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = Config(out=Path("o"), student="s", teacher="t")
+    run(config, [replace(task, answer=None) for task in TASKS[:2]], Student(), Teacher())
+    said = main(monkeypatch, capsys, "--export", "x.jsonl", "--out", "o")
+    assert (
+        "2 of 2 traces, not for training: x.jsonl: no trace here makes a problem (2 no ground truth)" in said
+    )
+    assert "no session is pending" in main(monkeypatch, capsys, "--show", "pending", "--out", "o")
+
+
 def test_what_was_exported_on_purpose_trains_and_what_was_not_says_why(config):
     run(replace(config, require_approval=True), TASKS[:4], Student(), Teacher())
     source, target = config.out / "traces.jsonl", config.out / "export.jsonl"
