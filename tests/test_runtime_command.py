@@ -194,7 +194,7 @@ def test_a_missing_nano_teacher_names_the_commands_that_make_it(tmp_path, monkey
     [
         ("run.json", "[]", [], "run.json should hold a JSON object"),
         ("run.json", '{"config": 5}', [], "run.json does not hold the options of a run"),
-        ("run.json", '{"x": 5}', ["--export", "x.jsonl"], "run.json does not hold the options of a run"),
+        ("run.json", '{"x": 5}', [], "run.json does not hold the options of a run"),
         ("reviews.jsonl", "x\n", ["--show", "approved"], "reviews.jsonl:1: not JSON"),
         ("traces.jsonl", '{"x": 1}\n', ["--show", "approved"], "traces.jsonl:1: not a session trace"),
         (None, "", ["--show", "approved"], "traces.jsonl: no such file"),

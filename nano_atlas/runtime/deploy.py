@@ -78,7 +78,15 @@ def read_deployment(path: Path | str) -> dict[str, dict[str, Any]]:
                 raise UserError(f"{path}: {name}: {', '.join(section)}: {llm['provider']} {extra} is unknown")
             template = template if "model" in llm else template.removesuffix("#{model}")
             seats[name] = {**llm, "spec": template.format(**llm)}
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+    except (
+        OSError,
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+        AttributeError,
+        KeyError,
+        TypeError,
+    ) as error:
         cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"{path}: not a deployment file ({cause})") from None
     return seats
