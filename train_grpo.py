@@ -327,9 +327,10 @@ def train(config: Config) -> None:
     distributed.shard(policy)
     reference = load_model(start, getattr(torch, config.dtype), layout.reference) if config.beta else None
     tokenizer = Tokenizer.from_directory(start)
+    tokenizer.config |= {"enable_thinking": True} if config.thinking else {}
     optimizer = optim.MasterAdamW(policy, **ADAMW, state_device=config.optimizer_device)
     record = optim.load_training_state(resumed, optimizer) if resumed else {"step": 0, "best": None}
-    first_step, best = record["step"], record.get("best")
+    first_step, best, metrics = record["step"], record.get("best"), {}
     runs.begin_run(config, resumed)
     size = f"{config.problems_per_step} x {config.group_size}"
     print(f"{len(problems)} problems, {len(held_out)} held out; {size} completions a step")
@@ -380,6 +381,8 @@ def train(config: Config) -> None:
 
     save_model(config.out / "model", policy, tokenizer, step=max(first_step, config.steps))
     print(f"{config.out}: model, best, metrics.jsonl, episodes.jsonl, state")
+    if best is not None and (ahead := best - metrics.get("eval/reward", best)) > 0:
+        print(f"held-out problems: best is {ahead:.3f} (reward) above model; --teacher {config.out / 'best'}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

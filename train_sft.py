@@ -53,7 +53,7 @@ class Config:
     shuffle: bool = option(True, "random order; --no-shuffle keeps that of the files, as a curriculum")
     held_out: float = option(0.02, "share of the examples that only gives eval_loss", at_least=0, below=1)
     eval_data: tuple[Path, ...] = option((), "JSONL files that give eval_loss too")
-    thinking: bool = option(False, "render prompts with Qwen3's thinking mode; others ignore it")
+    thinking: bool = option(False, "the teacher uses Qwen3's thinking mode, and its checkpoint says so")
 
     epochs: int = option(3, "passes over the data", group="optimization", above=0, resumable=True)
     steps: int | None = option(None, "optimizer steps, instead of --epochs", above=0, resumable=True)
@@ -86,7 +86,8 @@ def load(config: Config) -> Transformer:
 
 def load_data(config: Config, tokenizer: Tokenizer) -> tuple[list[Example], list[Example]]:
     """(training, held-out) examples; which ones are held out depends on the seed and on the number of examples only."""
-    reading = tokenizer, config.max_length, config.thinking
+    tokenizer.config |= {"enable_thinking": True} if config.thinking else {}
+    reading = tokenizer, config.max_length, tokenizer.config.get("enable_thinking", False)
     examples = load_examples(config.files, *reading)
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "held out"))
     order = torch.randperm(len(examples), generator=generator).tolist()

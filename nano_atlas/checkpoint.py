@@ -4,6 +4,7 @@ Loading maps tensors by name alone, because `model.py` names its parameters as t
 that `model.py` does not compute is refused by the name of its field: it would load and silently be another model.
 """
 
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
@@ -18,7 +19,7 @@ from nano_atlas.distributed import full_parameters, rank, settle_threads
 from nano_atlas.errors import UserError
 from nano_atlas.gpu import compile_layers
 from nano_atlas.model import ModelConfig, Transformer
-from nano_atlas.runs import atomic_directory, read_json, refuse_damage, write_json
+from nano_atlas.runs import atomic_directory, find_checkpoint, read_json, refuse_damage, write_json
 from nano_atlas.tokenizer import Tokenizer
 
 # Fields that change the computation -> the values that `model.py` computes. 0 equals False.
@@ -102,7 +103,7 @@ def config_to_dict(config: ModelConfig, dtype: torch.dtype, tokenizer: Tokenizer
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    return (Path(path) / "config.json").is_file()
+    return os.path.isfile(find_checkpoint(path) / "config.json")
 
 
 def read_config(path: str | Path) -> ModelConfig:
@@ -110,7 +111,7 @@ def read_config(path: str | Path) -> ModelConfig:
     if not is_checkpoint(path):
         remedy = f"train one with train_sft.py, or fetch one: hf download {path} --local-dir {path}"
         raise UserError(f"no model at {path}, because it has no config.json; {remedy}")
-    return config_from_dict(read_json(Path(path) / "config.json"), f"{path}/config.json")
+    return config_from_dict(read_json(find_checkpoint(path) / "config.json"), f"{path}/config.json")
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
@@ -118,11 +119,11 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
 
     Raises UserError that names every missing, extra or wrongly shaped tensor.
     """
-    refuse_damage(Path(path))
+    refuse_damage(find_checkpoint(path))
     config = read_config(path)
     with torch.device("meta"):
         model = Transformer(config)
-    files, found = _stored_tensors(Path(path))
+    files, found = _stored_tensors(find_checkpoint(path))
     if config.tie_word_embeddings and {HEAD, EMBEDDING} <= found.keys():  # some store it twice
         if not torch.equal(_read(files, HEAD), _read(files, EMBEDDING)):
             raise UserError(f"{path}: {HEAD} differs from {EMBEDDING} although tie_word_embeddings is true")

@@ -70,10 +70,28 @@ def files_digest(paths: Iterable[Path]) -> str:
     return digest(parts)
 
 
-def checkpoint_digest(path: Path) -> str:
+def find_checkpoint(spec: str | Path) -> Path:
+    """The directory `spec`; where there is none, that of the repository of this name in the Hugging Face Hub's cache, if it is there."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub"), f"models--{spec}".replace("/", "--"))
+    main = cache.expanduser() / "refs/main"
+    # os.path because a name may be of any length
+    is_cached = not os.path.exists(spec) and os.path.isfile(main)
+    return main.parents[1] / "snapshots" / main.read_text().strip() if is_cached else Path(spec)
+
+
+def checkpoint_digest(spec: str | Path) -> str:
     """Of what makes a checkpoint directory answer as it does: weights, configuration, tokenizer and chat template."""
     patterns = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*", "*.jinja")
-    return files_digest(sorted(file for pattern in patterns for file in path.glob(pattern)))
+    return files_digest(sorted(file for pattern in patterns for file in find_checkpoint(spec).glob(pattern)))
+
+
+def kept(path: Path) -> dict:
+    """What `keep_to` wrote to `path`; {} where there is no such file. Raises UserError."""
+    saved = read_json(path)
+    if saved and not all(isinstance(saved.get(part), dict) for part in ("config", "contents")):
+        raise UserError(f"{path} does not hold the options of a run; choose another --out")
+    return saved
 
 
 def keep_to(config: Any, path: Path, contents: Mapping[str, str]) -> None:
@@ -81,10 +99,9 @@ def keep_to(config: Any, path: Path, contents: Mapping[str, str]) -> None:
 
     Raises UserError for other options or contents than those it began with.
     """
-    if saved := read_json(path):
-        refuse_changes(config, saved.get("config", {}), str(path.parent))
-        began_with = saved.get("contents", {})
-        if changed := [name for name in contents if began_with.get(name) != contents[name]]:
+    if saved := kept(path):
+        refuse_changes(config, saved["config"], str(path.parent))
+        if changed := [name for name in contents if saved["contents"].get(name) != contents[name]]:
             what = f"{path.parent} was begun with other contents than now: {', '.join(changed)}"
             raise UserError(f"{what}; choose another --out, or start over with --restart")
     write_json(path, {"config": to_json(config), "contents": contents})

@@ -49,13 +49,17 @@ class Seat(Protocol):
 
 
 class TokenSeat:
-    """A model behind a sampler (`Sampler`, or `vllm.VllmSampler`, which has its interface) and its tokenizer."""
+    """A model behind a sampler (`Sampler`, or `vllm.VllmSampler`, which has its interface) and its tokenizer.
+
+    With `"enable_thinking": true` in its tokenizer_config.json, where --thinking of the trainers puts it, Qwen3 thinks first.
+    """
 
     is_batched = True  # its sampler wants many questions at once
 
-    def __init__(self, sampler: Sampler, tokenizer: Tokenizer, *, thinking: bool = False):
+    def __init__(self, sampler: Sampler, tokenizer: Tokenizer):
         self.sampler, self.tokenizer = sampler, tokenizer
-        self.template_options = {"enable_thinking": thinking}  # Qwen3's switch; other templates ignore it
+        thinking = tokenizer.config.get("enable_thinking", False)
+        self.template_options = {"enable_thinking": thinking}  # other templates ignore it
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:
         ends = self.tokenizer.eos_ids
@@ -77,8 +81,8 @@ class TokenSeat:
 class EmbeddedSeat(TokenSeat):
     """A model in this process. It samples with whatever weights `model` has at the moment of the call."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, thinking: bool = False, **options):
-        super().__init__(Sampler(model, **options), tokenizer, thinking=thinking)
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, **options):
+        super().__init__(Sampler(model, **options), tokenizer)
 
 
 class ServerLost(UserError):

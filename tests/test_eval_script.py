@@ -83,8 +83,8 @@ def test_nano_asks_the_world_for_held_out_tasks_of_each_domain(monkeypatch):
     (["--teacher", "a=x", "a=y"], "name of its own"),
     (["--teacher", "student=x"], "name of its own"),
     (["--preset", "own"], "needs --student"),
-    (["--student", "nowhere"], "nowhere: no checkpoint"),
-    (["--student", "http://x"], f"{NANO}/teacher-sft/model: no checkpoint; train_sft.py"),
+    (["--student", "nowhere"], "hf download nowhere"),
+    (["--student", "http://x"], f"{NANO}/teacher-sft/model, because it has no config.json; train one with"),
     (["--tables", "--out", "nowhere"], "no results yet"),
 ])  # fmt: skip
 def test_mistakes_end_with_one_line_and_status_2(argv, message, monkeypatch, capsys, tmp_path):

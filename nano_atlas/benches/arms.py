@@ -177,8 +177,7 @@ def start_or_continue(config: ArmsConfig, contents: dict[str, str]) -> None:
     out, specs = config.out, {STUDENT: config.student, **config.teachers}
     paths = {name: Path(spec) for name, spec in specs.items() if not is_url(spec)}
     for path in paths.values():
-        if not checkpoint.is_checkpoint(path):
-            raise UserError(f"{path}: no checkpoint; train_sft.py and train_grpo.py make the teachers")
+        checkpoint.read_config(path)
     contents = {f"checkpoint {name}": checkpoint_digest(path) for name, path in paths.items()} | contents
     for file in [file for pattern in RESULT_FILES for file in out.glob(pattern)] if config.restart else ():
         file.unlink()

@@ -23,6 +23,7 @@ from nano_atlas import distributed
 from nano_atlas.errors import UserError
 from nano_atlas.layout import Layout, gpus_of
 from nano_atlas.model import Transformer
+from nano_atlas.runs import find_checkpoint
 from nano_atlas.sampler import Request, Rollout
 from nano_atlas.seats import Client, ServerLost, TokenSeat
 from nano_atlas.tokenizer import Tokenizer
@@ -180,15 +181,15 @@ def open_policy(config, layout, policy: Transformer, tokenizer, version: int, st
     stack.callback(sampler.close)
     difference = sampler.sync(policy, version)
     print(f"weights by {'NCCL' if is_nccl else 'file'}; the server differs by {difference:.1e} nats a token")
-    return distributed.divide(TokenSeat(sampler, tokenizer, thinking=config.thinking), is_first_only=True)
+    return distributed.divide(TokenSeat(sampler, tokenizer), is_first_only=True)
 
 
 def open_student(config, layout: Layout, stack: ExitStack) -> TokenSeat:
     """The student's seat on a server of its own."""
-    server = make_server(config, layout, layout.student, config.student, "vllm_student.log")
+    server = make_server(config, layout, layout.student, find_checkpoint(config.student), "vllm_student.log")
     sampler = VllmSampler([stack.enter_context(server).url], server)
     stack.callback(sampler.close)
-    return TokenSeat(sampler, Tokenizer.from_directory(config.student), thinking=config.thinking)
+    return TokenSeat(sampler, Tokenizer.from_directory(config.student))
 
 
 def make_server(config, layout: Layout, device, model, log: str, options=(), orphan="") -> VllmServer:
