@@ -332,8 +332,7 @@ def train(config: Config) -> None:
     record = optim.load_training_state(resumed, optimizer) if resumed else {"step": 0, "best": None}
     first_step, best, metrics = record["step"], record.get("best"), {}
     runs.begin_run(config, resumed)
-    size = f"{config.problems_per_step} x {config.group_size}"
-    print(f"{len(problems)} problems, {len(held_out)} held out; {size} completions a step")
+    print(f"{len(problems)} problems, {config.problems_per_step} a step; {len(held_out)} held out")
 
     bar = {"total": config.steps, "initial": first_step, "unit": "step", "disable": distributed.rank() > 0}
     with (

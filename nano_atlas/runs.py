@@ -153,7 +153,7 @@ def refuse_strangers(path: Path) -> None:
 def refuse_damage(path: Path) -> None:
     """Raises UserError where a file is not what `atomic_directory` wrote; a directory of somebody else passes."""
     about = _digests(path)
-    damaged = [] if about or not (path / DIGESTS).exists() else [DIGESTS]
+    damaged = [] if about or not os.path.isfile(path / DIGESTS) else [DIGESTS]
     for name, known in about.get("files", {}).items():
         if not (path / name).is_file() or known and files_digest([path / name]) != known:
             damaged.append(name)
