@@ -241,7 +241,7 @@ def test_a_round_begins_with_what_those_before_it_have_taught_also_when_it_is_re
         ({"teacher": "mine:teach"}, True, "--teacher mine:teach: .* checkpoint directory$"),
         ({"student": "mine:run"}, True, "--student mine:run: .* directory or URL"),
         ({"student": "post+http://h/x"}, True, "--student post"),
-        ({}, False, "tasks with a known answer"),
+        ({}, False, "tasks with a known answer: more"),
         ({"out": "foreign"}, True, "foreign/deploy.yaml: not a deployment file"),
         (
             {"train_options": "--stepz 1"},
