@@ -2,7 +2,7 @@
 
     python runtime_loop.py                                       # the nano world, on a CPU
     python runtime_loop.py --preset own --tasks tasks.jsonl --student http://localhost:8000 --teacher DIR --out runs/mine
-    python runtime_loop.py --export hard.jsonl --min-signal 1    # select traces; then: python train_grpo.py --problems hard.jsonl
+    python runtime_loop.py --export hard.jsonl --min-signal 1    # select traces, and print the command that trains on them
     python runtime_loop.py --rounds 3                            # run, export, train, test, promote, three times over
     python runtime_loop.py --serve 8080                          # the pair behind an OpenAI-compatible endpoint
 

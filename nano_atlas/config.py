@@ -122,7 +122,9 @@ def parse(cls: Any, argv: Sequence[str], presets: Mapping[str, Preset], descript
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         known = [flag for action in parser._actions for flag in action.option_strings]
-        close = difflib.get_close_matches(unknown[0].split("=")[0].replace("_", "-"), known, n=1)
+        wrong = unknown[0].split("=")[0].replace("_", "-")
+        begun = [flag for flag in known if flag.startswith(wrong)]
+        close = begun or difflib.get_close_matches(wrong, known, n=1)
         remedy = f"; did you mean {close[0]}?" if close else " (see --help)"
         raise UserError(f"unknown option {unknown[0]}{remedy}")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}

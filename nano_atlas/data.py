@@ -93,7 +93,7 @@ def _from_trace(trace: dict, needs_answer: bool) -> tuple[dict, str | None]:
     record = {field: merged.get(key) for field, key in TRACE_FIELDS.items()}
     for what, key, good in (("session", "status", "succeeded"), ("review", "review_status", "approved")):
         if merged.get(key, good) != good and not (what == "review" and "is_exported" in trace):
-            remedy = ": --approve it, or --export it with --review-status" if what == "review" else ""
+            remedy = ": --export it, after --approve or with --review-status" if what == "review" else ""
             return record, f"{what} {merged[key]}{remedy}"
     return record, "no ground truth" if needs_answer and record["answer"] is None else None
 

@@ -94,6 +94,8 @@ def test_an_export_that_selects_nothing_or_overwrites_its_source_is_refused(comm
     command()
     with pytest.raises(UserError, match="none of its 23 traces is selected"):
         command("--export", "none.jsonl", "--min-reward", "99")
+    with pytest.raises(UserError, match="none of its 23 .*there are: 23 succeeded, 23 approved, 23 paired"):
+        command("--export", "none.jsonl", "--only", "piared")
     assert not Path("none.jsonl").exists()
     with pytest.raises(UserError, match="is the trace file itself"):
         command("--export", "out/traces.jsonl")
@@ -137,12 +139,15 @@ def test_skip_bad_leaves_out_malformed_lines_and_shows_them(command, capsys):
         (["--strategies"], "--strategies needs at least one"),
         (["--audit", "2"], "--audit must be at most 1"),
         (["--batch", "0"], "--batch must be above 0"),
-        (["--rounds", "99", "--held-out", "tasks.jsonl"], "at least as many tasks"),
+        (["--rounds", "99", "--held-out", "tasks.jsonl"], "each of --rounds needs tasks"),
         (["--rounds", "2"], "--rounds with tasks of yours needs --held-out"),
         (["--rounds", "2", "--held-out", "x", "--require-approval"], "add --review-status pending"),
         (["--serve", "70000"], "--serve 70000: the port must be a number from 0"),
         (["--serve", "0.0.0.0:0"], "NANO_ATLAS_API_KEY"),
         (["--batchsize", "3"], "did you mean --batch"),
+        (["--only-lane", "coach"], "did you mean --only"),
+        (["--review", "pending"], "did you mean --review-status"),
+        (["--export", ""], "--export . is a directory"),
         (["--preset", "own", "--student", "none"], "--preset own needs --student"),
     ],
 )

@@ -199,7 +199,7 @@ def test_what_was_exported_on_purpose_trains_and_what_was_not_says_why(config):
     with pytest.raises(UserError, match="none of its 4 traces is selected.* 4 pending, 4 paired, 4 math"):
         export_traces(source, target, config)
     with pytest.raises(
-        UserError, match="4 review pending: --approve it, or --export it with --review-status"
+        UserError, match="4 review pending: --export it, after --approve or with --review-status"
     ):
         load_problems(source)
     assert export_traces(source, target, replace(config, review_status=("pending",))) == (4, 4)
@@ -241,7 +241,7 @@ def test_a_round_begins_with_what_those_before_it_have_taught_also_when_it_is_re
         ({"teacher": "mine:teach"}, True, "--teacher mine:teach: .* checkpoint directory$"),
         ({"student": "mine:run"}, True, "--student mine:run: .* directory or URL"),
         ({"student": "post+http://h/x"}, True, "--student post"),
-        ({}, False, "tasks with a known answer"),
+        ({}, False, "tasks with a known answer: more"),
         ({"out": "foreign"}, True, "foreign/deploy.yaml: not a deployment file"),
         (
             {"train_options": "--stepz 1"},

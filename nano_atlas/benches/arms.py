@@ -177,7 +177,8 @@ def start_or_continue(config: ArmsConfig, contents: dict[str, str]) -> None:
     out, specs = config.out, {STUDENT: config.student, **config.teachers}
     paths = {name: Path(spec) for name, spec in specs.items() if not is_url(spec)}
     for path in paths.values():
-        checkpoint.read_config(path)
+        if not checkpoint.is_checkpoint(path):
+            checkpoint.read_config(path)  # says so, with a remedy
     contents = {f"checkpoint {name}": checkpoint_digest(path) for name, path in paths.items()} | contents
     for file in [file for pattern in RESULT_FILES for file in out.glob(pattern)] if config.restart else ():
         file.unlink()

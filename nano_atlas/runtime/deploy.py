@@ -78,15 +78,7 @@ def read_deployment(path: Path | str) -> dict[str, dict[str, Any]]:
                 raise UserError(f"{path}: {name}: {', '.join(section)}: {llm['provider']} {extra} is unknown")
             template = template if "model" in llm else template.removesuffix("#{model}")
             seats[name] = {**llm, "spec": template.format(**llm)}
-    except (
-        OSError,
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-        AttributeError,
-        KeyError,
-        TypeError,
-    ) as error:
+    except (OSError, yaml.YAMLError, ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
         cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"{path}: not a deployment file ({cause})") from None
     return seats
@@ -121,12 +113,10 @@ def compare(seats: Sequence[Seat], problems: Sequence[data.Problem], episodes: E
 def run_rounds(config: Config, tasks: Sequence[data.Problem], run: Callable, open_seat: Callable) -> None:
     """Runtime, export, training and promotion, over and over; what is done of a round is not done again.
     run, open_seat: of runtime_loop.py. Raises UserError where a training fails; the same command repeats its round."""
-    if len(tasks) < config.rounds:
-        raise UserError(f"--rounds {config.rounds} needs at least as many tasks, not {len(tasks)}")
     cuts = [round(part * len(tasks) / config.rounds) for part in range(config.rounds + 1)]
     parts = [tasks[start:end] for start, end in zip(cuts, cuts[1:])]
     if not all(any(task.answer is not None for task in part) for part in parts):
-        raise UserError("--rounds trains on tasks with a known answer, and a round of these has none")
+        raise UserError("each of --rounds needs tasks with a known answer: more of them, or fewer rounds")
     for name, kinds in (("teacher", "directory"), ("student", "directory or URL")):
         if not can_train(name, spec := getattr(config, name)):
             raise UserError(f"--{name} {spec}: --rounds trains, for which it must be a checkpoint {kinds}")

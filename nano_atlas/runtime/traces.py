@@ -326,8 +326,9 @@ def record_reviews(directory: Path, names: tuple[str, ...], status: str, note: s
 
 def export_traces(source: Path, target: Path, config: Config) -> tuple[int, int]:
     """Write the selected traces of `source` to `target`, as a whole or not at all; returns how many, and of how many."""
-    if target.exists() and target.samefile(source):
-        raise UserError(f"--export {target} is the trace file itself; choose another name")
+    if target.is_dir() or (target.exists() and target.samefile(source)):
+        what = "a directory" if target.is_dir() else "the trace file itself"
+        raise UserError(f"--export {target} is {what}; choose another name")
     found = list(reviewed_traces(source))
     selected = [trace for outcome, trace in found if is_selected(outcome, config)]
     if not selected:
