@@ -30,15 +30,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nano_atlas import schedule, world
+from nano_atlas import runs, schedule, world
 from nano_atlas.config import parse, run_script
 from nano_atlas.data import Problem, load_problems
 from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
-from nano_atlas.runs import Journal, RunLog, checkpoint_digest, digest, keep_to, kept, write_json
+from nano_atlas.runs import Journal, RunLog, checkpoint_digest, digest
 from nano_atlas.runtime import agents, deploy, judges, lanes, learning, traces
 from nano_atlas.runtime.options import Config
 from nano_atlas.seats import Seat
+
+WRITTEN = ("traces.jsonl", "metrics.jsonl", "reviews.jsonl", "playbook.json")  # by a run, beside run.json
 
 
 def run(config: Config, tasks, seats: dict | None = None, experience=None) -> list[traces.Outcome]:
@@ -47,8 +49,8 @@ def run(config: Config, tasks, seats: dict | None = None, experience=None) -> li
     seats: by default `open_seats`; experience: a `learning.Experience` to begin with, which grows by these tasks.
     """
     seats, experience = seats or open_seats(config), experience or learning.Experience(config.strategies)
+    settle_options(config)
     with Journal(config.out / "traces.jsonl") as journal, RunLog(config.out / "metrics.jsonl") as log:
-        settle_options(config)
         print("".join(forecast(config, tasks)), end="")
         ids, weights = session_ids(tasks), checkpoint_digest(config.teacher)
         done = {o.session_id: o for o, _ in traces.read_traces(journal.path) if o.status == "succeeded"}
@@ -74,7 +76,7 @@ def run(config: Config, tasks, seats: dict | None = None, experience=None) -> li
             log.log(start + len(batch), **traces.runtime_metrics(outcomes), skills=len(experience.entries))
     if config.skill_writer:  # to read; nothing reads it back
         entries = [asdict(entry) | {"effect": entry.effect} for entry in experience.entries.values()]
-        write_json(config.out / "playbook.json", {"entries": entries})
+        runs.write_json(config.out / "playbook.json", {"entries": entries})
     return [done[name] for name in ids]
 
 
@@ -103,19 +105,18 @@ def forecast(config: Config, tasks: Sequence[Problem] | None) -> Iterator[str]:
 def settle_options(config: Config) -> None:
     """Other options, or another student, than those that --out began with are refused."""
     path = config.out / "run.json"
-    before = kept(path).get("config", {}).get("teacher", config.teacher)
-    keep_to(config, path, {"weights of the student": checkpoint_digest(config.student)})
+    before = runs.kept(path).get("config", {}).get("teacher", config.teacher)
+    runs.keep_to(config, path, {"weights of the student": checkpoint_digest(config.student)}, WRITTEN)
     if before != config.teacher:
         print(f"{config.teacher} takes over from {before}; sessions that are done stay done, and teach it")
 
 
 def set_aside(directory: Path) -> None:
     """For --restart: what all else is made from is kept under other names."""
-    with Journal(directory / "traces.jsonl"):  # not while another process writes it
-        number = next(n for n in count(1) if not Path(f"{directory}/traces.jsonl.{n}").exists())
-        for path in (directory / name for name in ("traces.jsonl", "reviews.jsonl", "run.json")):
-            if path.exists():
-                path.rename(f"{path}.{number}")
+    runs.refuse_foreign(directory / "run.json", WRITTEN)
+    number = next(n for n in count(1) if not Path(f"{directory}/traces.jsonl.{n}").exists())
+    for path in filter(Path.exists, (directory / name for name in (*WRITTEN, "run.json"))):
+        path.rename(f"{path}.{number}")
 
 
 def open_seats(config: Config) -> dict[str, Seat]:
@@ -161,22 +162,30 @@ def main() -> None:
         status = "approved" if config.approve else "quarantined"
         for name in traces.record_reviews(config.out, named, status, config.note):
             print(f"{name} {status}")
-    elif config.rounds:
-        deploy.run_rounds(config, load_tasks(config), run, open_seat)
-    elif config.serve is not None:
+    else:
+        tasks = load_tasks(config) if config.serve is None else []
+        with runs.owned(config.out):
+            work(config, tasks)
+
+
+def work(config: Config, tasks: Sequence[Problem]) -> None:
+    if config.rounds:
+        return deploy.run_rounds(config, tasks, run, open_seat)
+    if config.serve is not None:
         from nano_atlas.runtime.serve import serve_pair
 
         settle_options(config)
         print("".join(forecast(config, None)), end="", flush=True)
-        serve_pair(config, open_seats(config))
-    else:
-        tasks, seats = load_tasks(config), open_seats(config)
-        if config.restart:
-            set_aside(config.out)
-        outcomes = run(config, tasks, seats)
-        print(traces.summary(outcomes, config.out), f"  traces             {path}", sep="\n")
-        if outcomes and all(outcome.status == "failed" for outcome in outcomes):
-            sys.exit(1)
+        return serve_pair(config, open_seats(config))
+    seats = open_seats(config)
+    if config.restart:
+        set_aside(config.out)
+    outcomes = run(config, tasks, seats)
+    print(
+        traces.summary(outcomes, config.out), f"  traces             {config.out / 'traces.jsonl'}", sep="\n"
+    )
+    if outcomes and all(outcome.status == "failed" for outcome in outcomes):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -94,11 +94,19 @@ def kept(path: Path) -> dict:
     return saved
 
 
-def keep_to(config: Any, path: Path, contents: Mapping[str, str]) -> None:
+def refuse_foreign(record: Path, written: Iterable[str]) -> None:
+    """Raises UserError where files like those that a run writes lie in a directory in which none began: it has no `record` of one."""
+    found = [path for pattern in written for path in sorted(record.parent.glob(pattern))]
+    if found and not record.exists():
+        raise UserError(f"{found[0]} is of no run that began here (no {record.name}); choose another --out")
+
+
+def keep_to(config: Any, path: Path, contents: Mapping[str, str], written: Iterable[str]) -> None:
     """A directory holds one experiment: writes its options to `path`, and digests of whatever else a name may come to mean.
 
-    Raises UserError for other options or contents than those it began with.
+    written: patterns of the files of such a run. Raises UserError for other options or contents than those it began with.
     """
+    refuse_foreign(path, written)
     if saved := kept(path):
         refuse_changes(config, saved["config"], str(path.parent))
         if changed := [name for name in contents if saved["contents"].get(name) != contents[name]]:
@@ -196,14 +204,12 @@ def open_run(config: Any) -> Path | None:
     Raises UserError where the run has other options, where none of its states is whole, where anything lies in its place that a run
     did not write, and where an option names what the run itself writes.
     """
-    out, options = config.out, read_json(config.out / "options.json")
+    out, options = config.out, config.out / "options.json"
     states = sorted((out / "state").glob("step-*"), reverse=True)
     folders = [out / name for name in FOLDERS]
     for folder in (*folders, *(states if config.restart else ())):
         refuse_strangers(folder)
-    written = [path for path in (*folders, out / "state", *(out / name for name in FILES)) if path.exists()]
-    if written and not options:
-        raise UserError(f"{written[0]} is of no run that began here (no options.json); choose another --out")
+    refuse_foreign(options, (*FOLDERS, "state", *FILES))
     own = {place.resolve() for place in (*folders, out / "state")}
     for name, value in to_json(config).items():
         for text in value if isinstance(value, list) else [value]:
@@ -216,7 +222,7 @@ def open_run(config: Any) -> Path | None:
             remedy = "choose another --out, or start over with --restart"
             raise UserError(f"{out} has a model, but no state that could go on from it; {remedy}")
         return None
-    refuse_changes(config, options, str(out))
+    refuse_changes(config, read_json(options), str(out))
     for state in states:
         try:
             refuse_damage(state)

@@ -15,6 +15,7 @@ import pytest
 from test_checkpoint import tiny_model
 from torch import nn
 
+import runtime_loop
 import train_sft
 from nano_atlas import runs
 from nano_atlas.checkpoint import load_model, save_model
@@ -22,6 +23,7 @@ from nano_atlas.config import option, run_script
 from nano_atlas.errors import UserError
 from nano_atlas.optim import MasterAdamW, load_training_state, save_training_state
 from nano_atlas.runs import RunLog, begin_run, is_saved, open_run, owned
+from nano_atlas.runtime.options import Config as RuntimeConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -253,3 +255,18 @@ def test_a_state_that_is_read_again_is_the_one_that_was_written(tmp_path):
     config = a_run(tmp_path, 5)
     assert load_training_state(open_run(config), optimizer())["step"] == 5
     assert json.loads((tmp_path / "model/digests.json").read_text())["step"] == 5
+
+
+@pytest.mark.parametrize("name", ["traces.jsonl", "metrics.jsonl", "playbook.json"])
+def test_the_runtime_leaves_files_of_others_alone(tmp_path, name):
+    """Also those of a training run, whose metrics have the same name."""
+    (tmp_path / name).write_text('{"step": 1}')
+    for action in (
+        lambda: runtime_loop.set_aside(tmp_path),
+        lambda: runtime_loop.run(RuntimeConfig(out=tmp_path), [], {}),
+    ):
+        with pytest.raises(UserError, match=f"{name} is of no run that began here"):
+            action()
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (
+        tmp_path / name
+    ).read_text() == '{"step": 1}'

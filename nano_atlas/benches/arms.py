@@ -184,7 +184,7 @@ def start_or_continue(config: ArmsConfig, contents: dict[str, str]) -> None:
         file.unlink()
     if (out / "tasks.jsonl").exists() and not (out / "run.json").exists():
         raise UserError(f"{out}/tasks.jsonl has no run.json; choose another --out, or use --restart")
-    keep_to(config, out / "run.json", contents)
+    keep_to(config, out / "run.json", contents, ())
 
 
 def derange(problems: Sequence[Problem], seed: int) -> dict[str, Problem]:
