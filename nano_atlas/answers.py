@@ -36,17 +36,12 @@ def extract_answer(completion: str, answer_format: str = "solution") -> str | No
 
 
 def _last_boxed(text: str) -> str | None:
-    """What stands in the last box that is not empty; None if that box never closes."""
-    end = len(text)
-    while (start := text.rfind("\\boxed{", 0, end)) >= 0:
-        depth = 0
-        for brace in re.finditer("[{}]", text[start:end]):
-            depth += 1 if brace[0] == "{" else -1
-            if depth == 0:
-                break
-        answer, end = text[start + 7 : start + brace.start()].strip(), start
-        if depth or answer:
-            return None if depth else answer
+    _, opening, rest = re.sub(r"\\boxed\{\s*\}", "", text).rpartition("\\boxed{")
+    depth = 1
+    for brace in re.finditer("[{}]", rest if opening else ""):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return rest[: brace.start()].strip()
     return None
 
 
@@ -56,7 +51,7 @@ SAME = [
     (r"\{,\}|(?<=\d)(?:\\,|[\xa0\u2009\u202f])(?=\d{3}(?!\d))", ","),
     (r"\\[,;:]|\\q?quad(?![a-z])|~", " "),
     (r"\\[dt]frac", r"\\frac"),
-    (r"\\frac ?(?:\{(-?\d+)\} ?\{(\d+)\}|(\d)(\d))", r" \1\3/\2\4"),
+    (r"\\frac ?(?:\{(-?[\d,]+)\} ?\{([\d,]+)\}|(\d)(\d))", r" \1\3/\2\4"),
     (r"\\(?:text|math|operatorname|mbox)[a-z]* ?\{([^{}]*)\}", r" \1"),
 ]
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # with thousands separators or without; "3,18" is two numbers
@@ -76,28 +71,23 @@ def plain(text: str) -> str:
     return " ".join(text.split())
 
 
-def numbers_in(text: str) -> list[str]:
-    return re.findall(NUMBER, plain(text))
-
-
 def _bare(answer: str) -> str:
     text = plain(answer).lstrip(' *`"').rstrip(' .*`"')
-    enclosed = re.fullmatch(r"\(?([^()]*)\)|\{([^{}]*)\}", text)
-    return (enclosed[1] or enclosed[2] or "").strip() if enclosed else text
+    return re.sub(r"^\(?([^()]*)\)$|^\{([^{}]*)\}$", r"\1\2", text).strip()
 
 
 def _number(text: str) -> Decimal | Fraction | None:
     """The value of a bare text that is a number and nothing else: -1,234.50, 1e-5, 25%, 1/2 or 2 1/2."""
     text = text.removesuffix("%").rstrip()
-    if ratio := re.fullmatch(rf"([+-]?) ?{RATIO}", text):
+    if ratio := re.fullmatch(rf"([+-]?) ?{RATIO}", re.sub(r",(?=\d{3}\b)", "", text)):
         sign, whole, above, below = ratio.groups()
         return int(sign + "1") * (int(whole or 0) + Fraction(int(above), int(below)))
     return Decimal(re.sub("[, ]", "", text)) if re.fullmatch(rf"(?:[+-] ?)?{UNSIGNED}", text) else None
 
 
 def _stated(text: str) -> Decimal | Fraction | None:
-    """The number that a bare text is, or that it states with a unit or behind an equals sign."""
-    last = "" if re.search(NO_UNIT, text) else text.rpartition("=")[2].strip()
+    """The number that a bare text is, or that it states: with a unit, behind an equals sign, "is" or a colon."""
+    last = "" if re.search(NO_UNIT, text) else re.split(r"=|: |\b(?:is|are) ", text)[-1].strip()
     stated = re.fullmatch(r"([\W\d_]*)(?:[^\W\d_]{2}[^\d\\=*+]*(?:\^?[23])?)?", last)
     return _number(stated[1].strip() if stated else text)
 
@@ -110,9 +100,9 @@ def answer_key(answer: str) -> Decimal | Fraction | str:
 
 def is_correct(answer: str | None, gold: str) -> bool:
     """Whether they are equal, or one is a number that the other states: `18 dollars` is 18, but not `18 euros`."""
-    keys = answer_key(answer or ""), answer_key(gold)
-    is_one_number = sum(isinstance(key, str) for key in keys) == 1
-    return keys[0] == keys[1] or (is_one_number and _stated(_bare(answer or "")) == _stated(_bare(gold)))
+    found, right = answer_key(answer or ""), answer_key(gold)
+    is_one_number = isinstance(found, str) != isinstance(right, str)
+    return found == right or (is_one_number and _stated(_bare(answer or "")) == _stated(_bare(gold)))
 
 
 def reveals_answer(teaching: str, gold: str) -> bool:
@@ -135,9 +125,7 @@ def reveals_answer(teaching: str, gold: str) -> bool:
 OBJECT = re.compile(r'\{(?=\s*(?:\}|"(?:[^"\\]|\\.)*+"\s*:))', re.DOTALL)  # how one begins
 
 
-class _Uncounted(str):
-    """A text in which a JSONDecodeError counts no lines, which takes longer than finding the error."""
-
+class _Uncounted(str):  # JSONDecodeError counts the lines before an error, which takes longer than finding it
     count = rfind = lambda *_: 0
 
 
