@@ -18,20 +18,12 @@ from math_verify import parse, verify
 from nano_atlas.answers import extract_answer, is_correct
 from nano_atlas.data import load_problems
 
-# how an answer is written, and the --answer-format that reads it; the last two are wrong by one
-FORMS = [
-    ("#### {}", "last-number"),
-    ("<solution>{}</solution>", "solution"),
-    ("<solution>${}</solution>", "solution"),
-    ("<solution>{} dollars</solution>", "solution"),
-    ("<solution>The answer is {}.</solution>", "solution"),
-    ("\\boxed{{{}}}", "boxed"),
-    ("$\\boxed{{\\${}\\text{{ each}}}}$.", "boxed"),
-    ("The answer is {}.", "last-number"),
-    ("**The answer is $\\frac{{{}}}{{1}}$.**", "last-number"),
-    ("The answer is {wrong}.", "last-number"),
-    ("<solution>{wrong}</solution>", "solution"),
-]
+FORMS = (
+    "#### {}", "<solution>{}</solution>", "<solution>${}</solution>", "<solution>{} dollars</solution>",
+    "<solution>The answer is {}.</solution>", "\\boxed{{{}}}", "$\\boxed{{\\${}\\text{{ each}}}}$.", "The answer is {}.",
+    "**The answer is $\\frac{{{}}}{{1}}$.**",
+    "The answer is {wrong}.", "<solution>{wrong}</solution>",  # wrong by one
+)  # fmt: skip
 READERS = ("nano_atlas", "math-verify", "flexible", "strict")
 FLEXIBLE, STRICT = r"(-?[$0-9.,]{2,})|(-?[0-9]+)", r"#### (\-?[0-9\.\,]+)"
 
@@ -45,8 +37,8 @@ def harness(text: str, gold: str, pattern: str, which: int) -> bool:
     return sides[0] == sides[1]
 
 
-def verdicts(text: str, gold: str, answer_format: str) -> dict[str, bool]:
-    ours = is_correct(extract_answer(text, answer_format), gold)
+def verdicts(text: str, gold: str) -> dict[str, bool]:
+    ours = is_correct(extract_answer(text, "last-number"), gold)  # reads the other two formats first
     tagged = text.rpartition("<solution>")[2].partition("</solution>")[
         0
     ]  # a tag that math-verify does not know
@@ -57,17 +49,17 @@ def verdicts(text: str, gold: str, answer_format: str) -> dict[str, bool]:
 
 
 def replies(gsm8k: list[Path], runs: list[Path]):
-    """(form, text, gold, answer format) of everything that is compared."""
+    """(form, text, gold) of everything that is compared."""
     for path in gsm8k:
         answers = [json.loads(line)["answer"] for line in path.open()]
         for problem, answer in zip(load_problems(path), answers, strict=True):
             wrong = int(problem.answer.replace(",", "")) + 1
-            for form, answer_format in FORMS:
+            for form in FORMS:
                 ending = form.format(problem.answer, wrong=wrong)
-                yield form, answer.rpartition("####")[0] + ending, problem.answer, answer_format
+                yield form, answer.rpartition("####")[0] + ending, problem.answer
     for path in runs:
         for record in map(json.loads, path.open()):
-            yield str(path.parent), record["attempt"]["text"], record["gold"], "solution"
+            yield str(path), record["attempt"]["text"], record["gold"]
 
 
 def main():
@@ -78,8 +70,8 @@ def main():
     parser.add_argument("--runs", type=Path, nargs="*", default=[])
     logging.disable()
     counts, kinds = defaultdict(Counter), defaultdict(list)
-    for form, text, gold, answer_format in replies(**vars(parser.parse_args())):
-        found = verdicts(text, gold, answer_format)
+    for form, text, gold in replies(**vars(parser.parse_args())):
+        found = verdicts(text, gold)
         counts[form].update(["n", *(reader for reader in READERS if found[reader])])
         for other in READERS[1:3]:
             if found[other] != found["nano_atlas"]:
