@@ -75,7 +75,10 @@ class TokenSeat:
 
     def _reply(self, rollout: Rollout) -> Reply:
         ids, is_truncated = rollout.completion_ids, rollout.finish_reason == "length"
-        return Reply(self.tokenizer.decode(ids), len(ids), is_truncated, rollout, len(rollout.prompt_ids))
+        # a template may have opened the thought, and what it wrote is no part of the completion
+        asked = self.tokenizer.decode(rollout.prompt_ids[-16:], skip_special=False).rstrip()
+        text = "<think>" * asked.endswith("<think>") + self.tokenizer.decode(ids)
+        return Reply(text, len(ids), is_truncated, rollout, len(rollout.prompt_ids))
 
 
 class EmbeddedSeat(TokenSeat):
