@@ -263,7 +263,9 @@ def test_the_runtime_leaves_files_of_others_alone(tmp_path, name):
     (tmp_path / name).write_text('{"step": 1}')
     for action in (
         lambda: runtime_loop.set_aside(tmp_path),
-        lambda: runtime_loop.run(RuntimeConfig(out=tmp_path), [], {}),
+        lambda: runtime_loop.run(
+            RuntimeConfig(out=tmp_path, student="a", teacher="b"), [], {"student": None}
+        ),
     ):
         with pytest.raises(UserError, match=f"{name} is of no run that began here"):
             action()
