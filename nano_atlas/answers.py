@@ -72,7 +72,7 @@ def plain(text: str) -> str:
 
 
 def _bare(answer: str) -> str:
-    text = plain(answer).lstrip(' *`"').rstrip(' .*`"')
+    text = plain(answer).lstrip(' *_`"').rstrip(' .,;*_`"')
     return re.sub(r"^\(?([^()]*)\)$|^\{([^{}]*)\}$", r"\1\2", text).strip()
 
 
@@ -87,8 +87,8 @@ def _number(text: str) -> Decimal | Fraction | None:
 
 def _stated(text: str) -> Decimal | Fraction | None:
     """The number that a bare text is, or that it states: with a unit, behind an equals sign, "is" or a colon."""
-    last = "" if re.search(NO_UNIT, text) else re.split(r"=|: |\b(?:is|are) ", text)[-1].strip()
-    stated = re.fullmatch(r"([\W\d_]*)(?:[^\W\d_]{2}[^\d\\=*+]*(?:\^?[23])?)?", last)
+    last = "" if re.search(NO_UNIT, text) else re.split(r"=|:\** |\b(?:is|are) ", text)[-1].strip()
+    stated = re.fullmatch(r"([\W\d_]*)(?:(?:[^\W\d_]{2}|[ghlms]\b)[^\d\\=*+]*(?:\^?\{?[23]\}?)?)?", last)
     return _number(stated[1].strip() if stated else text)
 
 
