@@ -1,10 +1,9 @@
 """Reading finished texts back: the final answer, whether two answers are equal, whether a text gives one away, and JSON in prose.
-
-A reply may be a megabyte of anything: everything here takes time in proportion to its length.
-"""
+All in linear time, because a reply may be a megabyte of anything."""
 
 import json
 import re
+from contextlib import suppress
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -72,7 +71,7 @@ def plain(text: str) -> str:
 
 
 def _bare(answer: str) -> str:
-    text = plain(answer).lstrip(' *`"').rstrip(' .*`"')
+    text = plain(answer).lstrip(' *_`"').rstrip(' .,;*_`"')
     return re.sub(r"^\(?([^()]*)\)$|^\{([^{}]*)\}$", r"\1\2", text).strip()
 
 
@@ -87,8 +86,8 @@ def _number(text: str) -> Decimal | Fraction | None:
 
 def _stated(text: str) -> Decimal | Fraction | None:
     """The number that a bare text is, or that it states: with a unit, behind an equals sign, "is" or a colon."""
-    last = "" if re.search(NO_UNIT, text) else re.split(r"=|: |\b(?:is|are) ", text)[-1].strip()
-    stated = re.fullmatch(r"([\W\d_]*)(?:[^\W\d_]{2}[^\d\\=*+]*(?:\^?[23])?)?", last)
+    last = "" if re.search(NO_UNIT, text) else re.split(r"=|:\** |\b(?:is|are) ", text)[-1].strip()
+    stated = re.fullmatch(r"([\W\d_]*)(?:(?:[^\W\d_]{2}|[ghlms]\b)[^\d\\=*+]*(?:\^?\{?[23]\}?)?)?", last)
     return _number(stated[1].strip() if stated else text)
 
 
@@ -146,9 +145,7 @@ def last_json(text: str, *keys: str) -> dict[str, Any] | None:
             start = max(start, opening) + 1
         except RecursionError:
             start += 500  # among the many brackets that are open here
-        if closed and (having := [value for value in closed if all(key in value for key in keys)]):
-            try:
+        if having := [value for value in closed if all(key in value for key in keys)]:
+            with suppress(ValueError, RecursionError):  # it holds NaN or infinity, or is too deep
                 found = parse_json(json.dumps(having[-1]))
-            except (ValueError, RecursionError):
-                continue  # it holds NaN or infinity, or is too deep
     return found

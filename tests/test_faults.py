@@ -198,7 +198,7 @@ def test_copies_of_templates_and_extractors_drift_apart():
         *protocol.TEACHING_STYLES.values(),
         "Teacher's guidance",
     ]
-    extractor = re.compile(r"""re\.\w+\([^)\n]*(solution|teaching|thinking|boxed)""")
+    extractor = re.compile(r"""(?:re\.\w+|tagged)\([^)\n]*(solution|teaching|thinking|boxed)""")
     extractors, templates = set(), set()
     for path in [*root.glob("*.py"), *(root / "nano_atlas").rglob("*.py")]:
         source = path.read_text(encoding="utf-8")
