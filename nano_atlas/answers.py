@@ -3,7 +3,6 @@ All in linear time, because a reply may be a megabyte of anything."""
 
 import json
 import re
-from contextlib import suppress
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -59,6 +58,8 @@ NUMBER = rf"(?:(?<![\w)\]])[+-])?{UNSIGNED}"  # a sign right behind a word is a 
 RATIO = r"(?:(?<![\w.,])(\d{1,20}) )?(?<![\w.,])(\d{1,20})/0*([1-9]\d{0,19})"
 # what makes another answer of a number, where other words beside it are its unit
 NO_UNIT = r"(?i)\b(?:and|or|not|to|plus|minus|times|pi|hundred|thousand|million|billion|dozen)\b|[,;](?!\d)|[<>≤≥≈≠!π]"
+# each failing attempt to read JSON takes time in proportion to the text, so the text is bounded
+DECODER, LONGEST_JSON = json.JSONDecoder(), 20_000
 ORDINARY = {"a", "i", "no", "none", "true", "false"}  # answers that are also words of any sentence
 
 
@@ -121,31 +122,16 @@ def reveals_answer(teaching: str, gold: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(words.casefold())}(?!\w)", text.casefold()) is not None
 
 
-OBJECT = re.compile(r'\{(?=\s*(?:\}|"(?:[^"\\]|\\.)*+"\s*:))', re.DOTALL)  # how one begins
-
-
-class _Uncounted(str):  # JSONDecodeError counts the lines before an error, which takes longer than finding it
-    count = rfind = lambda *_: 0
-
-
 def last_json(text: str, *keys: str) -> dict[str, Any] | None:
-    """The last JSON object of the visible text that has all `keys`, however deep in prose or code fences it stands."""
-    text, start, found, closed = _Uncounted(visible(text)), 0, None, []
-    whole = lambda digits: int(digits) if len(digits) < 400 else float("inf")
-    decoder = json.JSONDecoder(object_hook=lambda value: closed.append(value) or value, parse_int=whole)
-    while match := OBJECT.search(text, start):
-        start = match.start()
-        closed.clear()
+    """The last JSON object with all `keys` in the last LONGEST_JSON characters of the visible text, in prose or code fences or not."""
+    text, found, start = visible(text)[-LONGEST_JSON:], None, 0
+    while (start := text.find("{", start)) >= 0:
         try:
-            _, start = decoder.raw_decode(text, start)
-            del closed[:-1]  # objects inside an object are a part of it
-        except json.JSONDecodeError as error:
-            # What has closed before the error counts; what is open has failed. The last string may have been prose.
-            opening = str.rfind(text, '"', start, max(start, str.rfind(text, '"', start, error.pos)))
-            start = max(start, opening) + 1
-        except RecursionError:
-            start += 500  # among the many brackets that are open here
-        if having := [value for value in closed if all(key in value for key in keys)]:
-            with suppress(ValueError, RecursionError):  # it holds NaN or infinity, or is too deep
-                found = parse_json(json.dumps(having[-1]))
+            value, end = DECODER.raw_decode(text, start)
+            # once more, for what JSON does not allow: NaN, infinity, half a character
+            found = parse_json(text[start:end]) if all(key in value for key in keys) else found
+        except (ValueError, RecursionError):
+            start += 1
+            continue
+        start = end
     return found
