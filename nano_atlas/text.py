@@ -2,9 +2,16 @@
 
 import json
 import math
+import os
 import re
+from collections.abc import Callable
 from typing import Any
 
+KEYS = "OPENAI_API_KEY", "NANO_ATLAS_API_KEY", "SALESFORCE_PASSWORD", "SALESFORCE_SECURITY_TOKEN"  # variables
+USER_OF_URL = re.compile(r"//[^/\s?#\"'<>]*@")
+KEY_OF_URL = re.compile(
+    r"((?:[?&][\w.-]{0,40}|\bapi.?)(?:key|token|secret|password|sig)=)[^&#\s\"'<>]+", re.I
+)
 HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # the escape of a surrogate, which may lack its other half
 
 
@@ -13,21 +20,29 @@ def clean(text: str) -> str:
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def parse_json(text: str | bytes) -> Any:
-    """As `json.loads`, with `clean` texts. Raises ValueError and nothing else: for what is no JSON or no UTF-8, for NaN, infinity and
-    integers of thousands of digits, and for what is nested too deeply.
-    """
-    text = text if isinstance(text, str) else text.decode()
-    try:
-        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
-        if HALF_PAIR.search(text):
-            value = json.loads(clean(json.dumps(value, ensure_ascii=False)))
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    return value
+def masked(text: str) -> str:
+    """Without secrets: user and password of a URL, the values of its parameters such as api_key, and the keys that we have."""
+    text = KEY_OF_URL.sub(r"\1***", USER_OF_URL.sub("//***@", text))
+    for key in (os.environ.get(name, "").strip() for name in KEYS):
+        text = text.replace(key, "***") if len(key) >= 4 else text
+    return text
 
 
 def _finite(text: str) -> float:
     if not math.isfinite(number := float(text)):
         raise ValueError(f"{text[:20]} is not a finite number")
     return number
+
+
+def parse_json(text: str | bytes, number: Callable[[str], Any] = _finite) -> Any:
+    """As `json.loads`, with `clean` texts. Raises ValueError and nothing else: for what is no JSON or no UTF-8, for NaN, infinity and
+    integers of thousands of digits, and for what is nested too deeply. number: reads what is not an integer.
+    """
+    text = text if isinstance(text, str) else text.decode()
+    try:
+        value = json.loads(text, parse_constant=number, parse_float=number)
+        if HALF_PAIR.search(text):
+            value = json.loads(clean(json.dumps(value, ensure_ascii=False)))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return value
