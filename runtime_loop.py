@@ -108,9 +108,8 @@ def open_seats(config: Config) -> dict[str, Seat]:
 def open_seat(config: Config, spec: str) -> Seat:
     if spec == presets("runtime_loop")["nano"].overrides["teacher"] and not Path(spec).exists():
         raise UserError(f"{spec} is not there yet; make it with: python train_sft.py && python train_grpo.py")
-    return agents.open_agent(
-        spec, config.device, getattr(torch, config.dtype), config.timeout, config.workers
-    )
+    where = config.device, getattr(torch, config.dtype)
+    return agents.open_agent(spec, *where, config.timeout, config.workers)
 
 
 def load_tasks(config: Config) -> list[Problem]:

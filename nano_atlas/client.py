@@ -17,9 +17,7 @@ from nano_atlas.text import masked, parse_json
 BARE_ADDRESS = re.compile(r"(post\+)?((?:[\w.-]+|\[[\da-fA-F:.]+\]):\d+(?:[/?#].*)?)")
 # fields of a request that a server may refuse, the names that it may want instead, and how it says so
 REFUSABLE = {"max_tokens": "max_completion_tokens", "seed": None, "top_p": None, "temperature": None}
-REFUSAL = re.compile(
-    "(un|not |n.t )support|un(known|recogni|expect)|extra |not (permit|allow)|cannot both", re.I
-)
+REFUSAL = re.compile("(un|not |n.t )support|un(known|recogni|expect)|not (permit|allow)|cannot both", re.I)
 LONGEST_WAIT = 120.0  # seconds, of those that a server asks for
 
 

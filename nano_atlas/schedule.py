@@ -138,7 +138,7 @@ def _ask_one(seat: Seat, call: Call) -> list[Reply] | Fault:
     try:
         (replies,) = seat.ask([call.question])
     except UserError as error:
-        replies = error
+        replies = f"{type(error).__name__}: {error}"
     except BaseException as error:  # anything at all from a user's function, SystemExit too: somebody waits
         replies = "".join(traceback.format_exception_only(error)).strip()
     if not isinstance(replies, list):

@@ -183,11 +183,9 @@ def floors(config, tasks: Sequence[Task]) -> dict[str, str]:
 def official(config, tasks: Sequence[Task], arm: str, simulations: Sequence[dict]) -> str:
     """An arm in tau2's own format. Its metrics leave out infrastructure errors; without any, the means are equal."""
     run = {"domain": config.domain, "num_trials": config.samples, "max_steps": config.max_steps}
-    run |= {
-        "llm_agent": f"{masked(config.student)} ({arm})",
-        "llm_args_agent": {"temperature": config.temperature},
-    }
-    run |= {"llm_user": masked(config.user), "llm_args_user": {"temperature": 0.0}, "seed": config.seed}
+    student, user = masked(config.student), masked(config.user)
+    run |= {"llm_agent": f"{student} ({arm})", "llm_args_agent": {"temperature": config.temperature}}
+    run |= {"llm_user": user, "llm_args_user": {"temperature": 0.0}, "seed": config.seed}
     run |= {"agent": "llm_agent_solo", "user": "dummy_user"} if config.is_solo else {}
     info = get_info(TextRunConfig(**run))
     return Results(info=info, tasks=tasks, simulations=simulations).model_dump_json(indent=1)
