@@ -2,7 +2,7 @@
 
     python runtime_loop.py                                       # the nano world, on a CPU
     python runtime_loop.py --preset own --tasks tasks.jsonl --student http://localhost:8000 --teacher DIR --out runs/mine
-    python runtime_loop.py --export hard.jsonl --min-signal 1    # select traces; then: python train_grpo.py --problems hard.jsonl
+    python runtime_loop.py --export hard.jsonl --min-signal 1    # select traces, and print the command that trains on them
     python runtime_loop.py --rounds 3                            # run, export, train, test, promote, three times over
     python runtime_loop.py --serve 8080                          # the pair behind an OpenAI-compatible endpoint
 
@@ -14,13 +14,15 @@ three parts are the published ones:
     trace export      each session appended to traces.jsonl; --export selects those worth training on (`traces`)
 
 The traces are the only state: all else is rebuilt by replaying them. A run that was killed continues where it stopped, and tries
-failed sessions again. A task is known by its content, not by its line.
+failed sessions again. A task is known by its content, not by its line. Experience outlives a teacher: another one may be deployed into
+the same --out, where sessions that are done stay done (each names its teacher), and every round of --rounds begins with what those
+before it have taught.
 """
 
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -28,23 +30,29 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nano_atlas import schedule, world
+from nano_atlas import runs, schedule, world
 from nano_atlas.config import parse, run_script
 from nano_atlas.data import Problem, load_problems
 from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
-from nano_atlas.runs import Journal, RunLog, checkpoint_digest, digest, keep_to, write_json
-from nano_atlas.runtime import agents, deploy, lanes, learning, traces
+from nano_atlas.runs import Journal, RunLog, checkpoint_digest, digest
+from nano_atlas.runtime import agents, deploy, judges, lanes, learning, traces
 from nano_atlas.runtime.options import Config
 from nano_atlas.seats import Seat
 
+WRITTEN = ("traces.jsonl", "metrics.jsonl", "reviews.jsonl", "playbook.json")  # by a run, beside run.json
 
-def run(config: Config, tasks: Sequence[Problem], seats: dict | None = None) -> list[traces.Outcome]:
-    """Bring every task to a trace, and return the outcome of each in the order of the tasks. seats: by default `open_seats`."""
-    seats = seats or open_seats(config)
+
+def run(config: Config, tasks, seats: dict | None = None, experience=None) -> list[traces.Outcome]:
+    """Bring every task to a trace, and return the outcome of each in the order of the tasks.
+
+    seats: by default `open_seats`; experience: a `learning.Experience` to begin with, which grows by these tasks.
+    """
+    seats, experience = seats or open_seats(config), experience or learning.Experience(config.strategies)
+    settle_options(config)
     with Journal(config.out / "traces.jsonl") as journal, RunLog(config.out / "metrics.jsonl") as log:
-        settle_options(config)
-        experience, ids = learning.Experience(config.strategies), session_ids(tasks)
+        print("".join(forecast(config, tasks)), end="")
+        ids, weights = session_ids(tasks), checkpoint_digest(config.teacher)
         done = {o.session_id: o for o, _ in traces.read_traces(journal.path) if o.status == "succeeded"}
         wanted = set(ids)
         for past in done.values():
@@ -57,6 +65,7 @@ def run(config: Config, tasks: Sequence[Problem], seats: dict | None = None) -> 
             for name, task in zip(batch, tasks[start:]):
                 if name not in done:
                     session = lanes.new_session(name, task, experience, config)
+                    session.metadata["teacher_weights"] = weights
                     scripts[name] = lanes.run_session(session, config, seats["teacher"].count_tokens)
             for finished in schedule.drive(scripts, seats, workers=config.workers, timeout=config.timeout):
                 recorded = [traces.session_record(session) for session in finished.values()]
@@ -67,7 +76,7 @@ def run(config: Config, tasks: Sequence[Problem], seats: dict | None = None) -> 
             log.log(start + len(batch), **traces.runtime_metrics(outcomes), skills=len(experience.entries))
     if config.skill_writer:  # to read; nothing reads it back
         entries = [asdict(entry) | {"effect": entry.effect} for entry in experience.entries.values()]
-        write_json(config.out / "playbook.json", {"entries": entries})
+        runs.write_json(config.out / "playbook.json", {"entries": entries})
     return [done[name] for name in ids]
 
 
@@ -81,20 +90,33 @@ def session_ids(tasks: Sequence[Problem]) -> list[str]:
     return names
 
 
+def forecast(config: Config, tasks: Sequence[Problem] | None) -> Iterator[str]:
+    """What one might not expect of such a run, in lines. tasks: None for requests, which come without an answer."""
+    missing = tasks and sum(task.answer is None for task in tasks)
+    if missing != 0 and not (config.evaluator or config.judge):
+        what = f"{missing} of {len(tasks)} tasks" if tasks else "the answers"
+        fate = "the last answer with help is returned, better or not"
+        yield f"nobody can score {what} (no known answer, --evaluator or --judge): {fate}\n"
+    is_adaptive = config.lane == "adaptive" or config.skill_writer or len(config.strategies) > 1
+    if tasks and is_adaptive and len(tasks) <= config.batch:
+        yield f"{len(tasks)} tasks are one batch, and nothing adapts within a batch: lower --batch {config.batch}\n"
+
+
 def settle_options(config: Config) -> None:
-    """Other options, or other weights, than those that --out began with are refused."""
-    names = ("student", "teacher")
-    weights = {f"weights of the {name}": checkpoint_digest(Path(getattr(config, name))) for name in names}
-    keep_to(config, config.out / "run.json", weights)
+    """Other options, or another student, than those that --out began with are refused."""
+    path = config.out / "run.json"
+    before = runs.kept(path).get("config", {}).get("teacher", config.teacher)
+    runs.keep_to(config, path, {"weights of the student": checkpoint_digest(config.student)}, WRITTEN)
+    if before != config.teacher:
+        print(f"{config.teacher} takes over from {before}; sessions that are done stay done, and teach it")
 
 
 def set_aside(directory: Path) -> None:
     """For --restart: what all else is made from is kept under other names."""
-    with Journal(directory / "traces.jsonl"):  # not while another process writes it
-        number = next(n for n in count(1) if not Path(f"{directory}/traces.jsonl.{n}").exists())
-        for path in (directory / name for name in ("traces.jsonl", "reviews.jsonl", "run.json")):
-            if path.exists():
-                path.rename(f"{path}.{number}")
+    runs.refuse_foreign(directory / "run.json", WRITTEN)
+    number = next(n for n in count(1) if not Path(f"{directory}/traces.jsonl.{n}").exists())
+    for path in filter(Path.exists, (directory / name for name in (*WRITTEN, "run.json"))):
+        path.rename(f"{path}.{number}")
 
 
 def open_seats(config: Config) -> dict[str, Seat]:
@@ -102,12 +124,16 @@ def open_seats(config: Config) -> dict[str, Seat]:
     names = ("student", "teacher", "judge", "large judge", "skill writer")
     specs = {name: getattr(config, name.replace(" ", "_")) for name in names}
     opened = {spec: open_seat(config, spec) for spec in dict.fromkeys(specs.values()) if spec is not None}
-    return {name: opened[spec] for name, spec in specs.items() if spec is not None}
+    seats = {name: opened[spec] for name, spec in specs.items() if spec is not None}
+    return seats | ({"evaluator": judges.open_evaluator(config.evaluator)} if config.evaluator else {})
 
 
 def open_seat(config: Config, spec: str) -> Seat:
-    if spec == presets("runtime_loop")["nano"].overrides["teacher"] and not Path(spec).exists():
-        raise UserError(f"{spec} is not there yet; make it with: python train_sft.py && python train_grpo.py")
+    name = config.preset
+    if spec == presets("runtime_loop")[name].overrides.get("teacher") and not Path(spec).exists():
+        sft, grpo = (f" --preset {name} --{file} FILE" * (name != "nano") for file in ("data", "problems"))
+        made = f"python train_sft.py{sft} && python train_grpo.py{grpo}"
+        raise UserError(f"{spec} is not there yet; make it with: {made}")
     where = config.device, getattr(torch, config.dtype)
     return agents.open_agent(spec, *where, config.timeout, config.workers)
 
@@ -120,28 +146,47 @@ def load_tasks(config: Config) -> list[Problem]:
 
 def main() -> None:
     config = parse(Config, deploy.with_deployment(sys.argv[1:]), presets("runtime_loop"), __doc__)
+    if {"--approve", "--quarantine"} & set(sys.argv) and not (config.approve or config.quarantine):
+        raise UserError("--approve and --quarantine need the ids of sessions; --show lists them")
     path, named = config.out / "traces.jsonl", config.approve or config.quarantine
     if config.export is not None:
         selected, total = traces.export_traces(path, config.export, config)
-        print(f"{config.export}: {selected} of {total} traces, for train_grpo.py --problems {config.export}")
+        try:
+            usable = len(load_problems(config.export))
+            how = f"{usable} problems for\n    {deploy.training_command(config)}"
+        except UserError as error:
+            how = f"not for training: {error}"
+        print(f"{config.export}: {selected} of {total} traces, {how}")
     elif config.show is not None:
-        print(*traces.show_sessions(config.out, config.show), sep="\n")
+        print("\n".join(traces.show_sessions(config.out, config.show)) or f"no session is {config.show}")
     elif named:
         status = "approved" if config.approve else "quarantined"
         for name in traces.record_reviews(config.out, named, status, config.note):
             print(f"{name} {status}")
-    elif config.rounds:
-        deploy.run_rounds(config, load_tasks(config), run, open_seat)
-    elif config.serve is not None:
+    else:
+        tasks = load_tasks(config) if config.serve is None else []
+        with runs.owned(config.out):
+            work(config, tasks)
+
+
+def work(config: Config, tasks: Sequence[Problem]) -> None:
+    if config.rounds:
+        return deploy.run_rounds(config, tasks, run, open_seat)
+    if config.serve is not None:
         from nano_atlas.runtime.serve import serve_pair
 
         settle_options(config)
-        serve_pair(config, open_seats(config))
-    else:
-        tasks, seats = load_tasks(config), open_seats(config)
-        if config.restart:
-            set_aside(config.out)
-        print(traces.summary(run(config, tasks, seats)), f"  traces             {path}", sep="\n")
+        print("".join(forecast(config, None)), end="", flush=True)
+        return serve_pair(config, open_seats(config))
+    seats = open_seats(config)
+    if config.restart:
+        set_aside(config.out)
+    outcomes = run(config, tasks, seats)
+    print(
+        traces.summary(outcomes, config.out), f"  traces             {config.out / 'traces.jsonl'}", sep="\n"
+    )
+    if outcomes and all(outcome.status == "failed" for outcome in outcomes):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

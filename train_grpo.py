@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nano_atlas import batching, distributed, episode, optim, protocol
+from nano_atlas import batching, distributed, episode, optim, protocol, runs
 from nano_atlas.batching import Sample, completion_logprobs, policy_batches, predicting_states
 from nano_atlas.checkpoint import load_model, save_model
 from nano_atlas.config import derive_seed, option, parse, run_script, to_json
@@ -70,7 +70,7 @@ class GrpoConfig:
     teacher: Path = option(Path("runs/sft/model"), "checkpoint the policy starts from; the KL reference")
     student: str = option("Qwen/Qwen3-0.6B", "checkpoint of the frozen student, or URL[#model]")
     problems: Path | None = option(None, "JSONL of problems with gold answers, or of traces")
-    out: Path = option(Path("runs/grpo"), "directory of the run: models, metrics, episodes, state")
+    out: Path = option(Path("runs/grpo"), "directory of models, metrics, episodes, state", resumable=True)
     restart: bool = option(False, "discard what --out holds of an earlier run", resumable=True)
     seed: int = option(42, "fixes the order of the problems and every sample")
     reward: str = option("teaching", "for the teaching, or exact: for the policy's own answer", REWARDS)
@@ -126,8 +126,7 @@ def roll_out(config, seats: Mapping[str, Seat], problems, step) -> tuple[list[li
     for group, advantages_G in zip(groups, step_advantages(rewards_PG, config.advantage_scale)):
         for one, advantage in zip(group, advantages_G):
             one.advantage = advantage
-    metrics = episode.teaching_metrics(sum(groups, []))
-    metrics["unanswered"] = len(scripts) - len(groups)  # problems that a seat could not be asked
+    metrics = episode.teaching_metrics(sum(groups, [])) | {"unanswered": len(scripts) - len(groups)}
     metrics["reward_std"] = sum(map(stdev, rewards_PG)) / len(rewards_PG)
     metrics["zero_variance_ratio"] = sum(min(r_G) == max(r_G) for r_G in rewards_PG) / len(rewards_PG)
     return groups, metrics | {"seconds/rollout": time.perf_counter() - started}
@@ -315,11 +314,10 @@ def dry_step(config: Config, policy: Transformer, reference, optimizer, teacher,
 
 
 def train(config: Config) -> None:
-    resumed = optim.open_run(config)
+    resumed = runs.open_run(config)
     done = read_json(resumed / "state.json")["step"] if resumed else 0
-    if done >= config.steps and (config.out / "model").is_dir():
-        print(f"{config.out / 'model'} is already trained; more with --steps, anew with --restart")
-        return
+    if done >= config.steps and runs.is_saved(config.out, done):
+        return print(f"{config.out}/model is already trained, {done} steps; more: --steps, anew: --restart")
     problems, held_out = load_data(config)
     is_taught = config.reward == "teaching"
     start = config.teacher if is_taught else config.student
@@ -329,11 +327,12 @@ def train(config: Config) -> None:
     distributed.shard(policy)
     reference = load_model(start, getattr(torch, config.dtype), layout.reference) if config.beta else None
     tokenizer = Tokenizer.from_directory(start)
+    tokenizer.config |= {"enable_thinking": True} if config.thinking else {}
     optimizer = optim.MasterAdamW(policy, **ADAMW, state_device=config.optimizer_device)
     record = optim.load_training_state(resumed, optimizer) if resumed else {"step": 0, "best": None}
-    first_step, best = record["step"], record["best"]
-    size = f"{config.problems_per_step} x {config.group_size}"
-    print(f"{len(problems)} problems, {len(held_out)} held out; {size} completions a step")
+    first_step, best, metrics = record["step"], record.get("best"), {}
+    runs.begin_run(config, resumed)
+    print(f"{len(problems)} problems, {config.problems_per_step} a step; {len(held_out)} held out")
 
     bar = {"total": config.steps, "initial": first_step, "unit": "step", "disable": distributed.rank() > 0}
     with (
@@ -379,8 +378,10 @@ def train(config: Config) -> None:
             if (step + 1) % config.save_every == 0 or is_last:
                 optim.save_training_state(config.out / "state", optimizer, step + 1, best=best)
 
-    save_model(config.out / "model", policy, tokenizer)
+    save_model(config.out / "model", policy, tokenizer, step=max(first_step, config.steps))
     print(f"{config.out}: model, best, metrics.jsonl, episodes.jsonl, state")
+    if best is not None and (ahead := best - metrics.get("eval/reward", best)) > 0:
+        print(f"held-out problems: best is {ahead:.3f} (reward) above model; --teacher {config.out / 'best'}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -391,7 +392,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return print(memory.layout_table(config))
     if config.preset == "nano" and (line := suggestion()):
         print(line)
-    train(config)
+    with runs.owned(config.out):
+        train(config)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,14 @@ of its own; a step is measured in tokens; on one GPU the optimizer's state may l
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nano_atlas import data, distributed, optim
+from nano_atlas import data, distributed, optim, runs
 from nano_atlas.checkpoint import load_model, save_model
 from nano_atlas.config import derive_seed, option, parse, run_script, to_json
 from nano_atlas.data import Example, collate, count_targets, load_examples
@@ -43,7 +43,7 @@ class Config:
     preset: str = option("nano", "", group="run")
     model: Path = option(Path("Qwen/Qwen3-0.6B"), "checkpoint directory to start from")
     data: tuple[Path, ...] = option((), "JSONL files to learn from; the nano preset makes its own")
-    out: Path = option(Path("runs/sft"), "directory of the run: model, metrics, state")
+    out: Path = option(Path("runs/sft"), "directory of the run: model, metrics, state", resumable=True)
     restart: bool = option(False, "discard what --out holds of an earlier run", resumable=True)
     seed: int = option(42, "of the order, of what is held out, and of the nano demonstrations")
     eval_every: int = option(100, "steps between evaluations of eval_loss", above=0, resumable=True)
@@ -53,7 +53,7 @@ class Config:
     shuffle: bool = option(True, "random order; --no-shuffle keeps that of the files, as a curriculum")
     held_out: float = option(0.02, "share of the examples that only gives eval_loss", at_least=0, below=1)
     eval_data: tuple[Path, ...] = option((), "JSONL files that give eval_loss too")
-    thinking: bool = option(False, "render prompts with Qwen3's thinking mode; others ignore it")
+    thinking: bool = option(False, "the teacher uses Qwen3's thinking mode, and its checkpoint says so")
 
     epochs: int = option(3, "passes over the data", group="optimization", above=0, resumable=True)
     steps: int | None = option(None, "optimizer steps, instead of --epochs", above=0, resumable=True)
@@ -67,6 +67,10 @@ class Config:
     dry_step: bool = option(True, "on a GPU, try the longest micro-batch before step 1", resumable=True)
     dtype: str = option("float32", "compute precision; masters are always float32", ["float32", "bfloat16"])
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, 4/3 the time")
+
+    @property
+    def files(self) -> tuple[Path, ...]:  # only the nano preset may leave --data out
+        return self.data or (self.out / "demonstrations.jsonl",)
 
     def check(self) -> None:
         if not self.data and self.preset != "nano":
@@ -82,8 +86,9 @@ def load(config: Config) -> Transformer:
 
 def load_data(config: Config, tokenizer: Tokenizer) -> tuple[list[Example], list[Example]]:
     """(training, held-out) examples; which ones are held out depends on the seed and on the number of examples only."""
-    reading = tokenizer, config.max_length, config.thinking
-    examples = load_examples(config.data, *reading)
+    tokenizer.config |= {"enable_thinking": True} if config.thinking else {}
+    reading = tokenizer, config.max_length, tokenizer.config.get("enable_thinking", False)
+    examples = load_examples(config.files, *reading)
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "held out"))
     order = torch.randperm(len(examples), generator=generator).tolist()
     held = set(order[: round(config.held_out * len(examples))])
@@ -125,18 +130,17 @@ def train(config: Config, resumed: Path | None) -> None:
     """resumed: the training state to continue from."""
     tokenizer = Tokenizer.from_directory(config.model)
     learned, held_out = load_data(config, tokenizer)
-    data_digest = files_digest((*config.data, *config.eval_data))
+    data_digest = files_digest((*config.files, *config.eval_data))
     lengths = [len(example.input_ids) - 1 for example in learned]
     epoch_steps = data.steps_per_epoch(lengths, config.tokens_per_step)
     total_steps = config.steps or config.epochs * epoch_steps
     print(f"{len(learned)} examples, {sum(lengths):,} tokens, {total_steps} steps; {len(held_out)} held out")
     if resumed:
         record = read_json(resumed / "state.json")
-        if record["data"] != data_digest:
+        if record.get("data") != data_digest:
             raise UserError(f"{config.out} was trained on other data; choose another --out, or use --restart")
-        if record["step"] >= total_steps and (config.out / "model").is_dir():
-            print(f"{config.out / 'model'} is already trained")
-            return
+        if record["step"] >= total_steps and runs.is_saved(config.out, record["step"]):
+            return print(f"{config.out}/model is already trained, {record['step']} steps")
 
     model = load(config)
     where = config.optimizer_device
@@ -144,6 +148,7 @@ def train(config: Config, resumed: Path | None) -> None:
     first_step = optim.load_training_state(resumed, optimizer)["step"] if resumed else 0
     if config.dry_step and model.head_weight.device.type in optim.DRY_STEP_ON:
         dry_step(config, model, optimizer, learned)
+    runs.begin_run(config, resumed)
     bar = {"total": total_steps, "initial": first_step, "unit": "step", "disable": distributed.rank() > 0}
     logged = config.out / "metrics.jsonl", first_step, to_json(config)
     with RunLog(*logged) as log, tqdm(desc=config.out.name, **bar) as progress:
@@ -173,7 +178,7 @@ def train(config: Config, resumed: Path | None) -> None:
             if (step + 1) % config.save_every == 0 or is_last:
                 optim.save_training_state(config.out / "state", optimizer, step + 1, data=data_digest)
 
-    save_model(config.out / "model", model, tokenizer)
+    save_model(config.out / "model", model, tokenizer, step=max(first_step, total_steps))
     print(f"{config.out}: model, metrics.jsonl, state")
 
 
@@ -193,13 +198,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{config.preset}: {presets('train_sft')[config.preset].help}", flush=True)
     if config.preset == "nano" and (line := suggestion()):
         print(line, flush=True)
-    resumed = optim.open_run(config)
-    if not config.data:  # only the nano preset may leave them out
-        config = replace(config, data=(config.out / "demonstrations.jsonl",))
-        if distributed.rank() == 0 and not resumed:
-            write_nano_demonstrations(config, config.data[0])
+    with runs.owned(config.out):
+        resumed = runs.open_run(config)
+        if not (config.data or resumed or distributed.rank()):
+            write_nano_demonstrations(config, *config.files)
         distributed.wait()
-    train(config, resumed)
+        train(config, resumed)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Loading maps tensors by name alone, because `model.py` names its parameters as t
 that `model.py` does not compute is refused by the name of its field: it would load and silently be another model.
 """
 
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
@@ -14,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nano_atlas.distributed import full_parameters, rank
+from nano_atlas.distributed import full_parameters, rank, settle_threads
 from nano_atlas.errors import UserError
 from nano_atlas.gpu import compile_layers
 from nano_atlas.model import ModelConfig, Transformer
-from nano_atlas.runs import atomic_directory, read_json, write_json
+from nano_atlas.runs import atomic_directory, find_checkpoint, read_json, refuse_damage, write_json
 from nano_atlas.tokenizer import Tokenizer
 
 # Fields that change the computation -> the values that `model.py` computes. 0 equals False.
@@ -35,9 +36,6 @@ FAMILIES = {  # what absent fields mean, and which of the fields above are ignor
 }
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 ROPE_TYPES = {"default": (), "llama3": LLAMA3_ROPE}  # -> parameters
-# What a saved checkpoint may consist of, besides *.safetensors: a directory that holds anything else is not replaced.
-CHECKPOINT_FILES = """config.json generation_config.json model.safetensors.index.json tokenizer.json tokenizer_config.json
-    special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.jinja""".split()
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Named = Iterable[tuple[str, Tensor]]
 
@@ -105,7 +103,7 @@ def config_to_dict(config: ModelConfig, dtype: torch.dtype, tokenizer: Tokenizer
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    return (Path(path) / "config.json").is_file()
+    return os.path.isfile(find_checkpoint(path) / "config.json")
 
 
 def read_config(path: str | Path) -> ModelConfig:
@@ -113,7 +111,7 @@ def read_config(path: str | Path) -> ModelConfig:
     if not is_checkpoint(path):
         remedy = f"train one with train_sft.py, or fetch one: hf download {path} --local-dir {path}"
         raise UserError(f"no model at {path}, because it has no config.json; {remedy}")
-    return config_from_dict(read_json(Path(path) / "config.json"), f"{path}/config.json")
+    return config_from_dict(read_json(find_checkpoint(path) / "config.json"), f"{path}/config.json")
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
@@ -121,10 +119,11 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
 
     Raises UserError that names every missing, extra or wrongly shaped tensor.
     """
+    refuse_damage(find_checkpoint(path))
     config = read_config(path)
     with torch.device("meta"):
         model = Transformer(config)
-    files, found = _stored_tensors(Path(path))
+    files, found = _stored_tensors(find_checkpoint(path))
     if config.tie_word_embeddings and {HEAD, EMBEDDING} <= found.keys():  # some store it twice
         if not torch.equal(_read(files, HEAD), _read(files, EMBEDDING)):
             raise UserError(f"{path}: {HEAD} differs from {EMBEDDING} although tie_word_embeddings is true")
@@ -140,6 +139,8 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
         # not a view: the file may be replaced while the model lives, and training writes into its weights
         state[name] = torch.empty(shape, dtype=dtype, device=device).copy_(_read(files, name))
     model.load_state_dict(state, assign=True)
+    if torch.device(device).type == "cpu":
+        settle_threads(sum(parameter.numel() for parameter in model.parameters()))
     return compile_layers(model)
 
 
@@ -187,25 +188,21 @@ def in_shards(tensors: Named, max_bytes: float) -> Iterator[dict[str, Tensor]]:
     yield shard
 
 
-def save_model(path, model: Transformer, tokenizer, max_shard_bytes=5e9, repeat_tied_head=False) -> None:
+def save_model(
+    path, model: Transformer, tokenizer, max_shard_bytes=5e9, repeat_tied_head=False, **about
+) -> None:
     """Writes a directory that `load_model`, transformers and vLLM read, replacing an earlier checkpoint at `path` atomically.
 
     Above `max_shard_bytes` there are several files and an index. repeat_tied_head: store it once more under its own name.
-    Collective; rank 0 writes. Raises UserError if `path` holds anything that is not a checkpoint's.
+    about: for `atomic_directory`. Collective; rank 0 writes. Raises UserError if `path` holds anything that was not saved so.
     """
-    path = Path(path)
-    entries = path.iterdir() if path.is_dir() else filter(Path.exists, [path])
-    foreign = sorted(e.name for e in entries if e.suffix != ".safetensors" and e.name not in CHECKPOINT_FILES)
-    if foreign:
-        listed = ", ".join(foreign[:5])
-        raise UserError(f"{path} holds {listed}, which saving would delete; choose another directory")
     tensors = full_parameters(model)
     if repeat_tied_head:
         tensors = with_tied_head(tensors, model.config)
     if rank() > 0:
         deque(tensors, maxlen=0)  # takes part in gathering
         return
-    with atomic_directory(path) as folder:
+    with atomic_directory(path, **about) as folder:
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(in_shards(tensors, max_shard_bytes), start=1):
             file = f"model-{number:05}.safetensors"

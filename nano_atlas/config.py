@@ -18,6 +18,7 @@ import json
 import math
 import operator
 import os
+import signal
 import sys
 import time
 import typing
@@ -25,6 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from safetensors import SafetensorError
 from torch import OutOfMemoryError
 
 from nano_atlas.distributed import is_first_failure, process_group, size
@@ -33,6 +35,7 @@ from nano_atlas.errors import UserError
 MEMORY_REMEDY = """
 Lower --cache-rows (sampling) or --tokens-per-batch, or use --gradient-checkpointing or --optimizer-device cpu;
 outside of training: --dtype bfloat16, shorter --answer-tokens, or a model behind a URL."""
+DISK_REMEDY = "; what was saved stays as it was, and the same command continues from there"
 METAVARS = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 BOUNDS = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le, "below": operator.lt}
 
@@ -119,7 +122,9 @@ def parse(cls: Any, argv: Sequence[str], presets: Mapping[str, Preset], descript
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         known = [flag for action in parser._actions for flag in action.option_strings]
-        close = difflib.get_close_matches(unknown[0].split("=")[0].replace("_", "-"), known, n=1)
+        wrong = unknown[0].split("=")[0].replace("_", "-")
+        begun = [flag for flag in known if flag.startswith(wrong)]
+        close = begun or difflib.get_close_matches(wrong, known, n=1)
         remedy = f"; did you mean {close[0]}?" if close else " (see --help)"
         raise UserError(f"unknown option {unknown[0]}{remedy}")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
@@ -160,6 +165,8 @@ def run_script(main: Callable[[], None], is_parallel: bool = False) -> None:
         try:
             if size() > 1 and not is_parallel:
                 raise UserError("this script is for one process: start it with python, not with torchrun")
+            if size() == 1:  # torchrun ends its processes like this, and wants no message of each
+                signal.signal(signal.SIGTERM, signal.default_int_handler)
             main()
         except Exception as error:
             if not is_first_failure():
@@ -168,10 +175,14 @@ def run_script(main: Callable[[], None], is_parallel: bool = False) -> None:
             if isinstance(error, BrokenPipeError):  # whoever read our output, such as `head`, has had enough
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 sys.exit(141)
-            if not isinstance(error, UserError | OutOfMemoryError):
+            is_memory, is_disk = (
+                isinstance(error, OutOfMemoryError),
+                isinstance(error, OSError | SafetensorError),
+            )
+            if not (is_memory or is_disk or isinstance(error, UserError)):
                 raise
-            is_memory = isinstance(error, OutOfMemoryError)
-            print(f"error: {error}{MEMORY_REMEDY if is_memory else ''}", file=sys.stderr)
+            remedy = MEMORY_REMEDY if is_memory else DISK_REMEDY if is_disk else ""
+            print(f"error: {error}{remedy}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print("\ninterrupted; the same command continues from the last saved state", file=sys.stderr)

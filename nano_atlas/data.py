@@ -16,13 +16,14 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nano_atlas import protocol
-from nano_atlas.answers import extract_answer
+from nano_atlas.answers import answer_key, extract_answer
 from nano_atlas.config import derive_seed
 from nano_atlas.errors import UserError
 from nano_atlas.runs import read_jsonl, refuse
@@ -92,8 +93,9 @@ def _from_trace(trace: dict, needs_answer: bool) -> tuple[dict, str | None]:
     merged = {key: value for part in parts for key, value in part.items() if value not in (None, "")}
     record = {field: merged.get(key) for field, key in TRACE_FIELDS.items()}
     for what, key, good in (("session", "status", "succeeded"), ("review", "review_status", "approved")):
-        if merged.get(key, good) != good:
-            return record, f"{what} {merged[key]}"
+        if merged.get(key, good) != good and not (what == "review" and "is_exported" in trace):
+            remedy = ": --export it, after --approve or with --review-status" if what == "review" else ""
+            return record, f"{what} {merged[key]}{remedy}"
     return record, "no ground truth" if needs_answer and record["answer"] is None else None
 
 
@@ -111,11 +113,14 @@ def _problem(record: dict, where: str, name: str, needs_answer: bool) -> Problem
 
 
 def _gold_answer(record: dict, field: str, where: str) -> str:
-    """What follows GSM8K's `####`, the inside of `<solution>` or `\\boxed{}`, or else the whole text; a number as its text."""
+    """A number as text; of a text GSM8K's last line `#### 18`, else the inside of `<solution>` or `\\boxed{}`, else all of it."""
     if type(record[field]) in (int, float):
-        return str(record[field])
+        return f"{Decimal(str(record[field])):f}"  # not 1e-05
     text = _text(record, field, where)
-    answer = text.rpartition("####")[2] if "####" in text else extract_answer(text) or text
+    before, _, answer = text.rstrip().rpartition("####")  # which may also be a headline
+    if isinstance(answer_key(answer), str):
+        is_last_line = before[-1:] in ("", "\n") and "\n" not in answer
+        answer = extract_answer(text) or (answer if is_last_line else text)
     if not answer.strip():
         raise UserError(f"{where}: the field {field!r} ends before its answer")
     return answer.strip()

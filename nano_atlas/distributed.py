@@ -21,6 +21,9 @@ from nano_atlas.errors import UserError
 from nano_atlas.gpu import compile_layers
 from nano_atlas.model import Transformer
 
+CORES = torch.get_num_threads()
+ONE_THREAD = 20_000_000  # parameters; smaller models compute with one thread
+largest = 0  # parameters of a model that was loaded so far
 TIMEOUT = timedelta(hours=2)  # for a collective: the other ranks may be sampling long answers or evaluating
 
 
@@ -74,6 +77,22 @@ def check_gpu(name: str, gpus: int) -> str:
     if name.startswith("cuda") and torch.device(name).index >= gpus:
         raise UserError(f"there is no device {name} here ({gpus} GPUs)")
     return name
+
+
+def settle_threads(parameters: int) -> None:
+    """One thread for models this small, all for larger ones; the largest of the process decides, and OMP_NUM_THREADS overrides it.
+
+    OpenMP's threads spin while they wait for each other: a thread that waits for one without a core costs more than it brings. Two
+    threads are worth 1.5 on an idle machine with two cores; beside one busy program they cost 2 to 9 (benchmarks/bench_threads.py).
+    """
+    global largest
+    if "OMP_NUM_THREADS" in os.environ or parameters <= largest:
+        return
+    is_first, largest = not largest, parameters
+    count = 1 if parameters < ONE_THREAD else CORES
+    if is_first or count != torch.get_num_threads():
+        print(f"{count} of {CORES} CPU threads; OMP_NUM_THREADS=N changes it")
+    torch.set_num_threads(count)
 
 
 def shares(sizes: Sequence[int]) -> list[list[int]]:

@@ -28,7 +28,7 @@ class LayoutConfig:
     dtype: str = option("float32", "of the models; masters are always float32", ["float32", "bfloat16"])
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, 4/3 the time")
     dry_step: bool = option(True, "on a GPU, try the longest micro-batch before step 1", resumable=True)
-    thinking: bool = option(False, "render prompts with Qwen3's thinking mode; others ignore it")
+    thinking: bool = option(False, "the teacher uses Qwen3's thinking mode, and its checkpoint says so")
     cache_rows: int = option(256, "most sequences decoded at once by a sampler", above=0, resumable=True)
     rollout: tuple[str, ...] = option(("auto",), ROLLOUT_HELP, group="vLLM", resumable=True)
     overlap: bool = option(False, "sample a step while the one before trains (vLLM only)")
@@ -89,8 +89,7 @@ def open_policy(config, layout, policy: Transformer, tokenizer, version: int, st
         from nano_atlas.vllm import sampler
 
         return sampler.open_policy(config, layout, policy, tokenizer, version, stack)
-    options = {"thinking": config.thinking, "max_rows": config.cache_rows}
-    seat = EmbeddedSeat(distributed.whole_copy(policy), tokenizer, **options)
+    seat = EmbeddedSeat(distributed.whole_copy(policy), tokenizer, max_rows=config.cache_rows)
     seat.sampler.sync(policy, version)
     return distributed.divide(seat)
 
@@ -101,9 +100,8 @@ def open_student(config, layout: Layout, stack) -> Seat:
         from nano_atlas.vllm import sampler
 
         return sampler.open_student(config, layout, stack)
-    options = {"thinking": config.thinking, "max_rows": config.cache_rows}
-    dtype = getattr(torch, config.dtype)
-    return distributed.divide(open_seat(config.student, layout.student, dtype, **options))
+    where = layout.student, getattr(torch, config.dtype)
+    return distributed.divide(open_seat(config.student, *where, max_rows=config.cache_rows))
 
 
 class Pipeline:

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from nano_atlas import distributed
 from nano_atlas.checkpoint import in_shards
-from nano_atlas.config import refuse_changes, to_json
 from nano_atlas.distributed import gather_rows, own_part, own_rows, rank
 from nano_atlas.errors import UserError
-from nano_atlas.runs import atomic_directory, read_json, write_json
+from nano_atlas.runs import atomic_directory, read_json, strangers, write_json
 
 SHARD_BYTES = 2 * 10**9  # size of a file of a training state
+KEPT_STATES = 2  # on disk: the newest, and the one before should that be damaged
+MOST_SKIPPED = 3  # steps in a row whose gradients are not finite
 DRY_STEP_ON = ("cuda",)  # devices on which memory is what runs out
 
 
@@ -51,7 +52,7 @@ class MasterAdamW:
     """
 
     def __init__(self, model, betas=(0.9, 0.95), weight_decay=1e-4, clip_norm=1.0, state_device="auto"):
-        self.clip_norm, self.skipped_steps = clip_norm, 0
+        self.clip_norm, self.skipped_steps, self.skipped_in_a_row = clip_norm, 0, 0
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.weights = {name: own_part(p) for name, p in self.parameters.items()}  # this rank's rows
         self.masters = {name: _master(weight, state_device) for name, weight in self.weights.items()}
@@ -78,7 +79,8 @@ class MasterAdamW:
     def step(self, rate: float) -> float:
         """Update with the gradients summed since the last step, clear them, and return their norm before clipping.
 
-        A gradient that is not finite changes nothing: the step is skipped and counted in `skipped_steps`.
+        A gradient that is not finite changes nothing: the step is skipped and counted in `skipped_steps`. MOST_SKIPPED in a row raise
+        UserError.
         """
         gradients = {name: own_part(p.grad) for name, p in self.parameters.items() if p.grad is not None}
         gradients |= self.gradient_sums
@@ -88,6 +90,10 @@ class MasterAdamW:
             norm = float(distributed.sum_over_ranks(square)) ** 0.5
         is_finite = math.isfinite(norm)
         self.skipped_steps += not is_finite
+        self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row == MOST_SKIPPED:
+            remedy = "lower --lr, or look for a damaged checkpoint or data; the last state is from before"
+            raise UserError(f"{MOST_SKIPPED} steps in a row had gradients that are not finite; {remedy}")
         if is_finite and norm > self.clip_norm:
             torch._foreach_mul_(list(gradients.values()), self.clip_norm / norm)
         for group in self.adamw.param_groups:
@@ -156,26 +162,8 @@ def _master(weight: Tensor, choice: torch.device | str) -> Tensor:
     return weight if is_master else nn.Parameter(weight.detach().to(device, torch.float32))
 
 
-def open_run(config: Any) -> Path | None:
-    """Start or continue the run in `config.out`: the newest complete state there, or None.
-
-    `config.restart` deletes an earlier run's states and models, and nothing else that lies there. Raises UserError where the run
-    was started with other options.
-    """
-    for name in ("state", "model", "best") if config.restart and rank() == 0 else ():
-        shutil.rmtree(config.out / name, ignore_errors=True)
-    distributed.wait()
-    state, options = max((config.out / "state").glob("step-*"), default=None), config.out / "options.json"
-    if state:
-        refuse_changes(config, read_json(options), str(config.out))
-    distributed.wait()  # all have read the earlier options
-    if rank() == 0:
-        write_json(options, to_json(config))
-    return state
-
-
 def save_training_state(root: Path, optimizer: MasterAdamW, step: int, **extra: Any) -> None:
-    """Write `root/step-00000120/` (safetensors and state.json), atomically, and delete the older states.
+    """Write `root/step-00000120/` (safetensors and state.json), atomically, and delete all older states but the last.
 
     Weights are stored once, as masters. No random generator has a state to store: seeds are derived from (seed, step).
     """
@@ -187,8 +175,9 @@ def save_training_state(root: Path, optimizer: MasterAdamW, step: int, **extra: 
         for number, shard in enumerate(in_shards(tensors, SHARD_BYTES)):
             save_file(shard, folder / f"state-{number:05d}.safetensors")
         write_json(folder / "state.json", {"step": step, "skipped_steps": optimizer.skipped_steps, **extra})
-    for old in sorted(Path(root).glob("step-*"))[:-1]:
-        shutil.rmtree(old)
+    for old in sorted(Path(root).glob("step-*"))[:-KEPT_STATES]:
+        if not strangers(old):
+            shutil.rmtree(old)
 
 
 def load_training_state(state: Path, optimizer: MasterAdamW) -> dict[str, Any]:
@@ -206,5 +195,5 @@ def load_training_state(state: Path, optimizer: MasterAdamW) -> dict[str, Any]:
     except (OSError, SafetensorError, UserError) as error:
         remedy = "the state belongs to another model or is damaged; use --restart to start over"
         raise UserError(f"{state}: {error}; {remedy}") from None
-    optimizer.skipped_steps = record["skipped_steps"]
+    optimizer.skipped_steps = record.get("skipped_steps", 0)
     return record

@@ -10,10 +10,9 @@ finished texts by it). Texts are inserted as values, so braces and tags in them 
 """
 
 import json
-import re
 from typing import Any
 
-from nano_atlas.answers import visible
+from nano_atlas.answers import tagged, visible
 
 Messages = list[dict[str, str]]
 
@@ -73,8 +72,7 @@ def parse_teaching(completion: str) -> str | None:
     student the whole text when the tag is missing, as the published code does, rewards the teacher for leaking its reasoning.
     """
     text = visible(completion).rpartition("</thinking>")[2].partition("<thinking>")[0]
-    match = re.search(r"<teaching>(.*?)</teaching>", text, re.DOTALL)
-    return (match[1].strip() or None) if match else None
+    return next(iter(tagged(text, "teaching")), None)
 
 
 def request_json(instruction: str, **fields: Any) -> Messages:

@@ -8,13 +8,20 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from nano_atlas.config import refuse_changes, to_json
-from nano_atlas.distributed import rank
+from nano_atlas.config import flag_of, refuse_changes, to_json
+from nano_atlas.distributed import rank, wait
 from nano_atlas.errors import UserError
+
+# In every directory that `atomic_directory` wrote, the digest of each file: what is ours, and whether it is whole.
+DIGESTS = "digests.json"
+FOLDERS, FILES = (
+    ("model", "best"),
+    ("metrics.jsonl", "episodes.jsonl"),
+)  # of a training run, besides its states
 
 
 def read_json(path: Path) -> dict:
@@ -63,18 +70,44 @@ def files_digest(paths: Iterable[Path]) -> str:
     return digest(parts)
 
 
-def checkpoint_digest(path: Path) -> str:
+def find_checkpoint(spec: str | Path) -> Path:
+    """The directory `spec`; where there is none, that of the repository of this name in the Hugging Face Hub's cache, if it is there."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub"), f"models--{spec}".replace("/", "--"))
+    main = cache.expanduser() / "refs/main"
+    # os.path because a name may be of any length
+    is_cached = not os.path.exists(spec) and os.path.isfile(main)
+    return main.parents[1] / "snapshots" / main.read_text().strip() if is_cached else Path(spec)
+
+
+def checkpoint_digest(spec: str | Path) -> str:
     """Of what makes a checkpoint directory answer as it does: weights, configuration, tokenizer and chat template."""
     patterns = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*", "*.jinja")
-    return files_digest(sorted(file for pattern in patterns for file in path.glob(pattern)))
+    return files_digest(sorted(file for pattern in patterns for file in find_checkpoint(spec).glob(pattern)))
 
 
-def keep_to(config: Any, path: Path, contents: Mapping[str, str]) -> None:
+def kept(path: Path) -> dict:
+    """What `keep_to` wrote to `path`; {} where there is no such file. Raises UserError."""
+    saved = read_json(path)
+    if saved and not all(isinstance(saved.get(part), dict) for part in ("config", "contents")):
+        raise UserError(f"{path} does not hold the options of a run; choose another --out")
+    return saved
+
+
+def refuse_foreign(record: Path, written: Iterable[str]) -> None:
+    """Raises UserError where files like those that a run writes lie in a directory in which none began: it has no `record` of one."""
+    found = [path for pattern in written for path in sorted(record.parent.glob(pattern))]
+    if found and not record.exists():
+        raise UserError(f"{found[0]} is of no run that began here (no {record.name}); choose another --out")
+
+
+def keep_to(config: Any, path: Path, contents: Mapping[str, str], written: Iterable[str]) -> None:
     """A directory holds one experiment: writes its options to `path`, and digests of whatever else a name may come to mean.
 
-    Raises UserError for other options or contents than those it began with.
+    written: patterns of the files of such a run. Raises UserError for other options or contents than those it began with.
     """
-    if saved := read_json(path):
+    refuse_foreign(path, written)
+    if saved := kept(path):
         refuse_changes(config, saved["config"], str(path.parent))
         if changed := [name for name in contents if saved["contents"].get(name) != contents[name]]:
             what = f"{path.parent} was begun with other contents than now: {', '.join(changed)}"
@@ -83,12 +116,14 @@ def keep_to(config: Any, path: Path, contents: Mapping[str, str]) -> None:
 
 
 @contextmanager
-def atomic_directory(path: str | Path) -> Iterator[Path]:
+def atomic_directory(path: str | Path, has_digests=True, **about: Any) -> Iterator[Path]:
     """Yields a new directory to fill, which takes the place of `path` when the block ends without an exception.
 
     Killed at any moment it leaves the old directory or the new one, the old one perhaps under another name until the next call.
+    Raises UserError if `path` holds anything that was not written here. about: goes into digests.json.
     """
     path = Path(path).resolve()
+    refuse_strangers(path)
     new, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
     if old.exists() and not path.exists():
         old.rename(path)
@@ -96,7 +131,10 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     new.mkdir(parents=True)
     try:
         yield new
-        for file in filter(Path.is_file, new.rglob("*")):
+        files = sorted(new.iterdir())
+        digests = {file.name: has_digests and files_digest([file]) for file in files}
+        write_json(new / DIGESTS, about | {"files": digests})
+        for file in (*files, new / DIGESTS):
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())  # the contents reach the disk before the name does
         shutil.rmtree(old, ignore_errors=True)
@@ -106,6 +144,114 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def strangers(path: Path) -> list[str]:
+    """What lies at a path and was not written there by `atomic_directory`."""
+    entries = path.iterdir() if path.is_dir() else filter(Path.exists, [path])
+    return sorted({entry.name for entry in entries} - {DIGESTS, *_digests(path).get("files", {})})
+
+
+def refuse_strangers(path: Path) -> None:
+    if found := strangers(path):
+        remedy = "move it, or choose another directory"
+        raise UserError(f"{path} holds {', '.join(found[:5])}, which no run wrote there; {remedy}")
+
+
+def refuse_damage(path: Path) -> None:
+    """Raises UserError where a file is not what `atomic_directory` wrote; a directory of somebody else passes."""
+    about = _digests(path)
+    damaged = [] if about or not os.path.isfile(path / DIGESTS) else [DIGESTS]
+    for name, known in about.get("files", {}).items():
+        if not (path / name).is_file() or known and files_digest([path / name]) != known:
+            damaged.append(name)
+    if damaged:
+        remedy = f"copy it anew, or delete {DIGESTS} beside it if you changed it on purpose"
+        raise UserError(f"{path / damaged[0]} is damaged, it is not what was written there; {remedy}")
+
+
+def _digests(path: Path) -> dict[str, Any]:
+    """Nothing, where there are none that can be read."""
+    about = {}
+    with suppress(UserError, OSError):
+        about = read_json(path / DIGESTS)
+    return about if isinstance(about.get("files"), dict) else {}
+
+
+def claim(path: Path) -> BinaryIO:
+    """The file, for this process alone until it is closed, however the process ends. Raises UserError where another has it."""
+    if path.parent.is_file():
+        raise UserError(f"{path.parent} is a file; --out names a directory")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a+b")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        remedy = "wait for its end, or choose another --out"
+        raise UserError(f"{path}: another process writes it; {remedy}") from None
+    return file
+
+
+def owned(out: Path) -> AbstractContextManager:
+    """Within it no other run writes into the directory. Raises UserError where one does."""
+    return claim(out / ".lock") if rank() == 0 else nullcontext()
+
+
+def open_run(config: Any) -> Path | None:
+    """The newest undamaged state of the run in `config.out`, or None for a new run. Changes nothing.
+
+    Raises UserError where the run has other options, where none of its states is whole, where anything lies in its place that a run
+    did not write, and where an option names what the run itself writes.
+    """
+    out, options = config.out, config.out / "options.json"
+    states = sorted((out / "state").glob("step-*"), reverse=True)
+    folders = [out / name for name in FOLDERS]
+    for folder in (*folders, *(states if config.restart else ())):
+        refuse_strangers(folder)
+    refuse_foreign(options, (*FOLDERS, "state", *FILES))
+    own = {place.resolve() for place in (*folders, out / "state")}
+    for name, value in to_json(config).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and own & {Path(text).resolve(), *Path(text).resolve().parents}:
+                raise UserError(f"{flag_of(name)} {text} lies where this run writes; choose another --out")
+    if config.restart:
+        return None
+    if not states:
+        if (out / "model").exists():
+            remedy = "choose another --out, or start over with --restart"
+            raise UserError(f"{out} has a model, but no state that could go on from it; {remedy}")
+        return None
+    refuse_changes(config, read_json(options), str(out))
+    for state in states:
+        try:
+            refuse_damage(state)
+            if isinstance(read_json(state / "state.json").get("step"), int):
+                return state
+            raise UserError(f"{state} has no state.json with its step")
+        except (UserError, OSError) as error:
+            print(f"{error}\ngoing on from the state before it, if there is one")
+    raise UserError(f"{out}: no training state is whole; start over with --restart, or choose another --out")
+
+
+def is_saved(out: Path, step: int) -> bool:
+    """Whether the model in a run's directory is the one after `step` steps."""
+    return _digests(out / "model").get("step") == step
+
+
+def begin_run(config: Any, resumed: Path | None) -> None:
+    """Called once everything is checked: a run that is not continued deletes what an earlier one wrote, and nothing else."""
+    wait()  # all ranks have read it
+    out = config.out
+    if rank() == 0:
+        earlier = [*(out / name for name in FOLDERS), *(out / "state").glob("step-*")]
+        for folder in () if resumed else earlier:
+            refuse_strangers(folder)  # again: it may have changed since
+            shutil.rmtree(folder, ignore_errors=True)
+        for name in () if resumed else FILES:
+            (out / name).unlink(missing_ok=True)
+        write_json(out / "options.json", to_json(config))
+    wait()
 
 
 def refuse(message: str) -> NoReturn:
@@ -160,14 +306,7 @@ class Journal(AbstractContextManager):
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, however it does
-        except OSError:
-            self._file.close()
-            remedy = "wait for its end, or choose another --out"
-            raise UserError(f"{path}: another process writes it; {remedy}") from None
+        self._file = claim(self.path)
         self._file.seek(0)
         self._file.truncate(sum(len(line) for line in self._file if line.endswith(b"\n")))
 
@@ -205,7 +344,7 @@ class RunLog(ExitStack):
         self._journal = self.enter_context(Journal(path))
         steps = []
         for number, record in self._journal.records():
-            if "step" not in record:
+            if not isinstance(record.get("step"), int):
                 raise UserError(f"{path}:{number}: no metrics record; fix or delete it, or use --restart")
             steps.append(record["step"])
         self._journal.keep(sum(step <= resumed_step for step in steps))
@@ -218,7 +357,10 @@ class RunLog(ExitStack):
             if resumed_step == 0 or not id_file.exists():
                 id_file.write_text(uuid.uuid4().hex)
             options = {"project": project, "name": path.resolve().parent.name, "config": config}
-            self._wandb = wandb.init(**options, id=id_file.read_text(), resume="allow")
+            try:
+                self._wandb = wandb.init(**options, id=id_file.read_text(), resume="allow")
+            except Exception as error:  # without a key, without a network
+                raise UserError(f"WANDB_PROJECT is set, but: {error}; `wandb login`, or unset it") from error
             self.callback(self._wandb.finish)
 
     def log(self, step: int, **metrics: Any) -> None:

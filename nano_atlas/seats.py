@@ -93,13 +93,17 @@ class Seat(Protocol):
 
 
 class TokenSeat:
-    """A model behind a sampler (`Sampler`, or `vllm.VllmSampler`, which has its interface) and its tokenizer."""
+    """A model behind a sampler (`Sampler`, or `vllm.VllmSampler`, which has its interface) and its tokenizer.
+
+    With `"enable_thinking": true` in its tokenizer_config.json, where --thinking of the trainers puts it, Qwen3 thinks first.
+    """
 
     is_batched = True  # its sampler wants many questions at once
 
-    def __init__(self, sampler: Sampler, tokenizer: Tokenizer, *, thinking: bool = False):
+    def __init__(self, sampler: Sampler, tokenizer: Tokenizer):
         self.sampler, self.tokenizer = sampler, tokenizer
-        self.template_options = {"enable_thinking": thinking}  # Qwen3's switch; other templates ignore it
+        thinking = tokenizer.config.get("enable_thinking", False)
+        self.template_options = {"enable_thinking": thinking}  # other templates ignore it
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> Answers:
         ends = self.tokenizer.eos_ids
@@ -122,17 +126,20 @@ class TokenSeat:
         return len(self.tokenizer.encode(text))
 
     def _reply(self, rollout: Rollout) -> Reply:
-        ids, read = rollout.completion_ids, rollout.prompt_ids
-        usage = {"prompt_tokens": len(read), "completion_tokens": len(ids)}
-        reply = read_reply(self.tokenizer.decode(ids), usage, "", rollout.finish_reason == "length")
+        ids, usage = rollout.completion_ids, {"prompt_tokens": len(rollout.prompt_ids)}
+        # a template may have opened the thought, and what it wrote is no part of the completion
+        asked = self.tokenizer.decode(rollout.prompt_ids[-16:], skip_special=False).rstrip()
+        text = "<think>" * asked.endswith("<think>") + self.tokenizer.decode(ids)
+        is_truncated = rollout.finish_reason == "length"
+        reply = read_reply(text, usage | {"completion_tokens": len(ids)}, "", is_truncated)
         return replace(reply, rollout=rollout)
 
 
 class EmbeddedSeat(TokenSeat):
     """A model in this process. It samples with whatever weights `model` has at the moment of the call."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, thinking: bool = False, **options):
-        super().__init__(Sampler(model, **options), tokenizer, thinking=thinking)
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, **options):
+        super().__init__(Sampler(model, **options), tokenizer)
 
 
 class EndpointSeat:

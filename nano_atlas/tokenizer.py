@@ -20,7 +20,7 @@ import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nano_atlas.errors import UserError
-from nano_atlas.runs import read_json, replace_text, write_json
+from nano_atlas.runs import find_checkpoint, read_json, replace_text, write_json
 
 # The format of OpenAI's ChatML as Qwen writes it, for checkpoints that come without a template.
 CHATML = """{%- for message in messages %}
@@ -92,7 +92,7 @@ class Tokenizer:
         """Reads `tokenizer.json` and, if present, `tokenizer_config.json`, `chat_template.jinja`, and the ids that end a
         generation or pad in `generation_config.json`, else `config.json`. Raises UserError naming the file at fault.
         """
-        path = Path(path)
+        path = find_checkpoint(path)
         try:
             backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
         except Exception as error:  # the library raises nothing more specific

@@ -74,6 +74,10 @@ def test_every_provider(file, llm, flags):
         ("teacher: {llm: {provider: python, model: m, temprature: 1}}", "teacher: .*temprature.* is unknown"),
         ("teacher: {llm: {provider: xai, model: m}}", "teacher: .*xai .* is unknown"),
         ("teacher: {llm: {provider: huggingface}}", "KeyError: 'model'"),
+        ("teacher: {llm: {provider: python, model: 2026-13-45}}", "ValueError: month"),
+        ("[" * 5_000, "RecursionError"),
+        ("teacher: {llm: {[provider]: python}}", "ConstructorError"),
+        ("teacher: {llm: {provider: [python]}}", "TypeError"),
         ("teacher: {llm: {provider: http, model: m, api_base: u}}", "teacher: .*api_base.* is unknown"),
     ],
 )

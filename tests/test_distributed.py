@@ -131,6 +131,25 @@ def test_shares_are_neighbours_of_equal_size(monkeypatch):
     assert all(abs(sum(sizes[index] for index in share) - sum(sizes) / 4) <= 9 for share in shares)
 
 
+def test_small_models_compute_with_one_thread_and_the_largest_of_a_process_decides(monkeypatch, capsys):
+    threads, monkeypatched = [4], {"largest": 0, "CORES": 4}
+    for name, value in monkeypatched.items():
+        monkeypatch.setattr(distributed, name, value)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: threads.append(count))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for parameters, expected in ((700_000, 1), (700_000, 1), (135_000_000, 4), (700_000, 4)):
+        distributed.settle_threads(parameters)
+        assert threads[-1] == expected
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"{count} of 4 CPU threads; OMP_NUM_THREADS=N changes it" for count in (1, 4)]
+    monkeypatch.setattr(distributed, "largest", 0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    before = list(threads)
+    distributed.settle_threads(700_000)
+    assert threads == before
+
+
 def test_a_process_of_torchrun_takes_its_own_gpu(monkeypatch):
     monkeypatch.setattr(distributed, "size", lambda: 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

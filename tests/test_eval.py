@@ -7,12 +7,14 @@ import shutil
 import weakref
 
 import pytest
+from test_checkpoint import tiny_model
 
 import eval as evaluation
 from eval import Arms, Config
 from nano_atlas import answers, protocol
 from nano_atlas.benches import arms
 from nano_atlas.benches.arms import SAME_BUDGET, SHUFFLED, STUDENT, TWO_VOTES, UNTRAINED, TaskLog
+from nano_atlas.checkpoint import save_model
 from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
 from nano_atlas.reward import MALFORMED_PENALTY
@@ -305,8 +307,7 @@ def test_a_changed_option_is_refused_by_name(tmp_path, changes, named):
 def test_changed_tasks_and_weights_are_refused_under_unchanged_paths(tmp_path):
     """Training again into the same directory must not bring up the old teacher's results as the new one's."""
     teacher = tmp_path / "grpo"
-    teacher.mkdir()
-    (teacher / "config.json").write_text("{}")
+    save_model(teacher, tiny_model(), None, has_digests=False)
     (teacher / "model.safetensors").write_bytes(b"old")
     config = config_for(tmp_path / "out", teacher=(f"grpo={teacher}",))
     run(config)

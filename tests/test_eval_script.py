@@ -24,7 +24,7 @@ from nano_atlas.seats import Reply
 @pytest.mark.parametrize("reply, answer, gold, expected", [
     ("so \\boxed{016}", "016", "16", True), ("\\boxed{1,000}", "1,000", "1000", True), ("\\boxed{18.}", "18.", "18", True),
     ("\\boxed{1} no, \\boxed{2.50}", "2.50", "2.5", True), ("<think>\\boxed{5}</think> \\boxed{6}", "6", "5", False),
-    ("<think>\\boxed{5}</think> five", None, "5", False), ("it is 5", None, "5", False), ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}", "0.5", False),
+    ("<think>\\boxed{5}</think> five", None, "5", False), ("it is 5", None, "5", False), ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}", "0.5", True),
 ])  # fmt: skip
 def test_the_last_box_after_the_thoughts_is_the_answer(reply, answer, gold, expected):
     tried = attempt(Reply(reply, 1, False), gold)
@@ -83,8 +83,8 @@ def test_nano_asks_the_world_for_held_out_tasks_of_each_domain(monkeypatch):
     (["--teacher", "a=x", "a=y"], "name of its own"),
     (["--teacher", "student=x"], "name of its own"),
     (["--preset", "own"], "needs --student"),
-    (["--student", "nowhere"], "nowhere: no checkpoint"),
-    (["--student", "http://x"], f"{NANO}/teacher-sft/model: no checkpoint; train_sft.py"),
+    (["--student", "nowhere"], "hf download nowhere"),
+    (["--student", "http://x"], f"{NANO}/teacher-sft/model, because it has no config.json; train one with"),
     (["--tables", "--out", "nowhere"], "no results yet"),
 ])  # fmt: skip
 def test_mistakes_end_with_one_line_and_status_2(argv, message, monkeypatch, capsys, tmp_path):

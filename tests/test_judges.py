@@ -1,19 +1,26 @@
 """Judges and the guarantee of non-degradation, with scripted students, teachers and judges."""
 
 import json
+import math
 import random
+import sys
+import threading
+import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from scripted import TASK, Seat, answer, finish, run, student, teacher, verdict_json, words
 
 from nano_atlas.config import derive_seed
 from nano_atlas.protocol import PROBE_REQUEST
 from nano_atlas.runtime import judges
-from nano_atlas.runtime.judges import choose_trial, hold_consistent, read_sample
-from nano_atlas.runtime.lanes import run_session
+from nano_atlas.runtime.judges import choose_trial, hold_consistent, open_evaluator, read_sample
+from nano_atlas.runtime.lanes import new_session, run_session
+from nano_atlas.runtime.learning import Experience
 from nano_atlas.runtime.options import Config
-from nano_atlas.runtime.traces import Session, Trial, Verdict, degradation_bound
+from nano_atlas.runtime.traces import Session, Trial, Verdict, degradation_bound, session_record
+from nano_atlas.schedule import drive
 from nano_atlas.seats import Reply
 
 # ------------------------------------------------------------------------------------------------------------- judges
@@ -96,12 +103,43 @@ def test_the_large_judge_decides_where_the_small_ones_disagree_or_are_unsure(
 
 def test_an_outage_of_the_judges_is_unscored_and_never_a_zero():
     session = judged(lambda prompt, seed: None)
-    assert session.fault is None and session.reward is None and session.chosen == 0
-    assert [trial.verdict.score for trial in session.trials] == [None, None]
-    assert (
-        "unscored" in session.trials[0].verdict.rationale
-        and "HTTP 503" in session.trials[0].verdict.rationale
-    )
+    outcome, trace = session_record(session)
+    assert outcome.status == "failed" and session.fault == "judge: UserError: HTTP 503"
+    assert outcome.baseline is outcome.reward is None and session.chosen == 0
+    (kept,) = trace["steps"][0]["metadata"]["attempt_history"]
+    assert kept["answer"] == "41" and kept["verdict"]["by"] == "outage" and kept["verdict"]["score"] is None
+
+
+@pytest.mark.parametrize(("together", "most"), [(1, 21), (30, 50)])
+def test_a_dead_judge_is_soon_left_alone_and_comes_back_when_it_answers(together, most):
+    experience, is_dead = Experience(["adaptive"]), True
+    seat = Seat(lambda prompt, seed: None if is_dead else verdict_json(0.9))
+
+    def sessions(count):
+        made = [new_session(f"s{i}", OPEN, experience, replace(JUDGED, lane="auto")) for i in range(count)]
+        scripts = [run_session(session, JUDGED, words) for session in made]
+        for i in range(0, count, together):
+            seats = {"student": student(), "judge": seat}
+            list(drive(dict(enumerate(scripts[i : i + together])), seats, workers=4))
+        return made
+
+    sessions(18)
+    asked_no_more = {"judge: did not answer 3 times in a row, and was not asked again"}
+    assert {session.fault for session in sessions(12)} - {"judge: UserError: HTTP 503"} == asked_no_more
+    assert len(seat.prompts) <= most
+    is_dead = False
+    faults = [session.fault for session in sessions(60)]
+    assert faults[-30:] == [None] * 30
+
+
+def test_a_judge_that_fails_on_one_task_is_asked_about_the_next_ones():
+    experience = Experience(["adaptive"])
+    seat = Seat(lambda prompt, seed: None if "odd" in prompt else verdict_json(0.9))
+    for number in range(20):
+        task = replace(OPEN, question="odd" if number % 2 else "even")
+        session = new_session(f"s{number}", task, experience, replace(JUDGED, lane="auto"))
+        finish(run_session(session, JUDGED, words), student=student(), judge=seat)
+        assert (session.fault is None) is (number % 2 == 0)
 
 
 def test_an_outage_of_the_answers_judges_alone_is_unscored_too():
@@ -135,11 +173,40 @@ def test_guardrails_between_judges():
         '{"score": NaN}',
         '{"score": true, "uncertainty": []}x{',
         '{"score": 0.5, "uncertainty": "x"}',
+        '{"score": 0.5, "uncertainty": [0.1]}',
+        '{"score": 0.5, "uncertainty": true}',
+        '{"score": null}',
+        '{"score": [0.5]}',
+        '{"score": {}}',
+        '{"score": -1e-9}',
+        '{"score": 1' + "0" * 400 + "}",
+        '{"score": 1' + "0" * 5000 + "}",
+        '{"score": 1e999}',
     ],
 )
 def test_what_is_no_verdict_is_named(text):
-    sample = read_sample([Reply(text, 1, False)], 0.2)
-    assert isinstance(sample, str) or sample["score"] == 1.0
+    assert isinstance(read_sample([Reply(text, 1, False)], 0.2), str)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        '"principles": [{"weight": NaN}]',
+        '"principles": [{"name": {"a": [1]}, "weight": "heavy"}, 5, null, [1]]',
+        '"principles": [{"name": "\\u00fc", "weight": 1' + "0" * 400 + "}]",
+        '"principles": ' + json.dumps([{"name": "n" * 10**5, "weight": 0.5}] * 100),
+        '"principles": {"name": 1}, "rationale": ["because"]',
+        '"principles": 5, "rationale": {"x": NaN}',
+        '"rationale": "\\u00fc' + "r" * 10**5 + '"',
+        '"rationale": true, "uncertainty": null',
+    ],
+)
+def test_what_a_judge_adds_to_its_score_is_small_and_can_be_written(more):
+    sample = read_sample([Reply(f'{{"score": 0.9, {more}}}', 1, False)], 0.2)
+    if isinstance(sample, dict):  # or it is no JSON
+        assert sample["score"] == 0.9
+        written = json.dumps(sample, allow_nan=False, ensure_ascii=False).encode()
+        assert len(written) < 5000
 
 
 def test_texts_of_the_student_cannot_end_their_field_in_a_judges_prompt():
@@ -153,18 +220,41 @@ def test_an_evaluator_of_the_users_is_called_and_its_faults_are_the_sessions(mon
     async def grade(task, answer, text, ground_truth):
         return {"42": 1.0, "41": 0.25}[answer]
 
-    monkeypatch.setattr(judges, "load_object", lambda spec: grade)
-    config = Config(evaluator="mine:grade")
-    session = run(
-        "paired", OPEN, config, student=student(["HELP"]), teacher=teacher("<teaching>HELP</teaching>")
-    )
+    def graded(function, **seats):
+        monkeypatch.setattr(judges, "load_object", lambda spec: function)
+        seats = {"student": student(["HELP"]), "teacher": teacher("<teaching>HELP</teaching>"), **seats}
+        return run(
+            "paired", OPEN, Config(evaluator="mine:grade"), **seats, evaluator=open_evaluator("mine:grade")
+        )
+
+    session = graded(grade)
     assert [(t.verdict.by, t.verdict.score) for t in session.trials] == [
         ("python", 0.25),
         ("python", 1.0),
     ] and session.chosen == 1
-    monkeypatch.setattr(judges, "load_object", lambda spec: lambda **fields: 7)
-    session = run("paired", OPEN, config, student=student(), teacher=teacher())
-    assert "between 0 and 1" in session.fault and session.reward is None
+    assert [graded(lambda **fields: value).reward is None for value in (None, True, np.float32(1))] == [
+        True,
+        False,
+        False,
+    ]
+    for odd in (7, math.nan, math.inf, "0.5", b"1", [1], {}, 10**400, np.zeros(3), 1j, object()):
+        session = graded(lambda **fields: odd)
+        assert session.fault.startswith("evaluator: ") and session.reward is None
+    session = graded(lambda **fields: sys.exit(3))
+    assert session.fault == "evaluator: SystemExit: 3" and session.trials[0].answer == "41"
+
+
+def test_an_evaluator_that_hangs_ends_its_session_after_the_timeout(monkeypatch):
+    monkeypatch.setattr(judges, "load_object", lambda spec: lambda **fields: threading.Event().wait())
+    seats = {"student": student(), "teacher": teacher(), "evaluator": open_evaluator("mine:grade")}
+    scripts = {
+        i: run_session(Session(session_id="s", task=OPEN, seed=i), Config(evaluator="mine:grade"), words)
+        for i in range(8)
+    }
+    start = time.monotonic()
+    for group in drive(scripts, seats, timeout=0.3):
+        assert {session.fault for session in group.values()} == {"evaluator: no reply within 0.3 seconds"}
+    assert time.monotonic() - start < 2
 
 
 # --------------------------------------------------------------------------------------------------- non-degradation

@@ -9,8 +9,10 @@ from nano_atlas.answers import last_json
 from nano_atlas.episode import EpisodeConfig, seeds, sketch, teach
 from nano_atlas.protocol import ANSWER_FORMATS
 from nano_atlas.reward import RewardConfig
+from nano_atlas.runtime import lanes
 from nano_atlas.runtime.lanes import choose_lane, parse_plan
 from nano_atlas.runtime.options import Config
+from nano_atlas.runtime.traces import session_record
 from nano_atlas.schedule import play
 
 # ------------------------------------------------------------------------------------------------------------- lanes
@@ -96,6 +98,17 @@ def test_a_fault_ends_the_lane_but_what_was_reached_counts():
     }
 
 
+def test_an_error_of_ours_ends_its_session_alone(monkeypatch):
+    def broken(text):
+        raise RecursionError("too deep")
+
+    monkeypatch.setattr(lanes.protocol, "parse_teaching", broken)
+    session = run("paired", student=student(), teacher=teacher("<teaching>HELP</teaching>"))
+    outcome, trace = session_record(session)
+    assert outcome.status == "failed" and session.fault == "internal: RecursionError: too deep"
+    assert trace["final_answer"] == "41" and session.metadata["completed_at"]
+
+
 @pytest.mark.parametrize(
     ("text", "steps"),
     [
@@ -107,6 +120,9 @@ def test_a_fault_ends_the_lane_but_what_was_reached_counts():
             ["z", "y"],
         ),
         (json.dumps({"steps": ["s"] * 99}), ["s"] * 16),
+        ('{"steps": [[1], null, {"description": 7}, true, {}, " ", "x"]}', ["x"]),
+        ('{"steps": [[1], {"description": ["y"]}]}', ['{"steps": [[1], {"description": ["y"]}]}']),
+        ('{"steps": {"0": "x"}}', ['{"steps": {"0": "x"}}']),
     ],
 )
 def test_a_plan_survives_what_models_write(text, steps):

@@ -2,16 +2,13 @@
 
 import json
 import math
-from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from nano_atlas.config import option
 from nano_atlas.errors import UserError
-from nano_atlas.optim import MasterAdamW, learning_rate, load_training_state, open_run, save_training_state
+from nano_atlas.optim import MasterAdamW, learning_rate, load_training_state, save_training_state
 
 
 def small_model(dtype=torch.float32) -> nn.Module:
@@ -114,12 +111,11 @@ def test_an_interrupted_run_ends_with_the_same_bits_as_an_uninterrupted_one(tmp_
         assert torch.equal(a, b)
 
 
-def test_only_the_newest_state_is_kept_and_an_incomplete_one_is_never_seen(tmp_path, monkeypatch):
+def test_the_two_newest_states_are_kept_and_an_incomplete_one_is_never_seen(tmp_path, monkeypatch):
     model = small_model()
     optimizer = MasterAdamW(model)
-    for step in (9, 10):
+    for step in (8, 9, 10):
         save_training_state(tmp_path / "state", optimizer, step)
-    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-00000010"]
 
     def killed(*arguments):
         raise KeyboardInterrupt
@@ -127,27 +123,24 @@ def test_only_the_newest_state_is_kept_and_an_incomplete_one_is_never_seen(tmp_p
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("nano_atlas.optim.write_json", killed)
         save_training_state(tmp_path / "state", optimizer, 11)
-    assert open_run(RunConfig(tmp_path)) == tmp_path / "state" / "step-00000010"
+    kept = sorted(path.name for path in (tmp_path / "state").glob("step-*"))
+    assert kept == ["step-00000009", "step-00000010"]
 
 
-@dataclass(frozen=True)
-class RunConfig:
-    out: Path = option(Path("runs"), "where", resumable=True)
-    lr: float = option(0.1, "what is computed")
-    steps: int = option(9, "how long", resumable=True)
-    restart: bool = option(False, "start over", resumable=True)
+def test_three_steps_in_a_row_without_finite_gradients_end_the_run():
+    model = small_model()
+    optimizer, before = MasterAdamW(model), copy_of(model)
+    for seed, scale in enumerate((math.nan, math.nan, 1.0, math.nan, math.inf)):
+        backward(model, seed, scale)
+        optimizer.step(0.01)
+    assert optimizer.skipped_steps == 4 and copy_of(model) != before
+    backward(model, 9, math.nan)
+    with pytest.raises(UserError, match=r"3 steps in a row .* --lr"):
+        optimizer.step(0.01)
 
 
-def test_a_run_continues_with_the_options_it_was_started_with_or_starts_over(tmp_path):
-    config = RunConfig(tmp_path)
-    assert open_run(config) is None
-    save_training_state(tmp_path / "state", MasterAdamW(small_model()), 1)
-    assert open_run(replace(config, steps=12)) == tmp_path / "state" / "step-00000001"
-    with pytest.raises(UserError, match=r"other options: --lr 0.1 -> 0.2"):
-        open_run(replace(config, lr=0.2))
-    (tmp_path / "data.jsonl").write_text("the user's own")
-    assert open_run(replace(config, lr=0.2, restart=True)) is None
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["data.jsonl", "options.json"]
+def copy_of(model: nn.Module) -> list:
+    return [parameter.tolist() for parameter in model.parameters()]
 
 
 def test_a_state_of_another_model_is_refused_by_the_name_of_the_tensor(tmp_path):

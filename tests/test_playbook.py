@@ -48,14 +48,25 @@ def observe(book: Experience, sessions: int, rewards=None, hits: bool = True) ->
 
 
 @pytest.mark.parametrize("bad", [
-    {}, None, [], proposal(""), proposal("x" * 300), proposal("(unclosed", kind="regex"), proposal("(a+)+b", kind="regex"), proposal(kind="predicate"),
+    {}, None, [], proposal(""), proposal("x" * 300), proposal("a.*b", kind="regex"), proposal(kind=["keyword"]), proposal(kind="predicate"),
+    proposal(7), proposal(["hard"]), proposal(None), proposal(imperative=["Do."]), proposal(imperative=True), {"cue": 5, "action": 5},
+    {"cue": ["keyword"], "action": {}}, {"cue": {"type": "keyword", "pattern": "hard"}, "action": ["Do."]}, proposal("a/" * 10**5), proposal(imperative="a" * 10**6),
     proposal(imperative=""), proposal(imperative="long " * 60), proposal(imperative="It is 42."), proposal(imperative="As on 2026-01-02."),
     proposal(imperative="See /etc/hosts."), proposal("INC-123")])  # fmt: skip
 def test_gates_stop_one_entry_and_not_the_others(bad):
     assert [entry["imperative"] for entry in read(bad, proposal())] == ["Name the first step."]
 
 
-@pytest.mark.parametrize("reply", ["no JSON", '{"entries": 3}', '{"entries": [{"cue": {}, "action": []}]}'])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "no JSON",
+        '{"entries": 3}',
+        '{"entries": "ab"}',
+        '{"entries": {"cue": 1}}',
+        '{"entries": [{"cue": {}, "action": []}]}',
+    ],
+)
 def test_a_reply_without_entries_is_none(reply):
     assert read_entries(reply, None) == []
 
@@ -63,15 +74,23 @@ def test_a_reply_without_entries_is_none(reply):
 def test_equal_entries_are_one_and_unknown_strategies_are_dropped():
     (entry,) = read(proposal(strategy="concise"))
     assert (entry["imperative"], entry["strategy"]) == ("Name the first step.", "concise")
-    for unknown in ("no such", ["concise"]):
+    for unknown in ("no such", ["concise"], {"concise": 1}, 5, True):
         assert read(proposal(strategy=unknown))[0]["strategy"] is None
     assert len(playbook(proposal(), proposal()).entries) == 1
 
 
 def test_cues_are_looked_for_in_the_text():
     assert Entry("e", "keyword", "Hard", None, None).matches("a hard task")
-    assert Entry("e", "regex", r"chain of \d+", None, None).matches("A Chain of 7")
+    assert Entry("e", "keyword", "STRASSE", None, None).matches("eine straße")
     assert not Entry("e", "keyword", ".*", None, None).matches("anything")
+
+
+def test_regex_cues_of_older_traces_are_ignored():
+    old = {"id": "e", "kind": "regex", "pattern": r"(\w+\s?)*$", "imperative": "Do it.", "strategy": None}
+    book = Experience()
+    book.learn(Outcome("s", learned=[old, *read(proposal())]))
+    assert [entry.pattern for entry in book.entries.values()] == ["hard"]
+    assert book.retrieve("hard " * 10**5 + "!", 1)[1] == list(book.entries)
 
 
 def test_use_is_limited_in_number_and_withheld_in_a_fifth_of_the_matches():

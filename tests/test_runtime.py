@@ -134,16 +134,22 @@ def test_a_kill_in_the_middle_of_a_write_loses_no_trace_and_doubles_none(config,
     )
 
 
-def test_new_weights_under_an_old_name_are_noticed(config, tmp_path):
-    teacher = tmp_path / "teacher"
-    teacher.mkdir()
-    config = replace(config, teacher=str(teacher))
-    for content in (b"one", b"two"):
-        (teacher / "model.safetensors").write_bytes(content)
-        if content == b"one":
-            run(config, TASKS[:4], Student(), Teacher())
-    with pytest.raises(UserError, match="other contents than now: weights of the teacher"):
+@pytest.mark.parametrize("seat", ["student", "teacher"])
+def test_new_weights_under_an_old_name_are_noticed(config, tmp_path, seat):
+    place = tmp_path / "model"
+    place.mkdir()
+    config = replace(config, **{seat: str(place)})
+    (place / "model.safetensors").write_bytes(b"one")
+    run(config, TASKS[:4], Student(), Teacher())
+    (place / "model.safetensors").write_bytes(b"two")
+    if seat == "student":
+        with pytest.raises(UserError, match="other contents than now: weights of the student"):
+            run(config, TASKS, Student(), Teacher())
+    else:
         run(config, TASKS, Student(), Teacher())
+        weights = [trace["session_metadata"]["teacher_weights"] for trace in traces_of(config)]
+        assert len(weights) == 23 and len(set(weights[:4])) == len(set(weights[4:])) == 1
+        assert weights[0] != weights[4]
 
 
 def test_a_finished_run_asks_nobody_anything(config):
@@ -174,10 +180,10 @@ def test_equal_tasks_are_each_done_once(config):
 
 def test_one_directory_holds_one_experiment_unless_restarted(config):
     run(config, TASKS[:3], Student(), Teacher())
-    with pytest.raises(UserError, match="--teacher fake-teacher -> another.*--restart"):
-        run(replace(config, teacher="another"), TASKS, Student(), Teacher())
+    with pytest.raises(UserError, match="--student fake-student -> another.*--restart"):
+        run(replace(config, student="another"), TASKS, Student(), Teacher())
     runtime_loop.set_aside(config.out)
-    run(replace(config, teacher="another"), TASKS[:2], Student(), Teacher())
+    run(replace(config, student="another"), TASKS[:2], Student(), Teacher())
     assert len(traces_of(config)) == 2
     assert len(traces_at(config.out / "traces.jsonl.1")) == 3  # nothing is ever deleted
 

@@ -82,7 +82,7 @@ def test_run_continue_and_export_from_the_command_line(command, capsys):
     command("--batch", "8")
     assert len(traces_at("out/traces.jsonl")) == 23
     command("--export", "hard.jsonl", "--min-gain", "1")
-    assert "of 23 traces, for train_grpo.py --problems hard.jsonl" in capsys.readouterr().out
+    assert "problems for\n    python train_grpo.py --preset=nano" in capsys.readouterr().out
     selected = traces_at("hard.jsonl")
     assert selected and all(trace["reward_summary"]["gain"] == 1 for trace in selected)
     assert selected == [
@@ -94,6 +94,8 @@ def test_an_export_that_selects_nothing_or_overwrites_its_source_is_refused(comm
     command()
     with pytest.raises(UserError, match="none of its 23 traces is selected"):
         command("--export", "none.jsonl", "--min-reward", "99")
+    with pytest.raises(UserError, match="none of its 23 .*there are: 23 succeeded, 23 approved, 23 paired"):
+        command("--export", "none.jsonl", "--only", "piared")
     assert not Path("none.jsonl").exists()
     with pytest.raises(UserError, match="is the trace file itself"):
         command("--export", "out/traces.jsonl")
@@ -137,10 +139,15 @@ def test_skip_bad_leaves_out_malformed_lines_and_shows_them(command, capsys):
         (["--strategies"], "--strategies needs at least one"),
         (["--audit", "2"], "--audit must be at most 1"),
         (["--batch", "0"], "--batch must be above 0"),
-        (["--rounds", "99"], "at least as many tasks"),
+        (["--rounds", "99", "--held-out", "tasks.jsonl"], "each of --rounds needs tasks"),
+        (["--rounds", "2"], "--rounds with tasks of yours needs --held-out"),
+        (["--rounds", "2", "--held-out", "x", "--require-approval"], "add --review-status pending"),
         (["--serve", "70000"], "--serve 70000: the port must be a number from 0"),
         (["--serve", "0.0.0.0:0"], "NANO_ATLAS_API_KEY"),
         (["--batchsize", "3"], "did you mean --batch"),
+        (["--only-lane", "coach"], "did you mean --only"),
+        (["--review", "pending"], "did you mean --review-status"),
+        (["--export", ""], "--export . is a directory"),
         (["--preset", "own", "--student", "none"], "--preset own needs --student"),
     ],
 )
@@ -153,7 +160,7 @@ def test_the_nano_tasks_are_not_the_ones_that_evaluation_holds_out(tmp_path, mon
     given = []
     monkeypatch.setattr(runtime_loop.agents, "open_agent", lambda spec, *where: None)
     monkeypatch.setattr(runtime_loop, "run", lambda config, tasks, seats: given.extend(tasks))
-    monkeypatch.setattr(runtime_loop.traces, "summary", lambda outcomes: "")
+    monkeypatch.setattr(runtime_loop.traces, "summary", lambda outcomes, out: "")
     monkeypatch.setattr(
         "sys.argv", ["runtime_loop.py", "--count", "50", "--teacher", "t", "--out", str(tmp_path)]
     )
@@ -185,3 +192,41 @@ def test_a_missing_nano_teacher_names_the_commands_that_make_it(tmp_path, monkey
     monkeypatch.setattr("sys.argv", ["runtime_loop.py"])
     with pytest.raises(UserError, match="python train_sft.py && python train_grpo.py"):
         runtime_loop.main()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "complaint"),
+    [
+        ("run.json", "[]", [], "run.json should hold a JSON object"),
+        ("run.json", '{"config": 5}', [], "run.json does not hold the options of a run"),
+        ("run.json", '{"x": 5}', [], "run.json does not hold the options of a run"),
+        ("reviews.jsonl", "x\n", ["--show", "approved"], "reviews.jsonl:1: not JSON"),
+        ("traces.jsonl", '{"x": 1}\n', ["--show", "approved"], "traces.jsonl:1: not a session trace"),
+        (None, "", ["--show", "approved"], "traces.jsonl: no such file"),
+        (None, "", ["--approve", "x"], "traces.jsonl: no such file"),
+        (None, "", ["--export", "x"], "traces.jsonl: no such file"),
+        (None, "", ["--approve"], "need the ids of sessions"),
+    ],
+)
+def test_a_directory_without_our_files_or_with_others_is_named(command, name, content, options, complaint):
+    Path("odd").mkdir()
+    if name:
+        export_traces_to(Path("odd/traces.jsonl"))
+        Path("odd", name).write_text(content)
+    with pytest.raises(UserError, match=complaint):
+        command("--out", "odd", *options)
+
+
+def export_traces_to(path):
+    run(Config(out=path.parent, student="s", teacher="t"), TASKS[:2], Student(), Teacher())
+
+
+def test_a_review_that_says_nothing_decides_nothing_in_favour(config):
+    run(config, TASKS[:2], Student(), Teacher())
+    first, second = (
+        trace["session_metadata"]["session_id"] for trace in traces_at(config.out / "traces.jsonl")
+    )
+    (config.out / "reviews.jsonl").write_text(
+        f'{{"x": 1}}\n{{"session_id": ["{second}"]}}\n{{"session_id": "{first}"}}\n'
+    )
+    assert export_traces(config.out / "traces.jsonl", config.out / "export.jsonl", config) == (1, 2)

@@ -12,6 +12,7 @@ import pytest
 from conftest import STUDENT_WORDS, byte_tokenizer, lively_checkpoint, lively_model
 
 from nano_atlas import client
+from nano_atlas.checkpoint import save_model
 from nano_atlas.errors import UserError
 from nano_atlas.runtime.agents import open_agent
 from nano_atlas.seats import EmbeddedSeat, EndpointSeat, Fault, Generation, Question, is_url, open_seat
@@ -306,14 +307,16 @@ def test_an_embedded_seat_follows_the_weights_of_its_model():
     assert "x" not in before + "y" and set(after) <= {"x", "y"}
 
 
-def test_the_thinking_switch_reaches_the_template():
-    tokenizer = byte_tokenizer()
+def test_the_thinking_switch_of_a_checkpoint_is_kept_with_it_and_reaches_the_template(tmp_path):
+    tokenizer, prompts = byte_tokenizer(), []
     switched = type(tokenizer)(
         tokenizer.backend, "{{ 'on' if enable_thinking else 'off' }}", eos_token="<|im_end|>"
     )
-    model = lively_model(0, STUDENT_WORDS, tokenizer)
-    prompts = [EmbeddedSeat(model, switched, thinking=is_on).prompt_ids(HELLO[0]) for is_on in (True, False)]
-    assert [switched.decode(ids) for ids in prompts] == ["on", "off"]
+    for choice in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
+        switched.config |= choice
+        save_model(tmp_path / "model", lively_model(0, STUDENT_WORDS, tokenizer), switched)
+        prompts.append(open_seat(str(tmp_path / "model")).prompt_ids(HELLO[0]))
+    assert [switched.decode(ids) for ids in prompts] == ["off", "on", "off"]
 
 
 def test_a_seat_opens_from_a_directory_or_a_url(server, tmp_path):

@@ -218,8 +218,39 @@ def test_selection(selection, expected):
 
 def test_a_time_that_is_none_is_refused():
     Config(export=Path("x"), since="2026-01-01..2026-01-02T10:00").check()
-    with pytest.raises(UserError, match="tomorrow is no time"):
-        Config(export=Path("x"), since="2026-01-01..tomorrow").check()
+    wrong = ("2026-01-01..tomorrow", "2026-02-30", "a..b..c", "2026-01-02..2026-01-01")
+    for since in (*wrong, "2026-01-01..2026-01-02..2026-01-03"):
+        with pytest.raises(UserError, match=f"--since {since}: should be START or START..END"):
+            Config(export=Path("x"), since=since).check()
+
+
+@pytest.mark.parametrize(
+    "begun", ["2026-11-27T23:30:00.000+00:00", "2026-11-27 23:30:00Z", "20261128T013000+0200"]
+)
+def test_since_compares_times_however_they_are_written(begun):
+    outcome = Outcome("a", created_at=begun)
+    for since in (
+        "2026-11-27 23:24",
+        "20261127",
+        "2026-W48",
+        "2026-11-28T01:30+02:00",
+        "2026-11-27T23:30Z..20261128",
+    ):
+        assert is_selected(outcome, Config(since=since)), since
+    for since in (
+        "2026-11-27 23:31",
+        "20261128",
+        "2026-W49",
+        "2026-11-28T01:31+02:00",
+        "..2026-11-27T23:30Z",
+    ):
+        assert not is_selected(outcome, Config(since=since)), since
+
+
+@pytest.mark.parametrize("begun", ["", "yesterday", "1764286200", "2026-11"])
+def test_a_session_of_which_nobody_knows_when_it_began_is_not_selected_by_time(begun):
+    assert is_selected(Outcome("a", created_at=begun), Config())
+    assert not is_selected(Outcome("a", created_at=begun), Config(since="2020-01-01"))
 
 
 def test_files_of_atlas_sdk_are_read_and_selected(tmp_path):

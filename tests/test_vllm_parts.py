@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from nano_atlas.checkpoint import with_tied_head
 from nano_atlas.errors import UserError
 from nano_atlas.layout import Layout
 from nano_atlas.model import ModelConfig, Transformer
+from nano_atlas.vllm import sampler as sampler_room
 from nano_atlas.vllm import server as server_room
 from nano_atlas.vllm.sampler import make_server
 from nano_atlas.vllm.server import VllmServer
@@ -175,3 +177,28 @@ def test_parity_tells_which_side_is_stale():
     ):
         with pytest.raises(UserError, match=said):
             check(trainer, server, judge)
+
+
+def test_weights_in_shared_memory_are_for_one_user_and_no_link_of_another_is_followed(tmp_path, monkeypatch):
+    """The name is new each time, so nobody can put a link there first; and it is gone even where the server does not start."""
+    model, seen = random_model(0), []
+    config = SimpleNamespace(out=tmp_path / "out", max_logp_diff=0.1)
+    layout = Layout("cpu", "cpu", False, "cpu", server="cpu")
+
+    def server_that_fails(config, layout, device, weights, log, options, folder):
+        seen.append(
+            (folder, oct(folder.stat().st_mode & 0o777), sorted(path.name for path in weights.iterdir()))
+        )
+        raise UserError("no server")
+
+    monkeypatch.setattr(sampler_room, "SHARED_MEMORY", tmp_path / "shm")
+    monkeypatch.setattr(sampler_room, "make_server", server_that_fails)
+    (tmp_path / "shm").mkdir()
+    for _ in range(2):
+        with pytest.raises(UserError, match="no server"), ExitStack() as stack:
+            sampler_room.open_policy(config, layout, model, byte_tokenizer(), 0, stack)
+    (first, mode, weights), (second, *_) = seen
+    assert (
+        mode == "0o700" and "config.json" in weights and first != second and first.parent == tmp_path / "shm"
+    )
+    assert list((tmp_path / "shm").iterdir()) == []

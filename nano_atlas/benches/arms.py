@@ -187,13 +187,13 @@ def start_or_continue(config: ArmsConfig, contents: dict[str, str]) -> None:
     paths = {name: Path(spec) for name, spec in specs.items() if not is_url(spec)}
     for path in paths.values():
         if not checkpoint.is_checkpoint(path):
-            raise UserError(f"{path}: no checkpoint; train_sft.py and train_grpo.py make the teachers")
+            checkpoint.read_config(path)  # says so, with a remedy
     contents = {f"checkpoint {name}": checkpoint_digest(path) for name, path in paths.items()} | contents
     for file in [file for pattern in RESULT_FILES for file in out.glob(pattern)] if config.restart else ():
         file.unlink()
     if (out / "tasks.jsonl").exists() and not (out / "run.json").exists():
         raise UserError(f"{out}/tasks.jsonl has no run.json; choose another --out, or use --restart")
-    keep_to(config, out / "run.json", contents)
+    keep_to(config, out / "run.json", contents, ())
 
 
 def derange(problems: Sequence[Problem], seed: int) -> dict[str, Problem]:

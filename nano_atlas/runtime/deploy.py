@@ -8,17 +8,19 @@ A small YAML file names the pair. The runtime and the evaluation read it with --
 A `student:` section has the same form. Providers: `huggingface` (model: a checkpoint directory), `openai` (an OpenAI-compatible
 server at api_base; model: its name there, if it serves several), `http` and `python` (model: as in `agents`).
 
-With --rounds, `train_grpo.py --problems` continues the teacher in service on the exported traces; then both teachers teach the same
-held-out tasks, greedily, on the same sketches. The new one is promoted only if it is *not worse*: the lower end of the 90 % interval of
-the mean difference (paired bootstrap, so 95 % on this one side) is above -MARGIN. `promotion.json` says why.
+With --rounds, `train_grpo.py --problems` continues the teacher in service on the exported traces, with the preset and the lengths of the
+run; then both teachers teach the same held-out tasks, greedily, on the same sketches. The new one is promoted only if it is *not worse*:
+the lower end of the 90 % interval of the mean difference (paired bootstrap, so 95 % on this one side) is above -MARGIN. `promotion.json`
+says why.
 """
 
 import argparse
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from itertools import count
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,17 +28,20 @@ from typing import Any
 import yaml
 
 from nano_atlas import data, runs, world
+from nano_atlas.config import to_json
 from nano_atlas.episode import EpisodeConfig, seeds, sketch, teach
 from nano_atlas.errors import UserError
+from nano_atlas.presets import presets
 from nano_atlas.reward import RewardConfig
-from nano_atlas.runtime import traces
+from nano_atlas.runtime import learning, traces
 from nano_atlas.runtime.options import Config
 from nano_atlas.schedule import play
-from nano_atlas.seats import Seat
+from nano_atlas.seats import Seat, is_url
 from nano_atlas.stats import in_points, paired_bootstrap
 
 SPECS = dict(huggingface="{model}", python="{model}", http="post+{model}", openai="{api_base}#{model}")
 LENGTHS = {"student": "--answer-tokens", "teacher": "--teaching-tokens"}
+SHARED = (*(field.name for field in fields(EpisodeConfig) if field.metadata), "device", "dtype")
 OPTIONS = ("provider", "temperature", "max_output_tokens")  # the other keys are those of a provider's spec
 ROOT = Path(__file__).parents[2]  # where the scripts are
 HELD_OUT = 500  # nano-world problems that decide, without --held-out
@@ -73,7 +78,7 @@ def read_deployment(path: Path | str) -> dict[str, dict[str, Any]]:
                 raise UserError(f"{path}: {name}: {', '.join(section)}: {llm['provider']} {extra} is unknown")
             template = template if "model" in llm else template.removesuffix("#{model}")
             seats[name] = {**llm, "spec": template.format(**llm)}
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+    except (OSError, yaml.YAMLError, ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
         cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"{path}: not a deployment file ({cause})") from None
     return seats
@@ -108,35 +113,77 @@ def compare(seats: Sequence[Seat], problems: Sequence[data.Problem], episodes: E
 def run_rounds(config: Config, tasks: Sequence[data.Problem], run: Callable, open_seat: Callable) -> None:
     """Runtime, export, training and promotion, over and over; what is done of a round is not done again.
     run, open_seat: of runtime_loop.py. Raises UserError where a training fails; the same command repeats its round."""
-    if len(tasks) < config.rounds:
-        raise UserError(f"--rounds {config.rounds} needs at least as many tasks, not {len(tasks)}")
+    cuts = [round(part * len(tasks) / config.rounds) for part in range(config.rounds + 1)]
+    parts = [tasks[start:end] for start, end in zip(cuts, cuts[1:])]
+    if not all(any(task.answer is not None for task in part) for part in parts):
+        raise UserError("each of --rounds needs tasks with a known answer: more of them, or fewer rounds")
+    for name, kinds in (("teacher", "directory"), ("student", "directory or URL")):
+        if not can_train(name, spec := getattr(config, name)):
+            raise UserError(f"--{name} {spec}: --rounds trains, for which it must be a checkpoint {kinds}")
+    if (file := config.out / "deploy.yaml").exists():
+        read_deployment(file)  # raises, and not only when the first round is done
     nano = world.held_out(config.domain, HELD_OUT, f"promotion/{config.seed}")
     problems = data.load_problems(config.held_out) if config.held_out else nano
-    cuts = [round(part * len(tasks) / config.rounds) for part in range(config.rounds + 1)]
-    for number, (start, end) in enumerate(zip(cuts, cuts[1:]), start=1):
+    if not (config.out / f"round-{config.rounds}/promotion.json").exists():  # what does not fit is said now
+        call("train_grpo.py", f"{config.train_options} --show-layout", **trained_as(config))
+    experience = learning.Experience(config.strategies)
+    for number, part in enumerate(parts, start=1):
         folder = config.out / f"round-{number}"
-        print(f"round {number}: {end - start} tasks with the teacher {config.teacher}")
-        print(traces.summary(run(replace(config, out=folder / "runtime"), tasks[start:end])))
+        print(f"round {number}: {len(part)} tasks with the teacher {config.teacher}")
+        working = replace(config, out=folder / "runtime")
+        print(traces.summary(run(working, part, experience=experience), working.out))
         traces.export_traces(folder / "runtime/traces.jsonl", folder / "export.jsonl", config)
         decision = runs.read_json(folder / "promotion.json")
-        if not decision:
-            pair = {"teacher": config.teacher, "student": config.student, "out": folder / "grpo"}
-            pair["answer_format"] = config.answer_format
-            preset = "" if config.preset == "own" else f"--preset {config.preset} "
-            call("train_grpo.py", preset + config.train_options, problems=folder / "export.jsonl", **pair)
+        if "teacher" not in decision:
+            made = {"problems": folder / "export.jsonl", "out": folder / "grpo"}
+            call("train_grpo.py", config.train_options, **trained_as(config), **made)
             places = [config.teacher, str(folder / "grpo/model")]
             decision = compare([open_seat(config, at) for at in (config.student, *places)], problems, config)
             decision["teacher"] = places[decision["is_promoted"]]
-            write_deployment(config.out / "deploy.yaml", decision["teacher"])
+            write_deployment(file, decision["teacher"])
             runs.write_json(folder / "promotion.json", decision)
         said = "{reason}; alone {alone:.1%}, old {old:.1%}, new {new:.1%}".format(**decision)
         print(f"round {number}: {'' if decision['is_promoted'] else 'not '}promoted: {said}")
         config = replace(config, teacher=decision["teacher"])
 
 
+def trained_as(config: Config) -> dict[str, Any]:
+    """The options of train_grpo.py that are those of the run."""
+    values = to_json(config)
+    return {name: values[name] for name in ("preset", "student", "teacher", *SHARED)}
+
+
+def training_command(config: Config) -> str:
+    """What trains a teacher on the file of --export as --out was run: with its preset and pair, and what else it was told."""
+    told, saved = trained_as(config), runs.kept(config.out / "run.json").get("config", {})
+    told |= {name: saved[name] for name in told if name in saved}
+    for name in ("student", "teacher"):
+        told[name] = told[name] if can_train(name, told[name]) else "DIRECTORY"
+    usual = trained_as(replace(Config(), **presets("runtime_loop")[told["preset"]].overrides))
+    told = {name: value for name, value in told.items() if name not in SHARED or value != usual[name]}
+    outs = (config.out.parent / f"teacher-grpo-{number}" for number in count(2))
+    told |= {"problems": config.export, "out": next(path for path in outs if not path.exists())}
+    return shlex.join(["python", "train_grpo.py", *flags_of(told)])
+
+
+def can_train(seat: str, spec: str | None) -> bool:
+    """Whether this may be the student or teacher of train_grpo.py: a directory, or the URL of a student."""
+    if spec is None or ":" not in spec or Path(spec).exists():
+        return spec is not None
+    return seat == "student" and is_url(spec)
+
+
+def flags_of(options: Mapping[str, object]) -> Iterator[str]:
+    for name, value in options.items():
+        flag, several = f"--{name.replace('_', '-')}", isinstance(value, list)
+        yield from (flag, *map(str, value)) if several else [f"{flag}={value}"]
+
+
 def call(script: str, more: str = "", **options: object) -> None:
     """Run one of the scripts with these options, and `more` of them as one text. Raises UserError where it fails."""
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    command = [sys.executable, str(ROOT / script), *flags, *shlex.split(more)]
+    try:
+        command = [sys.executable, str(ROOT / script), *flags_of(options), *shlex.split(more)]
+    except ValueError as error:
+        raise UserError(f"the options {more} for {script}: {error}") from None
     if (code := subprocess.run(command).returncode) != 0:
         raise UserError(f"{shlex.join(command)} failed with exit code {code}; its message is above")

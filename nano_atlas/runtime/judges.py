@@ -4,7 +4,10 @@
     exact     the task has a ground truth: 1 or 0
     judges    --judge: each judge is asked at three temperatures; where its samples disagree (standard deviation above DEVIATION) or
               it is unsure (uncertainty above UNCERTAINTY), --large-judge sees all of them and decides
-    nobody    none of these: the answer has no score. That is not a score of zero; neither is an outage of the judges
+    nobody    none of these: the answer has no score, which is not a score of zero; the last answer is returned, checked by nobody
+
+Where evaluator or judges do not answer, the session has failed: its answers stand in the trace as unscored (not as zeros), the next
+start does it again, and until then the student's own answer is returned.
 
 Four judges, as published (ATLAS, RIM): *accuracy* and *process* judge any answer, and their mean is its score. *helpfulness* judges the
 guidance and scales positive rewards: a teaching is paid as far as it caused a gain. *diagnostic* judges the student's approach.
@@ -15,6 +18,7 @@ errors of the difference, and a share (--audit) of such answers is judged *again
 states the Wilson upper bound of the share that comes out worse, for tasks like those audited and by this judge.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from statistics import NormalDist, fmean, pstdev
@@ -22,15 +26,19 @@ from typing import Any
 
 from nano_atlas import answers, protocol
 from nano_atlas.config import derive_seed
-from nano_atlas.runtime.agents import load_object, resolve
+from nano_atlas.runtime.agents import Agent, load_object, resolve
 from nano_atlas.runtime.options import Config
 from nano_atlas.runtime.traces import CONFIDENCE, Session, Trial, Verdict
-from nano_atlas.schedule import Call, Fault, Script
-from nano_atlas.seats import Generation, Reply
+from nano_atlas.schedule import Call, Fault, Script, ask
+from nano_atlas.seats import Generation, Question, Reply
 
 TEMPERATURES, ARBITER = (0.2, 0.5, 0.8), 0.3  # of the samples of each judge; of the large judge's verdict
 DEVIATION, UNCERTAINTY = 0.15, 0.3  # above one of these the large judge decides
-VERDICT_TOKENS = 1024  # longest verdict
+VERDICT_TOKENS, MOST_PRINCIPLES, LONGEST_RATIONALE = 1024, 5, 2000  # of a verdict; the last in characters
+MOST_SILENT, RETRY = (
+    3,
+    20,
+)  # sessions in a row without a reply of the judge; after them it is asked in every 20th
 ACCEPT = 0.8  # score from which a judged answer counts as valid
 ANSWER_JUDGES = ("accuracy", "process")
 JUDGES = {
@@ -54,7 +62,10 @@ def judge(session: Session, trial: Trial, config: Config, *seed: Any) -> Script:
     task, answer = session.task, trial.answer
     if config.evaluator is not None:
         fields = {"task": task.question, "answer": answer, "text": trial.text, "ground_truth": task.answer}
-        return evaluate(config.evaluator, fields)
+        messages = protocol.user_turn(json.dumps(fields))
+        ((reply,),) = yield from ask(Call("evaluator", "evaluator", messages, Generation(1), session.seed))
+        score = json.loads(reply.text)
+        return Verdict(score, "python", None if score is None else score >= 1, rationale="by the evaluator")
     if task.answer is not None:
         is_right = answers.is_correct(answer, task.answer)
         return Verdict(float(is_right), "exact", is_right, rationale="compared with the ground truth")
@@ -64,25 +75,52 @@ def judge(session: Session, trial: Trial, config: Config, *seed: Any) -> Script:
     shown = {"task": task.question, "approach": session.approach, "guidance": guidance}
     shown |= {"reply": trial.text, "answer": answer}
     shown = {name: value for name, value in shown.items() if value}
-    return (yield from ensemble(shown, config, (session.seed, session.session_id, *seed)))
+    line = session.experience.line if session.experience else Line()
+    return (yield from ensemble(shown, config, line, (session.seed, session.session_id, *seed)))
 
 
-def evaluate(spec: str, fields: dict[str, Any]) -> Verdict:
-    try:
-        value = resolve(load_object(spec)(**fields))
-        score = None if value is None else float(value)
-        if score is not None and not 0 <= score <= 1:
-            raise ValueError(f"the score must be between 0 and 1, not {score}")
-    except Exception as error:  # of a user's function: a fault of this session, not the end of the run
-        raise Fault(f"evaluator: {type(error).__name__}: {error}") from error
-    return Verdict(score, "python", None if score is None else score >= 1, rationale="by the evaluator")
+def open_evaluator(spec: str) -> Agent:
+    """The seat of a user's function. As any agent it runs in threads, for at most --timeout seconds, and may raise anything."""
+    function = load_object(spec)
+
+    def reply(question: Question, seed: int) -> Reply:
+        value = resolve(function(**json.loads(question.messages[-1]["content"])))
+        if isinstance(value, str | bytes) or not (value is None or 0 <= float(value) <= 1):
+            raise ValueError(f"the score must be a number between 0 and 1, not {value!r:.80}")
+        return Reply(json.dumps(None if value is None else float(value)), 0, False)
+
+    return Agent(reply)
 
 
-def ensemble(shown: dict[str, Any], config: Config, seed: Any) -> Script:
-    """The Verdict of all judges that apply. shown: the fields that they see."""
+class Line:
+    """To the judge, for all sessions of a run. Until it answers it is asked one question first, and after a while it is left alone."""
+
+    silent = 1  # sessions in a row that got no reply, and one; 0 from a reply on
+
+    def ask(self, calls: list[Call]) -> Script:
+        """The replies to all calls. Raises Fault where there is none: an outage of the judge."""
+        if self.silent > MOST_SILENT and self.silent % RETRY:
+            self.silent += 1
+            raise Fault(f"judge: did not answer {MOST_SILENT} times in a row, and was not asked again")
+        replies = yield calls[:1] if self.silent else calls
+        self.silent = self.silent + 1 if is_outage(replies) else 0
+        if len(replies) < len(calls) and self.silent <= MOST_SILENT:
+            replies = replies + (yield calls[1:])
+        if is_outage(replies):
+            raise replies[0]
+        self.silent = 0
+        return replies
+
+
+def is_outage(replies: Sequence[list[Reply] | Fault]) -> bool:
+    return all(isinstance(reply, Fault) for reply in replies)
+
+
+def ensemble(shown: dict[str, Any], config: Config, line: Line, seed: Any) -> Script:
+    """The Verdict of all judges that apply. shown: the fields that they see. Raises Fault in an outage."""
     asked = [name for name in JUDGES if NEEDS.get(name, "task") in shown]
-    replies = yield [to_judge(name, shown, t, seed, "judge", name, t) for name in asked for t in TEMPERATURES]
-    judged, replies = [], iter(replies)
+    calls = [to_judge(name, shown, t, seed, "judge", name, t) for name in asked for t in TEMPERATURES]
+    judged, replies = [], iter((yield from line.ask(calls)))
     for name in asked:
         said = [read_sample(next(replies), temperature) for temperature in TEMPERATURES]
         judged.append((yield from decide(name, said, shown, config, seed)))
@@ -138,15 +176,25 @@ def read_sample(reply: Sequence[Reply] | Fault, temperature: float) -> dict[str,
     if isinstance(reply, Fault):
         return str(reply)
     found = answers.last_json(reply[0].text, "score") or {}
-    try:
-        score, uncertainty = float(found["score"]), float(found.get("uncertainty") or 0.0)
-        if not (0 <= score <= 1 and 0 <= uncertainty <= 1):
-            raise ValueError
-    except (KeyError, TypeError, ValueError):
+    score, uncertainty = share(found.get("score")), share(found.get("uncertainty") or 0.0)
+    if None in (score, uncertainty):
         return f"not the JSON that was asked for, with numbers from 0 to 1: {reply[0].text[:80]!r}"
-    principles = found.get("principles") if isinstance(found.get("principles"), list) else []
-    said = {"score": score, "rationale": str(found.get("rationale") or ""), "principles": principles}
-    return said | {"uncertainty": uncertainty, "temperature": temperature}
+    said, principles = found.get("rationale"), found.get("principles")
+    said = said[:LONGEST_RATIONALE] if isinstance(said, str) else ""
+    principles = [one for one in principles if isinstance(one, dict)] if isinstance(principles, list) else []
+    named = [(str(one.get("name"))[:200], share(one.get("weight"))) for one in principles[:MOST_PRINCIPLES]]
+    kept = {"score": score, "rationale": said}
+    kept["principles"] = [{"name": name, "weight": weight} for name, weight in named]
+    return kept | {"uncertainty": uncertainty, "temperature": temperature}
+
+
+def share(value: Any) -> float | None:
+    """A judge's number from 0 to 1, or None if it is something else."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if 0 <= number <= 1 else None
 
 
 def hold_consistent(scores: dict[str, float]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from nano_atlas.config import derive_seed
 from nano_atlas.reward import teaching_reward
 from nano_atlas.runtime import judges, learning
 from nano_atlas.runtime.options import Config
-from nano_atlas.runtime.traces import Session, Trial, now
+from nano_atlas.runtime.traces import Session, Trial, Verdict, now
 from nano_atlas.schedule import Call, Fault, Script, ask
 from nano_atlas.seats import Generation, Reply
 
@@ -33,7 +33,7 @@ def new_session(name: str, task: data.Problem, experience: learning.Experience, 
     session = Session(session_id=name, learning_key=key, created_at=now(), task=task, seed=config.seed)
     session.lane, session.choice, session.history = choice["mode"], choice, experience.history(key)
     session.strategy = experience.choose_strategy(key, derive_seed(config.seed, "strategy", name))
-    session.experience = experience if config.skill_writer else None
+    session.experience = experience
     session.metadata = {name: getattr(config, name) for name in ("student", "teacher", "seed")}
     session.review = "pending" if config.require_approval else "approved"
     return session
@@ -52,12 +52,15 @@ def choose_lane(record: Sequence[float], forced: str = "adaptive") -> dict[str, 
 
 
 def run_session(session: Session, config: Config, count_tokens: Callable[[str], int]) -> Script:
-    """Brings the session to its end and returns it; every call of it leaves an event. count_tokens: of teachings."""
+    """Brings the session to its end and returns it; every call of it leaves an event. count_tokens: of teachings.
+    An error of ours over something odd that was said ends this session alone."""
     script, answers = whole_session(session, config, count_tokens), None
     while True:
         try:
             calls = script.send(answers)
-        except StopIteration:
+        except Exception as end:
+            if not isinstance(end, StopIteration):
+                session.fault = f"internal: {type(end).__name__}: {str(end)[:500]}"
             session.metadata["completed_at"] = now()
             return session
         answers = yield calls
@@ -115,13 +118,14 @@ def parse_plan(text: str) -> list[str]:
     steps = (last_json(text, "steps") or {}).get("steps")
     steps = steps if isinstance(steps, list) else []
     steps = [step.get("description") if isinstance(step, dict) else step for step in steps]
-    return [str(step).strip() for step in steps if step][:MOST_STEPS] or [visible(text).strip()]
+    steps = [step.strip() for step in steps if isinstance(step, str) and step.strip()]
+    return steps[:MOST_STEPS] or [visible(text).strip()]
 
 
 def teaching(session: Session, config: Config, shown: str) -> Script:
     """The teacher's guidance on what the student has `shown`, or None where its completion holds none."""
     question = session.task.question
-    if session.experience is not None and not session.teachings:
+    if config.skill_writer and not session.teachings:
         seed = derive_seed(session.seed, session.session_id)
         used, session.matched = session.experience.retrieve(f"{question}\n{shown}", seed)
         session.skills = [entry.id for entry in used]
@@ -138,9 +142,10 @@ def teaching(session: Session, config: Config, shown: str) -> Script:
 
 
 def add_trial(session: Session, config: Config, kind: str, given: episode.Attempt) -> Script:
-    trial = Trial(kind, given.text, given.answer, given.tokens, given.is_truncated)
-    trial.verdict = yield from judges.judge(session, trial, config, len(session.trials))
+    unscored = Verdict(None, "outage", rationale="not judged")  # what it stays if the judging fails
+    trial = Trial(kind, given.text, given.answer, given.tokens, given.is_truncated, unscored)
     session.trials.append(trial)
+    trial.verdict = yield from judges.judge(session, trial, config, len(session.trials) - 1)
 
 
 def reward_of(session: Session, count_tokens: Callable[[str], int]) -> float | None:
@@ -161,8 +166,11 @@ def audit(session: Session, config: Config) -> Script:
     alone, returned = session.trials[0], session.trials[session.chosen]
     is_drawn = derive_seed(session.seed, session.session_id, "audit") < config.audit * 2**63
     if returned is not alone and returned.verdict.by == "judges" and is_drawn:
-        own = yield from judges.judge(session, alone, config, "audit", alone.kind)
-        new = yield from judges.judge(session, returned, config, "audit", returned.kind)
+        try:
+            own = yield from judges.judge(session, alone, config, "audit", alone.kind)
+            new = yield from judges.judge(session, returned, config, "audit", returned.kind)
+        except Fault:  # the judges fell silent: it was not judged again
+            return
         if None not in (own.score, new.score):
             session.audited_gain = new.score - own.score
 

@@ -1,5 +1,6 @@
 """What the runtime learns from session to session, without touching a weight: the student's record, teaching strategies, skills.
-There is no state file: `Experience` is rebuilt by replaying the outcomes in the traces.
+There is no state file: `Experience` is rebuilt by replaying the outcomes in the traces. Sessions with an earlier teacher count as they
+are: what a student can do alone, and what kind of guidance it can use, changes little with the teacher; new sessions correct the rest.
 
 *Strategies.* Each kind of task (its learning key, the domain) has a bandit over the ways of teaching: Thompson sampling with Gaussian
 priors (Agrawal & Goyal 2013, arXiv:1209.3353, algorithm 2). The mean reward of a strategy that earned `total` in `count` sessions is
@@ -23,6 +24,7 @@ from typing import Any
 from nano_atlas import protocol, runs
 from nano_atlas.answers import last_json, reveals_answer
 from nano_atlas.config import derive_seed
+from nano_atlas.runtime.judges import Line
 from nano_atlas.runtime.traces import Outcome
 
 WINDOW = 50  # latest answers of the student alone that make its record
@@ -32,10 +34,9 @@ PLAYBOOK_SIZE = 50  # most entries in force; beyond it the one with the least ef
 WITHHELD = 0.2  # share of matching sessions in which an entry is withheld
 LONGEST_TEXT = 200  # characters of a cue or an imperative
 PARTICULARS = r"\d{4}-\d\d-\d\d|\b\d{4,}\b|https?:|[\w.]*/[\w./]+|\w+@\w+|[A-Z]{2,}-\d+"  # dates, paths, ids
-NESTED_REPETITION = r"[+*}]\??\)+[+*{]"  # such as "(a+)+", a search for which can take for ever
 SKILL_REQUEST = (
     "This guidance worked well. Write what is worth remembering for *similar* tasks, at most two entries, as JSON: "
-    '{"entries": [{"cue": {"type": "keyword" or "regex", "pattern": "..."}, "action": {"imperative": "...", "strategy": null}}]}. '
+    '{"entries": [{"cue": {"type": "keyword", "pattern": "..."}, "action": {"imperative": "...", "strategy": null}}]}. '
     "The cue is looked for in task and approach; the imperative (one sentence) tells the teacher what to do then; strategy may be one "
     f"of {', '.join(protocol.TEACHING_STYLES)}. No names, dates, numbers or answers of this task."
 )
@@ -46,7 +47,7 @@ class Entry:
     """A skill: what to tell the teacher where a cue is found."""
 
     id: str
-    kind: str  # of the cue: "keyword" | "regex"
+    kind: str  # of the cue: "keyword"; entries of another kind, which older traces hold, are ignored
     pattern: str
     imperative: str | None
     strategy: str | None
@@ -56,8 +57,7 @@ class Entry:
     rewards: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))  # without, with it
 
     def matches(self, text: str) -> bool:
-        pattern = self.pattern if self.kind == "regex" else re.escape(self.pattern)
-        return re.search(pattern, text[:20_000], re.IGNORECASE) is not None
+        return self.pattern.casefold() in text.casefold()
 
     def count(self, outcome: Outcome) -> None:
         self.sessions_observed += 1
@@ -86,16 +86,15 @@ def read_entries(text: str, secret: str | None) -> list[dict[str, Any]]:
     proposals, entries = (last_json(text, "entries") or {}).get("entries"), []
     for raw in proposals if isinstance(proposals, list) else []:
         try:
-            kind, pattern = raw["cue"]["type"], str(raw["cue"]["pattern"] or "").strip()
-            told, strategy = str(raw["action"].get("imperative") or "").strip(), raw["action"].get("strategy")
-            re.compile(pattern if kind == "regex" else "")
-        except (TypeError, KeyError, AttributeError, re.error, RecursionError, OverflowError):
+            kind, pattern = raw["cue"]["type"], raw["cue"]["pattern"].strip()
+            told, strategy = ((raw["action"].get("imperative") or "").strip(), raw["action"].get("strategy"))
+        except (TypeError, KeyError, AttributeError):
             continue
         strategy = strategy if strategy in list(protocol.TEACHING_STYLES) else None
-        is_a_cue = kind in ("keyword", "regex") and 2 <= len(pattern) <= LONGEST_TEXT
-        is_actionable = (told or strategy) and len(told) <= LONGEST_TEXT
-        is_telling = re.search(PARTICULARS, f"{told} {pattern}") or (secret and reveals_answer(told, secret))
-        if is_a_cue and is_actionable and not is_telling and not re.search(NESTED_REPETITION, pattern):
+        is_short = 2 <= len(pattern) <= LONGEST_TEXT and len(told) <= LONGEST_TEXT
+        if kind != "keyword" or not is_short or not (told or strategy):
+            continue
+        if not re.search(PARTICULARS, f"{told} {pattern}") and not (secret and reveals_answer(told, secret)):
             action = {"imperative": told or None, "strategy": strategy}
             content = {"cue": {"type": kind, "pattern": pattern}, "action": action}
             name = runs.digest([json.dumps(content, sort_keys=True).encode()])[:12]
@@ -107,7 +106,7 @@ class Experience:
     """What earlier sessions taught: a function of their outcomes, in the order of learning."""
 
     def __init__(self, strategies: Sequence[str] = ()):
-        self.strategies = strategies
+        self.strategies, self.line = strategies, Line()
         self.records = defaultdict(lambda: deque(maxlen=WINDOW))  # by learning key: scores of the student
         self.rewards = defaultdict(lambda: defaultdict(list))  # by learning key and strategy
         self.entries: dict[str, Entry] = {}  # skills in force
@@ -130,7 +129,8 @@ class Experience:
 
     def add(self, proposals: list[dict]) -> None:
         """Entries that sessions proposed, as `read_entries` returns them."""
-        new = {entry["id"]: Entry(**entry) for entry in proposals if entry["id"] not in self.known}
+        proposals = [e for e in proposals if e["kind"] == "keyword" and e["id"] not in self.known]
+        new = {entry["id"]: Entry(**entry) for entry in proposals}
         self.entries, self.known = self.entries | new, self.known | set(new)
         while len(self.entries) > PLAYBOOK_SIZE:
             worst = min(self.entries.values(), key=lambda e: (e.effect or 0.0, -e.sessions_observed))

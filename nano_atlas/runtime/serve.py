@@ -1,22 +1,34 @@
 """The pair behind an OpenAI-compatible endpoint, so that any client uses it by changing its base URL.
 
     POST /v1/chat/completions    the answer that the runtime would return; with "stream": true as server-sent events
-    GET  /v1/models, /health
+    GET  /v1/models, /v1/models/nano-atlas, /health
 
-The best of several attempts is known only when all are made, so a stream sends comments to keep the connection alive, then the whole
-text. Clients send the key in NANO_ATLAS_API_KEY, if there is one, as bearer token. SIGINT and SIGTERM let requests under way finish.
+The student gets one question: a single message as it is, several as one text, each as "role: text". `temperature` is the student's;
+`max_tokens` limits each of its answers, as --answer-tokens does. What cannot change an answer is ignored (`model`, `user`, `seed`), what
+is not supported (`stop`, tools, ...) gets HTTP 400. `usage` counts what all seats of the session read and wrote, judges included, each
+in its own tokens (about four characters each where a seat does not count). The best of several attempts is known only when all are
+made, so a stream sends comments to keep the connection alive, then the whole text.
+
+Clients send the key in NANO_ATLAS_API_KEY, if there is one, as bearer token. Without one only this machine is answered, under its own
+names; web pages of another origin never are. SIGINT and SIGTERM let requests under way finish, for --timeout seconds at most.
 """
 
 import asyncio
 import contextlib
 import hmac
 import json
+import math
 import os
+import re
 import signal
+import socket
+import sys
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -27,24 +39,50 @@ from nano_atlas.runtime import learning, traces
 from nano_atlas.runtime.lanes import new_session, run_session
 from nano_atlas.runtime.options import KEY_VARIABLE, Config
 from nano_atlas.seats import Seat
+from nano_atlas.text import clean, parse_json
 
 try:
     import uvicorn
     from starlette.applications import Starlette
-    from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
     from starlette.responses import JSONResponse, StreamingResponse
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError:
     raise UserError("--serve needs a web server: pip install 'nano-atlas[serve]'") from None
 
 MODEL = "nano-atlas"
 MOST_REQUESTS = 16  # answered at a time; more get HTTP 429
 MOST_BYTES = 1_000_000  # of a request body; longer ones get HTTP 413
+PATIENCE = 10  # seconds for the head of a request, and for its body (HTTP 408)
 KEEP_ALIVE = 5.0  # seconds between two comments in a stream
+HERE = r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"  # a Host header that means this machine
+LIMIT = r"(?:max_position_embeddings|context length)\D{0,20}(\d+)"  # in a model's refusal of a long prompt
+REFUSED = r"too long|shorten the prompt|HTTP (?:400|413|422)()"  # in other refusals of a request
+ROLES = ("system", "developer", "user", "assistant")
+FREE = "messages model user seed metadata store service_tier stream_options parallel_tool_calls".split()
+FIELDS = {  # others that are supported: types, least and largest value
+    "stream": ((bool,), 0, 1), "temperature": ((int, float), 0, 2),
+    "max_tokens": ((int,), 1, math.inf), "max_completion_tokens": ((int,), 1, math.inf),
+}  # fmt: skip
+NEUTRAL = {  # values of unsupported fields that ask for nothing
+    "n": 1, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "logprobs": False, "stop": [],
+    "tools": [], "functions": [], "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"],
+}  # fmt: skip
 
 
 def serve_pair(config: Config, seats: Mapping[str, Seat]) -> None:
-    """Answers requests as sessions, one trace each, and learns from those that can be scored, until SIGINT or SIGTERM."""
+    """Answers requests as sessions, one trace each, and learns from those that can be scored, until SIGINT or SIGTERM.
+    Raises UserError where it cannot listen."""
+    host, port = config.address
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host.strip("[]"), int(port)), family=family)
+    except OSError as error:
+        raise UserError(f"--serve {config.serve}: {error.strerror}; choose another port or host") from None
+    if not (config.judge or config.evaluator):
+        caution = "the one with help is returned unchecked, and may be worse than the student's own"
+        print(f"without --judge or --evaluator nobody scores the answers: {caution}", file=sys.stderr)
     books = threading.Lock()  # of experience and journal
     has_sampler = any(getattr(seat, "is_batched", False) for seat in seats.values())
     turn = threading.Lock() if has_sampler else contextlib.nullcontext()  # one caller at a time
@@ -67,63 +105,146 @@ def serve_pair(config: Config, seats: Mapping[str, Seat]) -> None:
                 journal.append([trace])
                 experience.learn(outcome)
             if not session.trials:
-                raise UserError(session.fault)
+                raise refusal(session)
             return session.trials[session.chosen], outcome
+
+        app = make_app(answer)
+
+        async def whole_app(scope, receive, send):
+            with contextlib.suppress(asyncio.CancelledError):  # uvicorn's, --timeout seconds after the signal
+                await app(scope, receive, send)
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)  # uvicorn stops on them, and then raises them once more
-        host, port = config.address
-        uvicorn.run(make_app(answer), host=host.strip("[]"), port=int(port), lifespan="off", access_log=False)
+        limits = {"timeout_keep_alive": PATIENCE, "timeout_graceful_shutdown": config.timeout}
+        options = {"http": Connection, "ws": "none", "lifespan": "off", "access_log": False, **limits}
+        print(f"running on http://{host}:{listener.getsockname()[1]}/v1", file=sys.stderr)
+        uvicorn.Server(uvicorn.Config(whole_app, **options)).run(sockets=[listener])
+
+
+def refusal(session: traces.Session) -> HTTPException:
+    """Why there is no answer, without what is the server's own business: the fault itself, with addresses and paths, is logged."""
+    print(f"session {session.session_id}: {session.fault}", file=sys.stderr)
+    found = re.search(LIMIT, session.fault) or re.search(REFUSED, session.fault)
+    said = "refused the request" if found else "failed"
+    said += f": it is too long, the limit is {found[1]} tokens with the answer" if found and found[1] else ""
+    log = f"the server's log says more under {session.session_id}"
+    return HTTPException(400 if found else 502, f"the student {said}; {log}")
+
+
+class Connection(H11Protocol):
+    """Uvicorn's, with PATIENCE also for heads that trickle, and an end that does not wait for what is half received."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.timeout_keep_alive_task = self.loop.call_later(PATIENCE, self.timeout_keep_alive_handler)
+
+    def data_received(self, data: bytes) -> None:
+        self.conn.receive_data(data)
+        self.handle_events()  # stops the timer when a head is complete, not at any byte
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self.cycle is not None and self.cycle.more_body:
+            self.transport.close()
 
 
 def make_app(answer: Callable) -> Starlette:
-    """answer(question, temperature or None, max_tokens or None) -> (Trial, Outcome) runs in a thread, and may raise UserError."""
+    """answer(question, temperature or None, max_tokens or None) -> (Trial, Outcome) runs in a thread; it may raise HTTPException."""
     app, places = Starlette(), threading.Semaphore(MOST_REQUESTS)
 
     async def complete(request):
-        check_key(request)
-        is_streamed, *asked = read_request(await request.body())
+        check_client(request)
+        is_streamed, *asked = read_request(await receive(request))
         if not places.acquire(blocking=False):
             raise HTTPException(429, f"{MOST_REQUESTS} requests are being answered; try again later")
-        task = asyncio.create_task(run_in_threadpool(answer, *asked))
-        task.add_done_callback(lambda _: places.release())
+        work = Future()
+        work.set_running_or_notify_cancel()  # it goes on when its client leaves, and keeps its place
+        work.add_done_callback(lambda _: places.release())
+        threading.Thread(target=fulfil, args=(work, answer, *asked), daemon=True).start()
+        task = asyncio.wrap_future(work)
+        # whoever asked may have left, and nobody else looks at an error
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
         if is_streamed:
             return StreamingResponse(events(task), media_type="text/event-stream")
         return JSONResponse(completion(*await task, "message"))
 
-    listed = {"object": "list", "data": [{"id": MODEL, "object": "model"}]}
+    model = {"id": MODEL, "object": "model"}
+    for path, content in (("", {"object": "list", "data": [model]}), (f"/{MODEL}", model)):
+        app.add_route(f"/v1/models{path}", lambda r, c=content: check_client(r) or JSONResponse(c))
     app.add_route("/health", lambda request: JSONResponse({"status": "ok"}))
-    app.add_route("/v1/models", lambda request: check_key(request) or JSONResponse(listed))
     app.add_route("/v1/chat/completions", complete, methods=["POST"])
-    for kind in (HTTPException, UserError):
+    for kind in (HTTPException, Exception):
         app.add_exception_handler(kind, lambda _, error: JSONResponse(*failure(error)))
     return app
 
 
-def check_key(request) -> None:
-    key, given = os.environ.get(KEY_VARIABLE), request.headers.get("authorization", "")
-    if key and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+def fulfil(future: Future, function: Callable, *arguments: Any) -> None:
+    try:
+        future.set_result(function(*arguments))
+    except Exception as error:
+        if not isinstance(error, HTTPException):  # a fault of this program
+            traceback.print_exc()
+        future.set_exception(error)
+
+
+def check_client(request) -> None:
+    """The key; or, against names of others that lead here, a Host of this machine. And no page of another origin."""
+    key, host = os.environ.get(KEY_VARIABLE), request.headers.get("host", "")
+    given = request.headers.get("authorization", "").encode("latin-1")
+    if key and not hmac.compare_digest(given, os.fsencode(f"Bearer {key}")):
         raise HTTPException(401, "the bearer key is missing or wrong")
+    if not key and not re.fullmatch(HERE, host, re.IGNORECASE):
+        raise HTTPException(403, f"without {KEY_VARIABLE} only requests to localhost are answered")
+    if request.headers.get("origin", f"//{host}").partition("//")[2] != host:
+        raise HTTPException(403, "pages of another origin are not answered")
+
+
+async def receive(request) -> bytes:
+    """The body. Raises HTTPException as soon as it is too long or too late."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise HTTPException(400, "the content-type must be application/json")
+    content = bytearray()
+    try:
+        async with asyncio.timeout(PATIENCE):
+            async for chunk in request.stream():
+                content += chunk
+                if len(content) > MOST_BYTES:
+                    raise HTTPException(413, f"the body must have at most {MOST_BYTES} bytes")
+    except (TimeoutError, ClientDisconnect):
+        raise HTTPException(408, f"the body did not arrive within {PATIENCE} seconds") from None
+    return bytes(content)
 
 
 def read_request(content: bytes) -> tuple[bool, str, float | None, int | None]:
     """Whether to stream, the question, temperature and max_tokens where they are given. Raises HTTPException."""
-    if len(content) > MOST_BYTES:
-        raise HTTPException(413, f"the body must have at most {MOST_BYTES} bytes")
     try:
-        body, texts = json.loads(content), []
-        for message in body["messages"]:
-            said = message["content"]  # a text, or parts of which none may be an image or a sound
-            said = said if isinstance(said, str) else "".join(part["text"] for part in said)
-            texts.append(f"{message['role']}: {said}" if len(body["messages"]) > 1 else said)
-        limits = [body.get("temperature"), body.get("max_completion_tokens") or body.get("max_tokens")]
-        if not texts or any(limit is not None and limit < 0 for limit in limits):
-            raise ValueError("it needs messages, and no limit may be below 0")
-        if body.get("n") not in (None, 1) or body.get("tools") or body.get("functions"):
-            raise ValueError("there is one answer, and tools are the student's (--student MODULE:FUNCTION)")
-    except (ValueError, KeyError, TypeError) as error:
-        raise HTTPException(400, f"not a chat completion request: {type(error).__name__}: {error}") from None
-    return bool(body.get("stream")), "\n\n".join(texts), *limits
+        body = {name: value for name, value in parse_json(content).items() if value is not None}
+        for name, value in body.items():
+            types, least, most = FIELDS.get(name, ((), 0, 0))
+            is_right = type(value) in types and least <= value <= most
+            if not is_right and name not in FREE and (name in FIELDS or value != NEUTRAL.get(name)):
+                raise ValueError(f"{name[:80]} is not supported, or not with this value")
+        texts = [(message["role"], read_text(message)) for message in body["messages"]]
+        if not any(text.strip() for _, text in texts):
+            raise ValueError("messages: without any text")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        needed = "its messages need a role and a text as content"
+        why = error if isinstance(error, ValueError) else needed
+        raise HTTPException(400, f"not a chat completion request: {why}") from None
+    question = "\n\n".join(f"{role}: {text}" if len(texts) > 1 else text for role, text in texts)
+    longest = body.get("max_completion_tokens", body.get("max_tokens"))
+    return body.get("stream", False), question, body.get("temperature"), longest
+
+
+def read_text(message: dict[str, Any]) -> str:
+    """Of a message: its content, or the parts of it. Raises TypeError, KeyError, ValueError for any other content."""
+    said = message["content"]
+    parts = said if isinstance(said, list) else [{"type": "text", "text": said}]
+    kinds = {part["type"] for part in parts} - {"text"}
+    if kinds or message["role"] not in ROLES or message.get("tool_calls") or message.get("function_call"):
+        raise ValueError(f"messages: only texts by {', '.join(ROLES)} are supported")
+    return "".join(part["text"] for part in parts)
 
 
 async def events(task: asyncio.Task) -> AsyncIterator[str]:
@@ -137,7 +258,7 @@ async def events(task: asyncio.Task) -> AsyncIterator[str]:
 
 def completion(trial: traces.Trial, outcome: traces.Outcome, part: str) -> dict[str, Any]:
     """part: "message", or "delta" in a stream."""
-    choice = {"index": 0, part: {"role": "assistant", "content": trial.text}}
+    choice = {"index": 0, part: {"role": "assistant", "content": clean(trial.text)}}
     choice["finish_reason"] = "length" if trial.is_truncated else "stop"
     kind = "chat.completion.chunk" if part == "delta" else "chat.completion"
     about = {"id": f"chatcmpl-{outcome.session_id}", "object": kind, "created": int(time.time())}
@@ -145,8 +266,7 @@ def completion(trial: traces.Trial, outcome: traces.Outcome, part: str) -> dict[
 
 
 def failure(error: BaseException) -> tuple[dict[str, Any], int]:
-    """In OpenAI's form, and the HTTP status; what is no HTTPException is a fault of the pair."""
-    status = getattr(error, "status_code", 502)
-    message = getattr(error, "detail", f"{type(error).__name__}: {error}")
+    """In OpenAI's form, and the HTTP status; what is no HTTPException is a fault of this program, and for the log."""
+    status, message = getattr(error, "status_code", 500), getattr(error, "detail", "internal error")
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "code": status}}, status

@@ -22,7 +22,7 @@ from typing import Any
 from nano_atlas import data, runs
 from nano_atlas.config import derive_seed
 from nano_atlas.errors import UserError
-from nano_atlas.runtime.options import LANES, STYLES, Config
+from nano_atlas.runtime.options import LANES, STYLES, Config, moment
 from nano_atlas.stats import wilson_interval
 
 Trace = dict[str, Any]
@@ -36,7 +36,7 @@ def now() -> str:
 @dataclass
 class Verdict:
     score: float | None  # 0 to 1; None: nobody could say
-    by: str  # "exact" | "python" | "judges" | "nobody"
+    by: str  # "exact" | "python" | "judges" | "nobody"; "outage": who should judge did not
     is_valid: bool | None = None  # None: not known
     deviation: float = 0.0  # standard error of the score, from the spread of the samples
     helpfulness: float | None = None
@@ -89,6 +89,7 @@ class Outcome:
     matched: list[str] = field(default_factory=list)  # ids of skills whose cue applied
     skills: list[str] = field(default_factory=list)  # ids of skills that were used
     learned: list[dict] = field(default_factory=list)  # skills that it proposed
+    fault: str | None = None  # why it failed; on file that is the `error` of the session_metadata
 
     @property
     def gain(self) -> float | None:
@@ -120,7 +121,6 @@ class Session(Outcome):
     trials: list[Trial] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)  # who spoke, in which order, tokens each
     chosen: int = 0  # index of the trial that is returned
-    fault: str | None = None
 
     @property
     def guidance(self) -> str:
@@ -166,7 +166,8 @@ def session_record(session: Session) -> tuple[Outcome, Trace]:
     mode = {"mode": session.lane, "confidence": session.choice.get("confidence")}
     adaptive = {"adaptive_mode": session.lane, "confidence": mode["confidence"], "mode_history": [mode]}
     adaptive |= {"probe": session.choice, "strategy": session.strategy, "returned": returned.kind}
-    trace = {"outcome": asdict(outcome), "task": task.question, "ground_truth": task.answer}
+    numbers = {name: value for name, value in asdict(outcome).items() if name != "fault"}
+    trace = {"outcome": numbers, "task": task.question, "ground_truth": task.answer}
     trace |= {"final_answer": answer, "plan": {"steps": plan, "execution_mode": "single_shot"}}
     trace |= {"steps": [step], "session_metadata": about}
     trace |= {"session_reward": None if session.reward is None else reward}
@@ -244,10 +245,15 @@ def runtime_metrics(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
     }
 
 
-def summary(outcomes: Sequence[Outcome]) -> str:
-    m, failed = runtime_metrics(outcomes), sum(outcome.status == "failed" for outcome in outcomes)
+def summary(outcomes: Sequence[Outcome], out: Path | str = Config.out) -> str:
+    m, failed = runtime_metrics(outcomes), [o for o in outcomes if o.status == "failed"]
     lines = [f"{len(outcomes)} tasks, {sum(o.baseline is not None for o in outcomes)} scored"]
-    lines[0] += f", {failed} FAILED (the same command tries them again)" if failed else ""
+    if failed:
+        lines[0] += f", {len(failed)} FAILED (the same command tries them again; --out {out} --show failed)"
+    reasons = Counter(" ".join((outcome.fault or "").split())[:150] for outcome in failed)
+    lines += [f"  failed             {count:7d}   {reason}" for reason, count in reasons.most_common(3)]
+    if unscored := sum(o.baseline is None for o in outcomes if o.status == "succeeded"):
+        lines.append(f"  without a score    {unscored:7d}   (nobody knows whether help was better or worse)")
     gain = f"{100 * (m['accuracy_delta'] or 0):+.1f}"
     for name, (_, label, note) in METRICS.items():
         if label and m[name] is not None:
@@ -263,7 +269,8 @@ def summary(outcomes: Sequence[Outcome]) -> str:
         found = f"{worse} of {len(audited)} returned answers with help are below the student's own"
         lines.append(f"  judged again       {found}: at most {bound:.1%} at 95 % confidence, by this judge")
     if pending := sum(outcome.review == "pending" for outcome in outcomes):
-        lines.append(f"  held for review    {pending:7d}   (--show pending, then --approve or --quarantine)")
+        how = f"--out {out} --show pending, then --approve or --quarantine"
+        lines.append(f"  held for review    {pending:7d}   ({how})")
     lanes = ", ".join(f"{lane} {m[f'lane/{lane}']:.0%}" for lane in LANES if m[f"lane/{lane}"])
     tokens = ", ".join(f"{name[7:]} {count:,}" for name, count in m.items() if name.startswith("tokens/"))
     return "\n".join([*lines, f"  lanes              {lanes}", f"  tokens generated   {tokens}"])
@@ -277,7 +284,7 @@ def degradation_bound(audited_gains: Sequence[float]) -> tuple[int, float]:
 
 def is_selected(outcome: Outcome, config: Config) -> bool:
     """One without the number in question is left out: nobody knows whether it qualifies."""
-    start, _, end = config.since.partition("..")
+    (start, end), begun = config.interval, moment(str(outcome.created_at))
     known = (outcome.reward, outcome.gain, max(abs(outcome.gain or 0.0), outcome.disagreement))
     least = (config.min_reward, config.min_gain, config.min_signal)
     return (
@@ -285,7 +292,7 @@ def is_selected(outcome: Outcome, config: Config) -> bool:
         and outcome.review in config.review_status
         and all(bound is None or (x is not None and x >= bound) for x, bound in zip(known, least))
         and (not config.only or outcome.lane in config.only or outcome.learning_key in config.only)
-        and (not config.since or (start or "0") <= outcome.created_at < (end or "9999"))
+        and (not config.since or (begun is not None and start <= begun < end))
     )
 
 
@@ -293,12 +300,13 @@ def reviewed_traces(path: Path) -> Iterator[tuple[Outcome, Trace]]:
     """All records of a trace file, the latest decision on each written in."""
     reviews = {}
     if (decisions := path.with_name("reviews.jsonl")).exists():
-        reviews = {review["session_id"]: review for _, review in runs.read_jsonl(decisions, is_journal=True)}
+        known = runs.read_jsonl(decisions, is_journal=True)
+        reviews = {str(review.get("session_id")): review for _, review in known}
     for outcome, trace in read_traces(path):
         if review := reviews.get(outcome.session_id):
-            outcome.review = review["status"]
+            outcome.review = review.get("status", "pending")
             trace |= {"outcome": asdict(outcome), "review_status": outcome.review}
-            trace["review_notes"] = review["note"]
+            trace["review_notes"] = review.get("note", "")
         yield outcome, trace
 
 
@@ -318,20 +326,31 @@ def record_reviews(directory: Path, names: tuple[str, ...], status: str, note: s
 
 def export_traces(source: Path, target: Path, config: Config) -> tuple[int, int]:
     """Write the selected traces of `source` to `target`, as a whole or not at all; returns how many, and of how many."""
-    if target.exists() and target.samefile(source):
-        raise UserError(f"--export {target} is the trace file itself; choose another name")
+    if target.is_dir() or (target.exists() and target.samefile(source)):
+        what = "a directory" if target.is_dir() else "the trace file itself"
+        raise UserError(f"--export {target} is {what}; choose another name")
     found = list(reviewed_traces(source))
     selected = [trace for outcome, trace in found if is_selected(outcome, config)]
     if not selected:
-        raise UserError(f"{source}: none of its {len(found)} traces is selected, so {target} was not written")
+        kinds = Counter(kind for o, _ in found for kind in (o.status, o.review, o.lane, o.learning_key))
+        listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(12))
+        cause = f"none of its {len(found)} traces is selected, so {target} was not written"
+        raise UserError(f"{source}: {cause}; there are: {listed}")
+    for trace in selected:  # whoever asks for other states than `approved` has decided
+        trace |= {"is_exported": True} if trace.get("review_status", "approved") != "approved" else {}
     runs.replace_text(target, "".join(json.dumps(trace) + "\n" for trace in selected))
     return len(selected), len(found)
 
 
 def show_sessions(directory: Path, status: str) -> Iterator[str]:
-    """One line per session whose latest review status this is."""
-    for outcome, trace in reviewed_traces(directory / "traces.jsonl"):
-        if outcome.status == "succeeded" and outcome.review == status:
+    """One line per session whose latest review status this is, or that `failed` when it was last tried."""
+    path = directory / "traces.jsonl"
+    latest = {outcome.session_id: (outcome, trace) for outcome, trace in reviewed_traces(path)}
+    for outcome, trace in latest.values():
+        if status == (outcome.review if outcome.status == "succeeded" else "failed"):
             reward = "unscored" if outcome.reward is None else f"reward {outcome.reward:+.3f}"
-            task, note = " ".join(trace["task"].split())[:60], trace.get("review_notes", "")
+            about = trace.get("session_metadata")  # a text in some files of atlas-sdk
+            fault = about.get("error") if isinstance(about, dict) else None
+            note = " ".join(str(fault or trace.get("review_notes") or "").split())
+            task = " ".join(trace["task"].split())[:60]
             yield f"{outcome.session_id}  {reward}  {outcome.lane}  {task}  {note}".rstrip()

@@ -43,8 +43,9 @@ class VllmServer:
         port = free_port()
         self.url, self.log, self._process = f"http://127.0.0.1:{port}", log, None
         self._supervisor = [sys.executable, "-I", Path(__file__).with_name("supervisor.py"), str(orphan)]
-        # log-probs at the sampling temperature; no sampling parameters from generation_config.json (Qwen3's has top_k 20)
-        settings = ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
+        # log-probs at the sampling temperature; no sampling parameters from generation_config.json (Qwen3's has top_k 20);
+        # the endpoint that takes and gives tokens
+        settings = "--logprobs-mode processed_logprobs --generation-config vllm --enable-scale-out".split()
         if device == "cpu":
             environment = CPU_ENVIRONMENT | os.environ
             # vLLM 0.32 on a CPU dies of "CPU Generator does not use offset" when it splits the prompt of a request with a seed

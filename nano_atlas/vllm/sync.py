@@ -31,7 +31,8 @@ class FileTransfer:
     def stage(self, model: Transformer) -> None:
         """Replaces the checkpoint as a whole. Raises UserError where there is no room; the one before is then still there."""
         try:  # a file per tensor: never two of them in host memory
-            save_model(self.folder, model, self.tokenizer, max_shard_bytes=0, repeat_tied_head=True)
+            kept = {"max_shard_bytes": 0, "repeat_tied_head": True, "has_digests": False}
+            save_model(self.folder, model, self.tokenizer, **kept)
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot write the server's weights to {self.folder}: {error}") from error
 
