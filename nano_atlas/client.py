@@ -93,7 +93,7 @@ def _read_answer(response: httpx.Response, choices: int | None) -> tuple[dict, s
     if not response.is_success:
         return {}, f"HTTP {response.status_code}: {shown}"
     try:
-        answer = parse_json(text, number=float) if text.strip() else {}
+        answer = parse_json(text, read_float=float) if text.strip() else {}
     except ValueError:
         answer = None
     if not isinstance(answer, dict):

@@ -9,9 +9,7 @@ from typing import Any
 
 KEYS = "OPENAI_API_KEY", "NANO_ATLAS_API_KEY", "SALESFORCE_PASSWORD", "SALESFORCE_SECURITY_TOKEN"  # variables
 USER_OF_URL = re.compile(r"//[^/\s?#\"'<>]*@")
-KEY_OF_URL = re.compile(
-    r"((?:[?&][\w.-]{0,40}|\bapi.?)(?:key|token|secret|password|sig)=)[^&#\s\"'<>]+", re.I
-)
+KEY_OF_URL = re.compile(r"((?:[?&][\w.-]{0,40}|\bapi.?)(?:key|token|secret|password|sig)=)[^&#\s\"'<>]+", re.I)
 HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # the escape of a surrogate, which may lack its other half
 
 
@@ -28,21 +26,22 @@ def masked(text: str) -> str:
     return text
 
 
-def _finite(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text[:20]} is not a finite number")
-    return number
-
-
-def parse_json(text: str | bytes, number: Callable[[str], Any] = _finite) -> Any:
+def parse_json(text: str | bytes, read_float: Callable[[str], Any] | None = None) -> Any:
     """As `json.loads`, with `clean` texts. Raises ValueError and nothing else: for what is no JSON or no UTF-8, for NaN, infinity and
-    integers of thousands of digits, and for what is nested too deeply. number: reads what is not an integer.
+    integers of thousands of digits, and for what is nested too deeply. read_float: of numbers that may be anything.
     """
     text = text if isinstance(text, str) else text.decode()
     try:
-        value = json.loads(text, parse_constant=number, parse_float=number)
+        read = read_float or _finite
+        value = json.loads(text, parse_constant=read, parse_float=read)
         if HALF_PAIR.search(text):
             value = json.loads(clean(json.dumps(value, ensure_ascii=False)))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     return value
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return number
