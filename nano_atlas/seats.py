@@ -181,9 +181,12 @@ class EndpointSeat:
                 lost.extend([error] if isinstance(error, ServerLost) else [])
                 return Fault(str(error))
 
-        with ThreadPoolExecutor(self.client.connections) as pool:
+        pool = ThreadPoolExecutor(self.client.connections)
+        try:
             answers = pool.map(answer, asked)
             replies = list(tqdm(answers, progress, len(asked), disable=not progress, leave=False))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for all the others
         return in_groups(replies, questions)
 
 
