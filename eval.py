@@ -37,7 +37,7 @@ from nano_atlas.episode import Sketch, guide, seeds, sketch, teach
 from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
 from nano_atlas.runtime.deploy import with_deployment
-from nano_atlas.schedule import Script, play
+from nano_atlas.schedule import Fault, Script, play
 
 VOTE_TEMPERATURE = 0.7  # of the votes where all else is greedy: equal answers are no vote
 CHUNK = 1024  # answers per arm between two writes: what a killed run loses at most
@@ -57,6 +57,7 @@ class Config(arms.ArmsConfig, Benchmark):
     samples: int = option(1, "answers per task: avg@n, pass@n, maj@n", group="answers", at_least=1)
     answer_format: str = option("solution", "how answers are asked for and read", protocol.ANSWER_FORMATS)
     verifier: str = option("exact", "compare numbers and words, or algebra", ("exact", "math-verify"))
+    dry_run: bool = option(False, "only say what would run, and what the answer None scores", resumable=True)
     deploy: Path | None = option(None, "YAML that names student and teacher in service", resumable=True)
 
     @property
@@ -66,7 +67,7 @@ class Config(arms.ArmsConfig, Benchmark):
     def check(self) -> None:
         if self.tables:
             return
-        if self.student is None:
+        if self.student is None and not self.dry_run:
             raise UserError(f"--preset {self.preset} needs --student DIRECTORY or URL")
         super().check()
         if self.samples > 1 and self.temperature == 0:
@@ -90,6 +91,11 @@ def main() -> None:
 def run(config: Config) -> None:
     """Compute whatever config.out does not hold yet."""
     tasks, is_right = load_tasks(config), verifier(config)
+    if config.dry_run:
+        for domain, problems in tasks.items():
+            floor = mean(is_right("None", problem.answer) for problem in problems)
+            print(f"{domain}: {len(problems)} tasks; None as the answer to each scores {floor:.1%}")
+        sys.exit()
     query = crmarena.salesforce() if config.bench == "crmarena" else None
     contents = {f"tasks {name}": runs.digest(repr(p).encode() for p in tasks[name]) for name in tasks}
     arms.start_or_continue(config, contents)
@@ -139,7 +145,12 @@ class Arms:
             chunk = jobs[start : start + size]
             scripts = [self.alone(*job) if job[0] in arms.ALONE else self.taught(*job) for job in chunk]
             label = f"{', '.join(sorted({arm for arm, _ in chunk}))}: {len(chunk)} of {len(jobs)} tasks"
-            results = list(chain(*play(scripts, seats, label)))
+            results = []
+            for (arm, problem), found in zip(chunk, play(scripts, seats, label, is_strict=False)):
+                if isinstance(found, Fault):
+                    self.log.faults.setdefault(arm, []).append(f"{problem.domain} {problem.id}: {found}")
+                else:
+                    results += found
             for attempt, gold in ((result.attempt, result.gold) for result in results):
                 attempt.is_correct = attempt.answer is not None and self.is_right(attempt.answer, gold)
             yield results
@@ -150,6 +161,8 @@ class Arms:
         episode, seed, votes = config.episode, seeds(config.seed), 1
         if arm != STUDENT:
             votes = 2 if arm == TWO_VOTES else self.budget[problem.domain]
+            if not votes:
+                raise Fault("no answer of the last teacher's pair says what one costs")
             warm = config.temperature or VOTE_TEMPERATURE
             episode = replace(episode, probe_tokens=0, temperature=(warm, warm))
             seed = lambda *_: derive_seed(config.seed, *task, 0)
@@ -160,10 +173,10 @@ class Arms:
 
     def taught(self, arm: str, problem: Problem) -> Script:
         """With a teaching. Shuffled, sample i gets the one that the last teacher wrote for sample i of the task's donor."""
-        config, seed, alone = self.config.episode, seeds(self.config.seed), self.log.get(STUDENT, problem)
+        config, seed, alone = self.config.episode, seeds(self.config.seed), self.whole(STUDENT, problem)
         known = Sketch(problem, alone[0].approach, alone[0].approach_tokens, [own.attempt for own in alone])
         if arm == SHUFFLED:
-            given = self.log.get(self.config.last, self.donors[problem.domain][problem.id])
+            given = self.whole(self.config.last, self.donors[problem.domain][problem.id])
             attempts = yield from guide(known, [one.teaching for one in given], config, seed)
             told = [(one.told, attempt) for one, attempt in zip(given, attempts)]
         else:
@@ -172,14 +185,21 @@ class Arms:
             told = [(episode.reply, episode.guided) for episode in made]
         return [own.taught(reply, arm=arm, attempt=attempt) for own, (reply, attempt) in zip(alone, told)]
 
+    def whole(self, arm: str, problem: Problem) -> list[TaskResult]:
+        """All samples of an arm that this one builds on. Raises Fault."""
+        found = self.log.get(arm, problem)
+        if len(found) < self.config.samples:
+            raise Fault(f"{problem.id} has no answer of {arm} yet")
+        return found
+
     @cached_property
     def donors(self) -> dict[str, dict[str, Problem]]:
         return {domain: arms.derange(problems, self.config.seed) for domain, problems in self.tasks.items()}
 
     @cached_property
     def budget(self) -> dict[str, int]:
-        """By domain: answers of the student alone that cost at least what one of the last teacher's pair does (tokens)."""
-        cost = lambda arm, problems: mean(r.all_tokens for p in problems for r in self.log.get(arm, p))
+        """By domain: answers of the student alone that cost at least what one of the last teacher's pair does (tokens; 0: unknown)."""
+        cost = lambda arm, own: mean([r.all_tokens for p in own for r in self.log.get(arm, p)] or [0])
         pair, tasks = self.config.last, self.tasks.items()
         return {domain: ceil(cost(pair, own) / max(cost(STUDENT, own), 1)) for domain, own in tasks}
 

@@ -134,7 +134,8 @@ def open_seat(config: Config, spec: str) -> Seat:
         sft, grpo = (f" --preset {name} --{file} FILE" * (name != "nano") for file in ("data", "problems"))
         made = f"python train_sft.py{sft} && python train_grpo.py{grpo}"
         raise UserError(f"{spec} is not there yet; make it with: {made}")
-    return agents.open_agent(spec, config.device, getattr(torch, config.dtype))
+    where = config.device, getattr(torch, config.dtype)
+    return agents.open_agent(spec, *where, config.timeout, config.workers)
 
 
 def load_tasks(config: Config) -> list[Problem]:

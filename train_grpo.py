@@ -50,7 +50,7 @@ from nano_atlas.model import Transformer
 from nano_atlas.presets import presets, suggestion
 from nano_atlas.reward import RewardConfig, step_advantages
 from nano_atlas.runs import RunLog, read_json
-from nano_atlas.schedule import play
+from nano_atlas.schedule import play_most
 from nano_atlas.seats import Seat
 from nano_atlas.tokenizer import Tokenizer
 
@@ -121,12 +121,12 @@ def roll_out(config, seats: Mapping[str, Seat], problems, step) -> tuple[list[li
     else:
         counts = seats["teacher"].count_tokens, config.baseline_samples, config.group_size
         scripts = [episode.episode(problem, config, config, seed, *counts) for problem in chosen]
-    groups = play(scripts, seats, None if distributed.rank() else f"step {step + 1}")
+    groups = play_most(scripts, seats, None if distributed.rank() else f"step {step + 1}")
     rewards_PG = [[one.reward for one in group] for group in groups]
     for group, advantages_G in zip(groups, step_advantages(rewards_PG, config.advantage_scale)):
         for one, advantage in zip(group, advantages_G):
             one.advantage = advantage
-    metrics = episode.teaching_metrics(sum(groups, []))
+    metrics = episode.teaching_metrics(sum(groups, [])) | {"unanswered": len(scripts) - len(groups)}
     metrics["reward_std"] = sum(map(stdev, rewards_PG)) / len(rewards_PG)
     metrics["zero_variance_ratio"] = sum(min(r_G) == max(r_G) for r_G in rewards_PG) / len(rewards_PG)
     return groups, metrics | {"seconds/rollout": time.perf_counter() - started}
@@ -294,7 +294,7 @@ def evaluate(config: Config, seats: Mapping[str, Seat], sketches: Sequence[Sketc
         scripts = [episode.answer(sketch.problem, greedy, seed, 1) for sketch in sketches]
     else:
         scripts = [episode.teach(sketch, greedy, config, seed, count) for sketch in sketches]
-    metrics = episode.teaching_metrics(sum(play(scripts, seats), []))
+    metrics = episode.teaching_metrics(sum(play_most(scripts, seats), []))
     return {f"eval/{name}": value for name, value in metrics.items()}
 
 
@@ -348,7 +348,7 @@ def train(config: Config) -> None:
             seats["student"] = open_student(config, layout, servers)
             if config.eval_every:
                 greedy, seed = config.greedy(), episode.seeds("evaluation")
-                sketches = play([episode.sketch(problem, greedy, seed) for problem in held_out], seats)
+                sketches = play_most([episode.sketch(problem, greedy, seed) for problem in held_out], seats)
         if config.dry_step and policy.head_weight.device.type in optim.DRY_STEP_ON:
             teacher.sampler.rest()
             dry_step(config, policy, reference, optimizer, teacher, problems)

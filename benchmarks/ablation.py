@@ -101,7 +101,7 @@ def probe_and_baselines_for_each_teaching() -> Iterator[None]:
         episodes = iter(play(list(itertools.chain.from_iterable(groups)), seats, progress))
         return [[next(episodes)[0] for _ in group] for group in groups]
 
-    with patch.object(episode, "episode", copies), patch.object(train_grpo, "play", play_copies):
+    with patch.object(episode, "episode", copies), patch.object(train_grpo, "play_most", play_copies):
         yield
 
 

@@ -343,4 +343,5 @@ def _check(request: Request, number: int, config: ModelConfig) -> None:
         raise UserError(f"{said} is empty or has ids outside 0 ... {last}: use this model's tokenizer")
     if not 1 <= max_tokens <= limit - len(prompt):
         said += f" has {len(prompt)} tokens, max_tokens = {max_tokens} and the model's max_position_embeddings = {limit}"
-        raise UserError(f"{said}: give max_tokens from 1 to {limit - len(prompt)}, or shorten the prompt")
+        lower = f"lower --probe-tokens, --teaching-tokens or --answer-tokens (from 1 to {limit - len(prompt)}) or "
+        raise UserError(f"{said}: {lower if limit > len(prompt) else ''}shorten the prompt")

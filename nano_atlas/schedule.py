@@ -10,17 +10,17 @@ script going on as soon as its replies are there. A call that fails gives a Faul
 
 import threading
 import time
+import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from nano_atlas.errors import UserError
 from nano_atlas.protocol import Messages
-from nano_atlas.seats import Generation, Question, Reply, Seat
-
-LONGEST_REPLY = 1_000_000  # characters; more is a fault of the agent, and would be copied into prompts
+from nano_atlas.seats import Fault, Generation, Question, Reply, Seat
+from nano_atlas.text import clean, masked
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,6 @@ class Job(NamedTuple):
     call: Call
 
 
-class Fault(UserError):
-    """What went wrong with one call. It stands in the list of replies, and is raised by a script that cannot go on without."""
-
-
 Script = Generator[list[Call], list, Any]  # yields calls; is sent, for each, its list of replies or a Fault
 
 
@@ -59,19 +55,29 @@ def ask(*calls: Call) -> Script:
     return answers
 
 
-def play(scripts: Sequence[Script], seats: Mapping[str, Seat], progress: str | None = None) -> list[Any]:
+def play(scripts: Sequence[Script], seats: Mapping[str, Seat], progress=None, is_strict=True) -> list[Any]:
     """Runs all scripts in lockstep: a seat is asked once per round for all of them, and its errors are raised.
 
-    What the scripts return, in order. progress: label of the samplers' progress bars.
+    What the scripts return, in order. progress: label of the samplers' progress bars. is_strict: a Fault that ends a script is
+    raised; else it is among the results.
     """
-    results: dict[int, Any] = {}
-    for finished in drive(dict(enumerate(scripts)), seats, is_lockstep=True, progress=progress):
+    results, numbered = {}, dict(enumerate(scripts))
+    for finished in drive(numbered, seats, is_lockstep=True, progress=progress, is_strict=is_strict):
         results |= finished
     return [results[index] for index in range(len(scripts))]
 
 
-def drive(scripts, seats, workers=16, timeout=600.0, is_lockstep=False, progress=None) -> Iterator[dict]:
-    """Runs all `scripts` {key: Script}; yields what they return, in groups {key: result}, as soon as they are done.
+def play_most(scripts: Sequence[Script], seats: Mapping[str, Seat], progress=None) -> list[Any]:
+    """As `play`, without those that a Fault ended; raises the first Fault where nothing is left."""
+    results = play(scripts, seats, progress, is_strict=False)
+    kept = [result for result in results if not isinstance(result, Fault)]
+    if results and not kept:
+        raise results[0]
+    return kept
+
+
+def drive(scripts, seats, workers=16, timeout=600.0, is_lockstep=False, progress=None, is_strict=True):
+    """Runs all `scripts` {key: Script}; an iterator over what they return, in groups {key: result}, as soon as they are done.
 
     timeout: seconds from the start of a call to an endpoint or agent after which it counts as failed. Its thread cannot be
     stopped; it is left behind, and does not count as a worker any more.
@@ -85,8 +91,10 @@ def drive(scripts, seats, workers=16, timeout=600.0, is_lockstep=False, progress
     def advance(key: Any, received: list | None) -> None:
         try:
             calls = scripts[key].send(received)
-        except StopIteration as end:
-            finished[key] = end.value
+        except (StopIteration, Fault) as end:
+            if is_strict and isinstance(end, Fault):
+                raise
+            finished[key] = end if isinstance(end, Fault) else end.value
             return
         answers[key] = [None] * len(calls)
         for index, call in enumerate(calls):
@@ -120,12 +128,7 @@ def drive(scripts, seats, workers=16, timeout=600.0, is_lockstep=False, progress
             mine = [job for job in batched if seats[job.call.seat] is seat]
             batched = [job for job in batched if seats[job.call.seat] is not seat]
             mine.sort(key=lambda job: job.index)  # first calls of all scripts, second calls, ...
-            try:
-                replies = seat.ask([job.call.question for job in mine], progress)
-            except UserError:  # a prompt may be too long for the model: whose is it?
-                if is_lockstep:
-                    raise
-                replies = [_ask_one(seat, job.call) for job in mine]
+            replies = seat.ask([job.call.question for job in mine], progress)
             for job, answer in zip(mine, replies):
                 arrive(job, answer)
 
@@ -134,13 +137,14 @@ def _ask_one(seat: Seat, call: Call) -> list[Reply] | Fault:
     """One call to a seat; whatever somebody else's agent raises becomes a Fault."""
     try:
         (replies,) = seat.ask([call.question])
-    except (Exception, SystemExit) as error:  # a UserError, or anything at all from a user's function
-        return Fault(f"{call.seat}: {type(error).__name__}: {str(error)[:500]}")
-    lengths = [len(reply.text.strip()) for reply in replies]
-    if not all(lengths):
+    except UserError as error:
+        replies = f"{type(error).__name__}: {error}"
+    except BaseException as error:  # anything at all from a user's function, SystemExit too: somebody waits
+        replies = "".join(traceback.format_exception_only(error)).strip()
+    if not isinstance(replies, list):
+        return Fault(f"{call.seat}: {clean(masked(str(replies)))[:500]}")
+    if not all(reply.text.strip() or reply.is_truncated for reply in replies):
         return Fault(f"{call.seat}: returned nothing")
-    if max(lengths) > LONGEST_REPLY:
-        return Fault(f"{call.seat}: returned {max(lengths):,} characters; the limit is {LONGEST_REPLY:,}")
     return replies
 
 

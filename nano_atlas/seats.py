@@ -4,24 +4,25 @@ Whoever asks does not know which it has: `ask` takes questions and gives replies
 exact token ids and log-probabilities of each reply, which is what training needs.
 """
 
-import os
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import httpx
 import torch
 from tqdm import tqdm
 
 from nano_atlas.checkpoint import load_model
+from nano_atlas.client import ChatClient, ServerLost, is_url
 from nano_atlas.errors import UserError
 from nano_atlas.model import Transformer
 from nano_atlas.protocol import Messages
 from nano_atlas.sampler import Generation, Request, Rollout, Sampler
+from nano_atlas.text import clean
 from nano_atlas.tokenizer import Tokenizer
+
+LONGEST_REPLY = 1_000_000  # characters; more is a fault of the agent, and would be copied into prompts
 
 
 class Question(NamedTuple):
@@ -40,9 +41,52 @@ class Reply:
     prompt_tokens: int = 0  # read for this reply, where the seat knows
 
 
+class Fault(UserError):
+    """What went wrong with one call. It stands in place of the replies, and is raised by a script that cannot go on without."""
+
+
+Answers = list[list[Reply] | Fault]  # one for each question
+
+
+def read_reply(content: Any, usage: Any, prompt: str, is_truncated: bool = False) -> Reply:
+    """What a model or agent said, whoever it is: clean text of bounded length, tokens as `usage` counts them or else estimated.
+
+    content: a text, or parts of which those of type "text" are joined (others are thoughts). Raises UserError.
+    """
+    texts = []
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(part, dict):
+            part = part.get("text") if part.get("type", "text") in ("text", "output_text") else ""
+        if not isinstance(part, str):
+            raise UserError(f"returned {type(part).__name__} instead of a text")
+        texts.append(part)
+    text, usage = clean("".join(texts)), usage if isinstance(usage, dict) else {}
+    if len(text) > LONGEST_REPLY:
+        raise UserError(f"returned {len(text):,} characters; the limit is {LONGEST_REPLY:,}")
+    counts = (usage.get("completion_tokens"), text), (usage.get("prompt_tokens"), prompt)
+    is_count = lambda number: type(number) is int and 0 < number < 2**53  # of which floats can take the mean
+    written, read = (number if is_count(number) else estimate_tokens(said) for number, said in counts)
+    return Reply(text, written, is_truncated, None, read)
+
+
+def in_groups(replies: Iterable[Reply | Fault], questions: Sequence[Question]) -> Answers:
+    """Replies in one row, by the questions that they are to. One Fault stands for all n."""
+    replies = iter(replies)
+    groups = [list(islice(replies, question.n)) for question in questions]
+    return [next((reply for reply in group if isinstance(reply, Fault)), group) for group in groups]
+
+
+def estimate_tokens(text: str) -> int:
+    """For whom an own tokenizer does not show: about four characters a token."""
+    return (len(text) + 3) // 4
+
+
 class Seat(Protocol):
-    def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:
-        """`question.n` replies to each; the more at once the better, because a sampler works on full rows."""
+    def ask(self, questions: Sequence[Question], progress: str | None = None) -> Answers:
+        """`question.n` replies to each; the more at once the better, because a sampler works on full rows.
+
+        What an error of one question's own came to is a Fault in place of its replies; other errors are raised.
+        """
 
     def count_tokens(self, text: str) -> int:
         """Length of a text in this seat's tokens."""
@@ -61,10 +105,18 @@ class TokenSeat:
         thinking = tokenizer.config.get("enable_thinking", False)
         self.template_options = {"enable_thinking": thinking}  # other templates ignore it
 
-    def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:
+    def ask(self, questions: Sequence[Question], progress: str | None = None) -> Answers:
         ends = self.tokenizer.eos_ids
-        requests = [Request(tuple(self.prompt_ids(m)), g, n, seed, ends) for m, g, seed, n in questions]
-        rollouts = self.sampler.generate(requests, progress=progress)
+        try:
+            requests = [Request(tuple(self.prompt_ids(m)), g, n, seed, ends) for m, g, seed, n in questions]
+            rollouts = self.sampler.generate(requests, progress=progress)
+        except ServerLost:
+            raise
+        except UserError as error:  # a prompt may be too long for the model: whose is it?
+            if len(questions) <= 1:
+                return [Fault(str(error)) for _ in questions]
+            half = len(questions) // 2
+            return self.ask(questions[:half], progress) + self.ask(questions[half:], progress)
         return [[self._reply(rollout) for rollout in group] for group in rollouts]
 
     def prompt_ids(self, messages: Messages) -> list[int]:
@@ -74,11 +126,13 @@ class TokenSeat:
         return len(self.tokenizer.encode(text))
 
     def _reply(self, rollout: Rollout) -> Reply:
-        ids, is_truncated = rollout.completion_ids, rollout.finish_reason == "length"
+        ids, usage = rollout.completion_ids, {"prompt_tokens": len(rollout.prompt_ids)}
         # a template may have opened the thought, and what it wrote is no part of the completion
         asked = self.tokenizer.decode(rollout.prompt_ids[-16:], skip_special=False).rstrip()
         text = "<think>" * asked.endswith("<think>") + self.tokenizer.decode(ids)
-        return Reply(text, len(ids), is_truncated, rollout, len(rollout.prompt_ids))
+        is_truncated = rollout.finish_reason == "length"
+        reply = read_reply(text, usage | {"completion_tokens": len(ids)}, "", is_truncated)
+        return replace(reply, rollout=rollout)
 
 
 class EmbeddedSeat(TokenSeat):
@@ -88,108 +142,52 @@ class EmbeddedSeat(TokenSeat):
         super().__init__(Sampler(model, **options), tokenizer)
 
 
-class ServerLost(UserError):
-    """The server did not answer, or only with errors of its own, however often it was asked. A restart may fix that."""
-
-
-class Client:
-    """JSON over HTTP to one server, with retries, over kept-alive connections that threads may share.
-
-    url: with or without `/v1` or `/v1/chat/completions`. connections: most requests under way at once. timeout: seconds for an
-    answer. tries: attempts per request, the waits doubling from 1 s. The key comes from OPENAI_API_KEY and is never shown.
-    """
-
-    def __init__(self, url: str, *, connections: int = 16, timeout: float = 120.0, tries: int = 4):
-        self.url = url.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1")
-        self.connections, self.tries = connections, tries
-        self._key = os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"
-        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-        # no limit on the wait for a free connection: it says how much there is to do, not how the server is
-        patience = httpx.Timeout(timeout, connect=min(timeout, 10.0), pool=None)
-        is_here = "//127.0.0.1" in url or "//localhost" in url  # no proxy leads back to this machine
-        headers = {"Authorization": f"Bearer {self._key}"}
-        self._http = httpx.Client(timeout=patience, limits=limits, headers=headers, trust_env=not is_here)
-
-    def close(self) -> None:
-        """Ends what is under way, in whichever thread."""
-        self._http.close()
-
-    def request(self, method: str, path: str, body=None, choices: int | None = None, **limits) -> dict:
-        """The server's JSON answer (`{}` where it is empty). choices: how many it must hold; limits: other tries, timeout.
-
-        Other answers, 429, 5xx and transport errors are tried again, then raise ServerLost; any other status raises UserError.
-        """
-        patience = limits.get("timeout", httpx.USE_CLIENT_DEFAULT)
-        for attempt in range(limits.get("tries", self.tries)):
-            if attempt:
-                time.sleep(min(2.0 ** (attempt - 1), 20.0))
-            try:
-                response = self._http.request(method, self.url + path, json=body, timeout=patience)
-            except (httpx.RequestError, httpx.InvalidURL) as error:
-                cause = f"{type(error).__name__}: {error}"
-                is_final = isinstance(error, (httpx.InvalidURL, httpx.UnsupportedProtocol))  # a wrong address
-            else:
-                answer, cause = _read_answer(response, choices)
-                is_final = response.status_code not in (200, 429) and response.status_code < 500
-                if cause is None:
-                    return answer
-            if is_final:
-                break
-        cause, kind = cause.replace(self._key, "***"), UserError if is_final else ServerLost
-        raise kind(f"{self.url}{path} failed ({cause}); check that the server is up and serves this model")
-
-
-def _read_answer(response: httpx.Response, choices: int | None) -> tuple[dict, str | None]:
-    """The answer, and what is wrong with it."""
-    shown = response.text[:300]
-    if response.status_code != 200:
-        return {}, f"HTTP {response.status_code}: {shown}"
-    try:
-        answer = response.json() if response.content else {}
-    except ValueError:
-        answer = None
-    if not isinstance(answer, dict):
-        return {}, f"not JSON, or no object: {shown!r}"
-    found = answer.get("choices") if isinstance(answer.get("choices"), list) else []
-    return answer, None if choices in (None, len(found)) else f"{len(found)} choices, not {choices}: {shown}"
-
-
 class EndpointSeat:
-    """A chat endpoint that speaks the OpenAI protocol, such as `vllm serve`. model: by default the first that it lists."""
+    """A chat endpoint that speaks the OpenAI protocol, such as `vllm serve`. model: or URL#MODEL, by default the first that it lists."""
+
+    count_tokens = staticmethod(estimate_tokens)
 
     def __init__(self, url: str, model: str | None = None, **limits):
-        self.client, self.model = Client(url, **limits), model
-        if model is None:
-            models = self.client.request("GET", "/v1/models").get("data") or []
-            if not models:
-                raise UserError(f"{url}/v1/models lists no model; name one after the address: URL#MODEL")
-            self.model = models[0]["id"]
+        url, _, named = url.partition("#")
+        self.client = ChatClient(url, **limits)
+        self.model = model or named or self.client.first_model()
 
     def complete(self, messages, generation: Generation, seed: int, **more) -> tuple[dict, Reply]:
         """One chat completion: the server's choice, and the same as a Reply. more: fields of the request, such as tools."""
         g, body = generation, {"model": self.model, "messages": messages, "seed": seed % 2**31, **more}
         body |= {"max_tokens": g.max_tokens, "temperature": g.temperature, "top_p": g.top_p}
-        answer = self.client.request("POST", "/v1/chat/completions", body, choices=1)
-        (choice,), usage = answer["choices"], answer.get("usage") or {}
-        text = (choice.get("message") or {}).get("content") or ""
-        read, written = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
-        return choice, Reply(text, written, choice.get("finish_reason") == "length", None, read)
+        choice, usage = self.client.complete(body)
+        text = choice["message"].get("content")  # null beside tool calls, and where thoughts took all tokens
+        prompt = "".join(str(said.get("content") or "") for said in messages)
+        is_truncated = choice.get("finish_reason") == "length"
+        return choice, read_reply("" if text is None else text, usage, prompt, is_truncated)
 
-    def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:
-        """Each reply is a request of its own: not every server knows `n`, and none counts the tokens of each of n replies."""
+    def ask(self, questions: Sequence[Question], progress: str | None = None) -> Answers:
+        """Each reply is a request of its own: not every server knows `n`, and none counts the tokens of each of n replies.
+
+        A server that is lost for as many calls in a row as it has connections is not asked any more.
+        """
         asked = [(q.messages, q.generation, q.seed + place) for q in questions for place in range(q.n)]
-        with ThreadPoolExecutor(self.client.connections) as pool:
-            answers = pool.map(lambda call: self.complete(*call)[1], asked)
-            replies = iter(list(tqdm(answers, progress, len(asked), disable=not progress, leave=False)))
-        return [list(islice(replies, question.n)) for question in questions]
+        lost: list[ServerLost] = []
 
-    def count_tokens(self, text: str) -> int:
-        """An endpoint does not show its tokenizer: about four characters a token."""
-        return (len(text) + 3) // 4
+        def answer(call: tuple) -> Reply | Fault:
+            try:
+                if len(seen := lost[:]) >= self.client.connections:
+                    raise seen[-1]
+                reply = self.complete(*call)[1]
+                lost.clear()
+                return reply
+            except UserError as error:
+                lost.extend([error] if isinstance(error, ServerLost) else [])
+                return Fault(str(error))
 
-
-def is_url(spec: str) -> bool:
-    return spec.startswith(("http://", "https://"))
+        pool = ThreadPoolExecutor(self.client.connections)
+        try:
+            answers = pool.map(answer, asked)
+            replies = list(tqdm(answers, progress, len(asked), disable=not progress, leave=False))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for all the others
+        return in_groups(replies, questions)
 
 
 def open_seat(spec: str, device="cpu", dtype=torch.float32, **options) -> EmbeddedSeat | EndpointSeat:
@@ -198,6 +196,5 @@ def open_seat(spec: str, device="cpu", dtype=torch.float32, **options) -> Embedd
     Raises UserError for a directory without a checkpoint and for an endpoint that does not answer.
     """
     if is_url(spec):
-        url, _, model = spec.partition("#")
-        return EndpointSeat(url, model or None)
+        return EndpointSeat(spec)
     return EmbeddedSeat(load_model(spec, dtype, device), Tokenizer.from_directory(spec), **options)

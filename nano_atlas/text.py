@@ -2,9 +2,16 @@
 
 import json
 import math
+import os
 import re
+from collections.abc import Callable
 from typing import Any
 
+KEYS = "OPENAI_API_KEY", "NANO_ATLAS_API_KEY", "SALESFORCE_PASSWORD", "SALESFORCE_SECURITY_TOKEN"  # variables
+USER_OF_URL = re.compile(r"//[^/\s?#\"'<>]*@")
+KEY_OF_URL = re.compile(
+    r"(?i)((?:[?&][\w.-]{0,40}|\bapi.?)(?:key|token|secret|pass\w*|sig\w*)=)[^&#\s\"'<>]+"
+)
 HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # the escape of a surrogate, which may lack its other half
 
 
@@ -13,13 +20,22 @@ def clean(text: str) -> str:
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def parse_json(text: str | bytes) -> Any:
+def masked(text: str) -> str:
+    """Without secrets: user and password of a URL, the values of its parameters such as api_key, and the keys that we have."""
+    text = KEY_OF_URL.sub(r"\1***", USER_OF_URL.sub("//***@", text))
+    for key in (os.environ.get(name, "").strip() for name in KEYS):
+        text = text.replace(key, "***") if len(key) >= 4 else text
+    return text
+
+
+def parse_json(text: str | bytes, read_float: Callable[[str], Any] | None = None) -> Any:
     """As `json.loads`, with `clean` texts. Raises ValueError and nothing else: for what is no JSON or no UTF-8, for NaN, infinity and
-    integers of thousands of digits, and for what is nested too deeply.
+    integers of thousands of digits, and for what is nested too deeply. read_float: of numbers that may be anything.
     """
     text = text if isinstance(text, str) else text.decode()
     try:
-        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        read = read_float or _finite
+        value = json.loads(text, parse_constant=read, parse_float=read)
         if HALF_PAIR.search(text):
             value = json.loads(clean(json.dumps(value, ensure_ascii=False)))
     except RecursionError:

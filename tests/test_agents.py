@@ -10,11 +10,12 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from conftest import STUDENT_WORDS, byte_tokenizer, lively_model
 
 from nano_atlas.errors import UserError
 from nano_atlas.runtime.agents import Agent, call_function, open_agent
-from nano_atlas.schedule import LONGEST_REPLY, Call, Fault, drive
-from nano_atlas.seats import Generation, Question, Reply
+from nano_atlas.schedule import Call, Fault, drive
+from nano_atlas.seats import LONGEST_REPLY, EmbeddedSeat, Generation, Question, Reply
 
 MESSAGES = [{"role": "user", "content": "6 times 7?"}]
 GENERATION = Generation(20, 0.3)
@@ -244,27 +245,30 @@ def test_workers_bound_how_many_calls_run_at_a_time_and_sessions_do_not_wait_for
 
 
 def test_calls_to_a_checkpoint_go_together_and_a_prompt_it_cannot_take_fails_alone():
-    class Batched:
-        is_batched = True
-
-        def __init__(self):
-            self.batches = []
+    class Counted(EmbeddedSeat):
+        batches = []
 
         def ask(self, questions, progress=None):
             self.batches.append(len(questions))
-            if any(question.messages[0]["content"] == "too long" for question in questions):
-                raise UserError("request 1 has too many tokens")
-            return [[Reply(f"{question.seed}", 1, False)] for question in questions]
+            return super().ask(questions, progress)
 
     def script(text, seed):
         (replies,) = yield [Call("s", "ask", [{"role": "user", "content": text}], GENERATION, seed)]
         return str(replies) if isinstance(replies, Fault) else replies[0].text
 
-    seat = Batched()
-    scripts = {i: script("too long" if i == 1 else "fine", i) for i in range(4)}
+    tokenizer = byte_tokenizer()
+    seat = Counted(lively_model(0, STUDENT_WORDS, tokenizer), tokenizer)
+    scripts = {i: script("too long" * 200 if i == 1 else f"fine {i}", i) for i in range(4)}
     results = {key: value for group in drive(scripts, {"s": seat}) for key, value in group.items()}
-    assert seat.batches == [4, 1, 1, 1, 1]
-    assert (results[0], results[2], results[3]) == ("0", "2", "3") and "too many tokens" in results[1]
+    assert seat.batches == [4, 2, 1, 1, 2]
+    assert "max_position_embeddings = 1024: shorten the prompt" in results[1]
+    single = {
+        key: value
+        for i in (0, 2, 3)
+        for group in drive({i: script(f"fine {i}", i)}, {"s": seat})
+        for key, value in group.items()
+    }
+    assert {key: results[key] for key in single} == single
 
 
 def test_a_script_can_be_driven_in_a_thread_of_an_event_loop():

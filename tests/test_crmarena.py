@@ -2,6 +2,8 @@
 
 import json
 import sys
+import time
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -11,7 +13,7 @@ from nano_atlas.answers import extract_answer
 from nano_atlas.benches import crmarena
 from nano_atlas.benches.arms import SAME_BUDGET, SHUFFLED, STUDENT, TWO_VOTES, UNTRAINED, read_results
 from nano_atlas.errors import UserError
-from nano_atlas.seats import Generation, Question, Reply
+from nano_atlas.seats import Fault, Generation, Question, Reply
 
 ARTICLES = {0: "ka0001", 1: None, 2: None, 3: None}
 RECORDS = [
@@ -103,6 +105,104 @@ def test_a_student_that_only_queries_is_stopped():
     )
     assert agent.calls == crmarena.TURNS == reply.tokens and extract_answer(reply.text) is None
     assert len(agent.asked[-1][-1]["content"]) < crmarena.SHOWN_CHARACTERS + 50
+
+
+def test_a_query_that_never_ends_is_none_however_often_it_begins():
+    agent = Agent()
+    agent.reply = lambda messages: Reply("<execute>" * 100_000, 1, False)
+    began = time.monotonic()
+    ((reply,),) = crmarena.QueryingSeat(agent, query).ask(
+        [Question(protocol.baseline_messages("agent 0"), Generation(9), 0)]
+    )
+    assert agent.calls == 1 and reply.tokens == 1 and time.monotonic() - began < 2
+
+
+def test_a_conversation_that_fails_is_a_fault_of_its_question_alone():
+    class Shy(Agent):
+        def ask(self, questions, progress=None):
+            return [
+                Fault("HTTP 400") if "agent 1" in str(q.messages) else [self.reply(q.messages)]
+                for q in questions
+            ]
+
+    def lost(text):
+        if text[-1] == "2":
+            raise Fault("Salesforce does not answer")
+        return query(text)
+
+    questions = [Question(protocol.baseline_messages(f"agent {i}"), Generation(9), i, n=2) for i in range(3)]
+    (first, *_), refused, failed = crmarena.QueryingSeat(Shy(), lost).ask(questions)
+    assert (
+        first.text == "<solution>ka0001</solution>"
+        and "HTTP 400" in str(refused)
+        and "Salesforce" in str(failed)
+    )
+
+
+class Wrong(Exception):
+    content = [{"message": "malformed query"}]
+
+
+@pytest.mark.parametrize("at_login, error, message", [
+    (True, Wrong("INVALID_LOGIN: pass-9"), "no login .Wrong: INVALID_LOGIN: \\*\\*\\*.; check SALESFORCE_USERNAME"),
+    (True, OSError("no route to host"), "no login .OSError: no route to host"),
+    (False, OSError("connection reset"), "Salesforce does not answer .connection reset.; check SALESFORCE_USERNAME"),
+    (False, Wrong(), None),
+])  # fmt: skip
+def test_a_wrong_login_and_a_lost_network_are_one_line(at_login, error, message, monkeypatch):
+    class Salesforce:
+        def __init__(self, **account):
+            self.query_all("") if at_login else None
+
+        def query_all(self, text):
+            raise error
+
+    package = ModuleType("simple_salesforce")
+    package.Salesforce, package.exceptions = Salesforce, SimpleNamespace(SalesforceError=Wrong)
+    monkeypatch.setitem(sys.modules, "simple_salesforce", package)
+    for name in crmarena.ACCOUNT.values():
+        monkeypatch.setenv(name, "pass-9")
+    if message is None:  # the student may correct it
+        assert crmarena.salesforce()("SELECT") == "Error: [{'message': 'malformed query'}]"
+        return
+    with pytest.raises(UserError, match=message):
+        crmarena.salesforce()("SELECT")
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"idx": 0}, ":2: task and idx .*:0 as in line 1"), ({"query": None}, ":2: needs idx"), ({"task": 5}, ":2: needs idx"),
+    ({"answer": "ka01"}, ":2: needs idx"),
+])  # fmt: skip
+def test_a_line_that_is_no_task_or_one_twice_is_named(changes, message, tmp_path):
+    path = tmp_path / "b2b.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in (RECORDS[0], RECORDS[1] | changes)))
+    with pytest.raises(UserError, match=message):
+        crmarena.load_tasks(path, None)
+    path.write_text(json.dumps(RECORDS[-1]) + "\n")
+    with pytest.raises(UserError, match="no task with reward_metric exact_match"):
+        crmarena.load_tasks(path, None)
+
+
+def test_a_dry_run_needs_no_account_and_prints_the_floor(tasks_file, tmp_path, monkeypatch, capsys):
+    argv = [
+        "eval.py",
+        "--preset",
+        "own",
+        "--bench",
+        "crmarena",
+        "--data",
+        str(tasks_file),
+        "--out",
+        str(tmp_path / "out"),
+        "--dry-run",
+    ]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as end:
+        evaluation.main()
+    assert not end.value.code and not (tmp_path / "out").exists()
+    assert (
+        f"{crmarena.VIOLATION}: 4 tasks; None as the answer to each scores 75.0%" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("answer, gold, expected", [

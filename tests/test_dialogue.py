@@ -284,6 +284,16 @@ BROKEN = {
     "only thoughts": (text("<think>what now"), "agent_error"),
     "no JSON": (call("get_customer_by_phone", '{"phone'), "agent_error"),
     "no object": (call("get_customer_by_phone", "[1]"), "agent_error"),
+    "a number": (call("get_customer_by_phone", "5"), "agent_error"),
+    "not finite": (call("get_customer_by_phone", '{"x": 1e999}'), "agent_error"),
+    "no function": ({"tool_calls": [{}]}, "agent_error"),
+    "no name": ({"tool_calls": [{"function": {"arguments": "{}"}}]}, "agent_error"),
+    "function null": ({"tool_calls": [{"function": None}]}, "agent_error"),
+    "name a number": ({"tool_calls": [{"function": {"name": 5, "arguments": "{}"}}]}, "agent_error"),
+    "call a text": ({"tool_calls": ["get_customer_by_phone"]}, "agent_error"),
+    "calls a number": ({"tool_calls": 5}, "agent_error"),
+    "list as it is": ({"tool_calls": [{"function": {"name": "f", "arguments": []}}]}, "agent_error"),
+    "zero as it is": ({"tool_calls": [{"function": {"name": "f", "arguments": 0}}]}, "agent_error"),
     "wrong arguments": (call("get_customer_by_phone", {"x": 1}), "too_many_errors"),
     "no such tool": (call("rm", {}), "too_many_errors"),
 }
@@ -298,6 +308,16 @@ def test_broken_messages_are_failed_simulations(name, is_solo):
     assert SimulationRun.model_validate(simulation)
     if reason == "agent_error":
         assert simulation["info"]["usage"] == {"prompt_tokens": 3, "completion_tokens": 5}
+
+
+@pytest.mark.parametrize("given, understood", [
+    ("", {}), ("  ", {}), (None, {}), ("null", {}), ("absent", {}), ({}, {}), ("{}", {}), ({"x": "\ud83d"}, {"x": "\ufffd"}), ('{"x": 1}', {"x": 1}),
+])  # fmt: skip
+def test_arguments_of_a_call_may_be_an_object_or_absent(given, understood):
+    function = {"name": "f"} | ({} if given == "absent" else {"arguments": given})
+    student = Script({"tool_calls": [{"function": function}]})
+    message = dialogue.generate(student, [UserMessage(role="user", content="?")], Generation(5))
+    assert message.tool_calls[0].arguments == understood
 
 
 def test_a_broken_user_is_a_failed_simulation_and_says_whose_fault():

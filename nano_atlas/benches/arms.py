@@ -17,13 +17,14 @@ from nano_atlas.config import derive_seed, option
 from nano_atlas.data import Problem
 from nano_atlas.episode import Attempt, EpisodeConfig
 from nano_atlas.errors import UserError
-from nano_atlas.runs import Journal, checkpoint_digest, keep_to, read_jsonl
+from nano_atlas.runs import Journal, checkpoint_digest, keep_to, read_jsonl, write_json
 from nano_atlas.seats import Reply, Seat, is_url, open_seat
+from nano_atlas.text import masked
 
 STUDENT = "student"  # the arm that all others are compared with
 CONTROLS = SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET = "shuffled", "untrained", "two-votes", "same-budget"
 ALONE = STUDENT, TWO_VOTES, SAME_BUDGET  # the arms without a teaching
-RESULT_FILES = "tasks.jsonl", "run.json", "results.json", "tables.md", "tau2-*.json"
+RESULT_FILES = "tasks.jsonl", "errors.json", "run.json", "results.json", "tables.md", "tau2-*.json"
 Key = tuple[str, str, str, int]  # of a result: arm, domain, id, sample
 Jobs = Sequence[tuple[str, Problem]]  # arms, and what each is to answer
 Seats = dict[str, Seat]  # "student", and "teacher": for the arms without one it is the student
@@ -62,7 +63,7 @@ class ArmsConfig:
     def teachers(self) -> dict[str, str]:
         """Directory or URL of each teacher by name; without NAME= the last part of the path is the name."""
         parts = [re.fullmatch(r"(?:([\w.-]+)=)?(.*)", spec).groups() for spec in self.teacher]
-        return {name or spec.rstrip("/").rpartition("/")[2]: spec for name, spec in parts}
+        return {name or masked(spec).rstrip("/").rpartition("/")[2]: spec for name, spec in parts}
 
     @property
     def last(self) -> str:
@@ -137,11 +138,16 @@ def read_results(path: Path) -> dict[Key, TaskResult]:
 
 
 class TaskLog(Journal):
-    """The append-only tasks.jsonl with its only writer, and the results that it holds."""
+    """The append-only tasks.jsonl with its only writer, the results that it holds, and errors.json: why tasks of this start have none."""
 
     def __init__(self, path: Path):
         super().__init__(path)
         self.results = read_results(path)
+        self.faults: dict[str, list[str]] = {}  # by arm; the next start tries such tasks again
+
+    def __exit__(self, *exception: object) -> None:
+        write_json(self.path.with_name("errors.json"), self.faults)
+        super().__exit__(*exception)
 
     def append(self, results: Iterable[TaskResult]) -> None:
         new = {result.key: result for result in results if result.key not in self.results}
@@ -170,6 +176,9 @@ def fill(log: TaskLog, config: ArmsConfig, problems: Sequence[Problem], answer: 
             seats["teacher"] = config.open(teacher) if teacher else seats[STUDENT]
             for results in answer(jobs, seats):
                 log.append(results)
+            if log.faults and not log.results:
+                faults = sum(log.faults.values(), [])
+                raise UserError(f"none of the {len(faults)} answers could be had, the first: {faults[0]}")
 
 
 def start_or_continue(config: ArmsConfig, contents: dict[str, str]) -> None:

@@ -12,7 +12,6 @@ import json
 import os
 import re
 from collections.abc import Callable, Collection, Sequence
-from itertools import islice
 from pathlib import Path
 from statistics import fmean
 
@@ -23,7 +22,8 @@ from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
 from nano_atlas.runs import read_jsonl
 from nano_atlas.schedule import Call, Script, ask, play
-from nano_atlas.seats import Question, Reply, Seat
+from nano_atlas.seats import Answers, Fault, Question, Reply, Seat, in_groups
+from nano_atlas.text import clean, masked
 
 TURNS = 20  # queries and the answer, as in the original
 SHOWN_CHARACTERS = 4000  # of what a query gives
@@ -40,17 +40,23 @@ Query = Callable[[str], str]  # SOQL or SOSL -> "Rows: ..." or "Error: ..."
 def load_tasks(path: Path, limit: int | None) -> dict[str, list[Problem]]:
     """Problems with an exact answer by kind of task, the first `limit` of each. Raises UserError naming file and line."""
     kinds: dict[str, list[Problem]] = {}
-    left_out = 0
+    left_out, lines = 0, {}
     for number, record in read_jsonl(path):
-        if not isinstance(record.get("answer"), list) or not all(name in record for name in FIELDS):
+        kinds_of = [type(record.get(name)) for name in ("task", "query", "answer")]
+        if kinds_of != [str, str, list] or not all(name in record for name in FIELDS):
             raise UserError(f"{path}:{number}: needs {', '.join(FIELDS)} (a list)")
         if record["reward_metric"] != "exact_match":
             left_out += 1
             continue
-        given = (record.get("metadata") or {}).get("required") or "", record["query"], INSTRUCTION
+        metadata = record["metadata"] if isinstance(record.get("metadata"), dict) else {}
+        given = str(metadata.get("required") or ""), record["query"], INSTRUCTION
         question, gold = "\n\n".join(filter(None, given)), ", ".join(map(str, record["answer"]))
         name, kind = f"{record['task']}:{record['idx']}", record["task"]
+        if (first := lines.setdefault(name, number)) != number:
+            raise UserError(f"{path}:{number}: task and idx {name} as in line {first}; drop one of them")
         kinds.setdefault(kind, []).append(Problem(name, question, gold, kind))
+    if not kinds:
+        raise UserError(f"{path}: no task with reward_metric exact_match")
     print(f"{path}: {left_out} tasks left out, which are scored by fuzzy matching or by a language model")
     return {kind: problems[:limit] for kind, problems in kinds.items()}
 
@@ -67,11 +73,10 @@ class QueryingSeat:
     def __init__(self, seat: Seat, query: Query):
         self.seat, self.query, self.count_tokens = seat, query, seat.count_tokens
 
-    def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:
+    def ask(self, questions: Sequence[Question], progress: str | None = None) -> Answers:
         """All conversations advance together, so that a turn is one call of the seat within."""
         scripts = [self.converse(q, q.seed + sample) for q in questions for sample in range(q.n)]
-        replies = iter(play(scripts, {STUDENT: self.seat}, progress))
-        return [list(islice(replies, question.n)) for question in questions]
+        return in_groups(play(scripts, {STUDENT: self.seat}, progress, is_strict=False), questions)
 
     def converse(self, question: Question, seed: int) -> Script:
         messages, tokens = question.messages, 0
@@ -79,15 +84,12 @@ class QueryingSeat:
             call = Call(STUDENT, "turn", messages, question.generation, seed + turn * 1_000_003)
             ((reply,),) = yield from ask(call)
             tokens += reply.tokens
-            text = visible(reply.text)
-            text = text[
-                : text.rfind("</execute>") + 10
-            ]  # where it finds nothing, the search below is quadratic
-            found = re.search(r"<execute>(.*?)</execute>", text, re.DOTALL)
-            if not found:
+            thought, begin, rest = visible(reply.text).partition("<execute>")
+            query, end, _ = rest.partition("</execute>")  # what follows are invented rows
+            if not end:
                 break
-            said = {"role": "assistant", "content": found.string[: found.end()]}  # no invented rows
-            told = self.query(found[1].strip())
+            said = {"role": "assistant", "content": thought + begin + query + end}
+            told = clean(self.query(query.strip()))
             told = told[:SHOWN_CHARACTERS] + " ... (more)" * (len(told) > SHOWN_CHARACTERS)
             messages = [*messages, said, {"role": "user", "content": told}]
         return Reply(reply.text, tokens, reply.is_truncated)
@@ -101,7 +103,11 @@ def salesforce() -> Query:
         from simple_salesforce import Salesforce, exceptions
     except ImportError:
         raise UserError("--bench crmarena needs a package: pip install simple-salesforce") from None
-    organisation = Salesforce(**{name: os.environ[variable] for name, variable in ACCOUNT.items()})
+    remedy = f"check {', '.join(ACCOUNT.values())} and the network"
+    try:
+        organisation = Salesforce(**{name: os.environ[variable] for name, variable in ACCOUNT.items()})
+    except (exceptions.SalesforceError, OSError) as error:  # of requests, all errors are OSErrors
+        raise UserError(masked(f"no login ({type(error).__name__}: {error}); {remedy}")) from None
 
     def query(text: str) -> str:
         is_sosl = text.upper().startswith("FIND")
@@ -109,6 +115,8 @@ def salesforce() -> Query:
             found = organisation.search(text) if is_sosl else organisation.query_all(text)
         except exceptions.SalesforceError as error:
             return f"Error: {error.content}"
+        except OSError as error:
+            raise Fault(masked(f"Salesforce does not answer ({error}); {remedy}")) from None
         rows = found["searchRecords" if is_sosl else "records"]
         return "Rows: " + json.dumps([{k: row[k] for k in row if k != "attributes"} for row in rows])
 

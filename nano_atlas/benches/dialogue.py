@@ -34,7 +34,9 @@ from nano_atlas.answers import visible
 from nano_atlas.config import derive_seed
 from nano_atlas.errors import UserError
 from nano_atlas.runs import digest, files_digest
-from nano_atlas.seats import Generation, Question, Reply, Seat
+from nano_atlas.schedule import Call, ask, play
+from nano_atlas.seats import Generation, Reply, Seat
+from nano_atlas.text import masked, parse_json
 
 LOCK = threading.Lock()
 
@@ -56,18 +58,20 @@ def generate(model, messages, generation, tools=None, tool_choice="auto", call_n
     try:
         choice, reply = model.complete(wire, generation, derive_seed(seed, len(messages)), **offered)
     except UserError as error:
-        if not re.search("context length|max_position_embeddings", str(error)):
+        if not re.search("context.(length|window)|max_position_embeddings|too long", str(error)):
             raise
         raise DialogueEnd("context_window_exceeded", str(error), None) from error
     text, calls = visible(reply.text).strip() or None, []
     usage = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.tokens}
     try:
         for index, call in enumerate(choice["message"].get("tool_calls") or []):
-            name, arguments = call["function"]["name"], json.loads(call["function"]["arguments"])
+            name, said = call["function"]["name"], call["function"].get("arguments")
+            read = parse_json(said.strip() or "null" if isinstance(said, str) else json.dumps(said))
+            arguments = {} if read is None else read
             calls.append(ToolCall(id=f"call_{len(messages)}_{index}", name=name, arguments=arguments))
         if not calls and (not text or tool_choice == "required"):
             raise ValueError("no text and no tool call")
-    except ValueError as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # it may have any form
         fault = "user_error" if call_name == "user_simulator_response" else "agent_error"
         raise DialogueEnd(fault, f"{error} in {str(choice['message'])[:300]}", usage) from error
     return AssistantMessage(role="assistant", content=text, tool_calls=calls or None, cost=0.0, usage=usage)
@@ -81,8 +85,9 @@ def consult(config, student: Seat, teacher: Seat, system_prompt: str, case: str,
 
     def said(seat, messages, kind, max_tokens) -> Reply:
         generation = Generation(max_tokens, config.temperature, config.top_p)
+        own = derive_seed(seed, kind, opening)
         with LOCK if getattr(seat, "is_batched", False) else nullcontext():
-            return seat.ask([Question(messages, generation, derive_seed(seed, kind, opening))])[0][0]
+            return play([ask(Call(kind, kind, messages, generation, own))], {kind: seat})[0][0][0]
 
     probe = [{"role": "system", "content": system_prompt}, *protocol.probe_messages(opening)]
     approach = said(student, probe, "probe", config.probe_tokens)
@@ -178,8 +183,9 @@ def floors(config, tasks: Sequence[Task]) -> dict[str, str]:
 def official(config, tasks: Sequence[Task], arm: str, simulations: Sequence[dict]) -> str:
     """An arm in tau2's own format. Its metrics leave out infrastructure errors; without any, the means are equal."""
     run = {"domain": config.domain, "num_trials": config.samples, "max_steps": config.max_steps}
-    run |= {"llm_agent": f"{config.student} ({arm})", "llm_args_agent": {"temperature": config.temperature}}
-    run |= {"llm_user": config.user, "llm_args_user": {"temperature": 0.0}, "seed": config.seed}
+    student, user = masked(config.student), masked(config.user)
+    run |= {"llm_agent": f"{student} ({arm})", "llm_args_agent": {"temperature": config.temperature}}
+    run |= {"llm_user": user, "llm_args_user": {"temperature": 0.0}, "seed": config.seed}
     run |= {"agent": "llm_agent_solo", "user": "dummy_user"} if config.is_solo else {}
     info = get_info(TextRunConfig(**run))
     return Results(info=info, tasks=tasks, simulations=simulations).model_dump_json(indent=1)

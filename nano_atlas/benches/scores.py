@@ -68,10 +68,10 @@ def make_report(results: Iterable[TaskResult], config: ArmsConfig) -> Report:
             tasks = groups.get((domain, arm), {}).items()
             if whole := {name: task for name, task in tasks if len(task) == config.samples}:
                 found[arm] = whole
-                versus = None if arm == STUDENT else compare(whole, found[STUDENT], config.seed)
+                versus = None if arm == STUDENT else compare(whole, found.get(STUDENT, {}), config.seed)
                 report["scores"].append(score(whole) | {"versus_student": versus})
         *earlier, last = [found[name] for name in config.teachers if name in found] or [{}]
-        report["differences"] += [compare(last, other, config.seed) for other in earlier]
+        report["differences"] += filter(None, (compare(last, other, config.seed) for other in earlier))
     return report
 
 
@@ -94,9 +94,11 @@ def score(tasks: Tasks) -> dict:
     return row
 
 
-def compare(tasks: Tasks, others: Tasks, seed: int = 0) -> dict:
-    """The arm of `tasks` minus the arm of `others`, on the tasks that both have. A task's score is the share of its right samples."""
+def compare(tasks: Tasks, others: Tasks, seed: int = 0) -> dict | None:
+    """The arm of `tasks` minus the arm of `others`, on the tasks that both have, if any. A task's score is the share of its right samples."""
     shared = [name for name in tasks if name in others]
+    if not shared:
+        return None
     pairs = [[fmean(r.attempt.is_correct for r in arm[name]) for arm in (others, tasks)] for name in shared]
     changes = [after - before for before, after in pairs]
     improved, degraded = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
@@ -120,9 +122,13 @@ def finish(config: ArmsConfig, own: Callable[[ArmsConfig, list[TaskResult]], str
         raise UserError(f"{config.out} holds no results yet; run the evaluation without --tables first")
     stored = type(config)(**saved["config"] | {"out": config.out})
     report, added = make_report(results, stored), own(stored, results)
+    if errors := read_json(config.out / "errors.json"):
+        counts = ", ".join(f"{arm} {len(why)}" for arm, why in errors.items())
+        what = f"Infrastructure errors (tasks without a result; the same command tries them again): {counts}"
+        added = f"\n{what}; the first: {next(iter(errors.values()))[0]}\n{added}"
     text = tables(report) + added
     if not config.tables:
-        write_json(config.out / "results.json", {"run": saved, **report})
+        write_json(config.out / "results.json", {"run": saved, **report, "errors": errors})
         replace_text(config.out / "tables.md", text)
     if not config.full:
         text = f"{summary(report, stored)}All columns: {config.out / 'tables.md'} (--full)\n{added}"
@@ -172,7 +178,8 @@ def summary(report: Report, config: ArmsConfig) -> str:
         unread = [f" ({percent(1 - row['completion'])} unread)" * (row["completion"] < 1) for row in here]
         accuracies = [percent(row["accuracy"]) + missing for row, missing in zip(here, unread)]
         gain = f"**{gains[domain, *pair]}**" if (domain, *pair) in gains else ""
-        rows.append([f"{domain} ({found[domain, STUDENT]['tasks']})", *accuracies, gain])
+        count = max(row["tasks"] for (of, _), row in found.items() if of == domain)
+        rows.append([f"{domain} ({count})", *accuracies, gain])
     notes = ["Accuracy in %, difference in points with its 95 % interval over tasks."]
     worst = min(report["scores"], key=lambda row: row["completion"])
     if worst["completion"] < 1:

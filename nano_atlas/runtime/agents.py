@@ -19,8 +19,11 @@ from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from nano_atlas.client import Client, is_url
 from nano_atlas.errors import UserError
-from nano_atlas.seats import Client, Question, Reply, Seat, is_url, open_seat
+from nano_atlas.seats import EndpointSeat, Question, Reply, Seat, open_seat, read_reply
 
 
 @dataclass
@@ -29,19 +32,23 @@ class Agent:
 
     reply: Callable[[Question, int], Reply]
     is_batched = False
-    count_tokens = staticmethod(lambda text: (len(text) + 3) // 4)  # about four characters a token
+    count_tokens = staticmethod(EndpointSeat.count_tokens)
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:
         return [[self.reply(q, q.seed + place) for place in range(q.n)] for q in questions]
 
 
-def open_agent(spec: str, *where: Any) -> Seat:
-    """A seat from any of these kinds of `spec`; where: device and dtype of a checkpoint. Raises UserError."""
+def open_agent(spec: str, device="cpu", dtype=torch.float32, timeout=600.0, connections=16) -> Seat:
+    """A seat from any of these kinds of `spec`. timeout (seconds), connections: of a server, see Client. Raises UserError."""
+    limits = {"timeout": timeout, "connections": connections}
     if spec.startswith("post+http"):  # one try: the service may not be idempotent
         url, _, path = spec.removeprefix("post+").partition("#")
-        return Agent(partial(call_function, partial(post, Client(url, tries=1), path or "response")))
-    if is_url(spec) or ":" not in spec or Path(spec).exists():
-        return open_seat(spec, *where)
+        client = Client(url, tries=1, **limits)
+        return Agent(partial(call_function, partial(post, client, path or "response")))
+    if is_url(spec):
+        return EndpointSeat(spec, **limits)
+    if ":" not in spec or Path(spec).exists():
+        return open_seat(spec, device, dtype)
     return Agent(partial(call_function, load_object(spec)))
 
 
@@ -52,8 +59,9 @@ def load_object(spec: str) -> Callable:
         sys.path.insert(0, "")
     try:
         found = reduce(getattr, name.split("."), importlib.import_module(module))
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{spec}: {error}; it should be MODULE:NAME of something importable") from None
+    except (Exception, SystemExit) as error:  # whatever a user's module does when it is imported
+        cause = f"{type(error).__name__}: {error}"
+        raise UserError(f"{spec}: {cause}; it should be MODULE:NAME of something importable") from None
     if callable(found):
         return found
     raise UserError(f"{spec} is a {type(found).__name__}, not a function")
@@ -75,12 +83,7 @@ def call_function(function: Callable[..., Any], question: Question, seed: int) -
     metadata = {"messages": question.messages, "seed": seed, **asdict(question.generation)}
     value = resolve(function(prompt=prompt, metadata=metadata))
     value = value if isinstance(value, dict) else {"content": value}
-    content, usage = value.get("content"), value.get("usage") or {}
-    if not isinstance(content, str):
-        raise TypeError(f"returned {type(content).__name__} instead of a text")
-    read = int(usage.get("prompt_tokens") or Agent.count_tokens(prompt))
-    written = int(usage.get("completion_tokens") or Agent.count_tokens(content))
-    return Reply(content, written, False, None, read)
+    return read_reply(value.get("content"), value.get("usage"), prompt)
 
 
 def post(client: Client, path: str, prompt: str, metadata: dict) -> dict:

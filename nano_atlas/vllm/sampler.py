@@ -20,12 +20,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nano_atlas import distributed
+from nano_atlas.client import Client, ServerLost
 from nano_atlas.errors import UserError
 from nano_atlas.layout import Layout, gpus_of
 from nano_atlas.model import Transformer
 from nano_atlas.runs import find_checkpoint
 from nano_atlas.sampler import Request, Rollout
-from nano_atlas.seats import Client, ServerLost, TokenSeat
+from nano_atlas.seats import TokenSeat
 from nano_atlas.tokenizer import Tokenizer
 from nano_atlas.vllm.server import VllmServer
 from nano_atlas.vllm.sync import FileTransfer, NcclTransfer, Parity
@@ -45,7 +46,8 @@ class VllmSampler:
 
     def __init__(self, urls: Sequence[str], server=None, transfer=None, parity=None, sleeps=False):
         self.server, self.transfer, self.parity, self.sleeps = server, transfer, parity, sleeps
-        self.clients = [Client(url, connections=CONNECTIONS, timeout=TIMEOUT) for url in urls]
+        roots = (url.rstrip("/").removesuffix("/v1") for url in urls)
+        self.clients = [Client(url, connections=CONNECTIONS, timeout=TIMEOUT) for url in roots]
         self.context = min(map(context_of, self.clients), default=0)  # tokens
         self.weight_version, self.tag = 0, ""
         self._pool = ThreadPoolExecutor(max(1, CONNECTIONS * len(self.clients)))

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.functional import l1_loss
 
 from nano_atlas.checkpoint import save_model
+from nano_atlas.client import Client
 from nano_atlas.errors import UserError
 from nano_atlas.loss import token_stats
 from nano_atlas.model import PackedAttention, Transformer
-from nano_atlas.seats import Client
 from nano_atlas.tokenizer import Tokenizer
 
 
