@@ -21,6 +21,7 @@ Simplified against leaderboards: by default one greedy answer per task (--sample
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, pairwise
@@ -84,7 +85,8 @@ def main() -> None:
         argv = with_deployment(argv, is_evaluation=True)
         config, compute, own = parse(Config, argv, presets("eval"), __doc__), run, crmarena.tables
     if not config.tables:
-        compute(config)
+        with nullcontext() if config.dry_run else runs.owned(config.out):
+            compute(config)
     scores.finish(config, own)
 
 

@@ -39,6 +39,7 @@ from nano_atlas.runs import Journal, RunLog, checkpoint_digest, digest
 from nano_atlas.runtime import agents, deploy, judges, lanes, learning, traces
 from nano_atlas.runtime.options import Config
 from nano_atlas.seats import Seat
+from nano_atlas.text import masked
 
 WRITTEN = ("traces.jsonl", "metrics.jsonl", "reviews.jsonl", "playbook.json")  # by a run, beside run.json
 
@@ -105,9 +106,9 @@ def forecast(config: Config, tasks: Sequence[Problem] | None) -> Iterator[str]:
 def settle_options(config: Config) -> None:
     """Other options, or another student, than those that --out began with are refused."""
     path = config.out / "run.json"
-    before = runs.kept(path).get("config", {}).get("teacher", config.teacher)
+    before = runs.kept(path).get("config", {}).get("teacher") or masked(config.teacher)
     runs.keep_to(config, path, {"weights of the student": checkpoint_digest(config.student)}, WRITTEN)
-    if before != config.teacher:
+    if before != masked(config.teacher):
         print(f"{config.teacher} takes over from {before}; sessions that are done stay done, and teach it")
 
 

@@ -31,6 +31,7 @@ from torch import OutOfMemoryError
 
 from nano_atlas.distributed import is_first_failure, process_group, size
 from nano_atlas.errors import UserError
+from nano_atlas.text import masked
 
 MEMORY_REMEDY = """
 Lower --cache-rows (sampling) or --tokens-per-batch, or use --gradient-checkpointing or --optimizer-device cpu;
@@ -142,8 +143,8 @@ def parse(cls: Any, argv: Sequence[str], presets: Mapping[str, Preset], descript
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """The fields as JSON values (paths as text, tuples as lists)."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    """The fields as JSON values (paths as text, tuples as lists), without the passwords of URLs: this goes into files."""
+    return json.loads(masked(json.dumps(dataclasses.asdict(config), default=str)))
 
 
 def refuse_changes(config: Any, saved: Mapping[str, Any], where: str) -> None:
@@ -182,7 +183,7 @@ def run_script(main: Callable[[], None], is_parallel: bool = False) -> None:
             if not (is_memory or is_disk or isinstance(error, UserError)):
                 raise
             remedy = MEMORY_REMEDY if is_memory else DISK_REMEDY if is_disk else ""
-            print(f"error: {error}{remedy}", file=sys.stderr)
+            print(masked(f"error: {error}{remedy}"), file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print("\ninterrupted; the same command continues from the last saved state", file=sys.stderr)

@@ -15,9 +15,11 @@ import pytest
 from test_checkpoint import tiny_model
 from torch import nn
 
+import eval as evaluation
 import runtime_loop
 import train_sft
-from nano_atlas import runs
+from nano_atlas import runs, world
+from nano_atlas.benches import arms
 from nano_atlas.checkpoint import load_model, save_model
 from nano_atlas.config import option, run_script
 from nano_atlas.errors import UserError
@@ -272,3 +274,25 @@ def test_the_runtime_leaves_files_of_others_alone(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == [name] and (
         tmp_path / name
     ).read_text() == '{"step": 1}'
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("name", ["tasks.jsonl", "results.json", "tables.md"])
+def test_an_evaluation_leaves_files_of_others_alone(tmp_path, name, restart):
+    (tmp_path / name).write_text("mine")
+    config = evaluation.Config(student=str(world.STUDENT), out=tmp_path, restart=restart)
+    with pytest.raises(UserError, match=f"{name} is of no run that began here"):
+        arms.start_or_continue(config, {})
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_passwords_of_urls_are_in_no_file_and_in_no_error(tmp_path, capsys):
+    """And another password is no other option."""
+    url = "http://user:hunter2@host/v1?api_key=abc123"
+    config = a_run(tmp_path, 1, teacher=url)
+    assert open_run(replace(config, teacher=url.replace("hunter2", "other"))) is not None
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    with pytest.raises(SystemExit):
+        run_script(lambda: open_run(replace(config, lr=0.5, teacher=f"{url}/other")))
+    for secret in (b"hunter2", b"abc123"):
+        assert not any(secret in content for content in (*written, capsys.readouterr().err.encode()))

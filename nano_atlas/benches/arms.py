@@ -17,7 +17,7 @@ from nano_atlas.config import derive_seed, option
 from nano_atlas.data import Problem
 from nano_atlas.episode import Attempt, EpisodeConfig
 from nano_atlas.errors import UserError
-from nano_atlas.runs import Journal, checkpoint_digest, keep_to, read_jsonl, write_json
+from nano_atlas.runs import Journal, checkpoint_digest, keep_to, read_jsonl, refuse_foreign, write_json
 from nano_atlas.seats import Reply, Seat, is_url, open_seat
 from nano_atlas.text import masked
 
@@ -182,18 +182,17 @@ def fill(log: TaskLog, config: ArmsConfig, problems: Sequence[Problem], answer: 
 
 
 def start_or_continue(config: ArmsConfig, contents: dict[str, str]) -> None:
-    """Write run.json (`keep_to`), for --restart in place of what was there. Raises UserError for changes."""
+    """Write run.json (`keep_to`), for --restart in place of what was there. Raises UserError for changes, and for files of others."""
     out, specs = config.out, {STUDENT: config.student, **config.teachers}
     paths = {name: Path(spec) for name, spec in specs.items() if not is_url(spec)}
     for path in paths.values():
         if not checkpoint.is_checkpoint(path):
             checkpoint.read_config(path)  # says so, with a remedy
     contents = {f"checkpoint {name}": checkpoint_digest(path) for name, path in paths.items()} | contents
+    refuse_foreign(out / "run.json", RESULT_FILES)
     for file in [file for pattern in RESULT_FILES for file in out.glob(pattern)] if config.restart else ():
         file.unlink()
-    if (out / "tasks.jsonl").exists() and not (out / "run.json").exists():
-        raise UserError(f"{out}/tasks.jsonl has no run.json; choose another --out, or use --restart")
-    keep_to(config, out / "run.json", contents, ())
+    keep_to(config, out / "run.json", contents, RESULT_FILES)
 
 
 def derange(problems: Sequence[Problem], seed: int) -> dict[str, Problem]:

@@ -38,6 +38,7 @@ from nano_atlas.runtime.options import Config
 from nano_atlas.schedule import play
 from nano_atlas.seats import Seat, is_url
 from nano_atlas.stats import in_points, paired_bootstrap
+from nano_atlas.text import masked
 
 SPECS = dict(huggingface="{model}", python="{model}", http="post+{model}", openai="{api_base}#{model}")
 LENGTHS = {"student": "--answer-tokens", "teacher": "--teaching-tokens"}
@@ -149,21 +150,20 @@ def run_rounds(config: Config, tasks: Sequence[data.Problem], run: Callable, ope
 
 def trained_as(config: Config) -> dict[str, Any]:
     """The options of train_grpo.py that are those of the run."""
-    values = to_json(config)
-    return {name: values[name] for name in ("preset", "student", "teacher", *SHARED)}
+    return {name: getattr(config, name) for name in ("preset", "student", "teacher", *SHARED)}
 
 
 def training_command(config: Config) -> str:
     """What trains a teacher on the file of --export as --out was run: with its preset and pair, and what else it was told."""
-    told, saved = trained_as(config), runs.kept(config.out / "run.json").get("config", {})
-    told |= {name: saved[name] for name in told if name in saved}
+    saved = to_json(config) | runs.kept(config.out / "run.json").get("config", {})
+    told = {name: saved[name] for name in trained_as(config)}
     for name in ("student", "teacher"):
         told[name] = told[name] if can_train(name, told[name]) else "DIRECTORY"
-    usual = trained_as(replace(Config(), **presets("runtime_loop")[told["preset"]].overrides))
+    usual = to_json(replace(Config(), **presets("runtime_loop")[told["preset"]].overrides))
     told = {name: value for name, value in told.items() if name not in SHARED or value != usual[name]}
     outs = (config.out.parent / f"teacher-grpo-{number}" for number in count(2))
     told |= {"problems": config.export, "out": next(path for path in outs if not path.exists())}
-    return shlex.join(["python", "train_grpo.py", *flags_of(told)])
+    return masked(shlex.join(["python", "train_grpo.py", *flags_of(told)]))
 
 
 def can_train(seat: str, spec: str | None) -> bool:
@@ -175,7 +175,7 @@ def can_train(seat: str, spec: str | None) -> bool:
 
 def flags_of(options: Mapping[str, object]) -> Iterator[str]:
     for name, value in options.items():
-        flag, several = f"--{name.replace('_', '-')}", isinstance(value, list)
+        flag, several = f"--{name.replace('_', '-')}", isinstance(value, list | tuple)
         yield from (flag, *map(str, value)) if several else [f"{flag}={value}"]
 
 

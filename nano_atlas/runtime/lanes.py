@@ -20,6 +20,7 @@ from nano_atlas.runtime.options import Config
 from nano_atlas.runtime.traces import Session, Trial, Verdict, now
 from nano_atlas.schedule import Call, Fault, Script, ask
 from nano_atlas.seats import Generation, Reply
+from nano_atlas.text import masked
 
 THRESHOLDS = {"auto": 0.85, "paired": 0.65}  # atlas-sdk's, of the student's capability; below both: coach
 PLAN_REQUEST = 'Do not solve this yet. Plan it as JSON: {"steps": ["...", "..."]}, one step or several.'
@@ -34,7 +35,8 @@ def new_session(name: str, task: data.Problem, experience: learning.Experience, 
     session.lane, session.choice, session.history = choice["mode"], choice, experience.history(key)
     session.strategy = experience.choose_strategy(key, derive_seed(config.seed, "strategy", name))
     session.experience = experience
-    session.metadata = {name: getattr(config, name) for name in ("student", "teacher", "seed")}
+    session.metadata = {name: masked(getattr(config, name) or "") for name in ("student", "teacher")}
+    session.metadata["seed"] = config.seed
     session.review = "pending" if config.require_approval else "approved"
     return session
 
