@@ -67,9 +67,7 @@ class Client:
             except (httpx.RequestError, httpx.InvalidURL, ValueError) as error:
                 cause = f"{type(error).__name__}: {error}"
                 # a wrong address, or what cannot be sent
-                is_final = not isinstance(error, httpx.RequestError) or isinstance(
-                    error, httpx.UnsupportedProtocol
-                )
+                is_final = isinstance(error, (httpx.InvalidURL, httpx.UnsupportedProtocol, ValueError))
             else:
                 answer, cause = _read_answer(response, choices)
                 if cause is None:

@@ -9,9 +9,7 @@ from typing import Any
 
 KEYS = "OPENAI_API_KEY", "NANO_ATLAS_API_KEY", "SALESFORCE_PASSWORD", "SALESFORCE_SECURITY_TOKEN"  # variables
 USER_OF_URL = re.compile(r"//[^/\s?#\"'<>]*@")
-KEY_OF_URL = re.compile(
-    r"(?i)((?:[?&][\w.-]{0,40}|\bapi.?)(?:key|token|secret|pass\w*|sig\w*)=)[^&#\s\"'<>]+"
-)
+KEY_OF_URL = re.compile(r"(?i)((?:[?&][\w.-]{,40}|\bapi.?)(?:key|token|secret|pass\w*|sig\w*)=)[^&#\s\"']+")
 HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # the escape of a surrogate, which may lack its other half
 
 
