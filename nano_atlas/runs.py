@@ -193,9 +193,18 @@ def claim(path: Path) -> BinaryIO:
     return file
 
 
-def owned(out: Path) -> AbstractContextManager:
-    """Within it no other run writes into the directory. Raises UserError where one does."""
-    return claim(out / ".lock") if rank() == 0 else nullcontext()
+@contextmanager
+def owned(out: Path) -> Iterator[None]:
+    """Within it no other run writes into the directory, which is gone again if nothing was written. Raises UserError where one does."""
+    made, lock = [place for place in (out, *out.parents) if not place.exists()], out / ".lock"
+    with claim(lock) if rank() == 0 else nullcontext():
+        try:
+            yield
+        finally:
+            if made and rank() == 0 and list(out.iterdir()) == [lock]:
+                lock.unlink()
+                with suppress(OSError):  # a parent may hold something else by now
+                    [place.rmdir() for place in made]
 
 
 def open_run(config: Any) -> Path | None:

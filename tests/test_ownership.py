@@ -186,7 +186,7 @@ def test_a_damaged_metrics_file_is_named_and_starting_over_removes_it(tmp_path, 
 
 def test_a_second_run_in_the_same_directory_is_refused(tmp_path):
     """The first is another process, which is killed: its claim ends with it."""
-    script = f"from nano_atlas import runs; import time; from pathlib import Path; claim = runs.owned(Path({str(tmp_path)!r}))"
+    script = f"from nano_atlas import runs; import time; from pathlib import Path; claim = runs.claim(Path({str(tmp_path)!r}, '.lock'))"
     first = subprocess.Popen(
         [sys.executable, "-c", f"{script}; print(flush=True); time.sleep(60)"],
         cwd=ROOT,
@@ -198,7 +198,8 @@ def test_a_second_run_in_the_same_directory_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     first.kill()
     first.wait()
-    owned(tmp_path).close()
+    with owned(tmp_path):
+        pass
 
 
 def test_wandb_without_a_key_is_one_line(tmp_path, monkeypatch):
@@ -215,7 +216,7 @@ def test_wandb_without_a_key_is_one_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize("make", [
     lambda place: runs.write_json(place, {}),
     lambda place: save_model(place, tiny_model(), None),
-    lambda place: owned(place),
+    lambda place: runs.claim(place / ".lock"),
     lambda place: RunLog(place / "metrics.jsonl"),
 ])  # fmt: skip
 @pytest.mark.parametrize("kind", ["a file in the way", "a full disk"])
