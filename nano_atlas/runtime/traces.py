@@ -11,6 +11,8 @@ never rewritten: decisions have a file of their own, `reviews.jsonl`, and the la
 """
 
 import json
+import types
+import typing
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -24,6 +26,7 @@ from nano_atlas.config import derive_seed
 from nano_atlas.errors import UserError
 from nano_atlas.runtime.options import LANES, STYLES, Config
 from nano_atlas.stats import wilson_interval
+from nano_atlas.text import number
 
 Trace = dict[str, Any]
 CONFIDENCE = 0.95  # that a judged answer with help is better, before it is returned; and of the bound on harm
@@ -99,6 +102,9 @@ class Outcome:
         """As OpenAI counts tokens."""
         read, generated = sum(self.prompt_tokens.values()), sum(self.tokens.values())
         return {"prompt_tokens": read, "completion_tokens": generated, "total_tokens": read + generated}
+
+
+FIELD_TYPES = typing.get_type_hints(Outcome)
 
 
 @dataclass(kw_only=True)
@@ -193,28 +199,47 @@ def _reward(session: Session, alone: Trial, helped: Trial) -> Trace:
 
 def read_traces(path: Path | str) -> Iterator[tuple[Outcome, Trace]]:
     """The records of a trace file, ours or atlas-sdk's. Raises UserError naming file and line."""
-    for number, trace in runs.read_jsonl(path, is_journal=True):
-        yield outcome_of(trace, f"{path}:{number}"), trace
+    for line, trace in runs.read_jsonl(path, is_journal=True):
+        yield outcome_of(trace, f"{path}:{line}"), trace
 
 
 def outcome_of(trace: Trace, where: str) -> Outcome:
     """The outcome of one of our records, or what a record of atlas-sdk says of it. Raises UserError."""
     if not isinstance(trace.get("task"), str):
         raise UserError(f"{where}: not a session trace; its field 'task' must hold the question")
-    if "outcome" in trace:
-        try:
-            return Outcome(**trace["outcome"])
-        except TypeError as error:
-            cause = f"{where}: not a trace of this version ({error})"
-            raise UserError(f"{cause}; choose another --out, or use --restart") from None
-    sections = ("session_metadata", "adaptive_summary", "reward_stats")
-    told, adaptive, stats = (trace.get(section) or {} for section in sections)
-    told = {**told, "lane": adaptive.get("adaptive_mode"), "review": trace.get("review_status")}
-    names = ("session_id", "learning_key", "created_at", "status", "lane", "review")
-    known = {"session_id": where} | {name: str(told[name]) for name in names if told.get(name)}
-    score = trace.get("session_reward")
-    score = score.get("score") if isinstance(score, dict) else score
-    return Outcome(**known, reward=score, disagreement=float(stats.get("score_stddev") or 0.0))
+    told = data.section(trace, "outcome", where)
+    if not told:
+        adaptive, stats = (data.section(trace, name, where) for name in ("adaptive_summary", "reward_stats"))
+        told = data.section(trace, "session_metadata", where)
+        told = {name: told.get(name) for name in ("learning_key", "created_at", "status", "session_id")}
+        told |= {"lane": adaptive.get("adaptive_mode"), "review": trace.get("review_status")}
+        told |= {"disagreement": stats.get("score_stddev"), "session_id": told["session_id"] or where}
+        score = trace.get("session_reward")
+        is_section = isinstance(score, dict) or str(score).startswith("{")
+        told["reward"] = data.section(trace, "session_reward", where).get("score") if is_section else score
+    try:
+        known = {name: _typed(name, value) for name, value in told.items() if value not in (None, "")}
+        return Outcome(**known)
+    except (TypeError, ValueError) as error:
+        cause = f"{where}: not a trace of this version ({error})"
+        raise UserError(
+            f"{cause}; leave the line out, or for a run's own choose another --out, or --restart"
+        ) from None
+
+
+def _typed(name: str, value: Any) -> Any:
+    """The value of this field; numbers may be written as texts, and the other way round. Raises ValueError."""
+    kind = FIELD_TYPES.get(name, type(value))
+    origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin is str and type(value) in (int, float):
+        return str(value)
+    if origin in (float, types.UnionType):
+        return number(value)
+    if isinstance(value, origin) and (
+        origin is not list or all(isinstance(item, inner[0]) for item in value)
+    ):
+        return {key: int(number(count)) for key, count in value.items()} if origin is dict else value
+    raise ValueError(f"{name} is {str(value)[:40]!r}")
 
 
 METRICS = {  # the value for one session (None: nobody knows), the label in the report (none: not there), and a note
