@@ -44,46 +44,43 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Named = Iterable[tuple[str, Tensor]]
 
 
-def _positive(values: dict, field: str, default, source: str, kind: type):
+def _positive(field: str, value, source: str, kind: type = int):
     """A positive number of this kind, which may be written as text."""
-    value = default if values.get(field) is None else values[field]
     try:
-        if (found := number(value)) <= 0 or kind(found) != found:
-            raise ValueError
+        found = number(value)
+        if kind(found) == found and 0 < found < (2**31 if kind is int else float("inf")):
+            return kind(found)
     except ValueError:
-        what = "integer" if kind is int else "number"
-        raise UserError(f"{source}: {field} should be a positive {what}, not {str(value)[:60]!r}") from None
-    return kind(found)
+        pass  # said as if it were negative
+    what = "integer" if kind is int else "number"
+    raise UserError(f"{source}: {field} should be a positive {what}, not {value!r:.60}")
 
 
 def config_from_dict(values: dict, source: str = "config.json") -> ModelConfig:
     """What a `config.json` of transformers 4 or 5 says, or means by an absent field. Raises UserError naming a field at fault."""
-
-    def positive(field: str, default: int | None = None) -> int:
-        return _positive(values, field, default, source, int)
-
-    kind = values.get("model_type")
+    kind, use = values.get("model_type"), ", ".join(FAMILIES)
     if kind not in [*FAMILIES]:
-        raise UserError(
-            f"{source}: model_type={kind!r:.60} is not supported; use one of {', '.join(FAMILIES)}"
-        )
+        raise UserError(f"{source}: model_type={kind!r:.60} is not supported; use one of {use}")
     defaults, ignored = FAMILIES[kind]
-    values = defaults | values
+    values = {field: value for field, value in (defaults | values).items() if value is not None}
     for field in sorted(ONLY.keys() - ignored):
         found, supported = values.get(field), ONLY[field]
         if not all(value in supported for value in (found if isinstance(found, list) else [found])):
             raise UserError(f"{source}: {field}={found!r:.60} is not supported; only {supported[0]!r} is")
-    heads = positive("num_attention_heads")
-    defaults = {"head_dim": positive("hidden_size") // heads, "num_key_value_heads": heads}
-    config = {f.name: positive(f.name, defaults.get(f.name)) for f in fields(ModelConfig) if f.type is int}
+    heads, hidden = (_positive(f, values.get(f), source) for f in ("num_attention_heads", "hidden_size"))
+    values = {"head_dim": hidden // heads, "num_key_value_heads": heads} | values
+    names = [f.name for f in fields(ModelConfig) if f.type is int]
+    config = {
+        name: _positive(name, values.get(name, getattr(ModelConfig, name, None)), source) for name in names
+    }
     if heads % config["num_key_value_heads"] or config["head_dim"] % 2:
         rule = "num_attention_heads must be a multiple of num_key_value_heads, and head_dim even"
         raise UserError(f"{source}: {rule}, not {config}")
     config |= {"attention_bias": kind == "qwen2", "qk_norm": kind == "qwen3"}
-    config["rms_norm_eps"] = _positive(values, "rms_norm_eps", 1e-6, source, float)
-    if (is_tied := values.get("tie_word_embeddings")) not in (True, False, None):
-        raise UserError(f"{source}: tie_word_embeddings should be true or false, not {is_tied!r:.60}")
-    config["tie_word_embeddings"] = bool(is_tied)
+    config["rms_norm_eps"] = _positive("rms_norm_eps", values.get("rms_norm_eps", 1e-6), source, float)
+    config["tie_word_embeddings"] = values.get("tie_word_embeddings", False)
+    if not isinstance(config["tie_word_embeddings"], bool):
+        raise UserError(f"{source}: tie_word_embeddings should be true or false")
     return ModelConfig(kind, **config, **_rope(values, source))
 
 
@@ -97,22 +94,16 @@ def _rope(values: dict, source: str) -> dict:
     for field, value in old.items():
         if value is not None and rope.setdefault(field, value) != value:
             raise UserError(f"{source}: rope_parameters contradict {field}={value!r:.60}; remove one of them")
-    theta, old_type = _positive(rope, "rope_theta", 10_000.0, source, float), rope.pop("type", "default")
-    rope.pop("rope_theta", None)
+    theta, old_type = rope.pop("rope_theta", 10_000.0), rope.pop("type", "default")
     rope_type = rope.pop("rope_type", old_type)
     if rope.get("partial_rotary_factor") == 1.0:
         del rope["partial_rotary_factor"]
     if rope_type not in [*ROPE_TYPES] or rope.keys() != set(ROPE_TYPES[rope_type]):
-        found, use = (
-            f"rope_type={rope_type!r:.60} with {sorted(rope)}",
-            f"default, or llama3 with {LLAMA3_ROPE}",
-        )
-        raise UserError(f"{source}: {found} is not supported; use {use}")
+        found = f"rope_type={rope_type!r:.60} with {sorted(rope)}"
+        raise UserError(f"{source}: {found} is not supported; use default, or llama3 with {LLAMA3_ROPE}")
     kinds = {"original_max_position_embeddings": int}
-    rope = {field: _positive(rope, field, None, source, kinds.get(field, float)) for field in rope}
-    if rope and rope["low_freq_factor"] >= rope["high_freq_factor"]:
-        raise UserError(f"{source}: low_freq_factor must be below high_freq_factor")
-    return {"rope_theta": theta, "rope_scaling": rope or None}
+    rope = {f: _positive(f, value, source, kinds.get(f, float)) for f, value in rope.items()}
+    return {"rope_theta": _positive("rope_theta", theta, source, float), "rope_scaling": rope or None}
 
 
 def config_to_dict(config: ModelConfig, dtype: torch.dtype, tokenizer: Tokenizer | None = None) -> dict:
@@ -149,13 +140,10 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
     """
     config = read_config(path)
     files, found = _stored_tensors(Path(path))
-    try:
-        if config.num_hidden_layers > len(found):  # said at once, not after building them
-            raise ValueError(f"{config.num_hidden_layers} layers, but {len(found)} tensors")
-        with torch.device("meta"):
-            model = Transformer(config)
-    except (ValueError, RuntimeError, TypeError) as error:
-        raise UserError(f"{path}: no model has the sizes of its config.json: {error}") from error
+    if config.num_hidden_layers > len(found):  # said at once, not after building them
+        raise UserError(f"{path} does not fit its config.json, of {config.num_hidden_layers} layers")
+    with torch.device("meta"):
+        model = Transformer(config)
     if config.tie_word_embeddings and {HEAD, EMBEDDING} <= found.keys():  # some store it twice
         if not torch.equal(_read(files, HEAD), _read(files, EMBEDDING)):
             raise UserError(f"{path}: {HEAD} differs from {EMBEDDING} although tie_word_embeddings is true")
@@ -171,10 +159,8 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
         # not a view: the file may be replaced while the model lives, and training writes into its weights
         state[name] = torch.empty(shape, dtype=dtype, device=device).copy_(_read(files, name))
         if not torch.stack(state[name].aminmax()).isfinite().all():  # of one pass, without another tensor
-            cause = f"{path}: {name} has a NaN or an infinity as {str(dtype).removeprefix('torch.')}"
-            raise UserError(
-                f"{cause}; the checkpoint is damaged or its training diverged, use an earlier one"
-            )
+            cause = "the checkpoint is damaged or its training diverged"
+            raise UserError(f"{path}: {name} has NaN or infinity in it: {cause}")
     model.load_state_dict(state, assign=True)
     return compile_layers(model)
 
@@ -185,10 +171,8 @@ def _stored_tensors(path: Path) -> tuple[dict[str, Path], dict[str, list[int]]]:
     if not (path / "model.safetensors").is_file():
         weight_map = read_json(index).get("weight_map") or {}
         names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else {""}
-        if not all(re.fullmatch(r"[^/\\\0]+\.safetensors", n) for n in names):
-            raise UserError(
-                f"{index}: weight_map must give each tensor's file, *.safetensors in this directory"
-            )
+        if not all(re.fullmatch(r"[^/\\\0]+\.safetensors", name) for name in names):
+            raise UserError(f"{index}: weight_map must give each tensor a file *.safetensors beside it")
     if not names:
         raise UserError(f"{path} has neither model.safetensors nor its index; convert pickled weights first")
     files, shapes = {}, {}
@@ -197,14 +181,11 @@ def _stored_tensors(path: Path) -> tuple[dict[str, Path], dict[str, list[int]]]:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():
                     part = tensors.get_slice(name)
-                    if part.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                        raise UserError(
-                            f"{file}: {name} is {part.get_dtype()}; quantized weights are not supported"
-                        )
+                    dtype = part.get_dtype()
+                    if dtype not in ("F64", "F32", "F16", "BF16"):
+                        raise UserError(f"{file}: {name} is {dtype}; quantized weights are not supported")
                     if name in files and not torch.equal(_read(files, name), tensors.get_tensor(name)):
-                        raise UserError(
-                            f"{path}: {name} is in {files[name].name} and {file.name}, but not the same"
-                        )
+                        raise UserError(f"{file}: {name} is in {files[name].name} too, but not the same")
                     files[name], shapes[name] = file, part.get_shape()
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file} is not a complete safetensors file ({error}); copy it again") from error

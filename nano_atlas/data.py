@@ -169,9 +169,7 @@ def load_examples(paths, tokenizer: Tokenizer, max_length: int, thinking: bool =
     for path in paths:
         spelled: list[str] = []
         lines = ((f"{path}:{number}", record) for number, record in read_jsonl(path))
-        made = [
-            e for where, record in lines for e in make_examples(record, tokenizer, where, thinking, spelled)
-        ]
+        made = [e for where, r in lines for e in make_examples(r, tokenizer, where, thinking, spelled)]
         if spelled:
             what = f"{len(spelled)} lines, this one first, spell control tokens in prompt or completion"
             print(f"{spelled[0]}: {what}; they are learned as plain text. Write lists of messages instead")
@@ -184,12 +182,10 @@ def load_examples(paths, tokenizer: Tokenizer, max_length: int, thinking: bool =
     return examples
 
 
-def make_examples(
-    record: dict, tokenizer: Tokenizer, where: str, thinking=False, spelled=None
-) -> list[Example]:
+def make_examples(record: dict, tokenizer, where: str, thinking=False, spelled=None) -> list[Example]:
     """The example of one line (several if the chat template rewrites earlier turns, see `_chat_examples`).
 
-    spelled: a list that gets `where` if a plain prompt or completion contains the text of control tokens.
+    `spelled` gets `where` if a plain prompt or completion has the text of a control token.
     """
     prompt, record = [], _present(record)  # the assistant turns of the prompt are not learned
     if "messages" in record:

@@ -71,12 +71,7 @@ def files_digest(paths: Iterable[Path]) -> str:
 def checkpoint_digest(path: Path) -> str:
     """Of what makes a checkpoint directory answer as it does: weights, configuration, tokenizer and chat template."""
     patterns = (
-        "*.safetensors",
-        "config.json",
-        "generation_config.json",
-        "tokenizer*",
-        "*.jinja",
-        "special*.json",
+        "*.safetensors config.json generation_config.json tokenizer* *.jinja special_tokens_map.json".split()
     )
     return files_digest(sorted(file for pattern in patterns for file in path.glob(pattern)))
 
@@ -132,12 +127,9 @@ def read_jsonl(path: Path | str, complain=refuse, is_journal=False) -> Iterator[
     """
     path, is_empty = Path(path), True
     try:
-        if not path.is_file():
-            there = "not a file, but a directory or a device" if path.exists() else "no such file"
-            raise UserError(f"{path}: {there}")
         opened = path.open("rb")
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        raise UserError(f"{path}: {error.strerror.lower()}") from error
     with opened as file:
         for number, raw in enumerate(file, start=1):
             if raw.isspace() or (is_journal and not raw.endswith(b"\n")):
@@ -153,9 +145,7 @@ def read_jsonl(path: Path | str, complain=refuse, is_journal=False) -> Iterator[
                 place = f"{error.msg} at column {error.colno}" if is_syntax else str(error).partition(";")[0]
                 fault = f"not JSON ({place}); each line must be one JSON object, {{...}}"
                 if is_empty and raw.strip()[-1:] in (b"[", b"{", b","):
-                    fault += (
-                        "; this is one JSON array or object over several lines: write one object per line"
-                    )
+                    fault += "; this is one JSON array or object over several lines: one object per line"
             is_empty = False
             if fault is None:
                 yield number, record

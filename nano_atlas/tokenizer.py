@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import jinja2
@@ -37,10 +36,7 @@ CHATML = """{%- for message in messages %}
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # code points without a meaning, to stand in for special tokens
 NAMED_TOKENS = {f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")}
 LARGEST = 1_000_000  # number, power or repetition in a template
-WORK, LINE = (
-    100_000_000,
-    100,
-)  # characters that a template may make for one chat; what an executed line counts
+WORK, LINE = 100_000_000, 100  # characters that a template may make for a chat; what an executed line counts
 WIDE_FORMAT = re.compile(r"[%:].?[-+<>=^# ]*\d{7}")
 
 
@@ -49,9 +45,8 @@ def _raise(message: str):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset(
-        ("*", "**", "+")
-    )  # which also keeps them from being computed while compiling
+    # an intercepted operation is not computed while compiling either
+    intercepted_binops = frozenset(("*", "**", "+"))
 
     def call_binop(self, context, operator: str, left, right):
         if operator != "+":
@@ -62,20 +57,23 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 @contextmanager
-def _bounded() -> Iterator[None]:
-    """A template is a stranger's program: whatever the block calls raises OverflowError when it has done too much."""
-    left, before = WORK, sys.gettrace()
+def _refusing(source: str, work: float = math.inf) -> Iterator[None]:
+    """A template is a stranger's program: UserError for whatever the block raises, and when it has done so much `work`."""
+    before = sys.gettrace()
 
     def trace(frame, event, result):
-        nonlocal left
-        left -= LINE + (len(result) if isinstance(result, str | list) else 0)
-        if left < 0:
+        nonlocal work
+        work -= LINE + (len(result) if isinstance(result, str | list) else 0)
+        if work < 0:
             raise OverflowError("it computes or writes too much")
         return trace
 
-    sys.settrace(trace)  # of this thread
     try:
+        sys.settrace(before if work == math.inf else trace)  # of this thread
         yield
+    except Exception as error:
+        cause = f"{type(error).__name__} in line {getattr(error, 'lineno', '?')}: {error}"
+        raise UserError(f"{source}: the chat template cannot render this chat: {cause}"[:600]) from error
     finally:
         sys.settrace(before)
 
@@ -89,19 +87,12 @@ def _compile(template: str, source: str) -> jinja2.Template:
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     # Some templates mark assistant text for loss masks by `{% generation %}`: here the body is simply rendered.
     template = re.sub(r"({%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%})", r"\1with", template)
-    try:
+    with _refusing(source):
         parsed = environment.parse(template)
         for value in (constant.value for constant in parsed.find_all(jinja2.nodes.Const)):
             if WIDE_FORMAT.search(value) if isinstance(value, str) else abs(value or 0) > LARGEST:
-                raise OverflowError(f"{str(value)[:40]} is too large")
+                raise OverflowError(f"{value!r:.40} is too large")
         return environment.from_string(parsed)
-    except Exception as error:  # of Python's compiler too
-        line = getattr(error, "lineno", "?")
-        raise UserError(f"{source}: the chat template fails in line {line}: {_said(error)}") from error
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:300]
 
 
 class Tokenizer:
@@ -156,41 +147,32 @@ class Tokenizer:
         if "added_tokens_decoder" not in config:  # transformers reads the map of older files only
             config |= {name: special[name] for name in NAMED_TOKENS if special.get(name) is not None}
         for name in NAMED_TOKENS & config.keys():  # written as its text or as an AddedToken object
-            token = config[name]
-            config[name] = token = token.get("content") if isinstance(token, dict) else token
-            if not isinstance(token, str | None):
-                raise UserError(f"{path}: {name} must be a text, not {str(token)[:40]}")
+            if isinstance(config[name], dict):
+                config[name] = config[name].get("content")
+            if not isinstance(config[name], str | None):
+                raise UserError(f"{path}: {name} must be a text, not {str(config[name])[:40]}")
 
         def token_ids(name: str) -> list[int]:
             places = [file.get(f"{name}_token_id") for file in settings]
             for ids in (*places, backend.token_to_id(config.get(f"{name}_token") or "")):
                 ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-                for index in ids:
-                    if type(index) not in (int, str) or not re.fullmatch(r"-?\d{1,9}", str(index)):
-                        raise UserError(f"{path}: {name}_token_id must be an integer, not {str(index)[:40]}")
+                if not all(type(i) in (int, str) and re.fullmatch(r"-?\d{1,9}", str(i)) for i in ids):
+                    raise UserError(f"{path}: {name}_token_id must be an integer, not {str(ids)[:40]}")
                 if found := [int(index) for index in ids if int(index) >= 0]:  # -1: none
                     return found
             return []
 
-        eos_ids, template = token_ids("eos"), config.get("chat_template")
+        eos_ids, template, file = token_ids("eos"), config.get("chat_template"), path / "chat_template.jinja"
+        if isinstance(template, list):
+            template = {str(e.get("name")): e.get("template") for e in template if isinstance(e, dict)}
         try:
-            template = (path / "chat_template.jinja").read_text(
-                encoding="utf-8"
-            )  # before tokenizer_config.json
+            template = file.read_text(encoding="utf-8")  # goes before the entry in tokenizer_config.json
         except FileNotFoundError:
-            if isinstance(template, dict):
-                template = [{"name": name, "template": value} for name, value in template.items()]
-            if isinstance(template, list):
-                named = [
-                    e.get("template") for e in template if isinstance(e, dict) and e.get("name") == "default"
-                ]
-                if not named:
-                    raise UserError(f"{path} has several chat templates, but none named 'default'") from None
-                template = named[0]
+            template = template.get("default", template) if isinstance(template, dict) else template
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}/chat_template.jinja cannot be read: {error}") from error
+            raise UserError(f"{file} cannot be read: {error}") from error
         if not isinstance(template, str | None):
-            raise UserError(f"{path}: the chat template must be a text, not a {type(template).__name__}")
+            raise UserError(f"{path}: the chat template is no text, and none named 'default' is there")
         if template is None:
             template, end_of_turn = CHATML, backend.token_to_id("<|im_end|>")
             if end_of_turn is None and eos_ids:  # the only end that this model knows
@@ -260,14 +242,13 @@ class Tokenizer:
             run = ""
         ids += self._encode(run, specials_are_text=False)
         parts = self._special.split(text)  # every second one is a control token
-        if sum(index in self._special_ids for index in ids) <= len(parts) // 2:
-            return ids
-        # a normalizer made more of them, of other spellings
-        one_by_one = (
-            [self.backend.token_to_id(part)] if i % 2 else self.encode(part.translate(token_of))
-            for i, part in enumerate(parts)
-        )
-        return list(chain.from_iterable(one_by_one))
+        if sum(index in self._special_ids for index in ids) > len(parts) // 2:
+            ids = []  # a normalizer made control tokens of other spellings
+            for index, part in enumerate(parts):
+                ids += (
+                    [self.backend.token_to_id(part)] if index % 2 else self.encode(part.translate(token_of))
+                )
+        return ids
 
     def _encode(self, text: str, specials_are_text: bool) -> list[int]:
         with self._lock:
@@ -279,9 +260,6 @@ class Tokenizer:
 
     def _render(self, messages: Sequence[dict], add_generation_prompt, options) -> tuple[str, dict[int, str]]:
         """The chat as text, and {private-use code point: the special token of the input that it stands for}."""
-        given = json.dumps([list(messages), options], ensure_ascii=False, default=str) + self.chat_template
-        free = (character for character in map(chr, PRIVATE_USE) if character not in given)
-        character_of = defaultdict(lambda: next(free))
 
         def neutral(value):
             if isinstance(value, str):
@@ -292,12 +270,9 @@ class Tokenizer:
 
         variables = {name: self.config[name] for name in NAMED_TOKENS if self.config.get(name) is not None}
         variables |= {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
-        try:
-            messages, options = neutral(messages), neutral(options)
-            with _bounded():
-                text = self._template.render(messages=messages, **variables | options)
-        except Exception as error:  # whatever a program may raise
-            raise UserError(
-                f"{self.source}: the chat template cannot render this chat: {_said(error)}"
-            ) from error
+        with _refusing(self.source, WORK):
+            given = json.dumps([*messages, options], ensure_ascii=False, default=str) + self.chat_template
+            free = (character for character in map(chr, PRIVATE_USE) if character not in given)
+            character_of = defaultdict(lambda: next(free))
+            text = self._template.render(messages=neutral(messages), **variables | neutral(options))
         return text, {ord(character): token for token, character in character_of.items()}

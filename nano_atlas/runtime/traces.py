@@ -11,8 +11,6 @@ never rewritten: decisions have a file of their own, `reviews.jsonl`, and the la
 """
 
 import json
-import types
-import typing
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -102,9 +100,6 @@ class Outcome:
         """As OpenAI counts tokens."""
         read, generated = sum(self.prompt_tokens.values()), sum(self.tokens.values())
         return {"prompt_tokens": read, "completion_tokens": generated, "total_tokens": read + generated}
-
-
-FIELD_TYPES = typing.get_type_hints(Outcome)
 
 
 @dataclass(kw_only=True)
@@ -210,36 +205,33 @@ def outcome_of(trace: Trace, where: str) -> Outcome:
     told = data.section(trace, "outcome", where)
     if not told:
         adaptive, stats = (data.section(trace, name, where) for name in ("adaptive_summary", "reward_stats"))
-        told = data.section(trace, "session_metadata", where)
-        told = {name: told.get(name) for name in ("learning_key", "created_at", "status", "session_id")}
-        told |= {"lane": adaptive.get("adaptive_mode"), "review": trace.get("review_status")}
-        told |= {"disagreement": stats.get("score_stddev"), "session_id": told["session_id"] or where}
+        told = {"session_id": where} | data.section(trace, "session_metadata", where)
+        told = {name: told.get(name) for name in ("session_id", "learning_key", "created_at", "status")}
         score = trace.get("session_reward")
         is_section = isinstance(score, dict) or str(score).startswith("{")
         told["reward"] = data.section(trace, "session_reward", where).get("score") if is_section else score
+        told |= {"lane": adaptive.get("adaptive_mode"), "review": trace.get("review_status")}
+        told["disagreement"] = stats.get("score_stddev")
     try:
-        known = {name: _typed(name, value) for name, value in told.items() if value not in (None, "")}
-        return Outcome(**known)
+        return Outcome(
+            **{name: _typed(name, value) for name, value in told.items() if value not in (None, "")}
+        )
     except (TypeError, ValueError) as error:
         cause = f"{where}: not a trace of this version ({error})"
-        raise UserError(
-            f"{cause}; leave the line out, or for a run's own choose another --out, or --restart"
-        ) from None
+        raise UserError(f"{cause}; leave it out, or for a run's own choose another --out") from None
 
 
 def _typed(name: str, value: Any) -> Any:
-    """The value of this field; numbers may be written as texts, and the other way round. Raises ValueError."""
-    kind = FIELD_TYPES.get(name, type(value))
-    origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
-    if origin is str and type(value) in (int, float):
-        return str(value)
-    if origin in (float, types.UnionType):
+    """The value of a field; numbers may be written as texts, and the other way round. Raises ValueError."""
+    kind = type(getattr(Outcome(""), name, value))
+    if kind in (float, type(None)):
         return number(value)
-    if isinstance(value, origin) and (
-        origin is not list or all(isinstance(item, inner[0]) for item in value)
-    ):
-        return {key: int(number(count)) for key, count in value.items()} if origin is dict else value
-    raise ValueError(f"{name} is {str(value)[:40]!r}")
+    if kind is str and type(value) in (int, float):
+        return str(value)
+    item = dict if name == "learned" else str
+    if not isinstance(value, kind) or (kind is list and not all(isinstance(x, item) for x in value)):
+        raise ValueError(f"{name} is {str(value)[:40]!r}")
+    return {key: int(number(count)) for key, count in value.items()} if kind is dict else value
 
 
 METRICS = {  # the value for one session (None: nobody knows), the label in the report (none: not there), and a note
