@@ -70,9 +70,7 @@ def config_from_dict(values: dict, source: str = "config.json") -> ModelConfig:
     heads, hidden = (_positive(f, values.get(f), source) for f in ("num_attention_heads", "hidden_size"))
     values = {"head_dim": hidden // heads, "num_key_value_heads": heads} | values
     names = [f.name for f in fields(ModelConfig) if f.type is int]
-    config = {
-        name: _positive(name, values.get(name, getattr(ModelConfig, name, None)), source) for name in names
-    }
+    config = {n: _positive(n, values.get(n, getattr(ModelConfig, n, None)), source) for n in names}
     if heads % config["num_key_value_heads"] or config["head_dim"] % 2:
         rule = "num_attention_heads must be a multiple of num_key_value_heads, and head_dim even"
         raise UserError(f"{source}: {rule}, not {config}")

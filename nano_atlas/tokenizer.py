@@ -176,7 +176,7 @@ class Tokenizer:
         if template is None:
             template, end_of_turn = CHATML, backend.token_to_id("<|im_end|>")
             if end_of_turn is None and eos_ids:  # the only end that this model knows
-                template = CHATML.replace("<|im_end|>", backend.id_to_token(eos_ids[0]))
+                template = CHATML.replace("<|im_end|>", backend.id_to_token(eos_ids[0]) or "")
             elif end_of_turn not in (None, *eos_ids):
                 eos_ids = [*eos_ids, end_of_turn]
         if not eos_ids:

@@ -277,3 +277,12 @@ def test_weights_that_are_not_finite_are_said_at_load(tmp_path, dtype, value):
         UserError, match="model.norm.weight .*the checkpoint is damaged or its training diverged"
     ):
         load_model(tmp_path / "m", dtype)
+
+
+def test_an_end_outside_of_a_vocabulary_without_chat_tokens_is_refused(tmp_path):
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save(
+        str(tmp_path / "tokenizer.json")
+    )
+    (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
+    with pytest.raises(UserError, match="end-of-sequence id 7 is not in the vocabulary"):
+        Tokenizer.from_directory(tmp_path)
