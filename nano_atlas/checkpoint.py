@@ -5,6 +5,7 @@ that `model.py` does not compute is refused by the name of its field: it would l
 """
 
 import os
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
@@ -20,6 +21,7 @@ from nano_atlas.errors import UserError
 from nano_atlas.gpu import compile_layers
 from nano_atlas.model import ModelConfig, Transformer
 from nano_atlas.runs import atomic_directory, find_checkpoint, read_json, refuse_damage, write_json
+from nano_atlas.text import number
 from nano_atlas.tokenizer import Tokenizer
 
 # Fields that change the computation -> the values that `model.py` computes. 0 equals False.
@@ -40,51 +42,64 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Named = Iterable[tuple[str, Tensor]]
 
 
+def _positive(field: str, value, source: str, kind: type = int):
+    """A positive number of this kind, which may be written as text."""
+    try:
+        found = number(value)
+        if kind(found) == found and 0 < found < (2**31 if kind is int else float("inf")):
+            return kind(found)
+    except ValueError:
+        pass  # said as if it were negative
+    what = "integer" if kind is int else "number"
+    raise UserError(f"{source}: {field} should be a positive {what}, not {value!r:.60}")
+
+
 def config_from_dict(values: dict, source: str = "config.json") -> ModelConfig:
     """What a `config.json` of transformers 4 or 5 says, or means by an absent field. Raises UserError naming a field at fault."""
-
-    def positive(field: str, default: int | None = None) -> int:
-        value = default if values.get(field) is None else values[field]
-        if not isinstance(value, int) or value <= 0:
-            raise UserError(f"{source}: {field} should be a positive integer, not {value!r}")
-        return value
-
-    kind = values.get("model_type")
-    if kind not in FAMILIES:
-        raise UserError(f"{source}: model_type={kind!r} is not supported; use one of {', '.join(FAMILIES)}")
+    kind, use = values.get("model_type"), ", ".join(FAMILIES)
+    if kind not in [*FAMILIES]:
+        raise UserError(f"{source}: model_type={kind!r:.60} is not supported; use one of {use}")
     defaults, ignored = FAMILIES[kind]
-    values = defaults | values
+    values = {field: value for field, value in (defaults | values).items() if value is not None}
     for field in sorted(ONLY.keys() - ignored):
         found, supported = values.get(field), ONLY[field]
         if not all(value in supported for value in (found if isinstance(found, list) else [found])):
-            raise UserError(f"{source}: {field}={found!r} is not supported; only {supported[0]!r} is")
-    heads = positive("num_attention_heads")
-    defaults = {"head_dim": positive("hidden_size") // heads, "num_key_value_heads": heads}
-    config = {f.name: positive(f.name, defaults.get(f.name)) for f in fields(ModelConfig) if f.type is int}
+            raise UserError(f"{source}: {field}={found!r:.60} is not supported; only {supported[0]!r} is")
+    heads, hidden = (_positive(f, values.get(f), source) for f in ("num_attention_heads", "hidden_size"))
+    values = {"head_dim": hidden // heads, "num_key_value_heads": heads} | values
+    names = [f.name for f in fields(ModelConfig) if f.type is int]
+    config = {n: _positive(n, values.get(n, getattr(ModelConfig, n, None)), source) for n in names}
     if heads % config["num_key_value_heads"] or config["head_dim"] % 2:
         rule = "num_attention_heads must be a multiple of num_key_value_heads, and head_dim even"
         raise UserError(f"{source}: {rule}, not {config}")
     config |= {"attention_bias": kind == "qwen2", "qk_norm": kind == "qwen3"}
-    config["rms_norm_eps"] = float(values.get("rms_norm_eps", 1e-6))
-    config["tie_word_embeddings"] = bool(values.get("tie_word_embeddings", False))
+    config["rms_norm_eps"] = _positive("rms_norm_eps", values.get("rms_norm_eps", 1e-6), source, float)
+    config["tie_word_embeddings"] = values.get("tie_word_embeddings", False)
+    if not isinstance(config["tie_word_embeddings"], bool):
+        raise UserError(f"{source}: tie_word_embeddings should be true or false")
     return ModelConfig(kind, **config, **_rope(values, source))
 
 
 def _rope(values: dict, source: str) -> dict:
     """`rope_theta` and `rope_scaling` from either style of configuration, or from both if they agree."""
-    rope = {field: v for field, v in (values.get("rope_parameters") or {}).items() if v is not None}
-    old = {"rope_theta": values.get("rope_theta")} | (values.get("rope_scaling") or {})
+    new, scaling = (values.get(field) or {} for field in ("rope_parameters", "rope_scaling"))
+    if not isinstance(new, dict) or not isinstance(scaling, dict):
+        raise UserError(f"{source}: rope_parameters and rope_scaling should be objects, {{...}}")
+    rope = {field: v for field, v in new.items() if v is not None}
+    old = {"rope_theta": values.get("rope_theta")} | scaling
     for field, value in old.items():
         if value is not None and rope.setdefault(field, value) != value:
-            raise UserError(f"{source}: rope_parameters contradict {field}={value!r}; remove one of them")
-    theta, old_type = float(rope.pop("rope_theta", 10_000.0)), rope.pop("type", "default")
+            raise UserError(f"{source}: rope_parameters contradict {field}={value!r:.60}; remove one of them")
+    theta, old_type = rope.pop("rope_theta", 10_000.0), rope.pop("type", "default")
     rope_type = rope.pop("rope_type", old_type)
     if rope.get("partial_rotary_factor") == 1.0:
         del rope["partial_rotary_factor"]
-    if rope_type not in ROPE_TYPES or rope.keys() != set(ROPE_TYPES[rope_type]):
-        found, use = f"rope_type={rope_type!r} with {sorted(rope)}", f"default, or llama3 with {LLAMA3_ROPE}"
-        raise UserError(f"{source}: {found} is not supported; use {use}")
-    return {"rope_theta": theta, "rope_scaling": rope or None}
+    if rope_type not in [*ROPE_TYPES] or rope.keys() != set(ROPE_TYPES[rope_type]):
+        found = f"rope_type={rope_type!r:.60} with {sorted(rope)}"
+        raise UserError(f"{source}: {found} is not supported; use default, or llama3 with {LLAMA3_ROPE}")
+    kinds = {"original_max_position_embeddings": int}
+    rope = {f: _positive(f, value, source, kinds.get(f, float)) for f, value in rope.items()}
+    return {"rope_theta": _positive("rope_theta", theta, source, float), "rope_scaling": rope or None}
 
 
 def config_to_dict(config: ModelConfig, dtype: torch.dtype, tokenizer: Tokenizer | None = None) -> dict:
@@ -117,13 +132,15 @@ def read_config(path: str | Path) -> ModelConfig:
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
     """A checkpoint directory as a `Transformer`. Host memory holds the result and one tensor more.
 
-    Raises UserError that names every missing, extra or wrongly shaped tensor.
+    Raises UserError that names every missing, extra or wrongly shaped tensor, or the first with a number that is not finite.
     """
     refuse_damage(find_checkpoint(path))
     config = read_config(path)
+    files, found = _stored_tensors(find_checkpoint(path))
+    if config.num_hidden_layers > len(found):  # said at once, not after building them
+        raise UserError(f"{path} does not fit its config.json, of {config.num_hidden_layers} layers")
     with torch.device("meta"):
         model = Transformer(config)
-    files, found = _stored_tensors(find_checkpoint(path))
     if config.tie_word_embeddings and {HEAD, EMBEDDING} <= found.keys():  # some store it twice
         if not torch.equal(_read(files, HEAD), _read(files, EMBEDDING)):
             raise UserError(f"{path}: {HEAD} differs from {EMBEDDING} although tie_word_embeddings is true")
@@ -138,6 +155,9 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
     for name, shape in shapes.items():
         # not a view: the file may be replaced while the model lives, and training writes into its weights
         state[name] = torch.empty(shape, dtype=dtype, device=device).copy_(_read(files, name))
+        if not torch.stack(state[name].aminmax()).isfinite().all():  # of one pass, without another tensor
+            cause = "the checkpoint is damaged or its training diverged"
+            raise UserError(f"{path}: {name} has NaN or infinity in it: {cause}")
     model.load_state_dict(state, assign=True)
     if torch.device(device).type == "cpu":
         settle_threads(sum(parameter.numel() for parameter in model.parameters()))
@@ -146,17 +166,26 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
 
 def _stored_tensors(path: Path) -> tuple[dict[str, Path], dict[str, list[int]]]:
     """The file and the shape of each tensor in one `model.safetensors`, or in the shards that the index names."""
-    names = {"model.safetensors"}
+    names, index = {"model.safetensors"}, path / "model.safetensors.index.json"
     if not (path / "model.safetensors").is_file():
-        names = set(read_json(path / "model.safetensors.index.json").get("weight_map", {}).values())
+        weight_map = read_json(index).get("weight_map") or {}
+        names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else {""}
+        if not all(re.fullmatch(r"[^/\\\0]+\.safetensors", name) for name in names):
+            raise UserError(f"{index}: weight_map must give each tensor a file *.safetensors beside it")
     if not names:
         raise UserError(f"{path} has neither model.safetensors nor its index; convert pickled weights first")
     files, shapes = {}, {}
     for file in sorted(path / name for name in names):
         try:
             with safe_open(file, framework="pt") as tensors:
-                shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
-                files |= dict.fromkeys(tensors.keys(), file)
+                for name in tensors.keys():
+                    part = tensors.get_slice(name)
+                    dtype = part.get_dtype()
+                    if dtype not in ("F64", "F32", "F16", "BF16"):
+                        raise UserError(f"{file}: {name} is {dtype}; quantized weights are not supported")
+                    if name in files and not torch.equal(_read(files, name), tensors.get_tensor(name)):
+                        raise UserError(f"{file}: {name} is in {files[name].name} too, but not the same")
+                    files[name], shapes[name] = file, part.get_shape()
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file} is not a complete safetensors file ({error}); copy it again") from error
     # old versions of transformers stored a buffer that means nothing

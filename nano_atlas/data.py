@@ -7,7 +7,8 @@ learned. Three kinds of lines become examples, told apart by their fields:
     {"messages": [{"role", "content"}, ...]}                                        a chat; its assistant turns are learned
     {"prompt", "completion"}                                                        texts as they are, or lists of messages
 
-Nothing is ever truncated: an example that is too long is left out, counted and reported. Every error names file and line.
+A field that is null or an empty text is absent. Nothing is ever truncated: an example that is too long is left out, counted and
+reported. Every error names file and line.
 """
 
 import json
@@ -27,6 +28,7 @@ from nano_atlas.answers import answer_key, extract_answer
 from nano_atlas.config import derive_seed
 from nano_atlas.errors import UserError
 from nano_atlas.runs import read_jsonl, refuse
+from nano_atlas.text import parse_json
 from nano_atlas.tokenizer import Tokenizer
 
 QUESTION_FIELDS = ("problem_text", "question", "problem", "prompt", "input")
@@ -39,7 +41,24 @@ def _text(record: dict, field: str, where: str) -> str:
     value = record.get(field)
     if isinstance(value, str) and value.strip():
         return value
-    raise UserError(f"{where}: the field {field!r} must be a non-empty text, not {json.dumps(value)[:60]}")
+    found = f"a {type(value).__name__}" if isinstance(value, dict | list) else json.dumps(value)[:60]
+    raise UserError(f"{where}: the field {field!r} must be a non-empty text, not {found}")
+
+
+def _present(record: dict) -> dict:
+    return {field: value for field, value in record.items() if value not in (None, "")}
+
+
+def section(record: dict, name: str, where: str) -> dict:
+    """An object within a record, or its JSON as text, as databases export it; empty where there is none. Raises UserError."""
+    value = record.get(name) or {}
+    try:
+        value = parse_json(value) if isinstance(value, str) else value
+    except ValueError:
+        pass  # a text is no object, which is said below
+    if isinstance(value, dict):
+        return _present(value)
+    raise UserError(f"{where}: the field {name!r} must hold an object, {{...}}, not a {type(value).__name__}")
 
 
 @dataclass(frozen=True)
@@ -61,24 +80,27 @@ def load_problems(path: Path | str, *, needs_answer=True, skip_bad=False) -> lis
     problems, traced, left_out, bad = {}, set(), Counter(), []
     complain = bad.append if skip_bad else refuse
     for number, record in read_jsonl(path, complain):
-        if "task" in record and not record.keys() & set(QUESTION_FIELDS):
-            record, reason = _from_trace(record, needs_answer)
-            task = record["question"], str(record["answer"])
-            reason = reason or ("the same task again" if task in traced else None)
-            if reason:
-                left_out[reason] += 1
-                continue
-            traced.add(task)
+        record, where = _present(record), f"{path}:{number}"
         try:
-            problem = _problem(record, f"{path}:{number}", f"{Path(path).stem}:{number}", needs_answer)
+            if "task" in record and not record.keys() & set(QUESTION_FIELDS):
+                record, reason = _from_trace(record, where, needs_answer)
+                task = str(record["question"]), str(record.get("answer"))
+                reason = reason or ("the same task again" if task in traced else None)
+                if reason:
+                    left_out[reason] += 1
+                    continue
+                traced.add(task)
+            problem = _problem(record, where, f"{Path(path).stem}:{number}", needs_answer)
         except UserError as error:
             complain(str(error))
             continue
         if problem.id in problems:
-            complain(f"{path}:{number}: an earlier line has the id {problem.id!r} too; ids must differ")
+            complain(f"{where}: an earlier line has the id {problem.id!r} too; ids must differ")
         problems.setdefault(problem.id, problem)
     if bad:
         print(f"left out {len(bad)} malformed lines of {path}:", *bad, sep="\n  ")
+    if bad and not problems:
+        raise UserError(f"{path}: no line is left")
     said = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
     if left_out and not problems:
         raise UserError(f"{path}: no trace here makes a problem ({said})")
@@ -87,29 +109,30 @@ def load_problems(path: Path | str, *, needs_answer=True, skip_bad=False) -> lis
     return list(problems.values())
 
 
-def _from_trace(trace: dict, needs_answer: bool) -> tuple[dict, str | None]:
+def _from_trace(trace: dict, where: str, needs_answer: bool) -> tuple[dict, str | None]:
     """(a problem's record, why it is left out if it is). atlas-sdk keeps a ground truth in the metadata only."""
-    parts = trace.get("session_metadata") or {}, trace
-    merged = {key: value for part in parts for key, value in part.items() if value not in (None, "")}
-    record = {field: merged.get(key) for field, key in TRACE_FIELDS.items()}
+    merged = section(trace, "session_metadata", where) | trace
+    record = {field: merged[key] for field, key in TRACE_FIELDS.items() if key in merged}
     for what, key, good in (("session", "status", "succeeded"), ("review", "review_status", "approved")):
         if merged.get(key, good) != good and not (what == "review" and "is_exported" in trace):
             remedy = ": --export it, after --approve or with --review-status" if what == "review" else ""
-            return record, f"{what} {merged[key]}{remedy}"
-    return record, "no ground truth" if needs_answer and record["answer"] is None else None
+            return record, f"{what} {str(merged[key])[:40]}{remedy}"
+    return record, "no ground truth" if needs_answer and "answer" not in record else None
 
 
 def _problem(record: dict, where: str, name: str, needs_answer: bool) -> Problem:
-    given = {field: value for field, value in record.items() if value is not None}
-    question = next(filter(given.__contains__, QUESTION_FIELDS), None)
+    question = next(filter(record.__contains__, QUESTION_FIELDS), None)
     if question is None:
         raise UserError(f"{where}: no question; one of the fields {', '.join(QUESTION_FIELDS)} must hold it")
-    field = next(filter(given.__contains__, ANSWER_FIELDS), None)
+    field = next(filter(record.__contains__, ANSWER_FIELDS), None)
     if field is None and needs_answer:
         raise UserError(f"{where}: no gold answer; one of the fields {', '.join(ANSWER_FIELDS)} must hold it")
     answer = None if field is None else _gold_answer(record, field, where)
-    name, domain = str(given.get("id", name)), str(given.get("domain", ""))
-    return Problem(name, _text(record, question, where), answer, domain)
+    named = {"id": name, "domain": ""} | record
+    for key in ("id", "domain"):
+        if type(named[key]) not in (str, int, float):
+            raise UserError(f"{where}: the field {key!r} must be a text or a number")
+    return Problem(str(named["id"]), _text(record, question, where), answer, str(named["domain"]))
 
 
 def _gold_answer(record: dict, field: str, where: str) -> str:
@@ -149,8 +172,12 @@ def load_examples(paths, tokenizer: Tokenizer, max_length: int, thinking: bool =
     """
     examples = []
     for path in paths:
+        spelled: list[str] = []
         lines = ((f"{path}:{number}", record) for number, record in read_jsonl(path))
-        made = [e for where, record in lines for e in make_examples(record, tokenizer, where, thinking)]
+        made = [e for where, r in lines for e in make_examples(r, tokenizer, where, thinking, spelled)]
+        if spelled:
+            what = f"{len(spelled)} lines, this one first, spell control tokens in prompt or completion"
+            print(f"{spelled[0]}: {what}; they are learned as plain text. Write lists of messages instead")
         short = [example for example in made if len(example.input_ids) <= max_length]
         examples += short
         if count := len(made) - len(short):
@@ -160,9 +187,12 @@ def load_examples(paths, tokenizer: Tokenizer, max_length: int, thinking: bool =
     return examples
 
 
-def make_examples(record: dict, tokenizer: Tokenizer, where: str, thinking: bool = False) -> list[Example]:
-    """The example of one line (several if the chat template rewrites earlier turns, see `_chat_examples`)."""
-    prompt = []  # its assistant turns are not learned
+def make_examples(record: dict, tokenizer, where: str, thinking=False, spelled=None) -> list[Example]:
+    """The example of one line (several if the chat template rewrites earlier turns, see `_chat_examples`).
+
+    `spelled` gets `where` if a plain prompt or completion has the text of a control token.
+    """
+    prompt, record = [], _present(record)  # the assistant turns of the prompt are not learned
     if "messages" in record:
         messages = _messages(record, "messages", where)
     elif "problem_text" in record or "teacher_teaching" in record:
@@ -171,15 +201,21 @@ def make_examples(record: dict, tokenizer: Tokenizer, where: str, thinking: bool
         prompt = protocol.teacher_messages(question, approach, **style)
         messages = [{"role": "assistant", "content": protocol.teacher_target(*target)}]
     elif "prompt" in record and "completion" in record:
-        if isinstance(record["prompt"], str):
-            prompt_ids, ids = (tokenizer.encode(_text(record, f, where)) for f in ("prompt", "completion"))
-            is_target = [False] * len(prompt_ids) + [True] * (len(ids) + 1)
-            return [Example([*prompt_ids, *ids, tokenizer.eos_ids[0]], is_target)]
-        prompt, messages = (_messages(record, field, where) for field in ("prompt", "completion"))
+        read = _text if isinstance(record["prompt"], str) else _messages
+        prompt, messages = (read(record, field, where) for field in ("prompt", "completion"))
     else:
         expected = f"{', '.join(DEMONSTRATION_FIELDS)}; or messages; or prompt and completion"
-        raise UserError(f"{where}: {', '.join(record)} make no training example; expected {expected}")
-    return _chat_examples([*prompt, *messages], len(prompt), tokenizer, where, thinking)
+        raise UserError(f"{where}: {', '.join(record)[:200]} make no training example; expected {expected}")
+    try:
+        if not isinstance(prompt, str):
+            return _chat_examples([*prompt, *messages], len(prompt), tokenizer, thinking)
+        prompt_ids, ids = tokenizer.encode(prompt), tokenizer.encode(messages)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    if spelled is not None and any(map(tokenizer.spells_control_token, (prompt, messages))):
+        spelled.append(where)
+    is_target = [False] * len(prompt_ids) + [True] * (len(ids) + 1)
+    return [Example([*prompt_ids, *ids, tokenizer.eos_ids[0]], is_target)]
 
 
 def _messages(record: dict, field: str, where: str) -> protocol.Messages:
@@ -191,7 +227,7 @@ def _messages(record: dict, field: str, where: str) -> protocol.Messages:
     raise UserError(f"{where}: {field!r} must be a non-empty list of {shape}")
 
 
-def _chat_examples(messages, first: int, tokenizer: Tokenizer, where: str, thinking: bool) -> list[Example]:
+def _chat_examples(messages, first: int, tokenizer: Tokenizer, thinking: bool) -> list[Example]:
     """Learn the assistant turns from index `first` on, each exactly as it would be generated: after the prompt of that turn.
 
     Learned is what the template writes for `messages[:turn + 1]` beyond the generation prompt of `messages[:turn]`, up to the end of
@@ -207,14 +243,14 @@ def _chat_examples(messages, first: int, tokenizer: Tokenizer, where: str, think
         if text[: len(prompt)] != prompt or not end:
             fault = "does not continue its own generation prompt with the answer and an end token"
             remedy = "fix it, or use prompt and completion texts"
-            raise UserError(f"{where}: message {turn}: the chat template {fault}; {remedy}")
+            raise UserError(f"message {turn}: the chat template {fault}; {remedy}")
         is_target = [False] * len(prompt) + [True] * (end - len(prompt))
         if examples and text[: len(examples[-1].input_ids)] == examples[-1].input_ids:
             earlier = examples.pop().is_target
             is_target[: len(earlier)] = earlier
         examples.append(Example(text[:end], is_target))
     if not examples:
-        raise UserError(f"{where}: no assistant message to learn from")
+        raise UserError("no assistant message to learn from")
     return examples
 
 

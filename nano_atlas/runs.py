@@ -15,19 +15,22 @@ from typing import Any, BinaryIO, NoReturn
 from nano_atlas.config import flag_of, refuse_changes, to_json
 from nano_atlas.distributed import rank, wait
 from nano_atlas.errors import UserError
+from nano_atlas.text import parse_json
 
 # In every directory that `atomic_directory` wrote, the digest of each file: what is ours, and whether it is whole.
 DIGESTS = "digests.json"
-FOLDERS, FILES = (
-    ("model", "best"),
-    ("metrics.jsonl", "episodes.jsonl"),
-)  # of a training run, besides its states
+FOLDERS = "model", "best"  # of a training run, besides its states
+FILES = "metrics.jsonl", "episodes.jsonl"
 
 
 def read_json(path: Path) -> dict:
     """The JSON object in a file, or an empty one where there is no such file. Raises UserError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        value = parse_json(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:  # no JSON, or no UTF-8
         raise UserError(f"{path} is not valid JSON ({error}); copy the file anew from its source") from error
     if not isinstance(value, dict):
@@ -82,8 +85,9 @@ def find_checkpoint(spec: str | Path) -> Path:
 
 def checkpoint_digest(spec: str | Path) -> str:
     """Of what makes a checkpoint directory answer as it does: weights, configuration, tokenizer and chat template."""
-    patterns = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*", "*.jinja")
-    return files_digest(sorted(file for pattern in patterns for file in find_checkpoint(spec).glob(pattern)))
+    patterns = "*.safetensors config.json generation_config.json tokenizer* *.jinja special_tokens_map.json"
+    found = (file for pattern in patterns.split() for file in find_checkpoint(spec).glob(pattern))
+    return files_digest(sorted(found))
 
 
 def kept(path: Path) -> dict:
@@ -274,22 +278,27 @@ def read_jsonl(path: Path | str, complain=refuse, is_journal=False) -> Iterator[
     is_journal: a `Journal` may be writing the file, which is empty at first; a last line without its line break is not a record yet.
     """
     path, is_empty = Path(path), True
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    with path.open("rb") as file:
+    try:
+        opened = path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror.lower()}") from error
+    with opened as file:
         for number, raw in enumerate(file, start=1):
             if raw.isspace() or (is_journal and not raw.endswith(b"\n")):
                 continue
-            is_empty = False
             try:
-                record, fault = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8")), None
+                record, fault = parse_json(raw), None
                 if not isinstance(record, dict):
                     fault = f"a JSON {type(record).__name__}, but each line must be an object, {{...}}"
             except UnicodeDecodeError as error:
                 fault = f"not UTF-8 (byte {error.start} of the line); save the file as UTF-8"
-            except json.JSONDecodeError as error:
-                place = f"{error.msg} at column {error.colno}"
+            except ValueError as error:
+                is_syntax = isinstance(error, json.JSONDecodeError)
+                place = f"{error.msg} at column {error.colno}" if is_syntax else str(error).partition(";")[0]
                 fault = f"not JSON ({place}); each line must be one JSON object, {{...}}"
+                if is_empty and raw.strip()[-1:] in (b"[", b"{", b","):
+                    fault += "; this is one JSON array or object over several lines: one object per line"
+            is_empty = False
             if fault is None:
                 yield number, record
             else:
@@ -299,7 +308,7 @@ def read_jsonl(path: Path | str, complain=refuse, is_journal=False) -> Iterator[
 
 
 def _to_line(record: Mapping[str, Any]) -> bytes:
-    return json.dumps(record, allow_nan=False).encode() + b"\n"  # ASCII: half a surrogate pair survives
+    return json.dumps(record, allow_nan=False).encode() + b"\n"  # ASCII: writable, whatever the texts are
 
 
 def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -30,7 +30,7 @@ def parse_json(text: str | bytes, read_float: Callable[[str], Any] | None = None
     """As `json.loads`, with `clean` texts. Raises ValueError and nothing else: for what is no JSON or no UTF-8, for NaN, infinity and
     integers of thousands of digits, and for what is nested too deeply. read_float: of numbers that may be anything.
     """
-    text = text if isinstance(text, str) else text.decode()
+    text = text if isinstance(text, str) else text.decode("utf-8-sig")  # with a byte order mark or without
     try:
         read = read_float or _finite
         value = json.loads(text, parse_constant=read, parse_float=read)
@@ -39,6 +39,13 @@ def parse_json(text: str | bytes, read_float: Callable[[str], Any] | None = None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     return value
+
+
+def number(value: Any) -> float:
+    """A finite number as JSON has it, or written as text there. Raises ValueError."""
+    if type(value) not in (int, float, str):
+        raise ValueError(f"a {type(value).__name__} is no number")
+    return _finite(str(value))
 
 
 def _finite(text: str) -> float:

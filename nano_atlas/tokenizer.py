@@ -7,10 +7,13 @@ Simplified against transformers: one template per tokenizer (the one named `defa
 """
 
 import json
+import math
 import re
+import sys
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -32,25 +35,64 @@ CHATML = """{%- for message in messages %}
 
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # code points without a meaning, to stand in for special tokens
 NAMED_TOKENS = {f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")}
+LARGEST = 1_000_000  # number, power or repetition in a template
+WORK, LINE = 100_000_000, 100  # characters that a template may make for a chat; what an executed line counts
+WIDE_FORMAT = re.compile(r"[%:].?[-+<>=^# ]*\d{7}")
 
 
 def _raise(message: str):
     raise jinja2.TemplateError(message)
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    # an intercepted operation is not computed while compiling either
+    intercepted_binops = frozenset(("*", "**", "+"))
+
+    def call_binop(self, context, operator: str, left, right):
+        if operator != "+":
+            a, b = (len(side) if hasattr(side, "__len__") else abs(side) for side in (left, right))
+            if (a * b if operator == "*" else math.pow(a, b)) > LARGEST:
+                raise OverflowError(f"the result of {operator} is too large")
+        return super().call_binop(context, operator, left, right)
+
+
+@contextmanager
+def _refusing(source: str, work: float = math.inf) -> Iterator[None]:
+    """A template is a stranger's program: UserError for whatever the block raises, and when it has done so much `work`."""
+    before = sys.gettrace()
+
+    def trace(frame, event, result):
+        nonlocal work
+        work -= LINE + (len(result) if isinstance(result, str | list) else 0)
+        if work < 0:
+            raise OverflowError("it computes or writes too much")
+        return trace
+
+    try:
+        sys.settrace(before if work == math.inf else trace)  # of this thread
+        yield
+    except Exception as error:
+        cause = f"{type(error).__name__} in line {getattr(error, 'lineno', '?')}: {error}"
+        raise UserError(f"{source}: the chat template cannot render this chat: {cause}"[:600]) from error
+    finally:
+        sys.settrace(before)
+
+
 def _compile(template: str, source: str) -> jinja2.Template:
     """The environment of transformers' `apply_chat_template`: same block trimming, same filters and functions, sandboxed."""
     settings = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
-    environment = ImmutableSandboxedEnvironment(**settings)
+    environment = _Environment(**settings)
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's own escapes HTML
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     # Some templates mark assistant text for loss masks by `{% generation %}`: here the body is simply rendered.
     template = re.sub(r"({%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%})", r"\1with", template)
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"{source}: the chat template fails in line {error.lineno}: {error}") from error
+    with _refusing(source):
+        parsed = environment.parse(template)
+        for value in (constant.value for constant in parsed.find_all(jinja2.nodes.Const)):
+            if WIDE_FORMAT.search(value) if isinstance(value, str) else abs(value or 0) > LARGEST:
+                raise OverflowError(f"{value!r:.40} is too large")
+        return environment.from_string(parsed)
 
 
 class Tokenizer:
@@ -79,18 +121,20 @@ class Tokenizer:
         special = {token.content: index for index, token in added.items() if token.special}
         for index in set(self.eos_ids) - set(special.values()):  # ordinary tokens that end a text
             token = backend.id_to_token(index)
-            if token is None:
+            if not token:
                 raise UserError(f"{source}: the end-of-sequence id {index} is not in the vocabulary")
             backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True)])
             special[token] = index
-        self._special_ids = frozenset(special.values())
+        unknown = getattr(backend.model, "unk_token", None) or ""  # controls nothing
+        self._special_ids = frozenset(special.values()) - {backend.token_to_id(unknown)}
         longest_first = sorted(special, key=len, reverse=True)
         self._special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
     @classmethod
     def from_directory(cls, path: str | Path) -> "Tokenizer":
-        """Reads `tokenizer.json` and, if present, `tokenizer_config.json`, `chat_template.jinja`, and the ids that end a
-        generation or pad in `generation_config.json`, else `config.json`. Raises UserError naming the file at fault.
+        """Reads `tokenizer.json` and, if present, `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja`, and the
+        ids that end a generation or pad in `generation_config.json`, else `config.json`. Raises UserError naming the file at fault,
+        also if the model of `config.json` has fewer tokens.
         """
         path = find_checkpoint(path)
         try:
@@ -98,30 +142,41 @@ class Tokenizer:
         except Exception as error:  # the library raises nothing more specific
             remedy = f"`hf download {path} --local-dir {path}` or AutoTokenizer(...).save_pretrained(...)"
             raise UserError(f"{path}/tokenizer.json cannot be read ({error}); get one by {remedy}") from error
-        names = ("generation_config.json", "config.json", "tokenizer_config.json")
-        *settings, config = (read_json(path / name) for name in names)
+        names = ("generation_config.json", "config.json", "special_tokens_map.json", "tokenizer_config.json")
+        *settings, special, config = (read_json(path / name) for name in names)
+        if "added_tokens_decoder" not in config:  # transformers reads the map of older files only
+            config |= {name: special[name] for name in NAMED_TOKENS if special.get(name) is not None}
         for name in NAMED_TOKENS & config.keys():  # written as its text or as an AddedToken object
             if isinstance(config[name], dict):
-                config[name] = config[name]["content"]
+                config[name] = config[name].get("content")
+            if not isinstance(config[name], str | None):
+                raise UserError(f"{path}: {name} must be a text, not {str(config[name])[:40]}")
 
         def token_ids(name: str) -> list[int]:
             places = [file.get(f"{name}_token_id") for file in settings]
-            places.append(backend.token_to_id(config.get(f"{name}_token") or ""))
-            found = next((ids for ids in places if ids is not None), [])
-            return found if isinstance(found, list) else [found]
+            for ids in (*places, backend.token_to_id(config.get(f"{name}_token") or "")):
+                ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+                if not all(type(i) in (int, str) and re.fullmatch(r"-?\d{1,9}", str(i)) for i in ids):
+                    raise UserError(f"{path}: {name}_token_id must be an integer, not {str(ids)[:40]}")
+                if found := [int(index) for index in ids if int(index) >= 0]:  # -1: none
+                    return found
+            return []
 
-        eos_ids, template = token_ids("eos"), config.get("chat_template")
-        if (path / "chat_template.jinja").is_file():  # goes before the entry in tokenizer_config.json
-            template = (path / "chat_template.jinja").read_text(encoding="utf-8")
-        elif isinstance(template, list):
-            named = {entry["name"]: entry["template"] for entry in template}
-            if "default" not in named:
-                raise UserError(f"{path} has chat templates {sorted(named)}, but none named 'default'")
-            template = named["default"]
-        elif template is None:
+        eos_ids, template, file = token_ids("eos"), config.get("chat_template"), path / "chat_template.jinja"
+        if isinstance(template, list):
+            template = {str(e.get("name")): e.get("template") for e in template if isinstance(e, dict)}
+        try:
+            template = file.read_text(encoding="utf-8")  # goes before the entry in tokenizer_config.json
+        except FileNotFoundError:
+            template = template.get("default", template) if isinstance(template, dict) else template
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file} cannot be read: {error}") from error
+        if not isinstance(template, str | None):
+            raise UserError(f"{path}: the chat template is no text, and none named 'default' is there")
+        if template is None:
             template, end_of_turn = CHATML, backend.token_to_id("<|im_end|>")
             if end_of_turn is None and eos_ids:  # the only end that this model knows
-                template = CHATML.replace("<|im_end|>", backend.id_to_token(eos_ids[0]))
+                template = CHATML.replace("<|im_end|>", backend.id_to_token(eos_ids[0]) or "")
             elif end_of_turn not in (None, *eos_ids):
                 eos_ids = [*eos_ids, end_of_turn]
         if not eos_ids:
@@ -129,6 +184,10 @@ class Tokenizer:
         tokenizer = cls(backend, template, eos_ids=eos_ids, source=str(path))
         tokenizer.config |= config
         tokenizer.pad_id = (token_ids("pad") + eos_ids)[0]
+        rows = settings[1].get("vocab_size")
+        if re.fullmatch(r"\d{1,9}", str(rows)) and tokenizer.vocab_size > int(rows):
+            cause = f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, its model's config.json only {rows}"
+            raise UserError(f"{cause}; remove the added tokens, or resize_token_embeddings() in transformers")
         return tokenizer
 
     def save(self, path: str | Path) -> None:
@@ -157,6 +216,9 @@ class Tokenizer:
             raise UserError(f"{self.source}: the vocabulary makes a special token of the text {text[:200]!r}")
         return ids
 
+    def spells_control_token(self, text: str) -> bool:
+        return self._special.search(text) is not None
+
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
 
@@ -178,18 +240,26 @@ class Tokenizer:
             is_split = ids and after[: len(newline)] == newline
             ids += after[len(newline) :] if is_split else self.encode(plain)
             run = ""
-        return ids + self._encode(run, specials_are_text=False)
+        ids += self._encode(run, specials_are_text=False)
+        parts = self._special.split(text)  # every second one is a control token
+        if sum(index in self._special_ids for index in ids) > len(parts) // 2:
+            ids = []  # a normalizer made control tokens of other spellings
+            for index, part in enumerate(parts):
+                ids += (
+                    [self.backend.token_to_id(part)] if index % 2 else self.encode(part.translate(token_of))
+                )
+        return ids
 
     def _encode(self, text: str, specials_are_text: bool) -> list[int]:
         with self._lock:
             self.backend.encode_special_tokens = specials_are_text
-            return self.backend.encode(text, add_special_tokens=False).ids
+            try:
+                return self.backend.encode(text, add_special_tokens=False).ids
+            except Exception as error:  # the library raises nothing more specific
+                raise UserError(f"{self.source}: {text[:80]!r} cannot be encoded: {error}") from error
 
     def _render(self, messages: Sequence[dict], add_generation_prompt, options) -> tuple[str, dict[int, str]]:
         """The chat as text, and {private-use code point: the special token of the input that it stands for}."""
-        given = json.dumps([list(messages), options], ensure_ascii=False, default=str) + self.chat_template
-        free = (character for character in map(chr, PRIVATE_USE) if character not in given)
-        character_of = defaultdict(lambda: next(free))
 
         def neutral(value):
             if isinstance(value, str):
@@ -200,8 +270,9 @@ class Tokenizer:
 
         variables = {name: self.config[name] for name in NAMED_TOKENS if self.config.get(name) is not None}
         variables |= {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
-        try:
+        with _refusing(self.source, WORK):
+            given = json.dumps([*messages, options], ensure_ascii=False, default=str) + self.chat_template
+            free = (character for character in map(chr, PRIVATE_USE) if character not in given)
+            character_of = defaultdict(lambda: next(free))
             text = self._template.render(messages=neutral(messages), **variables | neutral(options))
-        except (jinja2.TemplateError, TypeError) as error:
-            raise UserError(f"{self.source}: the chat template cannot render this chat: {error}") from error
         return text, {ord(character): token for token, character in character_of.items()}

@@ -53,7 +53,7 @@ def test_what_is_exported_and_shown_follows_the_decisions(directory):
     assert list(show_sessions(directory, "approved"))[1].endswith("Task xyz3?  checked by hand")
     assert export_traces(source, target, Config()) == (2, 3)
     (_, first), (outcome, trace) = read_traces(target)
-    assert "review_notes" not in first and first["ground_truth"] == "\ud800"
+    assert "review_notes" not in first and first["ground_truth"] == "\ufffd"
     assert (outcome.review, trace["review_status"], trace["review_notes"]) == ("approved",) * 2 + (
         "checked by hand",
     )

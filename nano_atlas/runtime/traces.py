@@ -24,6 +24,7 @@ from nano_atlas.config import derive_seed
 from nano_atlas.errors import UserError
 from nano_atlas.runtime.options import LANES, STYLES, Config, moment
 from nano_atlas.stats import wilson_interval
+from nano_atlas.text import number
 
 Trace = dict[str, Any]
 CONFIDENCE = 0.95  # that a judged answer with help is better, before it is returned; and of the bound on harm
@@ -194,28 +195,44 @@ def _reward(session: Session, alone: Trial, helped: Trial) -> Trace:
 
 def read_traces(path: Path | str) -> Iterator[tuple[Outcome, Trace]]:
     """The records of a trace file, ours or atlas-sdk's. Raises UserError naming file and line."""
-    for number, trace in runs.read_jsonl(path, is_journal=True):
-        yield outcome_of(trace, f"{path}:{number}"), trace
+    for line, trace in runs.read_jsonl(path, is_journal=True):
+        yield outcome_of(trace, f"{path}:{line}"), trace
 
 
 def outcome_of(trace: Trace, where: str) -> Outcome:
     """The outcome of one of our records, or what a record of atlas-sdk says of it. Raises UserError."""
     if not isinstance(trace.get("task"), str):
         raise UserError(f"{where}: not a session trace; its field 'task' must hold the question")
-    if "outcome" in trace:
-        try:
-            return Outcome(**trace["outcome"])
-        except TypeError as error:
-            cause = f"{where}: not a trace of this version ({error})"
-            raise UserError(f"{cause}; choose another --out, or use --restart") from None
-    sections = ("session_metadata", "adaptive_summary", "reward_stats")
-    told, adaptive, stats = (trace.get(section) or {} for section in sections)
-    told = {**told, "lane": adaptive.get("adaptive_mode"), "review": trace.get("review_status")}
-    names = ("session_id", "learning_key", "created_at", "status", "lane", "review")
-    known = {"session_id": where} | {name: str(told[name]) for name in names if told.get(name)}
-    score = trace.get("session_reward")
-    score = score.get("score") if isinstance(score, dict) else score
-    return Outcome(**known, reward=score, disagreement=float(stats.get("score_stddev") or 0.0))
+    told = data.section(trace, "outcome", where)
+    if not told:
+        adaptive, stats = (data.section(trace, name, where) for name in ("adaptive_summary", "reward_stats"))
+        told = {"session_id": where} | data.section(trace, "session_metadata", where)
+        told = {name: told.get(name) for name in ("session_id", "learning_key", "created_at", "status")}
+        score = trace.get("session_reward")
+        is_section = isinstance(score, dict) or str(score).startswith("{")
+        told["reward"] = data.section(trace, "session_reward", where).get("score") if is_section else score
+        told |= {"lane": adaptive.get("adaptive_mode"), "review": trace.get("review_status")}
+        told["disagreement"] = stats.get("score_stddev")
+    try:
+        return Outcome(
+            **{name: _typed(name, value) for name, value in told.items() if value not in (None, "")}
+        )
+    except (TypeError, ValueError) as error:
+        cause = f"{where}: not a trace of this version ({error})"
+        raise UserError(f"{cause}; leave it out, or for a run's own choose another --out") from None
+
+
+def _typed(name: str, value: Any) -> Any:
+    """The value of a field; numbers may be written as texts, and the other way round. Raises ValueError."""
+    kind = type(getattr(Outcome(""), name, value))
+    if kind in (float, type(None)):
+        return number(value)
+    if kind is str and type(value) in (int, float):
+        return str(value)
+    item = dict if name == "learned" else str
+    if not isinstance(value, kind) or (kind is list and not all(isinstance(x, item) for x in value)):
+        raise ValueError(f"{name} is {str(value)[:40]!r}")
+    return {key: int(number(count)) for key, count in value.items()} if kind is dict else value
 
 
 METRICS = {  # the value for one session (None: nobody knows), the label in the report (none: not there), and a note
