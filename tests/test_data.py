@@ -79,8 +79,8 @@ def test_lines_are_numbered_as_in_an_editor_and_blank_ones_and_a_byte_order_mark
     "lines, said",
     [
         ([{}, '{"a": '], r"a.jsonl:2: not JSON .* each line must be one JSON object"),
-        ([{}, "[1]"], r"a.jsonl:2: a JSON list, but each line must be an object"),
-        ([{}, {}, b'{"a": "\xff"}'], r"a.jsonl:3: not UTF-8 .* save the file as UTF-8"),
+        ([{}, "[1]"], r"a.jsonl:2: a JSON list; each line must be one JSON object"),
+        ([{}, {}, b'{"a": "\xff"}'], r"a.jsonl:3: not JSON in UTF-8 .* can't decode byte 0xff"),
         (["", ""], r"a.jsonl: empty; it should have one JSON object per line"),
     ],
 )
