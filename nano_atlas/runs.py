@@ -41,18 +41,16 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    with replacing(path) as file:
-        file.write(text.encode())
+    replace_file(path, [text.encode()])
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` when the block ends without an exception; until then the old one is there."""
+def replace_file(path: Path, parts: Iterable[bytes]) -> None:
+    """Writes a new file, which takes the place of `path` once it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
-            yield file
+            file.writelines(parts)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -147,7 +145,7 @@ def atomic_directory(path: str | Path, has_digests=True, **about: Any) -> Iterat
 def strangers(path: Path) -> list[str]:
     """What lies at a path and was not written there by `atomic_directory`."""
     entries = path.iterdir() if path.is_dir() else filter(Path.exists, [path])
-    return sorted({entry.name for entry in entries} - {DIGESTS, *_digests(path).get("files", {})})
+    return sorted({entry.name for entry in entries} - {DIGESTS, *_digests(path)})
 
 
 def refuse_strangers(path: Path) -> None:
@@ -159,18 +157,17 @@ def refuse_strangers(path: Path) -> None:
 def refuse_damage(path: Path) -> None:
     """Raises UserError where a file is not what `atomic_directory` wrote; a directory of somebody else passes."""
     unreadable = {DIGESTS: "another digest"} if os.path.isfile(path / DIGESTS) else {}
-    for name, known in _digests(path).get("files", unreadable).items():
+    for name, known in (_digests(path) or unreadable).items():
         if not (path / name).is_file() or known and files_digest([path / name]) != known:
             remedy = f"copy it anew, or delete {DIGESTS} beside it if you changed it on purpose"
             raise UserError(f"{path / name} is damaged, it is not what was written there; {remedy}")
 
 
 def _digests(path: Path) -> dict[str, Any]:
-    """Nothing, where there are none that can be read."""
-    about = {}
-    with suppress(UserError):
-        about = read_json(path / DIGESTS)
-    return about if isinstance(about.get("files"), dict) else {}
+    """By file; nothing where they cannot be read."""
+    with suppress(UserError, AttributeError):
+        return dict(read_json(path / DIGESTS).get("files", {}).items())
+    return {}
 
 
 def claim(path: Path) -> BinaryIO:
@@ -238,7 +235,7 @@ def open_run(config: Any) -> Path | None:
 
 def is_saved(out: Path, step: int) -> bool:
     """Whether the model in a run's directory is the one after `step` steps."""
-    return _digests(out / "model").get("step") == step
+    return read_json(out / "model" / DIGESTS).get("step") == step
 
 
 def begin_run(config: Any, resumed: Path | None) -> None:
@@ -294,15 +291,11 @@ def _to_line(record: Mapping[str, Any]) -> bytes:
 
 
 def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    with replacing(path) as file:
-        file.writelines(map(_to_line, records))
+    replace_file(path, map(_to_line, records))
 
 
 class Journal(AbstractContextManager):
-    """A JSONL file that is only ever appended to, by one process at a time, and survives kill -9 at any instant.
-
-    A last line that a crash tore is cut off when the file is opened. Raises UserError if another process has the file open.
-    """
+    """A JSONL file that is only ever appended to, by one process at a time; kill -9 at any instant costs at most a torn last line."""
 
     def __init__(self, path: Path):
         self.path = Path(path)

@@ -92,8 +92,8 @@ def _compile(template: str, source: str) -> jinja2.Template:
 class Tokenizer:
     """Text and chats to ids and back, read from a checkpoint directory or made from a `tokenizers.Tokenizer` that knows its tokens.
 
-    eos_ids: all ids that end a generation (default: that of `eos_token`); the first of them is `pad_id` unless there is a `pad_token`.
-    source: name for error messages. named: `eos_token` and `pad_token`, which become part of `config`, the tokenizer_config.json.
+    eos_ids: all ids that end a generation (default: that of `eos_token`). source: name for error messages. named: `eos_token` and
+    `pad_token`, which become part of `config`, the tokenizer_config.json.
     """
 
     def __init__(self, backend, chat_template=CHATML, eos_ids=(), source="tokenizer", **named: str):

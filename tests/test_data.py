@@ -179,7 +179,7 @@ def test_traces_become_problems_and_what_does_not_is_counted(tmp_path, capsys):
         "task": "One",
         "steps": [{"reward": {"process": 1.0}}],
     }  # as in their sample file
-    with pytest.raises(UserError, match=r"no trace here makes a problem \(1 no ground truth\)"):
+    with pytest.raises(UserError, match=r"no problem is left; traces left out: 1 no ground truth"):
         load_problems(write(tmp_path / "sample.jsonl", sample))
     assert load_problems(tmp_path / "sample.jsonl", needs_answer=False) == [Problem("1", "One", None)]
 
