@@ -175,10 +175,9 @@ def _stored_tensors(path: Path) -> tuple[dict[str, Path], dict[str, list[int]]]:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():
                     part = tensors.get_slice(name)
-                    dtype = part.get_dtype()
-                    if dtype not in ("F64", "F32", "F16", "BF16"):
-                        raise UserError(f"{file}: {name} is {dtype}; quantized weights are not supported")
                     files[name], shapes[name] = file, part.get_shape()
+                    if (dtype := part.get_dtype()) not in ("F64", "F32", "F16", "BF16"):
+                        raise UserError(f"{file}: {name} is {dtype}; quantized weights are not supported")
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file} is not a complete safetensors file ({error}); copy it again") from error
     # old versions of transformers stored a buffer that means nothing

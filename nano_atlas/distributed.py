@@ -1,8 +1,8 @@
 """Several processes that train one model: FSDP2 under torchrun. In a single process every function here does nothing.
 
-All ranks hold the same data, take the same decisions, and share the computation: each samples its part of the conversations
-(`divide`) and learns from its part of a step's tokens (`shares`); then all get all results. Each stores its rows of every
-parameter, gradient and moment (Rajbhandari et al. 2020, arXiv:1910.02054, ZeRO stage 3); whole layers exist while they compute.
+All ranks hold the same data and share the computation: each samples its part of the conversations (`divide`) and learns from its
+part of a step's tokens (`shares`). Each stores its rows of every parameter, gradient and moment (Rajbhandari et al. 2020,
+arXiv:1910.02054, ZeRO stage 3); whole layers exist while they compute.
 Gradients are summed, because the losses are normalised by the whole step, and after each micro-batch, because waiting for the last
 would need an unsharded float32 gradient (33 GB for 8B) to save one transfer of three.
 """

@@ -338,18 +338,17 @@ class RunLog(ExitStack):
             steps.append(record["step"])
         self._journal.keep(sum(step <= resumed_step for step in steps))
         if config is not None and (project := os.environ.get("WANDB_PROJECT")):
-            try:
-                import wandb
-            except ImportError:
-                raise UserError("WANDB_PROJECT needs a package: pip install wandb, or unset it") from None
             id_file = path.with_name("wandb_run.txt")  # so that a continued run goes on in the same graph
             if resumed_step == 0 or not id_file.exists():
                 id_file.write_text(uuid.uuid4().hex)
             options = {"project": project, "name": path.resolve().parent.name, "config": config}
             try:
+                import wandb
+
                 self._wandb = wandb.init(**options, id=id_file.read_text(), resume="allow")
-            except Exception as error:  # without a key, without a network
-                raise UserError(f"WANDB_PROJECT is set, but: {error}; `wandb login`, or unset it") from error
+            except Exception as error:  # without the package, a key or a network
+                remedy = "`pip install wandb` and `wandb login`, or unset it"
+                raise UserError(f"WANDB_PROJECT is set, but: {error}; {remedy}") from error
             self.callback(self._wandb.finish)
 
     def log(self, step: int, **metrics: Any) -> None:

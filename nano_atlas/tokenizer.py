@@ -23,7 +23,7 @@ import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nano_atlas.errors import UserError
-from nano_atlas.runs import find_checkpoint, read_json, replace_text, write_json
+from nano_atlas.runs import find_checkpoint, read_json, refuse, replace_text, write_json
 
 # The format of OpenAI's ChatML as Qwen writes it, for checkpoints that come without a template.
 CHATML = """{%- for message in messages %}
@@ -36,10 +36,6 @@ CHATML = """{%- for message in messages %}
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # code points without a meaning, to stand in for special tokens
 NAMED_TOKENS = {f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")}
 WORK, LINE = 100_000_000, 100  # characters that a template may make for a chat; what an executed line counts
-
-
-def _raise(message: str):
-    raise jinja2.TemplateError(message)
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -81,7 +77,7 @@ def _compile(template: str, source: str) -> jinja2.Template:
     settings = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
     environment = _Environment(**settings)
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's own escapes HTML
-    environment.globals["raise_exception"] = _raise
+    environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     # Some templates mark assistant text for loss masks by `{% generation %}`: here the body is simply rendered.
     template = re.sub(r"({%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%})", r"\1with", template)
@@ -104,13 +100,11 @@ class Tokenizer:
         self._template = _compile(chat_template, source)
         self.config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         self.config |= named
-        ids = {name: backend.token_to_id(token) for name, token in named.items()}
         for name, token in named.items():
-            if ids[name] is None:
+            if backend.token_to_id(token) is None:
                 raise UserError(f"{source}: {name} {token!r} is not in the vocabulary")
-        self.eos_ids = tuple(eos_ids) or (ids["eos_token"],)
-        self.pad_id = ids.get("pad_token", self.eos_ids[0])
-
+        self.eos_ids = tuple(eos_ids) or (backend.token_to_id(named["eos_token"]),)
+        self.pad_id = backend.token_to_id(named["pad_token"]) if "pad_token" in named else self.eos_ids[0]
         added = backend.get_added_tokens_decoder()
         special = {token.content: index for index, token in added.items() if token.special}
         for index in set(self.eos_ids) - set(special.values()):  # ordinary tokens that end a text
