@@ -188,13 +188,15 @@ def claim(path: Path) -> BinaryIO:
 @contextmanager
 def owned(out: Path) -> Iterator[None]:
     """Within it no other run writes into the directory, or UserError; a new one is gone again if nothing was written."""
-    is_new = not out.exists()
-    with claim(out / ".lock") if rank() == 0 else nullcontext():
+    made, lock = [place for place in (out, *out.parents) if not place.exists()], out / ".lock"
+    with claim(lock) if rank() == 0 else nullcontext():
         try:
             yield
         finally:
-            if is_new and rank() == 0 and os.listdir(out) == [".lock"]:
-                shutil.rmtree(out)
+            if made and rank() == 0 and list(out.iterdir()) == [lock]:
+                lock.unlink()
+                with suppress(OSError):  # a parent may hold something else by now
+                    [place.rmdir() for place in made]
 
 
 def open_run(config: Any) -> Path | None:

@@ -35,6 +35,7 @@ CHATML = """{%- for message in messages %}
 
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # code points without a meaning, to stand in for special tokens
 NAMED_TOKENS = {f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")}
+LARGEST = 1_000_000  # power or repetition in a template
 WORK, LINE = 100_000_000, 100  # characters that a template may make for a chat; what an executed line counts
 
 
@@ -43,7 +44,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context, operator: str, left, right):
         a, b = (len(side) if hasattr(side, "__len__") else abs(side) for side in (left, right))
-        if (operator == "*" and a * b > WORK) or (operator == "**" and math.pow(a, b) > WORK):
+        if (operator == "*" and a * b > LARGEST) or (operator == "**" and math.pow(a, b) > LARGEST):
             raise OverflowError(f"the result of {operator} is too large")
         return super().call_binop(context, operator, left, right)
 
