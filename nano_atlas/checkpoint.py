@@ -74,9 +74,7 @@ def config_from_dict(values: dict, source: str = "config.json") -> ModelConfig:
         raise UserError(f"{source}: {rule}, not {config}")
     config |= {"attention_bias": kind == "qwen2", "qk_norm": kind == "qwen3"}
     config["rms_norm_eps"] = _positive("rms_norm_eps", values.get("rms_norm_eps", 1e-6), source, float)
-    config["tie_word_embeddings"] = values.get("tie_word_embeddings", False)
-    if not isinstance(config["tie_word_embeddings"], bool):
-        raise UserError(f"{source}: tie_word_embeddings should be true or false")
+    config["tie_word_embeddings"] = bool(values.get("tie_word_embeddings"))
     return ModelConfig(kind, **config, **_rope(values, source))
 
 
@@ -130,10 +128,7 @@ def read_config(path: str | Path) -> ModelConfig:
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
-    """A checkpoint directory as a `Transformer`. Host memory holds the result and one tensor more.
-
-    Raises UserError that names every missing, extra or wrongly shaped tensor, or the first with a number that is not finite.
-    """
+    """A checkpoint directory as a `Transformer`. Host memory holds the result and one tensor more. Raises UserError."""
     refuse_damage(find_checkpoint(path))
     config = read_config(path)
     files, found = _stored_tensors(find_checkpoint(path))
@@ -180,12 +175,9 @@ def _stored_tensors(path: Path) -> tuple[dict[str, Path], dict[str, list[int]]]:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():
                     part = tensors.get_slice(name)
-                    dtype = part.get_dtype()
-                    if dtype not in ("F64", "F32", "F16", "BF16"):
-                        raise UserError(f"{file}: {name} is {dtype}; quantized weights are not supported")
-                    if name in files and not torch.equal(_read(files, name), tensors.get_tensor(name)):
-                        raise UserError(f"{file}: {name} is in {files[name].name} too, but not the same")
                     files[name], shapes[name] = file, part.get_shape()
+                    if (dtype := part.get_dtype()) not in ("F64", "F32", "F16", "BF16"):
+                        raise UserError(f"{file}: {name} is {dtype}; quantized weights are not supported")
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file} is not a complete safetensors file ({error}); copy it again") from error
     # old versions of transformers stored a buffer that means nothing
@@ -193,7 +185,7 @@ def _stored_tensors(path: Path) -> tuple[dict[str, Path], dict[str, list[int]]]:
 
 
 def _read(files: dict[str, Path], name: str) -> Tensor:
-    """A tensor as a view of the mapped file. The file is opened anew for each, so that its pages are let go with the tensor."""
+    """A view of the mapped file, which is opened anew for each, so that its pages are let go with the tensor."""
     with safe_open(files[name], framework="pt") as tensors:
         return tensors.get_tensor(name)
 
@@ -220,10 +212,9 @@ def in_shards(tensors: Named, max_bytes: float) -> Iterator[dict[str, Tensor]]:
 def save_model(
     path, model: Transformer, tokenizer, max_shard_bytes=5e9, repeat_tied_head=False, **about
 ) -> None:
-    """Writes a directory that `load_model`, transformers and vLLM read, replacing an earlier checkpoint at `path` atomically.
+    """Writes a directory that `load_model`, transformers and vLLM read, in place of an earlier one. Collective; rank 0 writes.
 
-    Above `max_shard_bytes` there are several files and an index. repeat_tied_head: store it once more under its own name.
-    about: for `atomic_directory`. Collective; rank 0 writes. Raises UserError if `path` holds anything that was not saved so.
+    repeat_tied_head: store it once more under its own name. about: for `atomic_directory`.
     """
     tensors = full_parameters(model)
     if repeat_tied_head:

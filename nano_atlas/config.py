@@ -54,10 +54,10 @@ class Preset(NamedTuple):
 
 
 def option(default: Any, help: str, choices=(), *, group="", resumable=False, **bounds) -> Any:
-    """A dataclass field that becomes `--its-name`; `help` gives meaning and unit, `group` starts a section of `--help`.
+    """A dataclass field that becomes `--its-name`; `group` starts a section of `--help`.
 
     A `resumable` option may differ when an interrupted run is continued (how long, how often), others may not (what is computed).
-    bounds: above, at_least, at_most, below; for a number or each of several, not for None.
+    bounds: of a number or each of several, see BOUNDS.
     """
     metadata = {"help": help, "choices": choices, "group": group, "resumable": resumable, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata)
@@ -148,7 +148,7 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def refuse_changes(config: Any, saved: Mapping[str, Any], where: str) -> None:
-    """Raise UserError naming each option that is not resumable and differs from a run's `saved` JSON (or, if missing, its default)."""
+    """Raise UserError naming each option that is not resumable and differs from a run's `saved` JSON."""
     now, saved = to_json(config), to_json(type(config)()) | dict(saved)
     fixed = [field.name for field in _options(config) if not field.metadata["resumable"]]
     changed = [f"{flag_of(name)} {saved[name]} -> {now[name]}" for name in fixed if saved[name] != now[name]]
@@ -176,13 +176,10 @@ def run_script(main: Callable[[], None], is_parallel: bool = False) -> None:
             if isinstance(error, BrokenPipeError):  # whoever read our output, such as `head`, has had enough
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 sys.exit(141)
-            is_memory, is_disk = (
-                isinstance(error, OutOfMemoryError),
-                isinstance(error, OSError | SafetensorError),
-            )
-            if not (is_memory or is_disk or isinstance(error, UserError)):
+            if not isinstance(error, OutOfMemoryError | OSError | SafetensorError | UserError):
                 raise
-            remedy = MEMORY_REMEDY if is_memory else DISK_REMEDY if is_disk else ""
+            remedy = MEMORY_REMEDY if isinstance(error, OutOfMemoryError) else DISK_REMEDY
+            remedy = "" if isinstance(error, UserError) else remedy
             print(masked(f"error: {error}{remedy}"), file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:

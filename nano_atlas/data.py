@@ -7,8 +7,7 @@ learned. Three kinds of lines become examples, told apart by their fields:
     {"messages": [{"role", "content"}, ...]}                                        a chat; its assistant turns are learned
     {"prompt", "completion"}                                                        texts as they are, or lists of messages
 
-A field that is null or an empty text is absent. Nothing is ever truncated: an example that is too long is left out, counted and
-reported. Every error names file and line.
+Nothing is ever truncated: an example that is too long is left out, counted and reported. Every error names file and line.
 """
 
 import json
@@ -45,7 +44,8 @@ def _text(record: dict, field: str, where: str) -> str:
     raise UserError(f"{where}: the field {field!r} must be a non-empty text, not {found}")
 
 
-def _present(record: dict) -> dict:
+def present(record: dict) -> dict:
+    """Without fields that are null or an empty text."""
     return {field: value for field, value in record.items() if value not in (None, "")}
 
 
@@ -53,12 +53,9 @@ def section(record: dict, name: str, where: str) -> dict:
     """An object within a record, or its JSON as text, as databases export it; empty where there is none. Raises UserError."""
     value = record.get(name) or {}
     try:
-        value = parse_json(value) if isinstance(value, str) else value
-    except ValueError:
-        pass  # a text is no object, which is said below
-    if isinstance(value, dict):
-        return _present(value)
-    raise UserError(f"{where}: the field {name!r} must hold an object, {{...}}, not a {type(value).__name__}")
+        return present(parse_json(value) if isinstance(value, str) else value)
+    except (ValueError, AttributeError):
+        raise UserError(f"{where}: the field {name!r} must hold an object, {{...}}") from None
 
 
 @dataclass(frozen=True)
@@ -73,21 +70,19 @@ def load_problems(path: Path | str, *, needs_answer=True, skip_bad=False) -> lis
     """Problems of the usual layouts: GSM8K and AIME {question|problem, answer}, Arc's RL file {prompt, ground_truth},
     {problem_text|input, solution}, and session traces of this runtime or of atlas-sdk {task, ...}.
 
-    Without an `id` a problem is called after its line, `test:17`. A trace that failed, is not approved, has no ground truth or a task
-    seen before is left out and counted. Raises UserError for a line without question or answer (if it `needs_answer`) or with an id
-    seen before; to `skip_bad` is to leave the line out, and to print what is wrong with it.
+    Without an `id` a problem is called after its line, `test:17`. Traces that make no problem are left out and counted. Raises
+    UserError for a bad line; to `skip_bad` is to leave it out, and to print what is wrong with it.
     """
     problems, traced, left_out, bad = {}, set(), Counter(), []
     complain = bad.append if skip_bad else refuse
     for number, record in read_jsonl(path, complain):
-        record, where = _present(record), f"{path}:{number}"
+        record, where = present(record), f"{path}:{number}"
         try:
-            if "task" in record and not record.keys() & set(QUESTION_FIELDS):
+            if "task" in record and record.keys().isdisjoint(QUESTION_FIELDS):
                 record, reason = _from_trace(record, where, needs_answer)
                 task = str(record["question"]), str(record.get("answer"))
-                reason = reason or ("the same task again" if task in traced else None)
-                if reason:
-                    left_out[reason] += 1
+                if reason or task in traced:
+                    left_out[reason or "the same task again"] += 1
                     continue
                 traced.add(task)
             problem = _problem(record, where, f"{Path(path).stem}:{number}", needs_answer)
@@ -99,11 +94,9 @@ def load_problems(path: Path | str, *, needs_answer=True, skip_bad=False) -> lis
         problems.setdefault(problem.id, problem)
     if bad:
         print(f"left out {len(bad)} malformed lines of {path}:", *bad, sep="\n  ")
-    if bad and not problems:
-        raise UserError(f"{path}: no line is left")
     said = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-    if left_out and not problems:
-        raise UserError(f"{path}: no trace here makes a problem ({said})")
+    if not problems:
+        raise UserError(f"{path}: no problem is left; traces left out: {said or 'none'}")
     if left_out:
         print(f"{path}: {len(problems)} problems; traces left out: {said}")
     return list(problems.values())
@@ -128,11 +121,8 @@ def _problem(record: dict, where: str, name: str, needs_answer: bool) -> Problem
     if field is None and needs_answer:
         raise UserError(f"{where}: no gold answer; one of the fields {', '.join(ANSWER_FIELDS)} must hold it")
     answer = None if field is None else _gold_answer(record, field, where)
-    named = {"id": name, "domain": ""} | record
-    for key in ("id", "domain"):
-        if type(named[key]) not in (str, int, float):
-            raise UserError(f"{where}: the field {key!r} must be a text or a number")
-    return Problem(str(named["id"]), _text(record, question, where), answer, str(named["domain"]))
+    name, domain = record.get("id", name), record.get("domain", "")
+    return Problem(str(name), _text(record, question, where), answer, str(domain))
 
 
 def _gold_answer(record: dict, field: str, where: str) -> str:
@@ -166,15 +156,15 @@ class Example:
 
 
 def load_examples(paths, tokenizer: Tokenizer, max_length: int, thinking: bool = False) -> list[Example]:
-    """Every line of the files, tokenised; prints how many are left out, because they have more than `max_length` tokens.
+    """Every line of the files, tokenised, if it has at most `max_length` tokens. Raises UserError for a bad line.
 
-    `thinking` is Qwen3's switch, and must be the one that the model is later sampled with. Raises UserError for a bad line.
+    `thinking` is Qwen3's switch, and must be the one that the model is later sampled with.
     """
     examples = []
     for path in paths:
-        spelled: list[str] = []
-        lines = ((f"{path}:{number}", record) for number, record in read_jsonl(path))
-        made = [e for where, r in lines for e in make_examples(r, tokenizer, where, thinking, spelled)]
+        made, spelled = [], []
+        for number, record in read_jsonl(path):
+            made += make_examples(record, tokenizer, f"{path}:{number}", thinking, spelled)
         if spelled:
             what = f"{len(spelled)} lines, this one first, spell control tokens in prompt or completion"
             print(f"{spelled[0]}: {what}; they are learned as plain text. Write lists of messages instead")
@@ -188,11 +178,8 @@ def load_examples(paths, tokenizer: Tokenizer, max_length: int, thinking: bool =
 
 
 def make_examples(record: dict, tokenizer, where: str, thinking=False, spelled=None) -> list[Example]:
-    """The example of one line (several if the chat template rewrites earlier turns, see `_chat_examples`).
-
-    `spelled` gets `where` if a plain prompt or completion has the text of a control token.
-    """
-    prompt, record = [], _present(record)  # the assistant turns of the prompt are not learned
+    """The examples of one line; `spelled` gets `where` if a plain prompt or completion has the text of a control token."""
+    prompt, record = [], present(record)  # the assistant turns of the prompt are not learned
     if "messages" in record:
         messages = _messages(record, "messages", where)
     elif "problem_text" in record or "teacher_teaching" in record:
@@ -230,9 +217,8 @@ def _messages(record: dict, field: str, where: str) -> protocol.Messages:
 def _chat_examples(messages, first: int, tokenizer: Tokenizer, thinking: bool) -> list[Example]:
     """Learn the assistant turns from index `first` on, each exactly as it would be generated: after the prompt of that turn.
 
-    Learned is what the template writes for `messages[:turn + 1]` beyond the generation prompt of `messages[:turn]`, up to the end of
-    the turn. A turn that continues the text before it (usually all do) extends its example; where a template rewrites earlier turns
-    (Qwen3 drops their reasoning), it starts another.
+    A turn that continues the text before it (usually all do) extends its example; where a template rewrites earlier turns (Qwen3
+    drops their reasoning), it starts another.
     """
     examples: list[Example] = []
     for turn in [i for i, message in enumerate(messages) if i >= first and message["role"] == "assistant"]:
@@ -278,10 +264,7 @@ def count_targets(examples: Iterable[Example]) -> int:
 
 
 def pack(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
-    """Micro-batches (of indices) whose padded view, rows x longest, has at most `tokens_per_batch` tokens; a longer document alone.
-
-    Longest first, so that the attention kernel sees little padding.
-    """
+    """Micro-batches (of indices), longest first: rows x longest are at most `tokens_per_batch` tokens; a longer document alone."""
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > tokens_per_batch:

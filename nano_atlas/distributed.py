@@ -1,8 +1,8 @@
 """Several processes that train one model: FSDP2 under torchrun. In a single process every function here does nothing.
 
-All ranks hold the same data, take the same decisions, and share the computation: each samples its part of the conversations
-(`divide`) and learns from its part of a step's tokens (`shares`); then all get all results. Each stores its rows of every
-parameter, gradient and moment (Rajbhandari et al. 2020, arXiv:1910.02054, ZeRO stage 3); whole layers exist while they compute.
+All ranks hold the same data and share the computation: each samples its part of the conversations (`divide`) and learns from its
+part of a step's tokens (`shares`). Each stores its rows of every parameter, gradient and moment (Rajbhandari et al. 2020,
+arXiv:1910.02054, ZeRO stage 3); whole layers exist while they compute.
 Gradients are summed, because the losses are normalised by the whole step, and after each micro-batch, because waiting for the last
 would need an unsharded float32 gradient (33 GB for 8B) to save one transfer of three.
 """
@@ -82,17 +82,15 @@ def check_gpu(name: str, gpus: int) -> str:
 def settle_threads(parameters: int) -> None:
     """One thread for models this small, all for larger ones; the largest of the process decides, and OMP_NUM_THREADS overrides it.
 
-    OpenMP's threads spin while they wait for each other: a thread that waits for one without a core costs more than it brings. Two
-    threads are worth 1.5 on an idle machine with two cores; beside one busy program they cost 2 to 9 (benchmarks/bench_threads.py).
+    Two threads are worth 1.5 on an idle machine with two cores; beside one busy program they cost 2 to 9, because OpenMP's threads
+    spin while they wait for each other (benchmarks/bench_threads.py).
     """
     global largest
     if "OMP_NUM_THREADS" in os.environ or parameters <= largest:
         return
-    is_first, largest = not largest, parameters
-    count = 1 if parameters < ONE_THREAD else CORES
-    if is_first or count != torch.get_num_threads():
-        print(f"{count} of {CORES} CPU threads; OMP_NUM_THREADS=N changes it")
-    torch.set_num_threads(count)
+    largest = parameters
+    torch.set_num_threads(1 if parameters < ONE_THREAD else CORES)
+    print(f"{torch.get_num_threads()} of {CORES} CPU threads; OMP_NUM_THREADS=N changes it")
 
 
 def shares(sizes: Sequence[int]) -> list[list[int]]:
@@ -103,10 +101,7 @@ def shares(sizes: Sequence[int]) -> list[list[int]]:
 
 
 def in_step(batches: Sequence, filler) -> Iterator[tuple]:
-    """(micro-batch, whether it counts): this rank's own, then `filler` until every rank has run as many.
-
-    A pass through a sharded model is collective: a rank that skips one deadlocks the others.
-    """
+    """(micro-batch, whether it counts): this rank's own, then `filler` until every rank has run as many, as passes are collective."""
     most = torch.tensor(len(batches))
     if size() > 1:
         dist.all_reduce(most, dist.ReduceOp.MAX)

@@ -51,10 +51,7 @@ def gpus_of(devices: str) -> list[str]:
 
 
 def choose_layout(config: LayoutConfig, student: str, kl: str, gpus: int | None = None) -> Layout:
-    """Fills in what is "auto" and prints the choice. Raises UserError for what is not there or does not go together.
-
-    student: checkpoint directory or URL; "" for none. kl: "exact" puts the reference beside the policy.
-    """
+    """Fills in what is "auto" and prints the choice; student: checkpoint directory, URL or "". Raises UserError."""
     gpus = torch.cuda.device_count() if gpus is None else gpus
     is_alone, has_vllm = distributed.size() == 1, find_spec("vllm") is not None
     policy = distributed.device(config.device, gpus)
@@ -95,7 +92,7 @@ def open_policy(config, layout, policy: Transformer, tokenizer, version: int, st
 
 
 def open_student(config, layout: Layout, stack) -> Seat:
-    """The frozen student's seat. Raises UserError where `config.student` is no checkpoint, or an endpoint that does not answer."""
+    """The frozen student's seat. Raises UserError."""
     if layout.student_server:
         from nano_atlas.vllm import sampler
 
@@ -105,10 +102,7 @@ def open_student(config, layout: Layout, stack) -> Seat:
 
 
 class Pipeline:
-    """The batch of each step: `produce(step)` samples it from the weights that the last `sync` brought.
-
-    is_ahead: the next step is sampled while this one trains, from weights that are one update old.
-    """
+    """The batch of each step; is_ahead: the next is sampled while this one trains, from weights that are one update old."""
 
     def __init__(self, produce, sampler, last_step: int, is_ahead: bool):
         self.produce, self.sampler, self.last_step, self.is_ahead = produce, sampler, last_step, is_ahead

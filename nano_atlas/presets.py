@@ -76,6 +76,4 @@ def suggestion(gigabytes: Sequence[float] | None = None) -> str:
     cards = [gpu.total_memory / 1e9 for gpu in here] if gigabytes is None else gigabytes
     needs = {name: need for name, (_, _, *gpus) in TABLE.items() for need in gpus}  # "24 GB" may be 23.7
     fitting = [n for n, (count, size) in needs.items() if sum(card >= 0.95 * size for card in cards) >= count]
-    plural, it = ("s", "them") if len(cards) > 1 else ("", "it")
-    found = f"{len(cards)} GPU{plural} with {min(cards, default=0):.0f} GB"
-    return f"{found}: --preset {fitting[-1]} would fit {it}" if fitting else ""
+    return f"{len(cards)} GPU of {min(cards):.0f} GB: --preset {fitting[-1]} would fit" if fitting else ""

@@ -29,9 +29,7 @@ def read_json(path: Path) -> dict:
         value = parse_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # no JSON, or no UTF-8
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); copy the file anew from its source") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} should hold a JSON object, not a {type(value).__name__}")
@@ -43,18 +41,16 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    with replacing(path) as file:
-        file.write(text.encode())
+    replace_file(path, [text.encode()])
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` when the block ends without an exception; until then the old one is there."""
+def replace_file(path: Path, parts: Iterable[bytes]) -> None:
+    """Writes a new file, which takes the place of `path` once it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
-            yield file
+            file.writelines(parts)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -74,12 +70,11 @@ def files_digest(paths: Iterable[Path]) -> str:
 
 
 def find_checkpoint(spec: str | Path) -> Path:
-    """The directory `spec`; where there is none, that of the repository of this name in the Hugging Face Hub's cache, if it is there."""
+    """The directory `spec`; where there is none, that of the repository of this name in the Hugging Face Hub's cache."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub"), f"models--{spec}".replace("/", "--"))
     main = cache.expanduser() / "refs/main"
-    # os.path because a name may be of any length
-    is_cached = not os.path.exists(spec) and os.path.isfile(main)
+    is_cached = not os.path.exists(spec) and os.path.isfile(main)  # os.path: a name may be of any length
     return main.parents[1] / "snapshots" / main.read_text().strip() if is_cached else Path(spec)
 
 
@@ -99,17 +94,14 @@ def kept(path: Path) -> dict:
 
 
 def refuse_foreign(record: Path, written: Iterable[str]) -> None:
-    """Raises UserError where files like those that a run writes lie in a directory in which none began: it has no `record` of one."""
+    """Raises UserError where what runs write (patterns) lies in a directory in which none began: it has no `record`."""
     found = [path for pattern in written for path in sorted(record.parent.glob(pattern))]
     if found and not record.exists():
         raise UserError(f"{found[0]} is of no run that began here (no {record.name}); choose another --out")
 
 
 def keep_to(config: Any, path: Path, contents: Mapping[str, str], written: Iterable[str]) -> None:
-    """A directory holds one experiment: writes its options to `path`, and digests of whatever else a name may come to mean.
-
-    written: patterns of the files of such a run. Raises UserError for other options or contents than those it began with.
-    """
+    """Writes a run's options to `path`, and digests of what they name. Raises UserError for others than those it began with."""
     refuse_foreign(path, written)
     if saved := kept(path):
         refuse_changes(config, saved["config"], str(path.parent))
@@ -123,8 +115,8 @@ def keep_to(config: Any, path: Path, contents: Mapping[str, str], written: Itera
 def atomic_directory(path: str | Path, has_digests=True, **about: Any) -> Iterator[Path]:
     """Yields a new directory to fill, which takes the place of `path` when the block ends without an exception.
 
-    Killed at any moment it leaves the old directory or the new one, the old one perhaps under another name until the next call.
-    Raises UserError if `path` holds anything that was not written here. about: goes into digests.json.
+    Killed at any moment it leaves one of the two, the old one perhaps under another name until the next call. Raises UserError if
+    `path` holds anything that was not written here. about: goes into digests.json.
     """
     path = Path(path).resolve()
     refuse_strangers(path)
@@ -153,7 +145,7 @@ def atomic_directory(path: str | Path, has_digests=True, **about: Any) -> Iterat
 def strangers(path: Path) -> list[str]:
     """What lies at a path and was not written there by `atomic_directory`."""
     entries = path.iterdir() if path.is_dir() else filter(Path.exists, [path])
-    return sorted({entry.name for entry in entries} - {DIGESTS, *_digests(path).get("files", {})})
+    return sorted({entry.name for entry in entries} - {DIGESTS, *_digests(path)})
 
 
 def refuse_strangers(path: Path) -> None:
@@ -164,22 +156,18 @@ def refuse_strangers(path: Path) -> None:
 
 def refuse_damage(path: Path) -> None:
     """Raises UserError where a file is not what `atomic_directory` wrote; a directory of somebody else passes."""
-    about = _digests(path)
-    damaged = [] if about or not os.path.isfile(path / DIGESTS) else [DIGESTS]
-    for name, known in about.get("files", {}).items():
+    unreadable = {DIGESTS: "another digest"} if os.path.isfile(path / DIGESTS) else {}
+    for name, known in (_digests(path) or unreadable).items():
         if not (path / name).is_file() or known and files_digest([path / name]) != known:
-            damaged.append(name)
-    if damaged:
-        remedy = f"copy it anew, or delete {DIGESTS} beside it if you changed it on purpose"
-        raise UserError(f"{path / damaged[0]} is damaged, it is not what was written there; {remedy}")
+            remedy = f"copy it anew, or delete {DIGESTS} beside it if you changed it on purpose"
+            raise UserError(f"{path / name} is damaged, it is not what was written there; {remedy}")
 
 
 def _digests(path: Path) -> dict[str, Any]:
-    """Nothing, where there are none that can be read."""
-    about = {}
-    with suppress(UserError, OSError):
-        about = read_json(path / DIGESTS)
-    return about if isinstance(about.get("files"), dict) else {}
+    """By file; nothing where they cannot be read."""
+    with suppress(UserError, AttributeError):
+        return dict(read_json(path / DIGESTS).get("files", {}).items())
+    return {}
 
 
 def claim(path: Path) -> BinaryIO:
@@ -199,7 +187,7 @@ def claim(path: Path) -> BinaryIO:
 
 @contextmanager
 def owned(out: Path) -> Iterator[None]:
-    """Within it no other run writes into the directory, which is gone again if nothing was written. Raises UserError where one does."""
+    """Within it no other run writes into the directory, or UserError; a new one is gone again if nothing was written."""
     made, lock = [place for place in (out, *out.parents) if not place.exists()], out / ".lock"
     with claim(lock) if rank() == 0 else nullcontext():
         try:
@@ -214,8 +202,8 @@ def owned(out: Path) -> Iterator[None]:
 def open_run(config: Any) -> Path | None:
     """The newest undamaged state of the run in `config.out`, or None for a new run. Changes nothing.
 
-    Raises UserError where the run has other options, where none of its states is whole, where anything lies in its place that a run
-    did not write, and where an option names what the run itself writes.
+    Raises UserError where the run has other options or no whole state, where anything lies in its place that a run did not write,
+    and where an option names what the run itself writes.
     """
     out, options = config.out, config.out / "options.json"
     states = sorted((out / "state").glob("step-*"), reverse=True)
@@ -249,20 +237,20 @@ def open_run(config: Any) -> Path | None:
 
 def is_saved(out: Path, step: int) -> bool:
     """Whether the model in a run's directory is the one after `step` steps."""
-    return _digests(out / "model").get("step") == step
+    return read_json(out / "model" / DIGESTS).get("step") == step
 
 
 def begin_run(config: Any, resumed: Path | None) -> None:
     """Called once everything is checked: a run that is not continued deletes what an earlier one wrote, and nothing else."""
     wait()  # all ranks have read it
     out = config.out
-    if rank() == 0:
-        earlier = [*(out / name for name in FOLDERS), *(out / "state").glob("step-*")]
-        for folder in () if resumed else earlier:
-            refuse_strangers(folder)  # again: it may have changed since
-            shutil.rmtree(folder, ignore_errors=True)
-        for name in () if resumed else FILES:
+    if rank() == 0 and not resumed:
+        for folder in (*(out / name for name in FOLDERS), *(out / "state").glob("step-*")):
+            if not strangers(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+        for name in FILES:
             (out / name).unlink(missing_ok=True)
+    if rank() == 0:
         write_json(out / "options.json", to_json(config))
     wait()
 
@@ -274,8 +262,8 @@ def refuse(message: str) -> NoReturn:
 def read_jsonl(path: Path | str, complain=refuse, is_journal=False) -> Iterator[tuple[int, dict]]:
     """Yield (line number from 1, object) for each line that is not blank. Raises UserError for a file that is missing or empty.
 
-    complain: is told of a line that is not UTF-8, not JSON or not an object, which is left out if it does not raise.
-    is_journal: a `Journal` may be writing the file, which is empty at first; a last line without its line break is not a record yet.
+    complain: is told of a line that is no JSON object, which is left out if it does not raise. is_journal: a `Journal` may be
+    writing the file, which is empty at first; a last line without its line break is not a record yet.
     """
     path, is_empty = Path(path), True
     try:
@@ -286,23 +274,16 @@ def read_jsonl(path: Path | str, complain=refuse, is_journal=False) -> Iterator[
         for number, raw in enumerate(file, start=1):
             if raw.isspace() or (is_journal and not raw.endswith(b"\n")):
                 continue
-            try:
-                record, fault = parse_json(raw), None
-                if not isinstance(record, dict):
-                    fault = f"a JSON {type(record).__name__}, but each line must be an object, {{...}}"
-            except UnicodeDecodeError as error:
-                fault = f"not UTF-8 (byte {error.start} of the line); save the file as UTF-8"
-            except ValueError as error:
-                is_syntax = isinstance(error, json.JSONDecodeError)
-                place = f"{error.msg} at column {error.colno}" if is_syntax else str(error).partition(";")[0]
-                fault = f"not JSON ({place}); each line must be one JSON object, {{...}}"
-                if is_empty and raw.strip()[-1:] in (b"[", b"{", b","):
-                    fault += "; this is one JSON array or object over several lines: one object per line"
             is_empty = False
-            if fault is None:
+            try:
+                record = parse_json(raw)
+                fault = f"a JSON {type(record).__name__}"
+            except ValueError as error:
+                record, fault = None, f"not JSON in UTF-8 ({error})"
+            if isinstance(record, dict):
                 yield number, record
             else:
-                complain(f"{path}:{number}: {fault}")
+                complain(f"{path}:{number}: {fault}; each line must be one JSON object, {{...}}")
     if is_empty and not is_journal:
         raise UserError(f"{path}: empty; it should have one JSON object per line")
 
@@ -312,25 +293,17 @@ def _to_line(record: Mapping[str, Any]) -> bytes:
 
 
 def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    with replacing(path) as file:
-        file.writelines(map(_to_line, records))
+    replace_file(path, map(_to_line, records))
 
 
 class Journal(AbstractContextManager):
-    """A JSONL file that is only ever appended to, by one process at a time, and survives kill -9 at any instant.
-
-    A last line that a crash tore is cut off when the file is opened. Raises UserError if another process has the file open.
-    """
+    """A JSONL file that is only ever appended to, by one process at a time; kill -9 at any instant costs at most a torn last line."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
         self._file = claim(self.path)
         self._file.seek(0)
         self._file.truncate(sum(len(line) for line in self._file if line.endswith(b"\n")))
-
-    def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(line number, record) of all that is in the file. Raises UserError for a damaged line."""
-        return read_jsonl(self.path, is_journal=True)
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Returns when the records are on the disk."""
@@ -350,8 +323,8 @@ class Journal(AbstractContextManager):
 class RunLog(ExitStack):
     """A record `{"step": 12, "loss": 1.5, ...}` per line; given the run's config, also on Weights & Biases if WANDB_PROJECT is set.
 
-    A run that continues after `resumed_step` computes the later steps again, so their records are dropped first: every step is in
-    the file once. Only rank 0 writes. Raises UserError when the file is damaged.
+    A run that continues after `resumed_step` computes the later steps again, so their records are dropped first. Only rank 0 writes.
+    Raises UserError when the file is damaged.
     """
 
     def __init__(self, path: Path, resumed_step: int = 0, config: Any = None):
@@ -361,24 +334,23 @@ class RunLog(ExitStack):
             return
         self._journal = self.enter_context(Journal(path))
         steps = []
-        for number, record in self._journal.records():
+        for number, record in read_jsonl(path, is_journal=True):
             if not isinstance(record.get("step"), int):
                 raise UserError(f"{path}:{number}: no metrics record; fix or delete it, or use --restart")
             steps.append(record["step"])
         self._journal.keep(sum(step <= resumed_step for step in steps))
         if config is not None and (project := os.environ.get("WANDB_PROJECT")):
-            try:
-                import wandb
-            except ImportError:
-                raise UserError("WANDB_PROJECT needs a package: pip install wandb, or unset it") from None
             id_file = path.with_name("wandb_run.txt")  # so that a continued run goes on in the same graph
             if resumed_step == 0 or not id_file.exists():
                 id_file.write_text(uuid.uuid4().hex)
             options = {"project": project, "name": path.resolve().parent.name, "config": config}
             try:
+                import wandb
+
                 self._wandb = wandb.init(**options, id=id_file.read_text(), resume="allow")
-            except Exception as error:  # without a key, without a network
-                raise UserError(f"WANDB_PROJECT is set, but: {error}; `wandb login`, or unset it") from error
+            except Exception as error:  # without the package, a key or a network
+                remedy = "`pip install wandb` and `wandb login`, or unset it"
+                raise UserError(f"WANDB_PROJECT is set, but: {error}; {remedy}") from error
             self.callback(self._wandb.finish)
 
     def log(self, step: int, **metrics: Any) -> None:

@@ -23,7 +23,7 @@ import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nano_atlas.errors import UserError
-from nano_atlas.runs import find_checkpoint, read_json, replace_text, write_json
+from nano_atlas.runs import find_checkpoint, read_json, refuse, replace_text, write_json
 
 # The format of OpenAI's ChatML as Qwen writes it, for checkpoints that come without a template.
 CHATML = """{%- for message in messages %}
@@ -35,24 +35,17 @@ CHATML = """{%- for message in messages %}
 
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # code points without a meaning, to stand in for special tokens
 NAMED_TOKENS = {f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")}
-LARGEST = 1_000_000  # number, power or repetition in a template
+LARGEST = 1_000_000  # power or repetition in a template
 WORK, LINE = 100_000_000, 100  # characters that a template may make for a chat; what an executed line counts
-WIDE_FORMAT = re.compile(r"[%:].?[-+<>=^# ]*\d{7}")
-
-
-def _raise(message: str):
-    raise jinja2.TemplateError(message)
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    # an intercepted operation is not computed while compiling either
-    intercepted_binops = frozenset(("*", "**", "+"))
+    intercepted_binops = frozenset(("*", "**", "+"))  # "+" is only counted, see `trace`
 
     def call_binop(self, context, operator: str, left, right):
-        if operator != "+":
-            a, b = (len(side) if hasattr(side, "__len__") else abs(side) for side in (left, right))
-            if (a * b if operator == "*" else math.pow(a, b)) > LARGEST:
-                raise OverflowError(f"the result of {operator} is too large")
+        a, b = (len(side) if hasattr(side, "__len__") else abs(side) for side in (left, right))
+        if (operator == "*" and a * b > LARGEST) or (operator == "**" and math.pow(a, b) > LARGEST):
+            raise OverflowError(f"the result of {operator} is too large")
         return super().call_binop(context, operator, left, right)
 
 
@@ -79,27 +72,25 @@ def _refusing(source: str, work: float = math.inf) -> Iterator[None]:
 
 
 def _compile(template: str, source: str) -> jinja2.Template:
-    """The environment of transformers' `apply_chat_template`: same block trimming, same filters and functions, sandboxed."""
+    """The environment of transformers' `apply_chat_template`, and within it no number of nine digits or more: a width, or a count."""
+    if re.search(r"\d{9}", template):
+        raise UserError(f"{source}: the chat template has a number of nine digits or more in it; remove it")
     settings = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
     environment = _Environment(**settings)
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's own escapes HTML
-    environment.globals["raise_exception"] = _raise
+    environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     # Some templates mark assistant text for loss masks by `{% generation %}`: here the body is simply rendered.
     template = re.sub(r"({%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%})", r"\1with", template)
     with _refusing(source):
-        parsed = environment.parse(template)
-        for value in (constant.value for constant in parsed.find_all(jinja2.nodes.Const)):
-            if WIDE_FORMAT.search(value) if isinstance(value, str) else abs(value or 0) > LARGEST:
-                raise OverflowError(f"{value!r:.40} is too large")
-        return environment.from_string(parsed)
+        return environment.from_string(template)
 
 
 class Tokenizer:
     """Text and chats to ids and back, read from a checkpoint directory or made from a `tokenizers.Tokenizer` that knows its tokens.
 
-    eos_ids: all ids that end a generation (default: that of `eos_token`); the first of them is `pad_id` unless there is a `pad_token`.
-    source: name for error messages. named: `eos_token` and `pad_token`, which become part of `config`, the tokenizer_config.json.
+    eos_ids: all ids that end a generation (default: that of `eos_token`). source: name for error messages. named: `eos_token` and
+    `pad_token`, which become part of `config`, the tokenizer_config.json.
     """
 
     def __init__(self, backend, chat_template=CHATML, eos_ids=(), source="tokenizer", **named: str):
@@ -110,13 +101,11 @@ class Tokenizer:
         self._template = _compile(chat_template, source)
         self.config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         self.config |= named
-        ids = {name: backend.token_to_id(token) for name, token in named.items()}
         for name, token in named.items():
-            if ids[name] is None:
+            if backend.token_to_id(token) is None:
                 raise UserError(f"{source}: {name} {token!r} is not in the vocabulary")
-        self.eos_ids = tuple(eos_ids) or (ids["eos_token"],)
-        self.pad_id = ids.get("pad_token", self.eos_ids[0])
-
+        self.eos_ids = tuple(eos_ids) or (backend.token_to_id(named["eos_token"]),)
+        self.pad_id = backend.token_to_id(named["pad_token"]) if "pad_token" in named else self.eos_ids[0]
         added = backend.get_added_tokens_decoder()
         special = {token.content: index for index, token in added.items() if token.special}
         for index in set(self.eos_ids) - set(special.values()):  # ordinary tokens that end a text
@@ -132,10 +121,7 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: str | Path) -> "Tokenizer":
-        """Reads `tokenizer.json` and, if present, `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja`, and the
-        ids that end a generation or pad in `generation_config.json`, else `config.json`. Raises UserError naming the file at fault,
-        also if the model of `config.json` has fewer tokens.
-        """
+        """Reads `tokenizer.json` and, where they are there, the files that transformers reads beside it. Raises UserError."""
         path = find_checkpoint(path)
         try:
             backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
@@ -165,12 +151,10 @@ class Tokenizer:
         eos_ids, template, file = token_ids("eos"), config.get("chat_template"), path / "chat_template.jinja"
         if isinstance(template, list):
             template = {str(e.get("name")): e.get("template") for e in template if isinstance(e, dict)}
-        try:
-            template = file.read_text(encoding="utf-8")  # goes before the entry in tokenizer_config.json
-        except FileNotFoundError:
-            template = template.get("default", template) if isinstance(template, dict) else template
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} cannot be read: {error}") from error
+        if isinstance(template, dict):
+            template = template.get("default", template)
+        if file.is_file():
+            template = file.read_text("utf-8", errors="replace")
         if not isinstance(template, str | None):
             raise UserError(f"{path}: the chat template is no text, and none named 'default' is there")
         if template is None:
@@ -228,26 +212,23 @@ class Tokenizer:
         `options` go to the template (Qwen3: `enable_thinking=False`). Raises UserError if it refuses the messages.
         """
         text, token_of = self._render(messages, add_generation_prompt, options)
-        ids, run = [], ""
-        for piece in self._special.split(text) if token_of else [text]:  # text, control token, text, ...
-            plain = piece.translate(token_of)
-            if plain == piece:
-                run += piece
-                continue
+        pieces = self._special.split(text)  # text, control token, text, ...
+        for is_every_text_apart in (False, True):
+            ids, run = [], ""
+            for index, piece in enumerate(pieces):
+                plain = piece.translate(token_of)
+                if index % 2 or plain == piece and not is_every_text_apart:
+                    run += piece
+                    continue
+                ids += self._encode(run, specials_are_text=False)
+                # SentencePiece-like tokenizers put a space before a beginning: encode what follows something as such
+                newline, after = self.encode("\n"), self.encode("\n" + plain)
+                is_split = ids and after[: len(newline)] == newline
+                ids += after[len(newline) :] if is_split else self.encode(plain)
+                run = ""
             ids += self._encode(run, specials_are_text=False)
-            # SentencePiece-like tokenizers put a space before a beginning: encode what follows something as such
-            newline, after = self.encode("\n"), self.encode("\n" + plain)
-            is_split = ids and after[: len(newline)] == newline
-            ids += after[len(newline) :] if is_split else self.encode(plain)
-            run = ""
-        ids += self._encode(run, specials_are_text=False)
-        parts = self._special.split(text)  # every second one is a control token
-        if sum(index in self._special_ids for index in ids) > len(parts) // 2:
-            ids = []  # a normalizer made control tokens of other spellings
-            for index, part in enumerate(parts):
-                ids += (
-                    [self.backend.token_to_id(part)] if index % 2 else self.encode(part.translate(token_of))
-                )
+            if sum(index in self._special_ids for index in ids) <= len(pieces) // 2:
+                break  # else a normalizer made control tokens of other spellings
         return ids
 
     def _encode(self, text: str, specials_are_text: bool) -> list[int]:

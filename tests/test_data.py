@@ -79,8 +79,8 @@ def test_lines_are_numbered_as_in_an_editor_and_blank_ones_and_a_byte_order_mark
     "lines, said",
     [
         ([{}, '{"a": '], r"a.jsonl:2: not JSON .* each line must be one JSON object"),
-        ([{}, "[1]"], r"a.jsonl:2: a JSON list, but each line must be an object"),
-        ([{}, {}, b'{"a": "\xff"}'], r"a.jsonl:3: not UTF-8 .* save the file as UTF-8"),
+        ([{}, "[1]"], r"a.jsonl:2: a JSON list; each line must be one JSON object"),
+        ([{}, {}, b'{"a": "\xff"}'], r"a.jsonl:3: not JSON in UTF-8 .* can't decode byte 0xff"),
         (["", ""], r"a.jsonl: empty; it should have one JSON object per line"),
     ],
 )
@@ -179,7 +179,7 @@ def test_traces_become_problems_and_what_does_not_is_counted(tmp_path, capsys):
         "task": "One",
         "steps": [{"reward": {"process": 1.0}}],
     }  # as in their sample file
-    with pytest.raises(UserError, match=r"no trace here makes a problem \(1 no ground truth\)"):
+    with pytest.raises(UserError, match=r"no problem is left; traces left out: 1 no ground truth"):
         load_problems(write(tmp_path / "sample.jsonl", sample))
     assert load_problems(tmp_path / "sample.jsonl", needs_answer=False) == [Problem("1", "One", None)]
 

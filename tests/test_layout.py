@@ -210,12 +210,12 @@ def test_a_checkpoint_that_is_there_comes_before_the_table(monkeypatch, place, t
 
 
 @pytest.mark.parametrize(("cards", "line"), [
-    ((), ""), ((6,), ""), ((11.8,), "1 GPU with 12 GB: --preset smollm2 would fit it"),
-    ((23.7,), "1 GPU with 24 GB: --preset qwen3-0.6b-24gb would fit it"),
-    ((48,), "1 GPU with 48 GB: --preset qwen3-0.6b-24gb would fit it"),
-    ((80,), "1 GPU with 80 GB: --preset qwen3-1.7b-80gb would fit it"),
-    ((80, 80), "2 GPUs with 80 GB: --preset qwen3-8b-2gpu would fit them"),
-    ((24, 24), "2 GPUs with 24 GB: --preset qwen3-0.6b-24gb would fit them"),
+    ((), ""), ((6,), ""), ((11.8,), "1 GPU of 12 GB: --preset smollm2 would fit"),
+    ((23.7,), "1 GPU of 24 GB: --preset qwen3-0.6b-24gb would fit"),
+    ((48,), "1 GPU of 48 GB: --preset qwen3-0.6b-24gb would fit"),
+    ((80,), "1 GPU of 80 GB: --preset qwen3-1.7b-80gb would fit"),
+    ((80, 80), "2 GPU of 80 GB: --preset qwen3-8b-2gpu would fit"),
+    ((24, 24), "2 GPU of 24 GB: --preset qwen3-0.6b-24gb would fit"),
 ])  # fmt: skip
 def test_the_first_line_names_the_largest_preset_that_fits(cards, line):
     assert suggestion(cards) == line

@@ -59,23 +59,13 @@ def test_marks_of_other_systems_and_halves_of_characters_are_read(tmp_path, cont
         assert read(tmp_path / name) == {"a": value}
 
 
-@pytest.mark.parametrize("indent", [0, 1, 4])
-@pytest.mark.parametrize("value", [[GOOD, GOOD], GOOD], ids=["array", "object"])
-def test_one_pretty_printed_value_is_recognised(tmp_path, value, indent):
-    path = write(tmp_path / "a.jsonl", json.dumps(value, indent=indent))
-    with pytest.raises(
-        UserError, match="a.jsonl:1: .*one JSON array or object over several lines: one object per"
-    ):
-        load_problems(path)
-
-
 def test_what_is_no_file_or_holds_nothing_good_is_said(tmp_path):
     (tmp_path / "d").mkdir()
     with pytest.raises(UserError, match="d: is a directory"):
         load_problems(tmp_path / "d")
-    with pytest.raises(UserError, match="d cannot be read: Is a directory"):
+    with pytest.raises(UserError, match="d is not valid JSON .*Is a directory"):
         read_json(tmp_path / "d")
-    with pytest.raises(UserError, match="a.jsonl: no line is left"):
+    with pytest.raises(UserError, match="a.jsonl: no problem is left"):
         load_problems(write(tmp_path / "a.jsonl", {}, "["), skip_bad=True)
     assert read_json(tmp_path / "none") == {}
 
@@ -128,9 +118,6 @@ def test_null_is_absent_in_demonstrations():
         ({"answer": True}, "'answer'"),
         ({"answer": ["1"]}, "'answer' must be a non-empty text, not a list"),
         ({"answer": {"value": 1}}, "'answer' must be a non-empty text, not a dict"),
-        ({"id": [1]}, "'id' must be a text or a number"),
-        ({"id": {}}, "'id' must be a text or a number"),
-        ({"domain": ["math"]}, "'domain' must be a text or a number"),
         ({"question": {"text": "x?"}}, "'question' must be a non-empty text, not a dict"),
     ],
 )

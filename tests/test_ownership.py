@@ -209,7 +209,7 @@ def test_wandb_without_a_key_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "wandb", Wandb)
     monkeypatch.setenv("WANDB_PROJECT", "atlas")
-    with pytest.raises(UserError, match="api_key not configured .*; `wandb login`, or unset it"):
+    with pytest.raises(UserError, match="api_key not configured .*`wandb login`, or unset it"):
         RunLog(tmp_path / "metrics.jsonl", config={})
 
 

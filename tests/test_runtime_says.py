@@ -188,7 +188,8 @@ def test_an_export_that_cannot_train_says_why(tmp_path, monkeypatch, capsys):
     run(config, [replace(task, answer=None) for task in TASKS[:2]], Student(), Teacher())
     said = main(monkeypatch, capsys, "--export", "x.jsonl", "--out", "o")
     assert (
-        "2 of 2 traces, not for training: x.jsonl: no trace here makes a problem (2 no ground truth)" in said
+        "2 of 2 traces, not for training: x.jsonl: no problem is left; traces left out: 2 no ground truth"
+        in said
     )
     assert "no session is pending" in main(monkeypatch, capsys, "--show", "pending", "--out", "o")
 

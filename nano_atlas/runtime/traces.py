@@ -203,20 +203,17 @@ def outcome_of(trace: Trace, where: str) -> Outcome:
     """The outcome of one of our records, or what a record of atlas-sdk says of it. Raises UserError."""
     if not isinstance(trace.get("task"), str):
         raise UserError(f"{where}: not a session trace; its field 'task' must hold the question")
-    told = data.section(trace, "outcome", where)
+    told, reward = data.section(trace, "outcome", where), trace.get("session_reward")
     if not told:
-        adaptive, stats = (data.section(trace, name, where) for name in ("adaptive_summary", "reward_stats"))
-        told = {"session_id": where} | data.section(trace, "session_metadata", where)
-        told = {name: told.get(name) for name in ("session_id", "learning_key", "created_at", "status")}
-        score = trace.get("session_reward")
-        is_section = isinstance(score, dict) or str(score).startswith("{")
-        told["reward"] = data.section(trace, "session_reward", where).get("score") if is_section else score
-        told |= {"lane": adaptive.get("adaptive_mode"), "review": trace.get("review_status")}
-        told["disagreement"] = stats.get("score_stddev")
+        if isinstance(reward, dict) or str(reward).startswith("{"):
+            reward = data.section(trace, "session_reward", where).get("score")
+        about = {"session_id": where} | data.section(trace, "session_metadata", where)
+        told = {name: about.get(name) for name in ("session_id", "learning_key", "created_at", "status")}
+        told |= {"reward": reward, "review": trace.get("review_status")}
+        told["lane"] = data.section(trace, "adaptive_summary", where).get("adaptive_mode")
+        told["disagreement"] = data.section(trace, "reward_stats", where).get("score_stddev")
     try:
-        return Outcome(
-            **{name: _typed(name, value) for name, value in told.items() if value not in (None, "")}
-        )
+        return Outcome(**{name: _typed(name, value) for name, value in data.present(told).items()})
     except (TypeError, ValueError) as error:
         cause = f"{where}: not a trace of this version ({error})"
         raise UserError(f"{cause}; leave it out, or for a run's own choose another --out") from None
