@@ -38,7 +38,7 @@ from nano_atlas.episode import Sketch, guide, seeds, sketch, teach
 from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
 from nano_atlas.runtime.deploy import with_deployment
-from nano_atlas.schedule import Fault, Script, play
+from nano_atlas.schedule import Fault, Script, caught, play
 
 VOTE_TEMPERATURE = 0.7  # of the votes where all else is greedy: equal answers are no vote
 CHUNK = 1024  # answers per arm between two writes: what a killed run loses at most
@@ -83,15 +83,16 @@ def main() -> None:
         config, compute, own = parse(tau2.Config, argv, {}, tau2.__doc__), tau2.run, tau2.tables
     else:
         argv = with_deployment(argv, is_evaluation=True)
-        config, compute, own = parse(Config, argv, presets("eval"), __doc__), run, crmarena.tables
+        config, compute, own = parse(Config, argv, presets("eval"), __doc__), run, None
+    faults = None
     if not config.tables:
         with nullcontext() if config.dry_run else runs.owned(config.out):
-            compute(config)
-    scores.finish(config, own)
+            faults = compute(config)
+    scores.finish(config, own, faults)
 
 
-def run(config: Config) -> None:
-    """Compute whatever config.out does not hold yet."""
+def run(config: Config) -> dict[str, list[str]]:
+    """Compute whatever config.out does not hold yet; by arm, why tasks have no result."""
     tasks, is_right = load_tasks(config), verifier(config)
     if config.dry_run:
         for domain, problems in tasks.items():
@@ -104,6 +105,7 @@ def run(config: Config) -> None:
     with TaskLog(config.out / "tasks.jsonl") as log:
         problems, how = list(chain(*tasks.values())), Arms(config, tasks, log, is_right, query)
         arms.fill(log, config, problems, how.answer)
+        return log.faults
 
 
 def load_tasks(config: Config) -> Tasks:
@@ -148,7 +150,7 @@ class Arms:
             scripts = [self.alone(*job) if job[0] in arms.ALONE else self.taught(*job) for job in chunk]
             label = f"{', '.join(sorted({arm for arm, _ in chunk}))}: {len(chunk)} of {len(jobs)} tasks"
             results = []
-            for (arm, problem), found in zip(chunk, play(scripts, seats, label, is_strict=False)):
+            for (arm, problem), found in zip(chunk, play(list(map(caught, scripts)), seats, label)):
                 if isinstance(found, Fault):
                     self.log.faults.setdefault(arm, []).append(f"{problem.domain} {problem.id}: {found}")
                 else:

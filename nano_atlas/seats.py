@@ -6,7 +6,7 @@ exact token ids and log-probabilities of each reply, which is what training need
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -49,9 +49,9 @@ Answers = list[list[Reply] | Fault]  # one for each question
 
 
 def read_reply(content: Any, usage: Any, prompt: str, is_truncated: bool = False) -> Reply:
-    """What a model or agent said, whoever it is: clean text of bounded length, tokens as `usage` counts them or else estimated.
+    """What any model or agent said: clean text, and tokens as `usage` counts them or else estimated. Raises UserError.
 
-    content: a text, or parts of which those of type "text" are joined (others are thoughts). Raises UserError.
+    content: a text, or parts of which those of type "text" are joined (others are thoughts).
     """
     texts = []
     for part in content if isinstance(content, list) else [content]:
@@ -83,10 +83,7 @@ def estimate_tokens(text: str) -> int:
 
 class Seat(Protocol):
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> Answers:
-        """`question.n` replies to each; the more at once the better, because a sampler works on full rows.
-
-        What an error of one question's own came to is a Fault in place of its replies; other errors are raised.
-        """
+        """`question.n` replies to each, or a Fault; the more at once the better, because a sampler works on full rows."""
 
     def count_tokens(self, text: str) -> int:
         """Length of a text in this seat's tokens."""
@@ -154,8 +151,7 @@ class EndpointSeat:
 
     def complete(self, messages, generation: Generation, seed: int, **more) -> tuple[dict, Reply]:
         """One chat completion: the server's choice, and the same as a Reply. more: fields of the request, such as tools."""
-        g, body = generation, {"model": self.model, "messages": messages, "seed": seed % 2**31, **more}
-        body |= {"max_tokens": g.max_tokens, "temperature": g.temperature, "top_p": g.top_p}
+        body = {"model": self.model, "messages": messages, "seed": seed % 2**31, **asdict(generation), **more}
         choice, usage = self.client.complete(body)
         text = choice["message"].get("content")  # null beside tool calls, and where thoughts took all tokens
         prompt = "".join(str(said.get("content") or "") for said in messages)
@@ -181,13 +177,9 @@ class EndpointSeat:
                 lost.extend([error] if isinstance(error, ServerLost) else [])
                 return Fault(str(error))
 
-        pool = ThreadPoolExecutor(self.client.connections)
-        try:
-            answers = pool.map(answer, asked)
-            replies = list(tqdm(answers, progress, len(asked), disable=not progress, leave=False))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for all the others
-        return in_groups(replies, questions)
+        with ThreadPoolExecutor(self.client.connections) as pool:
+            answers = tqdm(pool.map(answer, asked), progress, len(asked), disable=not progress, leave=False)
+            return in_groups(answers, questions)
 
 
 def open_seat(spec: str, device="cpu", dtype=torch.float32, **options) -> EmbeddedSeat | EndpointSeat:

@@ -17,14 +17,14 @@ from nano_atlas.config import derive_seed, option
 from nano_atlas.data import Problem
 from nano_atlas.episode import Attempt, EpisodeConfig
 from nano_atlas.errors import UserError
-from nano_atlas.runs import Journal, checkpoint_digest, keep_to, read_jsonl, refuse_foreign, write_json
+from nano_atlas.runs import Journal, checkpoint_digest, keep_to, read_jsonl, refuse_foreign
 from nano_atlas.seats import Reply, Seat, is_url, open_seat
 from nano_atlas.text import masked
 
 STUDENT = "student"  # the arm that all others are compared with
 CONTROLS = SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET = "shuffled", "untrained", "two-votes", "same-budget"
 ALONE = STUDENT, TWO_VOTES, SAME_BUDGET  # the arms without a teaching
-RESULT_FILES = "tasks.jsonl", "errors.json", "run.json", "results.json", "tables.md", "tau2-*.json"
+RESULT_FILES = "tasks.jsonl", "run.json", "results.json", "tables.md", "tau2-*.json"
 Key = tuple[str, str, str, int]  # of a result: arm, domain, id, sample
 Jobs = Sequence[tuple[str, Problem]]  # arms, and what each is to answer
 Seats = dict[str, Seat]  # "student", and "teacher": for the arms without one it is the student
@@ -138,16 +138,13 @@ def read_results(path: Path) -> dict[Key, TaskResult]:
 
 
 class TaskLog(Journal):
-    """The append-only tasks.jsonl with its only writer, the results that it holds, and errors.json: why tasks of this start have none."""
+    """The append-only tasks.jsonl with its only writer, and the results that it holds."""
 
     def __init__(self, path: Path):
         super().__init__(path)
         self.results = read_results(path)
-        self.faults: dict[str, list[str]] = {}  # by arm; the next start tries such tasks again
-
-    def __exit__(self, *exception: object) -> None:
-        write_json(self.path.with_name("errors.json"), self.faults)
-        super().__exit__(*exception)
+        # by arm: why tasks of this start have none; the next start tries them again
+        self.faults: dict[str, list[str]] = {}
 
     def append(self, results: Iterable[TaskResult]) -> None:
         new = {result.key: result for result in results if result.key not in self.results}
@@ -186,8 +183,7 @@ def start_or_continue(config: ArmsConfig, contents: dict[str, str]) -> None:
     out, specs = config.out, {STUDENT: config.student, **config.teachers}
     paths = {name: Path(spec) for name, spec in specs.items() if not is_url(spec)}
     for path in paths.values():
-        if not checkpoint.is_checkpoint(path):
-            checkpoint.read_config(path)  # says so, with a remedy
+        checkpoint.read_config(path)  # says what is wrong, with a remedy
     contents = {f"checkpoint {name}": checkpoint_digest(path) for name, path in paths.items()} | contents
     refuse_foreign(out / "run.json", RESULT_FILES)
     for file in [file for pattern in RESULT_FILES for file in out.glob(pattern)] if config.restart else ():

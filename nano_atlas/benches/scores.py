@@ -111,24 +111,26 @@ def compare(tasks: Tasks, others: Tasks, seed: int = 0) -> dict | None:
     return row | {"non_degradation_correct": 1 - degraded / could_degrade if could_degrade else None}
 
 
-def finish(config: ArmsConfig, own: Callable[[ArmsConfig, list[TaskResult]], str]) -> None:
+def finish(
+    config: ArmsConfig, own: Callable | None = None, faults: dict[str, list[str]] | None = None
+) -> None:
     """Print tables (without --full a summary) of config.out, also of an unfinished run. Unless it is --tables, write them too.
 
-    own(options of the run, its results): Markdown that a benchmark adds.
+    own(options of the run, its results): Markdown that a benchmark adds. faults: by arm, why tasks have no result.
     """
     saved = read_json(config.out / "run.json")
     results = list(arms.read_results(config.out / "tasks.jsonl").values())
     if not saved or not results:
         raise UserError(f"{config.out} holds no results yet; run the evaluation without --tables first")
     stored = type(config)(**saved["config"] | {"out": config.out})
-    report, added = make_report(results, stored), own(stored, results)
-    if errors := read_json(config.out / "errors.json"):
-        counts = ", ".join(f"{arm} {len(why)}" for arm, why in errors.items())
+    report, added = make_report(results, stored), own(stored, results) if own else ""
+    if faults:
+        counts = ", ".join(f"{arm} {len(why)}" for arm, why in faults.items())
         what = f"Infrastructure errors (tasks without a result; the same command tries them again): {counts}"
-        added = f"\n{what}; the first: {next(iter(errors.values()))[0]}\n{added}"
+        added = f"\n{what}; the first: {next(iter(faults.values()))[0]}\n{added}"
     text = tables(report) + added
     if not config.tables:
-        write_json(config.out / "results.json", {"run": saved, **report, "errors": errors})
+        write_json(config.out / "results.json", {"run": saved, **report, "errors": faults})
         replace_text(config.out / "tables.md", text)
     if not config.full:
         text = f"{summary(report, stored)}All columns: {config.out / 'tables.md'} (--full)\n{added}"
