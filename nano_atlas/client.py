@@ -21,15 +21,14 @@ LONGEST_WAIT = 120.0  # seconds, of those that a server asks for
 
 
 class ServerLost(UserError):
-    """The server did not answer, or only with errors of its own, however often it was asked. A restart may fix that."""
+    """The server did not answer, or only with errors of its own, however often it was asked."""
 
 
 class Client:
-    """Kept-alive connections that threads may share.
+    """Kept-alive connections that threads may share. The key comes from OPENAI_API_KEY.
 
-    url: as given, with the query if it has one; the paths of requests are added to it. connections: most requests under way at
-    once. timeout: seconds for an answer, all tries and the waits between them (doubling from 1 s) included. The key comes from
-    OPENAI_API_KEY.
+    url: paths of requests are added before its query, if it has one. connections: most requests under way at once. timeout:
+    seconds for an answer, all tries and the waits between them (doubling from 1 s) included.
     """
 
     def __init__(self, url: str, *, connections: int = 16, timeout: float = 600.0, tries: int = 4):
@@ -63,9 +62,11 @@ class Client:
             try:
                 response = self._http.request(method, base + path + mark + query, json=body, timeout=patience)
             except (httpx.RequestError, httpx.InvalidURL, ValueError) as error:
-                cause = f"{type(error).__name__}: {error}"
-                # a wrong address, or what cannot be sent
-                is_final = not isinstance(error, httpx.RequestError)
+                # of the others, one is of the address and one of what cannot be sent
+                cause, is_final = (
+                    f"{type(error).__name__}: {error}",
+                    not isinstance(error, httpx.RequestError),
+                )
             else:
                 answer, cause = _read_answer(response, choices)
                 if cause is None:

@@ -11,7 +11,7 @@ script going on as soon as its replies are there. A call that fails gives a Faul
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -116,8 +116,10 @@ def drive(scripts, seats, workers=16, timeout=600.0, is_lockstep=False, progress
             done, finished = finished, {}
             yield done
         while queued and len(flying) < workers:
-            job = queued.popleft()
-            flying[_in_thread(_ask_one, seats[job.call.seat], job.call)] = job, time.monotonic() + timeout
+            job, future = queued.popleft(), Future()
+            flying[future] = job, time.monotonic() + timeout
+            # unlike a pool's, a daemon thread that hangs does not keep the program from ending
+            threading.Thread(target=_ask_one, args=(seats, job.call, future), daemon=True).start()
         if flying:
             first = min(deadline for _, deadline in flying.values())
             wait(flying, max(0.0, first - time.monotonic()), FIRST_COMPLETED)
@@ -136,21 +138,14 @@ def drive(scripts, seats, workers=16, timeout=600.0, is_lockstep=False, progress
                 arrive(job, answer)
 
 
-def _ask_one(seat: Seat, call: Call) -> list[Reply] | Fault:
+def _ask_one(seats: Mapping[str, Seat], call: Call, future: Future) -> None:
     """One call to a seat; whatever somebody else's agent raises becomes a Fault."""
     try:
-        (replies,) = seat.ask([call.question])
+        (replies,) = seats[call.seat].ask([call.question])
     except BaseException as error:  # anything at all from a user's function, SystemExit too: somebody waits
         replies = f"{type(error).__name__}: {error}"
     if not isinstance(replies, list):
-        return Fault(f"{call.seat}: {clean(masked(str(replies)))[:500]}")
-    if not all(reply.text.strip() or reply.is_truncated for reply in replies):
-        return Fault(f"{call.seat}: returned nothing")
-    return replies
-
-
-def _in_thread(function: Callable, *arguments: Any) -> Future:
-    """Unlike a pool's, a daemon thread that hangs does not keep the program from ending."""
-    future: Future = Future()
-    threading.Thread(target=lambda: future.set_result(function(*arguments)), daemon=True).start()
-    return future
+        replies = Fault(f"{call.seat}: {clean(masked(str(replies)))[:500]}")
+    elif not all(reply.text.strip() or reply.is_truncated for reply in replies):
+        replies = Fault(f"{call.seat}: returned nothing")
+    future.set_result(replies)

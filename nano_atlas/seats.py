@@ -1,7 +1,6 @@
 """A seat is a student or a teacher one can talk to: a checkpoint in this process or on vLLM, or any OpenAI-compatible endpoint.
 
-Whoever asks does not know which it has: `ask` takes questions and gives replies. A seat with a sampler also returns the
-exact token ids and log-probabilities of each reply, which is what training needs.
+Whoever asks does not know which. Only a seat with a sampler returns the token ids and log-probabilities that training needs.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,8 +20,6 @@ from nano_atlas.protocol import Messages
 from nano_atlas.sampler import Generation, Request, Rollout, Sampler
 from nano_atlas.text import clean
 from nano_atlas.tokenizer import Tokenizer
-
-LONGEST_REPLY = 1_000_000  # characters; more is a fault of the agent, and would be copied into prompts
 
 
 class Question(NamedTuple):
@@ -61,8 +58,6 @@ def read_reply(content: Any, usage: Any, prompt: str, is_truncated: bool = False
             raise UserError(f"returned {type(part).__name__} instead of a text")
         texts.append(part)
     text, usage = clean("".join(texts)), usage if isinstance(usage, dict) else {}
-    if len(text) > LONGEST_REPLY:
-        raise UserError(f"returned {len(text):,} characters; the limit is {LONGEST_REPLY:,}")
     counts = (usage.get("completion_tokens"), text), (usage.get("prompt_tokens"), prompt)
     is_count = lambda number: type(number) is int and 0 < number < 2**53  # of which floats can take the mean
     written, read = (number if is_count(number) else estimate_tokens(said) for number, said in counts)
@@ -70,14 +65,14 @@ def read_reply(content: Any, usage: Any, prompt: str, is_truncated: bool = False
 
 
 def in_groups(replies: Iterable[Reply | Fault], questions: Sequence[Question]) -> Answers:
-    """Replies in one row, by the questions that they are to. One Fault stands for all n."""
+    """Replies in one row, by their questions. One Fault stands for all n."""
     replies = iter(replies)
     groups = [list(islice(replies, question.n)) for question in questions]
     return [next((reply for reply in group if isinstance(reply, Fault)), group) for group in groups]
 
 
 def estimate_tokens(text: str) -> int:
-    """For whom an own tokenizer does not show: about four characters a token."""
+    """Where the tokenizer is not known: about four characters a token."""
     return (len(text) + 3) // 4
 
 
@@ -183,10 +178,7 @@ class EndpointSeat:
 
 
 def open_seat(spec: str, device="cpu", dtype=torch.float32, **options) -> EmbeddedSeat | EndpointSeat:
-    """`URL` or `URL#model` becomes an EndpointSeat; anything else is a checkpoint directory, for an EmbeddedSeat with `options`.
-
-    Raises UserError for a directory without a checkpoint and for an endpoint that does not answer.
-    """
+    """An EndpointSeat for URL or URL#MODEL; else, with `options`, an EmbeddedSeat for a checkpoint directory. Raises UserError."""
     if is_url(spec):
         return EndpointSeat(spec)
     return EmbeddedSeat(load_model(spec, dtype, device), Tokenizer.from_directory(spec), **options)
