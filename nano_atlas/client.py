@@ -2,21 +2,16 @@
 
 import os
 import re
-import sys
 import time
 from email.utils import parsedate_to_datetime
 from itertools import count
 from pathlib import Path
 
 import httpx
-from tqdm import tqdm
 
 from nano_atlas.errors import UserError
 from nano_atlas.text import masked, parse_json
 
-# fields of a request that a server may refuse, the names that it may want instead, and how it says so
-REFUSABLE = {"max_tokens": "max_completion_tokens", "seed": None, "top_p": None, "temperature": None}
-REFUSAL = re.compile("(un|not |n.t )support|un(known|recogni|expect)|not (permit|allow)|cannot both", re.I)
 LONGEST_WAIT = 120.0  # seconds, of those that a server asks for
 
 
@@ -105,42 +100,6 @@ def _told_wait(told: str) -> float:
     except (ValueError, OverflowError):
         return 0.0
     return min(max(wait, 0.0), LONGEST_WAIT)
-
-
-class ChatClient(Client):
-    """A server that speaks the OpenAI protocol. url: its base as given, or .../chat/completions; without any path /v1 is meant."""
-
-    def __init__(self, url: str, **limits):
-        base, mark, query = url.partition("?")
-        base = base.rstrip("/")
-        base = base + "/v1" if base.count("/") == 2 else base.removesuffix("/chat/completions")
-        super().__init__(base + mark + query, **limits)
-        self.changes: dict[str, str | None] = {}  # names of fields that this server wants, None for none
-
-    def first_model(self) -> str:
-        listed = self.request("GET", "/models").get("data")
-        for entry in listed if isinstance(listed, list) else ():
-            if isinstance(entry, dict) and entry.get("id") and isinstance(entry["id"], str):
-                return entry["id"]
-        raise UserError(masked(f"{self.url} lists no model; name one after the address: URL#MODEL"))
-
-    def complete(self, body: dict) -> tuple[dict, object]:
-        """The one choice, which holds a message, and the usage. Fields that the server refuses are renamed or left out from then on."""
-        sent = {self.changes.get(name, name): value for name, value in body.items()}
-        sent.pop(None, None)
-        try:
-            answer = self.request("POST", "/chat/completions", sent, choices=1)
-        except UserError as error:
-            refused = [name for name in REFUSABLE if name in sent and re.search(rf"\b{name}\b", str(error))]
-            if not refused or not REFUSAL.search(str(error)):
-                raise
-            self.changes[refused[0]] = REFUSABLE[refused[0]]
-            tqdm.write(f"{masked(self.url)} wants other fields: {self.changes}", file=sys.stderr)
-            return self.complete(body)
-        (choice,) = answer["choices"]
-        if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
-            raise UserError(masked(f"{self.url}: no message in its choice {choice}")[:300])
-        return choice, answer.get("usage")
 
 
 def is_url(spec: str) -> bool:

@@ -3,6 +3,8 @@
 Whoever asks does not know which. Only a seat with a sampler returns the token ids and log-probabilities that training needs.
 """
 
+import re
+import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -13,13 +15,17 @@ import torch
 from tqdm import tqdm
 
 from nano_atlas.checkpoint import load_model
-from nano_atlas.client import ChatClient, ServerLost, is_url
+from nano_atlas.client import Client, ServerLost, is_url
 from nano_atlas.errors import UserError
 from nano_atlas.model import Transformer
 from nano_atlas.protocol import Messages
 from nano_atlas.sampler import Generation, Request, Rollout, Sampler
-from nano_atlas.text import clean
+from nano_atlas.text import clean, masked
 from nano_atlas.tokenizer import Tokenizer
+
+# fields of a request that a server may refuse, the names that it may want instead, and how it says so
+REFUSABLE = {"max_tokens": "max_completion_tokens", "seed": None, "top_p": None, "temperature": None}
+REFUSAL = re.compile("(un|not |n.t )support|un(known|recogni|expect)|not (permit|allow)|cannot both", re.I)
 
 
 class Question(NamedTuple):
@@ -135,23 +141,53 @@ class EmbeddedSeat(TokenSeat):
 
 
 class EndpointSeat:
-    """A chat endpoint that speaks the OpenAI protocol, such as `vllm serve`. model: or URL#MODEL, by default the first that it lists."""
+    """A chat endpoint that speaks the OpenAI protocol, such as `vllm serve`.
+
+    url: its base as given, or .../chat/completions; without any path /v1 is meant. model: or URL#MODEL; by default the first listed.
+    """
 
     count_tokens = staticmethod(estimate_tokens)
 
     def __init__(self, url: str, model: str | None = None, **limits):
         url, _, named = url.partition("#")
-        self.client = ChatClient(url, **limits)
-        self.model = model or named or self.client.first_model()
+        base, mark, query = url.partition("?")
+        base = base.rstrip("/")
+        base = base + "/v1" if base.count("/") == 2 else base.removesuffix("/chat/completions")
+        self.client = Client(base + mark + query, **limits)
+        self.model = model or named or self._first_model()
+        self.changes: dict[str, str | None] = {}  # names of fields that this server wants, None for none
+
+    def _first_model(self) -> str:
+        listed = self.client.request("GET", "/models").get("data")
+        for entry in listed if isinstance(listed, list) else ():
+            if isinstance(entry, dict) and entry.get("id") and isinstance(entry["id"], str):
+                return entry["id"]
+        raise UserError(masked(f"{self.client.url} lists no model; name one after the address: URL#MODEL"))
 
     def complete(self, messages, generation: Generation, seed: int, **more) -> tuple[dict, Reply]:
-        """One chat completion: the server's choice, and the same as a Reply. more: fields of the request, such as tools."""
+        """One chat completion: the server's choice, and the same as a Reply. more: fields of the request, such as tools.
+
+        Fields that the server refuses are renamed or left out from then on.
+        """
         body = {"model": self.model, "messages": messages, "seed": seed % 2**31, **asdict(generation), **more}
-        choice, usage = self.client.complete(body)
+        sent = {self.changes.get(name, name): value for name, value in body.items()}
+        sent.pop(None, None)
+        try:
+            answer = self.client.request("POST", "/chat/completions", sent, choices=1)
+        except UserError as error:
+            refused = [name for name in REFUSABLE if name in sent and re.search(rf"\b{name}\b", str(error))]
+            if not refused or not REFUSAL.search(str(error)):
+                raise
+            self.changes[refused[0]] = REFUSABLE[refused[0]]
+            tqdm.write(f"{masked(self.client.url)} wants other fields: {self.changes}", file=sys.stderr)
+            return self.complete(messages, generation, seed, **more)
+        (choice,) = answer["choices"]
+        if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
+            raise UserError(masked(f"{self.client.url}: no message in its choice {choice}")[:300])
         text = choice["message"].get("content")  # null beside tool calls, and where thoughts took all tokens
         prompt = "".join(str(said.get("content") or "") for said in messages)
         is_truncated = choice.get("finish_reason") == "length"
-        return choice, read_reply("" if text is None else text, usage, prompt, is_truncated)
+        return choice, read_reply("" if text is None else text, answer.get("usage"), prompt, is_truncated)
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> Answers:
         """Each reply is a request of its own: not every server knows `n`, and none counts the tokens of each of n replies.
