@@ -132,12 +132,12 @@ def verifier(config: Config) -> Callable[[str, str], bool]:
 
 @dataclass
 class Arms:
-    """How each arm answers one task: scripts that return its results, one per sample."""
+    """How each arm answers one task: scripts that return its results, one per sample. is_right: of (answer, gold)."""
 
     config: Config
     tasks: Tasks
     log: TaskLog
-    is_right: Callable[[str, str], bool]  # verifier of (answer, gold)
+    is_right: Callable[[str, str], bool]
     query: crmarena.Query | None = None  # of a student that may look things up
 
     def answer(self, jobs: arms.Jobs, seats: arms.Seats) -> Iterator[list[TaskResult]]:
@@ -155,8 +155,9 @@ class Arms:
                     self.log.faults.setdefault(arm, []).append(f"{problem.domain} {problem.id}: {found}")
                 else:
                     results += found
-            for attempt, gold in ((result.attempt, result.gold) for result in results):
-                attempt.is_correct = attempt.answer is not None and self.is_right(attempt.answer, gold)
+            for result in results:
+                answer = result.attempt.answer
+                result.attempt.is_correct = answer is not None and self.is_right(answer, result.gold)
             yield results
 
     def alone(self, arm: str, problem: Problem) -> Script:
@@ -177,24 +178,18 @@ class Arms:
 
     def taught(self, arm: str, problem: Problem) -> Script:
         """With a teaching. Shuffled, sample i gets the one that the last teacher wrote for sample i of the task's donor."""
-        config, seed, alone = self.config.episode, seeds(self.config.seed), self.whole(STUDENT, problem)
+        config, seed, n = self.config.episode, seeds(self.config.seed), self.config.samples
+        alone = self.log.get(STUDENT, problem, n)
         known = Sketch(problem, alone[0].approach, alone[0].approach_tokens, [own.attempt for own in alone])
         if arm == SHUFFLED:
-            given = self.whole(self.config.last, self.donors[problem.domain][problem.id])
+            given = self.log.get(self.config.last, self.donors[problem.domain][problem.id], n)
             attempts = yield from guide(known, [one.teaching for one in given], config, seed)
             told = [(one.told, attempt) for one, attempt in zip(given, attempts)]
         else:
             # nobody reads the rewards here, nor the lengths they depend on
-            made = yield from teach(known, config, reward.RewardConfig(), seed, len, len(alone))
+            made = yield from teach(known, config, reward.RewardConfig(), seed, len, n)
             told = [(episode.reply, episode.guided) for episode in made]
         return [own.taught(reply, arm=arm, attempt=attempt) for own, (reply, attempt) in zip(alone, told)]
-
-    def whole(self, arm: str, problem: Problem) -> list[TaskResult]:
-        """All samples of an arm that this one builds on. Raises Fault."""
-        found = self.log.get(arm, problem)
-        if len(found) < self.config.samples:
-            raise Fault(f"{problem.id} has no answer of {arm} yet")
-        return found
 
     @cached_property
     def donors(self) -> dict[str, dict[str, Problem]]:

@@ -62,10 +62,7 @@ def caught(script: Script) -> Script:
 
 
 def play(scripts: Sequence[Script], seats: Mapping[str, Seat], progress=None) -> list[Any]:
-    """Runs all scripts in lockstep: a seat is asked once per round for all of them. What they return, in order.
-
-    Errors are raised, also a Fault that no script caught. progress: label of the samplers' progress bars.
-    """
+    """What the scripts return, in order. They run in lockstep: a seat is asked once per round for all of them. Errors are raised."""
     results = {}
     for finished in drive(dict(enumerate(scripts)), seats, is_lockstep=True, progress=progress):
         results |= finished
@@ -84,8 +81,7 @@ def play_most(scripts: Sequence[Script], seats: Mapping[str, Seat], progress=Non
 def drive(scripts, seats, workers=16, timeout=600.0, is_lockstep=False, progress=None):
     """Runs all `scripts` {key: Script}; an iterator over what they return, in groups {key: result}, as soon as they are done.
 
-    timeout: seconds from the start of a call to an endpoint or agent after which it counts as failed. Its thread cannot be
-    stopped; it is left behind, and does not count as a worker any more.
+    timeout: seconds after which a call to an endpoint or agent counts as failed. Its thread goes on, but is no worker any more.
     """
     answers: dict[Any, list] = {}  # what each waiting script has got so far, None for what is still to come
     finished: dict[Any, Any] = {}

@@ -91,17 +91,14 @@ class Seat(Protocol):
 
 
 class TokenSeat:
-    """A model behind a sampler (`Sampler`, or `vllm.VllmSampler`, which has its interface) and its tokenizer.
-
-    With `"enable_thinking": true` in its tokenizer_config.json, where --thinking of the trainers puts it, Qwen3 thinks first.
-    """
+    """A model behind a sampler (`Sampler` or `vllm.VllmSampler`) and its tokenizer, whose config may hold "enable_thinking" for Qwen3."""
 
     is_batched = True  # its sampler wants many questions at once
 
     def __init__(self, sampler: Sampler, tokenizer: Tokenizer):
         self.sampler, self.tokenizer = sampler, tokenizer
-        thinking = tokenizer.config.get("enable_thinking", False)
-        self.template_options = {"enable_thinking": thinking}  # other templates ignore it
+        # other templates ignore it
+        self.template_options = {"enable_thinking": tokenizer.config.get("enable_thinking", False)}
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> Answers:
         ends = self.tokenizer.eos_ids
@@ -165,10 +162,7 @@ class EndpointSeat:
         raise UserError(masked(f"{self.client.url} lists no model; name one after the address: URL#MODEL"))
 
     def complete(self, messages, generation: Generation, seed: int, **more) -> tuple[dict, Reply]:
-        """One chat completion: the server's choice, and the same as a Reply. more: fields of the request, such as tools.
-
-        Fields that the server refuses are renamed or left out from then on.
-        """
+        """The server's choice, and the same as a Reply. Fields that it refuses are renamed or left out from then on."""
         body = {"model": self.model, "messages": messages, "seed": seed % 2**31, **asdict(generation), **more}
         sent = {self.changes.get(name, name): value for name, value in body.items()}
         sent.pop(None, None)

@@ -18,7 +18,7 @@ from nano_atlas.data import Problem
 from nano_atlas.episode import Attempt, EpisodeConfig
 from nano_atlas.errors import UserError
 from nano_atlas.runs import Journal, checkpoint_digest, keep_to, read_jsonl, refuse_foreign
-from nano_atlas.seats import Reply, Seat, is_url, open_seat
+from nano_atlas.seats import Fault, Reply, Seat, is_url, open_seat
 from nano_atlas.text import masked
 
 STUDENT = "student"  # the arm that all others are compared with
@@ -143,25 +143,24 @@ class TaskLog(Journal):
     def __init__(self, path: Path):
         super().__init__(path)
         self.results = read_results(path)
-        # by arm: why tasks of this start have none; the next start tries them again
-        self.faults: dict[str, list[str]] = {}
+        self.faults: dict[str, list[str]] = {}  # by arm: why tasks have none; the next start tries again
 
     def append(self, results: Iterable[TaskResult]) -> None:
         new = {result.key: result for result in results if result.key not in self.results}
         super().append(vars(result) | {"attempt": vars(result.attempt)} for result in new.values())
         self.results |= new
 
-    def get(self, arm: str, problem: Problem) -> list[TaskResult]:
-        """The samples of a task that are there, from the first on."""
+    def get(self, arm: str, problem: Problem, needed: int = 0) -> list[TaskResult]:
+        """The samples of a task that are there, from the first on. Raises Fault if they are fewer than needed."""
         keys = ((arm, problem.domain, problem.id, sample) for sample in count())
-        return [self.results[key] for key in takewhile(self.results.__contains__, keys)]
+        found = [self.results[key] for key in takewhile(self.results.__contains__, keys)]
+        if len(found) < needed:
+            raise Fault(f"{problem.id} has no answer of {arm} yet")
+        return found
 
 
 def fill(log: TaskLog, config: ArmsConfig, problems: Sequence[Problem], answer: Callable) -> None:
-    """Append what the log lacks. Arms of a stage advance side by side; teachers are opened one at a time, and only if needed.
-
-    answer(jobs, seats): yields lists of results, as they come.
-    """
+    """Append what the log lacks: lists of results that answer(jobs, seats) yields. Teachers are opened one at a time, if needed."""
     seats: Seats = {}
     teachers = [[name] for name in config.teachers]
     for stage in [STUDENT, TWO_VOTES], *teachers, [SHUFFLED, UNTRAINED, SAME_BUDGET]:

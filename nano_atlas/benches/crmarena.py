@@ -65,7 +65,7 @@ def is_correct(answer: str, gold: str) -> bool:
 
 
 class QueryingSeat:
-    """A student that may query until it answers or has no turn left: the last reply counts, with the tokens of all turns."""
+    """A student that may query until it answers or has no turn left. The last reply counts, with the tokens of all turns."""
 
     def __init__(self, seat: Seat, query: Query):
         self.seat, self.query, self.count_tokens = seat, query, seat.count_tokens
