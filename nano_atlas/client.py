@@ -40,9 +40,7 @@ class Client:
         """Ends what is under way, in whichever thread."""
         self._http.close()
 
-    def request(
-        self, method, path="", body=None, choices: int | None = None, tries=None, timeout=None
-    ) -> dict:
+    def request(self, method: str, path="", body=None, choices=None, tries=None, timeout=None) -> dict:
         """The server's JSON answer (`{}` where it is empty). choices: how many it must hold.
 
         Other answers, 408, 429, 5xx and transport errors are tried again, then raise ServerLost; any other status raises UserError.
@@ -57,11 +55,8 @@ class Client:
             try:
                 response = self._http.request(method, base + path + mark + query, json=body, timeout=patience)
             except (httpx.RequestError, httpx.InvalidURL, ValueError) as error:
-                # of the others, one is of the address and one of what cannot be sent
-                cause, is_final = (
-                    f"{type(error).__name__}: {error}",
-                    not isinstance(error, httpx.RequestError),
-                )
+                cause = f"{type(error).__name__}: {error}"
+                is_final = not isinstance(error, httpx.RequestError)  # a wrong address, or what cannot be sent
             else:
                 answer, cause = _read_answer(response, choices)
                 if cause is None:
