@@ -56,7 +56,8 @@ class Client:
                 response = self._http.request(method, base + path + mark + query, json=body, timeout=patience)
             except (httpx.RequestError, httpx.InvalidURL, ValueError) as error:
                 cause = f"{type(error).__name__}: {error}"
-                is_final = not isinstance(error, httpx.RequestError)  # a wrong address, or what cannot be sent
+                # else it is a wrong address, or what cannot be sent
+                is_final = not isinstance(error, httpx.RequestError)
             else:
                 answer, cause = _read_answer(response, choices)
                 if cause is None:
@@ -99,6 +100,6 @@ def _told_wait(told: str) -> float:
 
 def is_url(spec: str) -> bool:
     """Raises UserError for an address without its http://."""
-    if re.match(r"(post\+)?[\w.:[\]-]+:\d", spec) and not Path(spec).exists():
+    if re.match(r"(post\+)?([\w.-]+|\[.+\]):\d+([/?#]|$)", spec) and not Path(spec).exists():
         raise UserError(f"{spec}: for a server write " + re.sub(r"^(post\+)?", r"\1http://", spec))
     return spec.startswith(("http://", "https://"))

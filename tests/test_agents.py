@@ -178,15 +178,7 @@ def test_faults_stay_with_the_call_that_had_them(server):
     def raises(prompt, metadata):
         raise KeyError("lost")
 
-    agents = [
-        python_agent(f)
-        for f in (
-            raises,
-            lambda **_: hang.wait(60),
-            lambda **_: "",
-            lambda **_: None,
-        )
-    ]
+    agents = [python_agent(f) for f in (raises, lambda **_: hang.wait(60), lambda **_: "", lambda **_: None)]
     agents += [open_agent(f"post+{server.url}{path}") for path in statuses] + [python_agent(plain)]
     began = time.monotonic()
     replies = calls(agents, timeout=1.5)
