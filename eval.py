@@ -38,7 +38,7 @@ from nano_atlas.episode import Sketch, guide, seeds, sketch, teach
 from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
 from nano_atlas.runtime.deploy import with_deployment
-from nano_atlas.schedule import Fault, Script, play
+from nano_atlas.schedule import Fault, Script, caught, play
 
 VOTE_TEMPERATURE = 0.7  # of the votes where all else is greedy: equal answers are no vote
 CHUNK = 1024  # answers per arm between two writes: what a killed run loses at most
@@ -83,15 +83,16 @@ def main() -> None:
         config, compute, own = parse(tau2.Config, argv, {}, tau2.__doc__), tau2.run, tau2.tables
     else:
         argv = with_deployment(argv, is_evaluation=True)
-        config, compute, own = parse(Config, argv, presets("eval"), __doc__), run, crmarena.tables
+        config, compute, own = parse(Config, argv, presets("eval"), __doc__), run, None
+    faults = None
     if not config.tables:
         with nullcontext() if config.dry_run else runs.owned(config.out):
-            compute(config)
-    scores.finish(config, own)
+            faults = compute(config)
+    scores.finish(config, own, faults)
 
 
-def run(config: Config) -> None:
-    """Compute whatever config.out does not hold yet."""
+def run(config: Config) -> dict[str, list[str]]:
+    """Compute whatever config.out does not hold yet; by arm, why tasks have no result."""
     tasks, is_right = load_tasks(config), verifier(config)
     if config.dry_run:
         for domain, problems in tasks.items():
@@ -104,6 +105,7 @@ def run(config: Config) -> None:
     with TaskLog(config.out / "tasks.jsonl") as log:
         problems, how = list(chain(*tasks.values())), Arms(config, tasks, log, is_right, query)
         arms.fill(log, config, problems, how.answer)
+        return log.faults
 
 
 def load_tasks(config: Config) -> Tasks:
@@ -130,12 +132,12 @@ def verifier(config: Config) -> Callable[[str, str], bool]:
 
 @dataclass
 class Arms:
-    """How each arm answers one task: scripts that return its results, one per sample."""
+    """How each arm answers one task: scripts that return its results, one per sample. is_right: of (answer, gold)."""
 
     config: Config
     tasks: Tasks
     log: TaskLog
-    is_right: Callable[[str, str], bool]  # verifier of (answer, gold)
+    is_right: Callable[[str, str], bool]
     query: crmarena.Query | None = None  # of a student that may look things up
 
     def answer(self, jobs: arms.Jobs, seats: arms.Seats) -> Iterator[list[TaskResult]]:
@@ -148,13 +150,14 @@ class Arms:
             scripts = [self.alone(*job) if job[0] in arms.ALONE else self.taught(*job) for job in chunk]
             label = f"{', '.join(sorted({arm for arm, _ in chunk}))}: {len(chunk)} of {len(jobs)} tasks"
             results = []
-            for (arm, problem), found in zip(chunk, play(scripts, seats, label, is_strict=False)):
+            for (arm, problem), found in zip(chunk, play(list(map(caught, scripts)), seats, label)):
                 if isinstance(found, Fault):
                     self.log.faults.setdefault(arm, []).append(f"{problem.domain} {problem.id}: {found}")
                 else:
                     results += found
-            for attempt, gold in ((result.attempt, result.gold) for result in results):
-                attempt.is_correct = attempt.answer is not None and self.is_right(attempt.answer, gold)
+            for result in results:
+                answer = result.attempt.answer
+                result.attempt.is_correct = answer is not None and self.is_right(answer, result.gold)
             yield results
 
     def alone(self, arm: str, problem: Problem) -> Script:
@@ -175,24 +178,18 @@ class Arms:
 
     def taught(self, arm: str, problem: Problem) -> Script:
         """With a teaching. Shuffled, sample i gets the one that the last teacher wrote for sample i of the task's donor."""
-        config, seed, alone = self.config.episode, seeds(self.config.seed), self.whole(STUDENT, problem)
+        config, seed, n = self.config.episode, seeds(self.config.seed), self.config.samples
+        alone = self.log.get(STUDENT, problem, n)
         known = Sketch(problem, alone[0].approach, alone[0].approach_tokens, [own.attempt for own in alone])
         if arm == SHUFFLED:
-            given = self.whole(self.config.last, self.donors[problem.domain][problem.id])
+            given = self.log.get(self.config.last, self.donors[problem.domain][problem.id], n)
             attempts = yield from guide(known, [one.teaching for one in given], config, seed)
             told = [(one.told, attempt) for one, attempt in zip(given, attempts)]
         else:
             # nobody reads the rewards here, nor the lengths they depend on
-            made = yield from teach(known, config, reward.RewardConfig(), seed, len, len(alone))
+            made = yield from teach(known, config, reward.RewardConfig(), seed, len, n)
             told = [(episode.reply, episode.guided) for episode in made]
         return [own.taught(reply, arm=arm, attempt=attempt) for own, (reply, attempt) in zip(alone, told)]
-
-    def whole(self, arm: str, problem: Problem) -> list[TaskResult]:
-        """All samples of an arm that this one builds on. Raises Fault."""
-        found = self.log.get(arm, problem)
-        if len(found) < self.config.samples:
-            raise Fault(f"{problem.id} has no answer of {arm} yet")
-        return found
 
     @cached_property
     def donors(self) -> dict[str, dict[str, Problem]]:

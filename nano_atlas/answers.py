@@ -76,20 +76,19 @@ def _bare(answer: str) -> str:
     return re.sub(r"^\(?([^()]*)\)$|^\{([^{}]*)\}$", r"\1\2", text).strip()
 
 
-def _number(text: str) -> Decimal | Fraction | None:
-    """The value of a bare text that is a number and nothing else: -1,234.50, 1e-5, 25%, 1/2 or 2 1/2."""
+def _number(text: str, is_stated: bool = False) -> Decimal | Fraction | None:
+    """The value of a bare text that is a number: -1,234.50, 1e-5, 25%, 1/2, 2 1/2. is_stated: or states one: "x = 5", "It is 5 m"."""
+    if is_stated and not re.search(NO_UNIT, text):
+        last = re.split(r"=|:\** |\b(?:is|are) ", text)[-1].strip()
+        with_unit = re.fullmatch(
+            r"([\W\d_]*)(?:(?:[^\W\d_]{2}|[ghlms]\b)[^\d\\=*+]*(?:\^?\{?[23]\}?)?)?", last
+        )
+        text = with_unit[1].strip() if with_unit else text
     text = text.removesuffix("%").rstrip()
     if ratio := re.fullmatch(rf"([+-]?) ?{RATIO}", re.sub(r",(?=\d{3}\b)", "", text)):
         sign, whole, above, below = ratio.groups()
         return int(sign + "1") * (int(whole or 0) + Fraction(int(above), int(below)))
     return Decimal(re.sub("[, ]", "", text)) if re.fullmatch(rf"(?:[+-] ?)?{UNSIGNED}", text) else None
-
-
-def _stated(text: str) -> Decimal | Fraction | None:
-    """The number that a bare text is, or that it states: with a unit, behind an equals sign, "is" or a colon."""
-    last = "" if re.search(NO_UNIT, text) else re.split(r"=|:\** |\b(?:is|are) ", text)[-1].strip()
-    stated = re.fullmatch(r"([\W\d_]*)(?:(?:[^\W\d_]{2}|[ghlms]\b)[^\d\\=*+]*(?:\^?\{?[23]\}?)?)?", last)
-    return _number(stated[1].strip() if stated else text)
 
 
 def answer_key(answer: str) -> Decimal | Fraction | str:
@@ -100,19 +99,20 @@ def answer_key(answer: str) -> Decimal | Fraction | str:
 
 def is_correct(answer: str | None, gold: str) -> bool:
     """Whether they are equal, or one is a number that the other states: `18 dollars` is 18, but not `18 euros`."""
-    found, right = answer_key(answer or ""), answer_key(gold)
-    is_one_number = isinstance(found, str) != isinstance(right, str)
-    return found == right or (is_one_number and _stated(_bare(answer or "")) == _stated(_bare(gold)))
+    sides = answer or "", gold
+    found, right = map(answer_key, sides)
+    if isinstance(found, str) != isinstance(right, str):
+        found, right = (_number(_bare(side), is_stated=True) for side in sides)
+    return found == right
 
 
 def reveals_answer(teaching: str, gold: str) -> bool:
-    """Whether the gold answer stands anywhere in the teaching: as a number of equal value, or as whole words.
+    """Whether the gold answer stands anywhere in the teaching: as a number of equal value (even one of the question), or as whole words.
 
-    Deliberately strict: a number of the question that happens to equal the answer counts too. But an answer that is also a word of any
-    sentence (`A`) must stand before no other word, as in `(A)` and `A.`, or behind "answer", "option" or "choice".
+    An answer that is also a word of any sentence (`A`) must stand before no other word, as in `A.`, or behind "answer", "option", "choice".
     """
     text, words = plain(teaching), _bare(gold)
-    if (value := _stated(words)) is not None:
+    if (value := _number(words, is_stated=True)) is not None:
         is_whole = not re.search(r"/|\.0*[1-9]", words)  # 16/2 does not give 8 away, but 1/2 does 0.5
         ratios = () if is_whole else (ratio[0] for ratio in re.finditer(RATIO, text))
         return any(_number(found) == value for found in {*re.findall(NUMBER, text), *ratios})

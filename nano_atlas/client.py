@@ -2,35 +2,28 @@
 
 import os
 import re
-import sys
 import time
 from email.utils import parsedate_to_datetime
 from itertools import count
 from pathlib import Path
 
 import httpx
-from tqdm import tqdm
 
 from nano_atlas.errors import UserError
 from nano_atlas.text import masked, parse_json
 
-BARE_ADDRESS = re.compile(r"(post\+)?((?:[\w.-]+|\[[\da-fA-F:.]+\]):\d+(?:[/?#].*)?)")
-# fields of a request that a server may refuse, the names that it may want instead, and how it says so
-REFUSABLE = {"max_tokens": "max_completion_tokens", "seed": None, "top_p": None, "temperature": None}
-REFUSAL = re.compile("(un|not |n.t )support|un(known|recogni|expect)|not (permit|allow)|cannot both", re.I)
 LONGEST_WAIT = 120.0  # seconds, of those that a server asks for
 
 
 class ServerLost(UserError):
-    """The server did not answer, or only with errors of its own, however often it was asked. A restart may fix that."""
+    """The server did not answer, or only with errors of its own, however often it was asked."""
 
 
 class Client:
-    """Kept-alive connections that threads may share.
+    """Kept-alive connections that threads may share. The key comes from OPENAI_API_KEY.
 
-    url: as given, with the query if it has one; the paths of requests are added to it. connections: most requests under way at
-    once. timeout: seconds for an answer, all tries and the waits between them (doubling from 1 s) included. The key comes from
-    OPENAI_API_KEY.
+    url: paths of requests are added before its query, if it has one. connections: most requests under way at once. timeout:
+    seconds for an answer, all tries and the waits between them (doubling from 1 s) included.
     """
 
     def __init__(self, url: str, *, connections: int = 16, timeout: float = 600.0, tries: int = 4):
@@ -39,47 +32,43 @@ class Client:
         if not key.isascii() or any(map(str.isspace, key)):
             raise UserError("OPENAI_API_KEY holds spaces or letters that no key has; copy it again")
         limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-        host = url.partition("//")[2].partition("/")[0].rpartition("@")[2]
-        is_here = host.startswith(("127.0.0.1", "localhost", "[::1]"))  # no proxy leads back to this machine
-        headers = {"Authorization": f"Bearer {key}"}
-        self._http = httpx.Client(limits=limits, headers=headers, trust_env=not is_here)
+        # no proxy leads back to this machine
+        direct = dict.fromkeys(("all://localhost", "all://127.0.0.1", "all://[::1]"))
+        self._http = httpx.Client(limits=limits, headers={"Authorization": f"Bearer {key}"}, mounts=direct)
 
     def close(self) -> None:
         """Ends what is under way, in whichever thread."""
         self._http.close()
 
-    def request(self, method: str, path="", body=None, choices: int | None = None, **limits) -> dict:
-        """The server's JSON answer (`{}` where it is empty). choices: how many it must hold; limits: other tries, timeout.
+    def request(self, method: str, path="", body=None, choices=None, tries=None, timeout=None) -> dict:
+        """The server's JSON answer (`{}` where it is empty). choices: how many it must hold.
 
         Other answers, 408, 429, 5xx and transport errors are tried again, then raise ServerLost; any other status raises UserError.
         A wait that the server asks for is no try, but must end within the timeout.
         """
-        tries, timeout = limits.get("tries", self.tries), limits.get("timeout", self.timeout)
         base, mark, query = self.url.partition("?")
-        began, waited = time.monotonic(), 0.0
+        deadline = time.monotonic() + (timeout or self.timeout)
         for attempt in count(1):
-            left, told = timeout - max(time.monotonic() - began, waited), 0.0
+            left, told = deadline - time.monotonic(), 0.0
             # no limit on the wait for a free connection: it says how much there is to do, not how the server is
             patience = httpx.Timeout(left, connect=min(left, 10.0), pool=None)
             try:
-                where = base + path + mark + query
-                response = self._http.request(method, where, json=body, timeout=patience)
+                response = self._http.request(method, base + path + mark + query, json=body, timeout=patience)
             except (httpx.RequestError, httpx.InvalidURL, ValueError) as error:
                 cause = f"{type(error).__name__}: {error}"
-                # a wrong address, or what cannot be sent
-                is_final = isinstance(error, (httpx.InvalidURL, httpx.UnsupportedProtocol, ValueError))
+                # else it is a wrong address, or what cannot be sent
+                is_final = not isinstance(error, httpx.RequestError)
             else:
                 answer, cause = _read_answer(response, choices)
                 if cause is None:
                     return answer
-                told = _told_wait(response)
+                told = _told_wait(response.headers.get("Retry-After", ""))
                 is_final = response.status_code not in (200, 408, 429) and response.status_code < 500
             pause = max(told, min(2.0 ** (attempt - 1), 20.0))
-            spent = max(time.monotonic() - began, waited) + pause
-            if is_final or (attempt >= tries and not told) or spent >= timeout:
+            is_last = attempt >= (tries or self.tries) and not told
+            if is_final or is_last or pause >= deadline - time.monotonic():
                 break
             time.sleep(pause)
-            waited += pause
         what = f"{self.url}{path} failed ({cause}); check that the server is up and serves this model"
         raise (UserError if is_final else ServerLost)(masked(what))
 
@@ -100,59 +89,17 @@ def _read_answer(response: httpx.Response, choices: int | None) -> tuple[dict, s
     return answer, None if choices in (None, len(found)) else f"{len(found)} choices, not {choices}: {shown}"
 
 
-def _told_wait(response: httpx.Response) -> float:
-    """Seconds until the time that Retry-After names, 0 without one: it holds seconds or an HTTP date."""
-    told = response.headers.get("Retry-After", "")
+def _told_wait(told: str) -> float:
+    """Seconds until the time of a Retry-After, in seconds or as an HTTP date; 0 for anything else."""
     try:
         wait = float(told) if told[:1].isdigit() else parsedate_to_datetime(told).timestamp() - time.time()
-    except (ValueError, TypeError, OverflowError, OSError):
+    except (ValueError, OverflowError):
         return 0.0
     return min(max(wait, 0.0), LONGEST_WAIT)
 
 
-class ChatClient(Client):
-    """A server that speaks the OpenAI protocol. url: its base as given, or .../chat/completions; without any path /v1 is meant."""
-
-    def __init__(self, url: str, **limits):
-        base, mark, query = url.partition("?")
-        base = base.rstrip("/")
-        base = base + "/v1" if base.count("/") == 2 else base.removesuffix("/chat/completions")
-        super().__init__(base + mark + query, **limits)
-        self.changes: dict[str, str | None] = {}  # names of fields that this server wants, None for none
-
-    def first_model(self) -> str:
-        listed = self.request("GET", "/models").get("data")
-        for entry in listed if isinstance(listed, list) else ():
-            if isinstance(entry, dict) and entry.get("id") and isinstance(entry["id"], str):
-                return entry["id"]
-        raise UserError(masked(f"{self.url} lists no model; name one after the address: URL#MODEL"))
-
-    def complete(self, body: dict) -> tuple[dict, object]:
-        """The one choice, which holds a message, and the usage. Fields that the server refuses are renamed or left out from then on."""
-        changes = dict(self.changes)
-        while True:
-            sent = {changes.get(name, name): value for name, value in body.items()}
-            sent.pop(None, None)
-            try:
-                answer = self.request("POST", "/chat/completions", sent, choices=1)
-                break
-            except UserError as error:
-                said = str(error) if REFUSAL.search(str(error)) else ""
-                refused = [name for name in REFUSABLE if name in sent and re.search(rf"\b{name}\b", said)]
-                if not refused:
-                    raise
-                changes[refused[0]] = REFUSABLE[refused[0]]
-        if changes != self.changes:
-            tqdm.write(f"{masked(self.url)} wants other fields: {changes}", file=sys.stderr)
-            self.changes = changes
-        (choice,) = answer["choices"]
-        if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
-            raise UserError(masked(f"{self.url}: no message in its choice {choice}")[:300])
-        return choice, answer.get("usage")
-
-
 def is_url(spec: str) -> bool:
     """Raises UserError for an address without its http://."""
-    if (bare := BARE_ADDRESS.fullmatch(spec)) and not Path(spec).exists():
-        raise UserError(f"{spec}: for a server write {bare[1] or ''}http://{bare[2]}")
+    if re.match(r"(post\+)?([\w.-]+|\[.+\]):\d+([/?#]|$)", spec) and not Path(spec).exists():
+        raise UserError(f"{spec}: for a server write " + re.sub(r"^(post\+)?", r"\1http://", spec))
     return spec.startswith(("http://", "https://"))

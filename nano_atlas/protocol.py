@@ -5,8 +5,7 @@
     teaching  teacher   question + approach             -> <thinking>diagnosis</thinking> <teaching>guidance</teaching>
     guided    student   question + guidance             -> its answer again, in the same format
 
-Only the question, the approach and the guidance ever enter a prompt; no function here takes the gold answer (answers.py judges
-finished texts by it). Texts are inserted as values, so braces and tags in them are inert.
+No function here takes the gold answer (answers.py judges finished texts by it). Texts are inserted as values: braces in them are inert.
 """
 
 import json
@@ -66,10 +65,9 @@ def teacher_target(diagnosis: str, teaching: str) -> str:
 
 
 def parse_teaching(completion: str) -> str | None:
-    """The guidance for the student, or None if the completion has no closed, non-empty <teaching> tag.
+    """The guidance for the student: the first closed, non-empty <teaching> outside <thinking>, or None.
 
-    Tags inside <thinking>, closed or not, do not count, and nothing else of the completion is ever passed on: handing the
-    student the whole text when the tag is missing, as the published code does, rewards the teacher for leaking its reasoning.
+    Without one nothing is passed on: the whole text, as in the published code, would reward the teacher for leaking its reasoning.
     """
     text = visible(completion).rpartition("</thinking>")[2].partition("<thinking>")[0]
     return next(iter(tagged(text, "teaching")), None)

@@ -10,14 +10,12 @@ script going on as soon as its replies are there. A call that fails gives a Faul
 
 import threading
 import time
-import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from nano_atlas.errors import UserError
 from nano_atlas.protocol import Messages
 from nano_atlas.seats import Fault, Generation, Question, Reply, Seat
 from nano_atlas.text import clean, masked
@@ -55,32 +53,35 @@ def ask(*calls: Call) -> Script:
     return answers
 
 
-def play(scripts: Sequence[Script], seats: Mapping[str, Seat], progress=None, is_strict=True) -> list[Any]:
-    """Runs all scripts in lockstep: a seat is asked once per round for all of them, and its errors are raised.
+def caught(script: Script) -> Script:
+    """What the script returns, or the Fault that ends it."""
+    try:
+        return (yield from script)
+    except Fault as fault:
+        return fault
 
-    What the scripts return, in order. progress: label of the samplers' progress bars. is_strict: a Fault that ends a script is
-    raised; else it is among the results.
-    """
-    results, numbered = {}, dict(enumerate(scripts))
-    for finished in drive(numbered, seats, is_lockstep=True, progress=progress, is_strict=is_strict):
+
+def play(scripts: Sequence[Script], seats: Mapping[str, Seat], progress=None) -> list[Any]:
+    """What the scripts return, in order. They run in lockstep: a seat is asked once per round for all of them. Errors are raised."""
+    results = {}
+    for finished in drive(dict(enumerate(scripts)), seats, is_lockstep=True, progress=progress):
         results |= finished
     return [results[index] for index in range(len(scripts))]
 
 
 def play_most(scripts: Sequence[Script], seats: Mapping[str, Seat], progress=None) -> list[Any]:
     """As `play`, without those that a Fault ended; raises the first Fault where nothing is left."""
-    results = play(scripts, seats, progress, is_strict=False)
+    results = play([caught(script) for script in scripts], seats, progress)
     kept = [result for result in results if not isinstance(result, Fault)]
     if results and not kept:
         raise results[0]
     return kept
 
 
-def drive(scripts, seats, workers=16, timeout=600.0, is_lockstep=False, progress=None, is_strict=True):
+def drive(scripts, seats, workers=16, timeout=600.0, is_lockstep=False, progress=None):
     """Runs all `scripts` {key: Script}; an iterator over what they return, in groups {key: result}, as soon as they are done.
 
-    timeout: seconds from the start of a call to an endpoint or agent after which it counts as failed. Its thread cannot be
-    stopped; it is left behind, and does not count as a worker any more.
+    timeout: seconds after which a call to an endpoint or agent counts as failed. Its thread goes on, but is no worker any more.
     """
     answers: dict[Any, list] = {}  # what each waiting script has got so far, None for what is still to come
     finished: dict[Any, Any] = {}
@@ -91,10 +92,8 @@ def drive(scripts, seats, workers=16, timeout=600.0, is_lockstep=False, progress
     def advance(key: Any, received: list | None) -> None:
         try:
             calls = scripts[key].send(received)
-        except (StopIteration, Fault) as end:
-            if is_strict and isinstance(end, Fault):
-                raise
-            finished[key] = end if isinstance(end, Fault) else end.value
+        except StopIteration as end:
+            finished[key] = end.value
             return
         answers[key] = [None] * len(calls)
         for index, call in enumerate(calls):
@@ -113,8 +112,10 @@ def drive(scripts, seats, workers=16, timeout=600.0, is_lockstep=False, progress
             done, finished = finished, {}
             yield done
         while queued and len(flying) < workers:
-            job = queued.popleft()
-            flying[_in_thread(_ask_one, seats[job.call.seat], job.call)] = job, time.monotonic() + timeout
+            job, future = queued.popleft(), Future()
+            flying[future] = job, time.monotonic() + timeout
+            # unlike a pool's, a daemon thread that hangs does not keep the program from ending
+            threading.Thread(target=_ask_one, args=(seats, job.call, future), daemon=True).start()
         if flying:
             first = min(deadline for _, deadline in flying.values())
             wait(flying, max(0.0, first - time.monotonic()), FIRST_COMPLETED)
@@ -133,23 +134,14 @@ def drive(scripts, seats, workers=16, timeout=600.0, is_lockstep=False, progress
                 arrive(job, answer)
 
 
-def _ask_one(seat: Seat, call: Call) -> list[Reply] | Fault:
+def _ask_one(seats: Mapping[str, Seat], call: Call, future: Future) -> None:
     """One call to a seat; whatever somebody else's agent raises becomes a Fault."""
     try:
-        (replies,) = seat.ask([call.question])
-    except UserError as error:
-        replies = f"{type(error).__name__}: {error}"
+        (replies,) = seats[call.seat].ask([call.question])
     except BaseException as error:  # anything at all from a user's function, SystemExit too: somebody waits
-        replies = "".join(traceback.format_exception_only(error)).strip()
+        replies = f"{type(error).__name__}: {error}"
     if not isinstance(replies, list):
-        return Fault(f"{call.seat}: {clean(masked(str(replies)))[:500]}")
-    if not all(reply.text.strip() or reply.is_truncated for reply in replies):
-        return Fault(f"{call.seat}: returned nothing")
-    return replies
-
-
-def _in_thread(function: Callable, *arguments: Any) -> Future:
-    """Unlike a pool's, a daemon thread that hangs does not keep the program from ending."""
-    future: Future = Future()
-    threading.Thread(target=lambda: future.set_result(function(*arguments)), daemon=True).start()
-    return future
+        replies = Fault(f"{call.seat}: {clean(masked(str(replies)))[:500]}")
+    elif not all(reply.text.strip() or reply.is_truncated for reply in replies):
+        replies = Fault(f"{call.seat}: returned nothing")
+    future.set_result(replies)

@@ -1,12 +1,13 @@
 """A seat is a student or a teacher one can talk to: a checkpoint in this process or on vLLM, or any OpenAI-compatible endpoint.
 
-Whoever asks does not know which it has: `ask` takes questions and gives replies. A seat with a sampler also returns the
-exact token ids and log-probabilities of each reply, which is what training needs.
+Whoever asks does not know which. Only a seat with a sampler returns the token ids and log-probabilities that training needs.
 """
 
+import re
+import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -14,15 +15,17 @@ import torch
 from tqdm import tqdm
 
 from nano_atlas.checkpoint import load_model
-from nano_atlas.client import ChatClient, ServerLost, is_url
+from nano_atlas.client import Client, ServerLost, is_url
 from nano_atlas.errors import UserError
 from nano_atlas.model import Transformer
 from nano_atlas.protocol import Messages
 from nano_atlas.sampler import Generation, Request, Rollout, Sampler
-from nano_atlas.text import clean
+from nano_atlas.text import clean, masked
 from nano_atlas.tokenizer import Tokenizer
 
-LONGEST_REPLY = 1_000_000  # characters; more is a fault of the agent, and would be copied into prompts
+# fields of a request that a server may refuse, the names that it may want instead, and how it says so
+REFUSABLE = {"max_tokens": "max_completion_tokens", "seed": None, "top_p": None, "temperature": None}
+REFUSAL = re.compile("(un|not |n.t )support|un(known|recogni|expect)|not (permit|allow)|cannot both", re.I)
 
 
 class Question(NamedTuple):
@@ -49,9 +52,9 @@ Answers = list[list[Reply] | Fault]  # one for each question
 
 
 def read_reply(content: Any, usage: Any, prompt: str, is_truncated: bool = False) -> Reply:
-    """What a model or agent said, whoever it is: clean text of bounded length, tokens as `usage` counts them or else estimated.
+    """What any model or agent said: clean text, and tokens as `usage` counts them or else estimated. Raises UserError.
 
-    content: a text, or parts of which those of type "text" are joined (others are thoughts). Raises UserError.
+    content: a text, or parts of which those of type "text" are joined (others are thoughts).
     """
     texts = []
     for part in content if isinstance(content, list) else [content]:
@@ -61,8 +64,6 @@ def read_reply(content: Any, usage: Any, prompt: str, is_truncated: bool = False
             raise UserError(f"returned {type(part).__name__} instead of a text")
         texts.append(part)
     text, usage = clean("".join(texts)), usage if isinstance(usage, dict) else {}
-    if len(text) > LONGEST_REPLY:
-        raise UserError(f"returned {len(text):,} characters; the limit is {LONGEST_REPLY:,}")
     counts = (usage.get("completion_tokens"), text), (usage.get("prompt_tokens"), prompt)
     is_count = lambda number: type(number) is int and 0 < number < 2**53  # of which floats can take the mean
     written, read = (number if is_count(number) else estimate_tokens(said) for number, said in counts)
@@ -70,40 +71,34 @@ def read_reply(content: Any, usage: Any, prompt: str, is_truncated: bool = False
 
 
 def in_groups(replies: Iterable[Reply | Fault], questions: Sequence[Question]) -> Answers:
-    """Replies in one row, by the questions that they are to. One Fault stands for all n."""
+    """Replies in one row, by their questions. One Fault stands for all n."""
     replies = iter(replies)
     groups = [list(islice(replies, question.n)) for question in questions]
     return [next((reply for reply in group if isinstance(reply, Fault)), group) for group in groups]
 
 
 def estimate_tokens(text: str) -> int:
-    """For whom an own tokenizer does not show: about four characters a token."""
+    """Where the tokenizer is not known: about four characters a token."""
     return (len(text) + 3) // 4
 
 
 class Seat(Protocol):
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> Answers:
-        """`question.n` replies to each; the more at once the better, because a sampler works on full rows.
-
-        What an error of one question's own came to is a Fault in place of its replies; other errors are raised.
-        """
+        """`question.n` replies to each, or a Fault; the more at once the better, because a sampler works on full rows."""
 
     def count_tokens(self, text: str) -> int:
         """Length of a text in this seat's tokens."""
 
 
 class TokenSeat:
-    """A model behind a sampler (`Sampler`, or `vllm.VllmSampler`, which has its interface) and its tokenizer.
-
-    With `"enable_thinking": true` in its tokenizer_config.json, where --thinking of the trainers puts it, Qwen3 thinks first.
-    """
+    """A model behind a sampler (`Sampler` or `vllm.VllmSampler`) and its tokenizer, whose config may hold "enable_thinking" for Qwen3."""
 
     is_batched = True  # its sampler wants many questions at once
 
     def __init__(self, sampler: Sampler, tokenizer: Tokenizer):
         self.sampler, self.tokenizer = sampler, tokenizer
-        thinking = tokenizer.config.get("enable_thinking", False)
-        self.template_options = {"enable_thinking": thinking}  # other templates ignore it
+        # other templates ignore it
+        self.template_options = {"enable_thinking": tokenizer.config.get("enable_thinking", False)}
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> Answers:
         ends = self.tokenizer.eos_ids
@@ -143,24 +138,50 @@ class EmbeddedSeat(TokenSeat):
 
 
 class EndpointSeat:
-    """A chat endpoint that speaks the OpenAI protocol, such as `vllm serve`. model: or URL#MODEL, by default the first that it lists."""
+    """A chat endpoint that speaks the OpenAI protocol, such as `vllm serve`.
+
+    url: its base as given, or .../chat/completions; without any path /v1 is meant. model: or URL#MODEL; by default the first listed.
+    """
 
     count_tokens = staticmethod(estimate_tokens)
 
     def __init__(self, url: str, model: str | None = None, **limits):
         url, _, named = url.partition("#")
-        self.client = ChatClient(url, **limits)
-        self.model = model or named or self.client.first_model()
+        base, mark, query = url.partition("?")
+        base = base.rstrip("/")
+        base = base + "/v1" if base.count("/") == 2 else base.removesuffix("/chat/completions")
+        self.client = Client(base + mark + query, **limits)
+        self.model = model or named or self._first_model()
+        self.changes: dict[str, str | None] = {}  # names of fields that this server wants, None for none
+
+    def _first_model(self) -> str:
+        listed = self.client.request("GET", "/models").get("data")
+        for entry in listed if isinstance(listed, list) else ():
+            if isinstance(entry, dict) and entry.get("id") and isinstance(entry["id"], str):
+                return entry["id"]
+        raise UserError(masked(f"{self.client.url} lists no model; name one after the address: URL#MODEL"))
 
     def complete(self, messages, generation: Generation, seed: int, **more) -> tuple[dict, Reply]:
-        """One chat completion: the server's choice, and the same as a Reply. more: fields of the request, such as tools."""
-        g, body = generation, {"model": self.model, "messages": messages, "seed": seed % 2**31, **more}
-        body |= {"max_tokens": g.max_tokens, "temperature": g.temperature, "top_p": g.top_p}
-        choice, usage = self.client.complete(body)
+        """The server's choice, and the same as a Reply. Fields that it refuses are renamed or left out from then on."""
+        body = {"model": self.model, "messages": messages, "seed": seed % 2**31, **asdict(generation), **more}
+        sent = {self.changes.get(name, name): value for name, value in body.items()}
+        sent.pop(None, None)
+        try:
+            answer = self.client.request("POST", "/chat/completions", sent, choices=1)
+        except UserError as error:
+            refused = [name for name in REFUSABLE if name in sent and re.search(rf"\b{name}\b", str(error))]
+            if not refused or not REFUSAL.search(str(error)):
+                raise
+            self.changes[refused[0]] = REFUSABLE[refused[0]]
+            tqdm.write(f"{masked(self.client.url)} wants other fields: {self.changes}", file=sys.stderr)
+            return self.complete(messages, generation, seed, **more)
+        (choice,) = answer["choices"]
+        if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
+            raise UserError(masked(f"{self.client.url}: no message in its choice {choice}")[:300])
         text = choice["message"].get("content")  # null beside tool calls, and where thoughts took all tokens
         prompt = "".join(str(said.get("content") or "") for said in messages)
         is_truncated = choice.get("finish_reason") == "length"
-        return choice, read_reply("" if text is None else text, usage, prompt, is_truncated)
+        return choice, read_reply("" if text is None else text, answer.get("usage"), prompt, is_truncated)
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> Answers:
         """Each reply is a request of its own: not every server knows `n`, and none counts the tokens of each of n replies.
@@ -181,20 +202,13 @@ class EndpointSeat:
                 lost.extend([error] if isinstance(error, ServerLost) else [])
                 return Fault(str(error))
 
-        pool = ThreadPoolExecutor(self.client.connections)
-        try:
-            answers = pool.map(answer, asked)
-            replies = list(tqdm(answers, progress, len(asked), disable=not progress, leave=False))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for all the others
-        return in_groups(replies, questions)
+        with ThreadPoolExecutor(self.client.connections) as pool:
+            answers = tqdm(pool.map(answer, asked), progress, len(asked), disable=not progress, leave=False)
+            return in_groups(answers, questions)
 
 
 def open_seat(spec: str, device="cpu", dtype=torch.float32, **options) -> EmbeddedSeat | EndpointSeat:
-    """`URL` or `URL#model` becomes an EndpointSeat; anything else is a checkpoint directory, for an EmbeddedSeat with `options`.
-
-    Raises UserError for a directory without a checkpoint and for an endpoint that does not answer.
-    """
+    """An EndpointSeat for URL or URL#MODEL; else, with `options`, an EmbeddedSeat for a checkpoint directory. Raises UserError."""
     if is_url(spec):
         return EndpointSeat(spec)
     return EmbeddedSeat(load_model(spec, dtype, device), Tokenizer.from_directory(spec), **options)

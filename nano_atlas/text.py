@@ -26,29 +26,26 @@ def masked(text: str) -> str:
     return text
 
 
-def parse_json(text: str | bytes, read_float: Callable[[str], Any] | None = None) -> Any:
-    """As `json.loads`, with `clean` texts. Raises ValueError and nothing else: for what is no JSON or no UTF-8, for NaN, infinity and
-    integers of thousands of digits, and for what is nested too deeply. read_float: of numbers that may be anything.
-    """
-    text = text if isinstance(text, str) else text.decode("utf-8-sig")  # with a byte order mark or without
-    try:
-        read = read_float or _finite
-        value = json.loads(text, parse_constant=read, parse_float=read)
-        if HALF_PAIR.search(text):
-            value = json.loads(clean(json.dumps(value, ensure_ascii=False)))
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    return value
+def finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return number
 
 
 def number(value: Any) -> float:
     """A finite number as JSON has it, or written as text there. Raises ValueError."""
     if type(value) not in (int, float, str):
         raise ValueError(f"a {type(value).__name__} is no number")
-    return _finite(str(value))
+    return finite(str(value))
 
 
-def _finite(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text[:20]} is not a finite number")
-    return number
+def parse_json(text: str | bytes, read_float: Callable[[str], float] = finite) -> Any:
+    """As `json.loads`, with `clean` texts. Raises ValueError and nothing else: for what is no JSON or no UTF-8, for NaN, infinity and
+    integers of thousands of digits, and for what is nested too deeply. read_float: `float` where numbers may be anything.
+    """
+    text = text if isinstance(text, str) else text.decode("utf-8-sig")  # with a byte order mark or without
+    try:
+        value = json.loads(text, parse_constant=read_float, parse_float=read_float)
+        return json.loads(clean(json.dumps(value, ensure_ascii=False))) if HALF_PAIR.search(text) else value
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None

@@ -15,9 +15,10 @@ from nano_atlas.benches.arms import SAME_BUDGET, SHUFFLED, STUDENT, TWO_VOTES, U
 from nano_atlas.errors import UserError
 from nano_atlas.seats import Fault, Generation, Question, Reply
 
+VIOLATION = "policy_violation_identification"  # its gold answer is the violated article, or "None"
 ARTICLES = {0: "ka0001", 1: None, 2: None, 3: None}
 RECORDS = [
-    {"idx": i, "task": crmarena.VIOLATION, "query": f"Which article does agent {i} violate?", "answer": [gold],
+    {"idx": i, "task": VIOLATION, "query": f"Which article does agent {i} violate?", "answer": [gold],
      "metadata": {"required": "Today is 2024-05-01.", "optional": "never shown"}, "reward_metric": "exact_match"}
     for i, gold in ARTICLES.items()
 ] + [{"idx": 9, "task": "knowledge_qa", "query": "?", "answer": ["text"], "metadata": {}, "reward_metric": "fuzzy_match"}]  # fmt: skip
@@ -200,9 +201,7 @@ def test_a_dry_run_needs_no_account_and_prints_the_floor(tasks_file, tmp_path, m
     with pytest.raises(SystemExit) as end:
         evaluation.main()
     assert not end.value.code and not (tmp_path / "out").exists()
-    assert (
-        f"{crmarena.VIOLATION}: 4 tasks; None as the answer to each scores 75.0%" in capsys.readouterr().out
-    )
+    assert f"{VIOLATION}: 4 tasks; None as the answer to each scores 75.0%" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("answer, gold, expected", [
@@ -215,12 +214,8 @@ def test_answers_are_compared_as_sets(answer, gold, expected):
 
 def test_tasks_are_read_by_kind_and_what_cannot_be_scored_is_counted(tasks_file, tmp_path, capsys):
     tasks = crmarena.load_tasks(tasks_file, 3)
-    assert list(tasks) == [crmarena.VIOLATION] and [p.answer for p in tasks[crmarena.VIOLATION]] == [
-        "ka0001",
-        "None",
-        "None",
-    ]
-    question = tasks[crmarena.VIOLATION][0].question
+    assert list(tasks) == [VIOLATION] and [p.answer for p in tasks[VIOLATION]] == ["ka0001", "None", "None"]
+    question = tasks[VIOLATION][0].question
     assert question.startswith("Today is 2024-05-01.") and "never shown" not in question
     assert "1 tasks left out" in capsys.readouterr().out
     bad = tmp_path / "bad.jsonl"
@@ -229,9 +224,7 @@ def test_tasks_are_read_by_kind_and_what_cannot_be_scored_is_counted(tasks_file,
         crmarena.load_tasks(bad, None)
 
 
-def test_the_command_prints_the_floor_beside_accuracy_and_found_violations(
-    tasks_file, tmp_path, monkeypatch, capsys
-):
+def test_the_command_from_tasks_and_queries_to_accuracies(tasks_file, tmp_path, monkeypatch, capsys):
     agent = Agent()
     monkeypatch.setattr(evaluation.Config, "open", lambda *_: agent)
     argv = ["eval.py", "--preset", "own", "--bench", "crmarena", "--data", str(tasks_file), "--student", "http://s", "--teacher",
@@ -244,17 +237,9 @@ def test_the_command_prints_the_floor_beside_accuracy_and_found_violations(
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(crmarena, "salesforce", lambda: query)
     evaluation.main()
-    printed = capsys.readouterr().out
-    lines = [line for line in printed.splitlines() if line.startswith("|")]
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    rows = {row[0]: row[1:] for row in table[-8:]}
-    assert rows["student"] == ["4", "100.0", "100.0"]
-    assert rows["grpo"] == [
-        "4",
-        "50.0",
-        "100.0",
-    ]  # strict: accuses two of three innocents; the error saves the third
-    assert rows["always None"] == ["4", "75.0", "0.0"]
+    rows = [[cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines()]
+    # strict: accuses two of three innocents; the error saves the third
+    assert [row[2:4] for row in rows if row[1:2] == [f"{VIOLATION} (4)"]] == [["100.0", "50.0"]]
     results = read_results(tmp_path / "out/tasks.jsonl")
     assert {arm for arm, *_ in results} == {STUDENT, "grpo", SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET}
     assert not any("ka0001" in json.dumps(messages[0]) for messages in agent.asked)

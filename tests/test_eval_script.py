@@ -125,7 +125,7 @@ def test_a_student_is_evaluated_alone_without_a_probe_in_the_format_it_can_write
         (score,) = json.loads((tmp_path / answer_format / "results.json").read_text())["scores"]
         assert (score["arm"], score["tasks"], score["accuracy"]) == ("student", 4, right / 4)
         assert asked == [f"Question t-{i}?\n\n{ANSWER_FORMATS[answer_format]}" for i in range(4)]
-        assert ("100% of the answers could not be read" in capsys.readouterr().out) == (right == 0)
+        assert ("(100.0 unread)" in capsys.readouterr().out) == (right == 0)
         asked.clear()
 
 

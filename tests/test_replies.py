@@ -19,8 +19,8 @@ from nano_atlas.data import Problem, problems_of_step
 from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
 from nano_atlas.runtime.agents import open_agent
-from nano_atlas.schedule import Fault, drive, play, play_most
-from nano_atlas.seats import LONGEST_REPLY, EndpointSeat, Generation, Question, Reply, TokenSeat, read_reply
+from nano_atlas.schedule import Fault, caught, drive, play, play_most
+from nano_atlas.seats import EndpointSeat, Generation, Question, Reply, TokenSeat, read_reply
 
 MESSAGES = [{"role": "user", "content": "6 times 7?"}]
 PROBLEM = Problem("p", "6 times 7?", "42")
@@ -56,7 +56,6 @@ BODIES = {
     "number": (said(5), "returned int instead of a text"),
     "object": (said({"a": 1, "type": "text"}), "returned NoneType instead of a text"),
     "parts of numbers": (said([1]), "returned int instead of a text"),
-    "too long": (said("x" * (LONGEST_REPLY + 1)), "1,000,001 characters"),
     "message null": ({"choices": [{"message": None}]}, "no message in its choice"),
     "message a text": ({"choices": [{"message": "hi"}]}, "no message in its choice"),
     "no message": ({"choices": [{}]}, "no message in its choice"),
@@ -193,7 +192,7 @@ def test_a_script_that_a_fault_ends_is_among_the_results_or_left_out(monkeypatch
         config = episode.EpisodeConfig(probe_tokens=0)
         return [episode.sketch(Problem(w, w, "42"), config, episode.seeds(0)) for w in words]
 
-    first, fault, last = play(scripts("good", "bad", "fine"), seats, is_strict=False)
+    first, fault, last = play([caught(script) for script in scripts("good", "bad", "fine")], seats)
     assert isinstance(fault, Fault) and (first.problem.id, last.problem.id) == ("good", "fine")
     assert [one.problem.id for one in play_most(scripts("good", "bad", "fine"), seats)] == ["good", "fine"]
     assert play_most([], seats) == []
@@ -219,11 +218,6 @@ def test_training_leaves_out_a_problem_that_the_students_server_refuses(place, t
 # ------------------------------------------------------------------------------------------------------- agents, functions
 
 
-class Unspeakable(Exception):
-    def __str__(self):
-        raise RuntimeError("no words")
-
-
 def raising(error):
     def function(prompt, metadata):
         raise error
@@ -233,7 +227,7 @@ def raising(error):
 
 @pytest.mark.parametrize("function, complaint", [
     (raising(SystemExit(3)), "SystemExit: 3"), (raising(KeyboardInterrupt()), "KeyboardInterrupt"), (raising(GeneratorExit()), "GeneratorExit"),
-    (raising(Unspeakable()), "Unspeakable: <exception str() failed>"), (raising(RecursionError("deep")), "RecursionError: deep"),
+    (raising(RecursionError("deep")), "RecursionError: deep"),
     (raising(ValueError("http://me:pw@host?api_key=sk")), "ValueError: http://***@host?api_key=***"),
     (raising(ValueError("\ud83d" * 9999)), "ValueError: \ufffd"), (lambda **_: b"4", "bytes instead of a text"),
     (lambda **_: {"content": None}, "NoneType instead of a text"), (lambda **_: {}, "NoneType"), (lambda **_: [{"type": "thinking"}], "nothing"),
@@ -289,5 +283,5 @@ def test_a_reply_that_was_cut_off_before_the_answer_is_no_answer_and_no_fault(se
 def test_many_parts_and_long_texts_take_no_time():
     began = time.monotonic()
     assert len(read_reply([{"type": "text", "text": "{"}] * 100_000, None, "").text) == 100_000
-    assert read_reply("\ud83d" * LONGEST_REPLY, None, "").text == "\ufffd" * LONGEST_REPLY
+    assert read_reply("\ud83d" * 1_000_000, None, "").text == "\ufffd" * 1_000_000
     assert time.monotonic() - began < 2

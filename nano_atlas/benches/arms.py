@@ -17,14 +17,14 @@ from nano_atlas.config import derive_seed, option
 from nano_atlas.data import Problem
 from nano_atlas.episode import Attempt, EpisodeConfig
 from nano_atlas.errors import UserError
-from nano_atlas.runs import Journal, checkpoint_digest, keep_to, read_jsonl, refuse_foreign, write_json
-from nano_atlas.seats import Reply, Seat, is_url, open_seat
+from nano_atlas.runs import Journal, checkpoint_digest, keep_to, read_jsonl, refuse_foreign
+from nano_atlas.seats import Fault, Reply, Seat, is_url, open_seat
 from nano_atlas.text import masked
 
 STUDENT = "student"  # the arm that all others are compared with
 CONTROLS = SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET = "shuffled", "untrained", "two-votes", "same-budget"
 ALONE = STUDENT, TWO_VOTES, SAME_BUDGET  # the arms without a teaching
-RESULT_FILES = "tasks.jsonl", "errors.json", "run.json", "results.json", "tables.md", "tau2-*.json"
+RESULT_FILES = "tasks.jsonl", "run.json", "results.json", "tables.md", "tau2-*.json"
 Key = tuple[str, str, str, int]  # of a result: arm, domain, id, sample
 Jobs = Sequence[tuple[str, Problem]]  # arms, and what each is to answer
 Seats = dict[str, Seat]  # "student", and "teacher": for the arms without one it is the student
@@ -138,33 +138,29 @@ def read_results(path: Path) -> dict[Key, TaskResult]:
 
 
 class TaskLog(Journal):
-    """The append-only tasks.jsonl with its only writer, the results that it holds, and errors.json: why tasks of this start have none."""
+    """The append-only tasks.jsonl with its only writer, and the results that it holds."""
 
     def __init__(self, path: Path):
         super().__init__(path)
         self.results = read_results(path)
-        self.faults: dict[str, list[str]] = {}  # by arm; the next start tries such tasks again
-
-    def __exit__(self, *exception: object) -> None:
-        write_json(self.path.with_name("errors.json"), self.faults)
-        super().__exit__(*exception)
+        self.faults: dict[str, list[str]] = {}  # by arm: why tasks have none; the next start tries again
 
     def append(self, results: Iterable[TaskResult]) -> None:
         new = {result.key: result for result in results if result.key not in self.results}
         super().append(vars(result) | {"attempt": vars(result.attempt)} for result in new.values())
         self.results |= new
 
-    def get(self, arm: str, problem: Problem) -> list[TaskResult]:
-        """The samples of a task that are there, from the first on."""
+    def get(self, arm: str, problem: Problem, needed: int = 0) -> list[TaskResult]:
+        """The samples of a task that are there, from the first on. Raises Fault if they are fewer than needed."""
         keys = ((arm, problem.domain, problem.id, sample) for sample in count())
-        return [self.results[key] for key in takewhile(self.results.__contains__, keys)]
+        found = [self.results[key] for key in takewhile(self.results.__contains__, keys)]
+        if len(found) < needed:
+            raise Fault(f"{problem.id} has no answer of {arm} yet")
+        return found
 
 
 def fill(log: TaskLog, config: ArmsConfig, problems: Sequence[Problem], answer: Callable) -> None:
-    """Append what the log lacks. Arms of a stage advance side by side; teachers are opened one at a time, and only if needed.
-
-    answer(jobs, seats): yields lists of results, as they come.
-    """
+    """Append what the log lacks: lists of results that answer(jobs, seats) yields. Teachers are opened one at a time, if needed."""
     seats: Seats = {}
     teachers = [[name] for name in config.teachers]
     for stage in [STUDENT, TWO_VOTES], *teachers, [SHUFFLED, UNTRAINED, SAME_BUDGET]:
@@ -186,8 +182,7 @@ def start_or_continue(config: ArmsConfig, contents: dict[str, str]) -> None:
     out, specs = config.out, {STUDENT: config.student, **config.teachers}
     paths = {name: Path(spec) for name, spec in specs.items() if not is_url(spec)}
     for path in paths.values():
-        if not checkpoint.is_checkpoint(path):
-            checkpoint.read_config(path)  # says so, with a remedy
+        checkpoint.read_config(path)  # says what is wrong, with a remedy
     contents = {f"checkpoint {name}": checkpoint_digest(path) for name, path in paths.items()} | contents
     refuse_foreign(out / "run.json", RESULT_FILES)
     for file in [file for pattern in RESULT_FILES for file in out.glob(pattern)] if config.restart else ():

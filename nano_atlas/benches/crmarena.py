@@ -11,24 +11,21 @@ Simplified: answers stand in <solution> (there gpt-4o extracts them, so figures 
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean
 
 from nano_atlas.answers import visible
-from nano_atlas.benches import scores
-from nano_atlas.benches.arms import STUDENT, ArmsConfig, TaskResult
+from nano_atlas.benches.arms import STUDENT
 from nano_atlas.data import Problem
 from nano_atlas.errors import UserError
 from nano_atlas.runs import read_jsonl
-from nano_atlas.schedule import Call, Script, ask, play
+from nano_atlas.schedule import Call, Script, ask, caught, play
 from nano_atlas.seats import Answers, Fault, Question, Reply, Seat, in_groups
 from nano_atlas.text import clean, masked
 
 TURNS = 20  # queries and the answer, as in the original
 SHOWN_CHARACTERS = 4000  # of what a query gives
 FIELDS = "idx", "task", "query", "reward_metric", "answer"  # of a line of the tasks
-VIOLATION = "policy_violation_identification"  # its gold answer is the violated article, or "None"
 ACCOUNT = {name: f"SALESFORCE_{name.upper()}" for name in ("username", "password", "security_token")}
 INSTRUCTION = (
     "You can look things up in Salesforce: write <execute>a SOQL or SOSL query</execute> and wait for its rows. "
@@ -42,8 +39,8 @@ def load_tasks(path: Path, limit: int | None) -> dict[str, list[Problem]]:
     kinds: dict[str, list[Problem]] = {}
     left_out, lines = 0, {}
     for number, record in read_jsonl(path):
-        kinds_of = [type(record.get(name)) for name in ("task", "query", "answer")]
-        if kinds_of != [str, str, list] or not all(name in record for name in FIELDS):
+        types = [type(record.get(name)) for name in ("task", "query", "answer")]
+        if types != [str, str, list] or not record.keys() >= set(FIELDS):
             raise UserError(f"{path}:{number}: needs {', '.join(FIELDS)} (a list)")
         if record["reward_metric"] != "exact_match":
             left_out += 1
@@ -68,15 +65,15 @@ def is_correct(answer: str, gold: str) -> bool:
 
 
 class QueryingSeat:
-    """A student that may query until it answers or has no turn left: the last reply counts, with the tokens of all turns."""
+    """A student that may query until it answers or has no turn left. The last reply counts, with the tokens of all turns."""
 
     def __init__(self, seat: Seat, query: Query):
         self.seat, self.query, self.count_tokens = seat, query, seat.count_tokens
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> Answers:
         """All conversations advance together, so that a turn is one call of the seat within."""
-        scripts = [self.converse(q, q.seed + sample) for q in questions for sample in range(q.n)]
-        return in_groups(play(scripts, {STUDENT: self.seat}, progress, is_strict=False), questions)
+        scripts = [caught(self.converse(q, q.seed + sample)) for q in questions for sample in range(q.n)]
+        return in_groups(play(scripts, {STUDENT: self.seat}, progress), questions)
 
     def converse(self, question: Question, seed: int) -> Script:
         messages, tokens = question.messages, 0
@@ -121,18 +118,3 @@ def salesforce() -> Query:
         return "Rows: " + json.dumps([{k: row[k] for k in row if k != "attributes"} for row in rows])
 
     return query
-
-
-def tables(config: ArmsConfig, results: Collection[TaskResult]) -> str:
-    """What accuracy on policy violations hides: always answering None, and how many violations are found, whichever article."""
-    tasks = [result for result in results if result.domain == VIOLATION]
-    answers = {arm: [(r.attempt.answer, r.gold) for r in tasks if r.arm == arm] for arm in config.arms}
-    answers["always None"] = [("None", gold) for _, gold in answers[STUDENT]]
-    rows = [["policy violations", "answers", "accuracy", "violations found"]]
-    for arm, pairs in answers.items():
-        right = [answer is not None and is_correct(answer, gold) for answer, gold in pairs]
-        violations = [answer for answer, gold in pairs if not is_correct(gold, "None")]
-        found = [bool(answer) and not is_correct(answer, "None") for answer in violations]
-        rates = (scores.percent(fmean(values) if values else None) for values in (right, found))
-        rows.append([arm, str(len(pairs)), *rates])
-    return "\n".join(["", *scores.table(rows)]) if tasks else ""

@@ -46,10 +46,7 @@ class DialogueEnd(Exception):
 
 
 def generate(model, messages, generation, tools=None, tool_choice="auto", call_name=None, seed=0, guide=None):
-    """Stands in for tau2.utils.llm_utils.generate; `generation` and `guide` come with the `llm_args` that tau2 passes on.
-
-    Reasoning reaches neither the other side nor the history. Raises DialogueEnd, and UserError for a seat that does not answer.
-    """
+    """Stands in for tau2.utils.llm_utils.generate, without reasoning; `generation` and `guide` come with tau2's `llm_args`."""
     validate_message_history(messages)
     wire = [{k: v for k, v in message.items() if v is not None} for message in to_litellm_messages(messages)]
     offered = {"tools": [tool.openai_schema for tool in tools], "tool_choice": tool_choice} if tools else {}

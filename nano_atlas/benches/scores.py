@@ -1,7 +1,4 @@
-"""What comes of an evaluation: the scores of each arm, paired comparisons, and their tables.
-
-A score and a comparison are dicts, as results.json has them. Rates are in [0, 1], lengths in generated tokens per answer.
-"""
+"""The scores of each arm, paired comparisons, and their tables. Rates are in [0, 1], lengths in generated tokens per answer."""
 
 from collections.abc import Callable, Iterable, Sequence
 from math import sqrt
@@ -10,7 +7,6 @@ from statistics import fmean, stdev
 from nano_atlas import stats
 from nano_atlas.benches import arms
 from nano_atlas.benches.arms import ALONE, CONTROLS, SHUFFLED, STUDENT, ArmsConfig, TaskResult
-from nano_atlas.episode import reading_hint
 from nano_atlas.errors import UserError
 from nano_atlas.runs import read_json, replace_text, write_json
 
@@ -95,7 +91,7 @@ def score(tasks: Tasks) -> dict:
 
 
 def compare(tasks: Tasks, others: Tasks, seed: int = 0) -> dict | None:
-    """The arm of `tasks` minus the arm of `others`, on the tasks that both have, if any. A task's score is the share of its right samples."""
+    """The arm of `tasks` minus the arm of `others`, on the tasks that both have, if any. A task's score is its share of right samples."""
     shared = [name for name in tasks if name in others]
     if not shared:
         return None
@@ -111,24 +107,23 @@ def compare(tasks: Tasks, others: Tasks, seed: int = 0) -> dict | None:
     return row | {"non_degradation_correct": 1 - degraded / could_degrade if could_degrade else None}
 
 
-def finish(config: ArmsConfig, own: Callable[[ArmsConfig, list[TaskResult]], str]) -> None:
-    """Print tables (without --full a summary) of config.out, also of an unfinished run. Unless it is --tables, write them too.
-
-    own(options of the run, its results): Markdown that a benchmark adds.
-    """
+def finish(
+    config: ArmsConfig, own: Callable | None = None, faults: dict[str, list[str]] | None = None
+) -> None:
+    """Print and, without --tables, write the tables of config.out. own(options of the run, its results): Markdown of a benchmark."""
     saved = read_json(config.out / "run.json")
     results = list(arms.read_results(config.out / "tasks.jsonl").values())
     if not saved or not results:
         raise UserError(f"{config.out} holds no results yet; run the evaluation without --tables first")
     stored = type(config)(**saved["config"] | {"out": config.out})
-    report, added = make_report(results, stored), own(stored, results)
-    if errors := read_json(config.out / "errors.json"):
-        counts = ", ".join(f"{arm} {len(why)}" for arm, why in errors.items())
+    report, added = make_report(results, stored), own(stored, results) if own else ""
+    if faults:
+        counts = ", ".join(f"{arm} {len(why)}" for arm, why in faults.items())
         what = f"Infrastructure errors (tasks without a result; the same command tries them again): {counts}"
-        added = f"\n{what}; the first: {next(iter(errors.values()))[0]}\n{added}"
+        added = f"\n{what}; the first: {next(iter(faults.values()))[0]}\n{added}"
     text = tables(report) + added
     if not config.tables:
-        write_json(config.out / "results.json", {"run": saved, **report, "errors": errors})
+        write_json(config.out / "results.json", {"run": saved, **report, "errors": faults})
         replace_text(config.out / "tables.md", text)
     if not config.full:
         text = f"{summary(report, stored)}All columns: {config.out / 'tables.md'} (--full)\n{added}"
@@ -181,11 +176,9 @@ def summary(report: Report, config: ArmsConfig) -> str:
         count = max(row["tasks"] for (of, _), row in found.items() if of == domain)
         rows.append([f"{domain} ({count})", *accuracies, gain])
     notes = ["Accuracy in %, difference in points with its 95 % interval over tasks."]
-    worst = min(report["scores"], key=lambda row: row["completion"])
-    if worst["completion"] < 1:
-        notes.append("unread: answers, in %, in which no final answer was found; they count as wrong")
-    if hint := reading_hint(1 - worst["completion"]):
-        notes.append(f"hint: {worst['arm']}: {hint}")
+    if any(row["completion"] < 1 for row in report["scores"]):
+        remedy = "another --answer-format, or more --answer-tokens, may help"
+        notes.append(f"unread: answers, in %, without a final answer, which count as wrong; {remedy}")
     return "\n".join([*table(rows if config.teachers else [row[:-1] for row in rows]), *notes, ""])
 
 

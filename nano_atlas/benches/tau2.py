@@ -7,8 +7,9 @@
 
 The official package runs and scores each dialogue (dialogue.py). The arms are those of eval.py without the votes: dialogues change the
 world, so one cannot choose among them afterwards. Student and user are URLs: a server computes the prompt that each turn repeats only
-once, and parses tool calls (`vllm serve MODEL --enable-auto-tool-choice --tool-call-parser hermes` for Qwen3). A dialogue that a seat breaks off (no text, malformed call, outgrown context) is a failure. So is one whose seat could not be reached,
-which tau2's own metrics leave out; *covered* is the share of the others. tau2-<arm>.json in --out is for `tau2 evaluate-trajs`.
+once, and parses tool calls (`vllm serve MODEL --enable-auto-tool-choice --tool-call-parser hermes` for Qwen3). A dialogue that a
+seat breaks off is a failure, and so is one whose seat could not be reached; *covered* is the share of the others.
+tau2-<arm>.json in --out is for `tau2 evaluate-trajs`.
 """
 
 import os
@@ -21,7 +22,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from statistics import mean
 
 from tqdm import tqdm
 
@@ -147,37 +147,36 @@ def task_result(key: Key, simulation: dict, probe: Reply | None = None, reply=No
     """One line of the log, in the terms of the other benchmarks: right is a reward of 1, and an answer is a proper end."""
     reward, end = simulation["reward_info"]["reward"], simulation["termination_reason"]
     answer = str(reward) if end in ("user_stop", "agent_stop") else None
-    tokens = student_tokens(simulation, "completion_tokens")
-    attempt = Attempt("", answer, reward > 1 - 1e-6, tokens, is_truncated=end == "max_steps")
+    attempt = Attempt(
+        "", answer, reward > 1 - 1e-6, student_tokens(simulation), is_truncated=end == "max_steps"
+    )
     result = TaskResult(*key, "", attempt, record=simulation)
     return result.taught(reply, approach=probe.text, approach_tokens=probe.tokens) if reply else result
 
 
-def student_tokens(simulation: dict, kind: str) -> int:
-    """prompt_tokens or completion_tokens of all of the student's turns, also of the one that broke the dialogue off."""
+def student_tokens(simulation: dict) -> int:
+    """Generated in all of the student's turns, also in the one that broke the dialogue off."""
     turns = [message.get("usage") for message in simulation["messages"] if message["role"] == "assistant"]
     if simulation["termination_reason"] == "agent_error":
         turns.append(simulation.get("info", {}).get("usage"))
-    return sum(usage[kind] for usage in turns if usage)
+    return sum(usage["completion_tokens"] for usage in turns if usage)
 
 
 def tables(config: Config, results: Sequence[TaskResult]) -> str:
-    """Markdown: pass^k by intent and persona; cost and end of each arm's dialogues; and of what package and data this is true."""
+    """Markdown: pass^k by intent and persona; how each arm's dialogues end; and of what package and data this is true."""
     groups = [replace(r, domain=group) for r in results for group in ("all", *PERSONA.findall(r.id))]
     passed = [["", "tasks", *(f"pass^{k}" for k in range(1, config.samples + 1))]]
     for score in scores.make_report([*groups, *results], config)["scores"]:
         name, rates = f"{score['domain']}: {score['arm']}", score["pass_hat_k"].values()
         passed.append([name, str(score["tasks"]), *map(scores.percent, rates)])
     ends = sorted({result.record["termination_reason"] for result in results})
-    costs = [["", "dialogues", "covered", "prompt tokens", "seconds", *ends]]
+    counted = [["", "dialogues", "covered", *ends]]
     for arm in config.arms:
         if runs := [result.record for result in results if result.arm == arm]:
             counts = {end: sum(run["termination_reason"] == end for run in runs) for end in ends}
             covered = 1 - sum(counts.get(end, 0) for end in UNREACHED) / len(runs)
-            read = mean(student_tokens(run, "prompt_tokens") for run in runs)
-            row = [arm, str(len(runs)), scores.percent(covered), f"{read:.0f}"]
-            costs.append([*row, f"{mean(run['duration'] for run in runs):.1f}", *map(str, counts.values())])
-    lines = ["", *scores.table(passed, "pass^k"), *scores.table(costs, "dialogues")]
+            counted.append([arm, str(len(runs)), scores.percent(covered), *map(str, counts.values())])
+    lines = ["", *scores.table(passed, "pass^k"), *scores.table(counted, "dialogues")]
     return "\n".join([*lines, shown(read_json(config.out / "run.json")["contents"]), ""])
 
 
