@@ -106,7 +106,7 @@ class Experience:
     """What earlier sessions taught: a function of their outcomes, in the order of learning."""
 
     def __init__(self, strategies: Sequence[str] = ()):
-        self.strategies, self.line = strategies, Line()
+        self.strategies, self.line = strategies, Line(silent=1)
         self.records = defaultdict(lambda: deque(maxlen=WINDOW))  # by learning key: scores of the student
         self.rewards = defaultdict(lambda: defaultdict(list))  # by learning key and strategy
         self.entries: dict[str, Entry] = {}  # skills in force
