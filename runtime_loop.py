@@ -14,9 +14,8 @@ three parts are the published ones:
     trace export      each session appended to traces.jsonl; --export selects those worth training on (`traces`)
 
 The traces are the only state: all else is rebuilt by replaying them. A run that was killed continues where it stopped, and tries
-failed sessions again. A task is known by its content, not by its line. Experience outlives a teacher: another one may be deployed into
-the same --out, where sessions that are done stay done (each names its teacher), and every round of --rounds begins with what those
-before it have taught.
+failed sessions again. A task is known by its content, not by its line. Another teacher may take over in the same --out: sessions that
+are done stay done (each names its teacher), and what they taught still counts.
 """
 
 import json
@@ -39,7 +38,6 @@ from nano_atlas.runs import Journal, RunLog, checkpoint_digest, digest
 from nano_atlas.runtime import agents, deploy, judges, lanes, learning, traces
 from nano_atlas.runtime.options import Config
 from nano_atlas.seats import Seat
-from nano_atlas.text import masked
 
 WRITTEN = ("traces.jsonl", "metrics.jsonl", "reviews.jsonl", "playbook.json")  # by a run, beside run.json
 
@@ -82,7 +80,7 @@ def run(config: Config, tasks, seats: dict | None = None, experience=None) -> li
 
 
 def session_ids(tasks: Sequence[Problem]) -> list[str]:
-    """Names that depend on the content of a task alone; the second of two equal tasks is told from the first by its count."""
+    """Names by the content of a task; equal tasks are told apart by their count."""
     seen, names = Counter(), []
     for task in tasks:
         content = json.dumps([task.domain, task.question, task.answer])
@@ -105,11 +103,8 @@ def forecast(config: Config, tasks: Sequence[Problem] | None) -> Iterator[str]:
 
 def settle_options(config: Config) -> None:
     """Other options, or another student, than those that --out began with are refused."""
-    path = config.out / "run.json"
-    before = runs.kept(path).get("config", {}).get("teacher") or masked(config.teacher)
-    runs.keep_to(config, path, {"weights of the student": checkpoint_digest(config.student)}, WRITTEN)
-    if before != masked(config.teacher):
-        print(f"{config.teacher} takes over from {before}; sessions that are done stay done, and teach it")
+    contents = {"weights of the student": checkpoint_digest(config.student)}
+    runs.keep_to(config, config.out / "run.json", contents, WRITTEN)
 
 
 def set_aside(directory: Path) -> None:
@@ -135,8 +130,9 @@ def open_seat(config: Config, spec: str) -> Seat:
         sft, grpo = (f" --preset {name} --{file} FILE" * (name != "nano") for file in ("data", "problems"))
         made = f"python train_sft.py{sft} && python train_grpo.py{grpo}"
         raise UserError(f"{spec} is not there yet; make it with: {made}")
-    where = config.device, getattr(torch, config.dtype)
-    return agents.open_agent(spec, *where, config.timeout, config.workers)
+    return agents.open_agent(
+        spec, config.device, getattr(torch, config.dtype), config.timeout, config.workers
+    )
 
 
 def load_tasks(config: Config) -> list[Problem]:
@@ -183,9 +179,7 @@ def work(config: Config, tasks: Sequence[Problem]) -> None:
     if config.restart:
         set_aside(config.out)
     outcomes = run(config, tasks, seats)
-    print(
-        traces.summary(outcomes, config.out), f"  traces             {config.out / 'traces.jsonl'}", sep="\n"
-    )
+    print(traces.summary(outcomes, config.out))
     if outcomes and all(outcome.status == "failed" for outcome in outcomes):
         sys.exit(1)
 

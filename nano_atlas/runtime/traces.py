@@ -2,12 +2,9 @@
 
 A record has an `outcome` (what learning, selection and reports need), the `ground_truth`, the eleven keys of ATLAS' AtlasSessionTrace
 (whose `load_runtime_traces` reads the file), and what atlas-sdk adds on export. `steps` holds one step, with all attempts in its
-metadata; `session_reward` is null, not zero, where nobody could score; `trajectory_events` say who spoke in which order. A failed
-session has `status: failed`; it is done again at the next start, and never selected.
+metadata; `session_reward` is null, not zero, where nobody could score. A failed session is done again at the next start.
 
-Below the record: the report at the end of a run; selection by numbers of what may train the next teacher; review by people: a session
-is recorded as `approved`, or as `pending` with --require-approval, and --approve and --quarantine change that, with a note. Traces are
-never rewritten: decisions have a file of their own, `reviews.jsonl`, and the latest on a session counts.
+Traces are never rewritten: what people decide with --approve and --quarantine goes to `reviews.jsonl`, where the latest counts.
 """
 
 import json
@@ -180,7 +177,7 @@ def session_record(session: Session) -> tuple[Outcome, Trace]:
 
 
 def _reward(session: Session, alone: Trial, helped: Trial) -> Trace:
-    """As AtlasRewardBreakdown. The judges are those of the best answer with help, or of the only answer."""
+    """As AtlasRewardBreakdown."""
     by, judges = helped.verdict, helped.verdict.judges
     if not judges and by.score is not None:
         judges = [{"identifier": by.by, "score": by.score, "rationale": by.rationale}]
@@ -202,20 +199,21 @@ def outcome_of(trace: Trace, where: str) -> Outcome:
     """The outcome of one of our records, or what a record of atlas-sdk says of it. Raises UserError."""
     if not isinstance(trace.get("task"), str):
         raise UserError(f"{where}: not a session trace; its field 'task' must hold the question")
-    if "outcome" in trace:
-        try:
-            return Outcome(**trace["outcome"])
-        except TypeError as error:
-            cause = f"{where}: not a trace of this version ({error})"
-            raise UserError(f"{cause}; choose another --out, or use --restart") from None
-    sections = ("session_metadata", "adaptive_summary", "reward_stats")
-    told, adaptive, stats = (trace.get(section) or {} for section in sections)
-    told = {**told, "lane": adaptive.get("adaptive_mode"), "review": trace.get("review_status")}
-    names = ("session_id", "learning_key", "created_at", "status", "lane", "review")
-    known = {"session_id": where} | {name: str(told[name]) for name in names if told.get(name)}
-    score = trace.get("session_reward")
-    score = score.get("score") if isinstance(score, dict) else score
-    return Outcome(**known, reward=score, disagreement=float(stats.get("score_stddev") or 0.0))
+    sections = [trace.get(name) for name in ("session_metadata", "adaptive_summary", "reward_stats")]
+    about, adaptive, stats = (value if isinstance(value, dict) else {} for value in sections)
+    names = ("session_id", "learning_key", "created_at", "status")
+    told = {name: str(about[name]) for name in names if about.get(name)}
+    told |= {"lane": adaptive.get("adaptive_mode") or "", "review": trace.get("review_status") or "approved"}
+    try:
+        if "outcome" in trace:
+            return Outcome(**{**trace["outcome"], "fault": about.get("error")})
+        score = trace.get("session_reward")
+        score = score.get("score") if isinstance(score, dict) else score
+        told["reward"] = None if score is None else float(score)
+        return Outcome(**{"session_id": where, **told}, disagreement=float(stats.get("score_stddev") or 0))
+    except (TypeError, ValueError) as error:
+        cause = f"{where}: not a trace of this version ({error})"
+        raise UserError(f"{cause}; choose another --out, or use --restart") from None
 
 
 METRICS = {  # the value for one session (None: nobody knows), the label in the report (none: not there), and a note
@@ -250,8 +248,8 @@ def summary(outcomes: Sequence[Outcome], out: Path | str = Config.out) -> str:
     lines = [f"{len(outcomes)} tasks, {sum(o.baseline is not None for o in outcomes)} scored"]
     if failed:
         lines[0] += f", {len(failed)} FAILED (the same command tries them again; --out {out} --show failed)"
-    reasons = Counter(" ".join((outcome.fault or "").split())[:150] for outcome in failed)
-    lines += [f"  failed             {count:7d}   {reason}" for reason, count in reasons.most_common(3)]
+    for reason, count in Counter(" ".join(o.fault.split())[:150] for o in failed).most_common(3):
+        lines.append(f"  failed             {count:7d}   {reason}")
     if unscored := sum(o.baseline is None for o in outcomes if o.status == "succeeded"):
         lines.append(f"  without a score    {unscored:7d}   (nobody knows whether help was better or worse)")
     gain = f"{100 * (m['accuracy_delta'] or 0):+.1f}"
@@ -273,7 +271,8 @@ def summary(outcomes: Sequence[Outcome], out: Path | str = Config.out) -> str:
         lines.append(f"  held for review    {pending:7d}   ({how})")
     lanes = ", ".join(f"{lane} {m[f'lane/{lane}']:.0%}" for lane in LANES if m[f"lane/{lane}"])
     tokens = ", ".join(f"{name[7:]} {count:,}" for name, count in m.items() if name.startswith("tokens/"))
-    return "\n".join([*lines, f"  lanes              {lanes}", f"  tokens generated   {tokens}"])
+    lines += [f"  lanes              {lanes}", f"  tokens generated   {tokens}"]
+    return "\n".join([*lines, f"  traces             {out}/traces.jsonl"])
 
 
 def degradation_bound(audited_gains: Sequence[float]) -> tuple[int, float]:
@@ -300,8 +299,8 @@ def reviewed_traces(path: Path) -> Iterator[tuple[Outcome, Trace]]:
     """All records of a trace file, the latest decision on each written in."""
     reviews = {}
     if (decisions := path.with_name("reviews.jsonl")).exists():
-        known = runs.read_jsonl(decisions, is_journal=True)
-        reviews = {str(review.get("session_id")): review for _, review in known}
+        for _, review in runs.read_jsonl(decisions, is_journal=True):
+            reviews[str(review.get("session_id"))] = review
     for outcome, trace in read_traces(path):
         if review := reviews.get(outcome.session_id):
             outcome.review = review.get("status", "pending")
@@ -349,8 +348,6 @@ def show_sessions(directory: Path, status: str) -> Iterator[str]:
     for outcome, trace in latest.values():
         if status == (outcome.review if outcome.status == "succeeded" else "failed"):
             reward = "unscored" if outcome.reward is None else f"reward {outcome.reward:+.3f}"
-            about = trace.get("session_metadata")  # a text in some files of atlas-sdk
-            fault = about.get("error") if isinstance(about, dict) else None
-            note = " ".join(str(fault or trace.get("review_notes") or "").split())
+            note = " ".join(str(outcome.fault or trace.get("review_notes") or "").split())
             task = " ".join(trace["task"].split())[:60]
             yield f"{outcome.session_id}  {reward}  {outcome.lane}  {task}  {note}".rstrip()
