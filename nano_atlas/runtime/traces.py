@@ -227,7 +227,6 @@ METRICS = {  # the value for one session (None: nobody knows), the label in the 
     "malformed_rate": (lambda o: o.is_malformed, "without <teaching>", ""),
     "truncated_rate": (lambda o: o.is_truncated, "cut off", "(by a length limit)"),
     "failed_rate": (lambda o: o.status == "failed", "", ""),
-    "helped_returned_rate": (lambda o: o.returned_attempt not in ("", "alone"), "", ""),
 }  # fmt: skip
 
 
@@ -257,11 +256,10 @@ def summary(outcomes: Sequence[Outcome], out: Path | str = Config.out) -> str:
         if label and m[name] is not None:
             lines.append(f"  {label:<18} {m[name]:7.1%}   {note.format(gain=gain)}".rstrip())
     for style in STYLES:
-        mine = [o for o in outcomes if o.strategy == style and o.reward is not None]
-        if mine:
-            gain, reward = 100 * mean(o.gain for o in mine), mean(o.reward for o in mine)
-            told = f"{len(mine):7d}   (gain {gain:+.1f} points, reward {reward:+.3f})"
-            lines.append(f"  {style + ' teaching':<18} {told}")
+        if gains := [o.gain for o in outcomes if o.strategy == style and o.gain is not None]:
+            lines.append(
+                f"  {style + ' teaching':<18} {len(gains):7d}   (gain {100 * mean(gains):+.1f} points)"
+            )
     if audited := [o.audited_gain for o in outcomes if o.audited_gain is not None]:
         worse, bound = degradation_bound(audited)
         found = f"{worse} of {len(audited)} returned answers with help are below the student's own"
@@ -310,7 +308,7 @@ def reviewed_traces(path: Path) -> Iterator[tuple[Outcome, Trace]]:
 
 
 def record_reviews(directory: Path, names: tuple[str, ...], status: str, note: str) -> list[str]:
-    """Decide on the sessions whose ids begin with `names`. Raises UserError, and decides on none, where a name fits not just one."""
+    """Decide on the sessions whose ids begin with `names`; on none, with UserError, where a name fits not just one."""
     known, decided = {outcome.session_id for outcome, _ in read_traces(directory / "traces.jsonl")}, []
     for name in names:
         meant = [session_id for session_id in known if session_id.startswith(name)]
@@ -325,18 +323,17 @@ def record_reviews(directory: Path, names: tuple[str, ...], status: str, note: s
 
 def export_traces(source: Path, target: Path, config: Config) -> tuple[int, int]:
     """Write the selected traces of `source` to `target`, as a whole or not at all; returns how many, and of how many."""
-    if target.is_dir() or (target.exists() and target.samefile(source)):
-        what = "a directory" if target.is_dir() else "the trace file itself"
-        raise UserError(f"--export {target} is {what}; choose another name")
+    if target.exists() and target.samefile(source):
+        raise UserError(f"--export {target} is the trace file itself; choose another name")
     found = list(reviewed_traces(source))
     selected = [trace for outcome, trace in found if is_selected(outcome, config)]
     if not selected:
         kinds = Counter(kind for o, _ in found for kind in (o.status, o.review, o.lane, o.learning_key))
         listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(12))
-        cause = f"none of its {len(found)} traces is selected, so {target} was not written"
-        raise UserError(f"{source}: {cause}; there are: {listed}")
-    for trace in selected:  # whoever asks for other states than `approved` has decided
-        trace |= {"is_exported": True} if trace.get("review_status", "approved") != "approved" else {}
+        raise UserError(f"{source}: none of its {len(found)} traces is selected; there are: {listed}")
+    for trace in selected:
+        if trace.get("review_status", "approved") != "approved":  # whoever asks for other states has decided
+            trace["is_exported"] = True
     runs.replace_text(target, "".join(json.dumps(trace) + "\n" for trace in selected))
     return len(selected), len(found)
 
