@@ -6,8 +6,7 @@
     python runtime_loop.py --rounds 3                            # run, export, train, test, promote, three times over
     python runtime_loop.py --serve 8080                          # the pair behind an OpenAI-compatible endpoint
 
-A line of the tasks file has a `question` and, where it is known, an `answer`. The options are in nano_atlas/runtime/options.py. The
-three parts are the published ones:
+A line of the tasks file has a `question` and, where it is known, an `answer`. The three parts are the published ones:
 
     task analysis     how much help: a lane, by the student's record; a teaching strategy, by what has worked so far (`learning`)
     experimentation   answer, teaching, answer again (`lanes`); each is judged, and the best one returned (`judges`)

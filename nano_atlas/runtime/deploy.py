@@ -49,8 +49,7 @@ MARGIN = 0.02  # largest loss of accuracy that still counts as not worse
 
 
 def with_deployment(argv: Sequence[str], is_evaluation: bool = False) -> list[str]:
-    """The command line, with what the file of --deploy says put before it as flags, so that explicit flags override the file.
-    eval.py gives its teachers names, and samples both seats at its own --temperature."""
+    """The command line, after what the file of --deploy says as flags. eval.py names its teachers, and has its own --temperature."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--deploy", nargs="?")
     path = parser.parse_known_args(argv)[0].deploy
@@ -85,7 +84,7 @@ def read_deployment(path: Path | str) -> dict[str, dict[str, Any]]:
 
 
 def write_deployment(path: Path, teacher: str) -> None:
-    """Put another teacher checkpoint into service; what the file says of the student stays. The file is replaced as a whole."""
+    """Put another teacher checkpoint into service; what the file says of the student stays."""
     content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
     content["teacher"] = {"llm": {"provider": "huggingface", "model": teacher}}
     runs.replace_text(path, yaml.safe_dump(content, sort_keys=False))
@@ -126,19 +125,20 @@ def run_rounds(config: Config, tasks: Sequence[data.Problem], run: Callable, ope
         problems = data.load_problems(config.held_out)
     else:
         problems = world.held_out(config.domain, HELD_OUT, f"promotion/{config.seed}")
-    if not (config.out / f"round-{config.rounds}/promotion.json").exists():  # what does not fit is said now
-        call("train_grpo.py", f"{config.train_options} --show-layout", **trained_as(config))
     experience = learning.Experience(config.strategies)
     for number, part in enumerate(parts, start=1):
         folder = config.out / f"round-{number}"
+        decision = runs.read_json(folder / "promotion.json")
+        training = {name: getattr(config, name) for name in ("preset", "student", "teacher", *SHARED)}
+        if not decision:  # what does not fit is said now
+            call("train_grpo.py", f"{config.train_options} --show-layout", **training)
         print(f"round {number}: {len(part)} tasks with the teacher {config.teacher}")
         working = replace(config, out=folder / "runtime")
         print(traces.summary(run(working, part, experience=experience), working.out))
         traces.export_traces(folder / "runtime/traces.jsonl", folder / "export.jsonl", config)
-        decision = runs.read_json(folder / "promotion.json")
-        if "teacher" not in decision:
-            made = {"problems": folder / "export.jsonl", "out": folder / "grpo"}
-            call("train_grpo.py", config.train_options, **trained_as(config), **made)
+        if not decision:
+            training |= {"problems": folder / "export.jsonl", "out": folder / "grpo"}
+            call("train_grpo.py", config.train_options, **training)
             places = [config.teacher, str(folder / "grpo/model")]
             decision = compare([open_seat(config, at) for at in (config.student, *places)], problems, config)
             decision["teacher"] = places[decision["is_promoted"]]
@@ -147,11 +147,6 @@ def run_rounds(config: Config, tasks: Sequence[data.Problem], run: Callable, ope
         said = "{reason}; alone {alone:.1%}, old {old:.1%}, new {new:.1%}".format(**decision)
         print(f"round {number}: {'' if decision['is_promoted'] else 'not '}promoted: {said}")
         config = replace(config, teacher=decision["teacher"])
-
-
-def trained_as(config: Config) -> dict[str, Any]:
-    """The options of train_grpo.py that are those of the run."""
-    return {name: getattr(config, name) for name in ("preset", "student", "teacher", *SHARED)}
 
 
 def training_command(config: Config) -> str:

@@ -6,16 +6,16 @@
               it is unsure (uncertainty above UNCERTAINTY), --large-judge sees all of them and decides
     nobody    none of these: the answer has no score, which is not a score of zero; the last answer is returned, checked by nobody
 
-Where evaluator or judges do not answer, the session has failed: its answers stand in the trace as unscored (not as zeros), the next
-start does it again, and until then the student's own answer is returned.
+Where evaluator or judges do not answer, the session has failed: its answers are unscored (not zeros), the next start does it again, and
+until then the student's own answer is returned.
 
 Four judges, as published (ATLAS, RIM): *accuracy* and *process* judge any answer, and their mean is its score. *helpfulness* judges the
-guidance and scales positive rewards: a teaching is paid as far as it caused a gain. *diagnostic* judges the student's approach.
+guidance and scales positive rewards. *diagnostic* judges the student's approach.
 
 Non-degradation: an answer with help is returned only if it scores at least as high as the student's own. With a verifier (python, exact)
 the returned answer is therefore never worse, with any teacher. Of two judged scores the higher may be luck: it must be above by z standard
-errors of the difference, and a share (--audit) of such answers is judged *again*, with the student's own, by new samples. The summary
-states the Wilson upper bound of the share that comes out worse, for tasks like those audited and by this judge.
+errors of the difference, and a share (--audit) of such answers is judged *again*. The summary states the Wilson upper bound of the share
+that comes out worse, for tasks like those audited and by this judge.
 """
 
 import json
@@ -77,7 +77,7 @@ def judge(session: Session, trial: Trial, config: Config, *seed: Any) -> Script:
 
 
 def open_evaluator(spec: str) -> Agent:
-    """The seat of a user's function. As any agent it runs in threads, for at most --timeout seconds, and may raise anything."""
+    """The seat of a user's function, which as any agent has --timeout seconds and may raise anything."""
     function = load_object(spec)
 
     def reply(question: Question, seed: int) -> Reply:

@@ -1,6 +1,5 @@
 """What the runtime learns from session to session, without touching a weight: the student's record, teaching strategies, skills.
-There is no state file: `Experience` is rebuilt by replaying the outcomes in the traces. Sessions with an earlier teacher count as they
-are: what a student can do alone, and what kind of guidance it can use, changes little with the teacher; new sessions correct the rest.
+There is no state file: `Experience` is rebuilt by replaying the outcomes in the traces, those with an earlier teacher too.
 
 *Strategies.* Each kind of task (its learning key, the domain) has a bandit over the ways of teaching: Thompson sampling with Gaussian
 priors (Agrawal & Goyal 2013, arXiv:1209.3353, algorithm 2). The mean reward of a strategy that earned `total` in `count` sessions is

@@ -4,14 +4,13 @@
     GET  /v1/models, /v1/models/nano-atlas, /health
 
 The student gets one question: a single message as it is, several as one text, each as "role: text". `temperature` is the student's;
-`max_tokens` limits each of its answers, as --answer-tokens does. What cannot change an answer is ignored (`model`, `user`, `seed`), what
-is not supported (`stop`, tools, ...) gets HTTP 400. `usage` counts what all seats of the session read and wrote, judges included, each
-in its own tokens (about four characters each where a seat does not count). The best of several attempts is known only when all are
-made, so a stream sends comments to keep the connection alive, then the whole text.
+`max_tokens` limits each of its answers. What cannot change an answer is ignored (`model`, `user`, `seed`), what is not supported (`stop`,
+tools, ...) gets HTTP 400. `usage` counts what all seats of the session read and wrote, judges included. The best attempt is known only
+when all are made, so a stream sends comments to keep the connection alive, then the whole text.
 
-Clients send the key in NANO_ATLAS_API_KEY, if there is one, as bearer token. Without one only this machine is answered, under its own
-names; web pages of another origin never are. SIGINT and SIGTERM let requests under way finish, for --timeout seconds at most. Idle
-connections cost nothing but their sockets; a server that strangers reach should stand behind a proxy that closes them.
+Clients send the key in NANO_ATLAS_API_KEY, if there is one, as bearer token. Without one only this machine is answered; web pages of
+another origin never are. SIGINT and SIGTERM let requests under way finish, for --timeout seconds at most. Idle connections are for a
+proxy in front to close.
 """
 
 import asyncio
@@ -161,7 +160,7 @@ def make_app(answer: Callable) -> Starlette:
 
 
 def check_client(request) -> None:
-    """The key; or, against names of others that lead here, a Host of this machine. And no page of another origin."""
+    """Its key; without one, a Host of this machine, against names of others that lead here."""
     key, host = os.environ.get(KEY_VARIABLE), request.headers.get("host", "")
     given = request.headers.get("authorization", "").encode("latin-1")
     if key and not hmac.compare_digest(given, os.fsencode(f"Bearer {key}")):
@@ -210,17 +209,16 @@ def read_request(content: bytes) -> tuple[bool, str, float | None, int | None]:
 
 
 def read_text(message: dict[str, Any]) -> str:
-    """Of a message: its content, or the parts of it. Raises TypeError, KeyError, ValueError for any other content."""
+    """The content of a message, or its parts joined. Raises TypeError, KeyError, ValueError."""
     said = message["content"]
     parts = said if isinstance(said, list) else [{"type": "text", "text": said}]
     kinds = {part["type"] for part in parts} - {"text"}
-    if kinds or message["role"] not in ROLES or message.get("tool_calls") or message.get("function_call"):
+    if kinds or message["role"] not in ROLES or message.get("tool_calls"):
         raise ValueError(f"messages: only texts by {', '.join(ROLES)} are supported")
     return "".join(part["text"] for part in parts)
 
 
 async def events(task: asyncio.Task) -> AsyncIterator[str]:
-    """A stream's events: comments until the answer is there, the answer, [DONE]."""
     while not (await asyncio.wait([task], timeout=KEEP_ALIVE))[0]:
         yield ": working\n\n"
     yield f"data: {json.dumps(task.result()[0])}\n\ndata: [DONE]\n\n"
