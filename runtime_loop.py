@@ -20,7 +20,7 @@ are done stay done (each names its teacher), and what they taught still counts.
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -42,14 +42,11 @@ WRITTEN = ("traces.jsonl", "metrics.jsonl", "reviews.jsonl", "playbook.json")  #
 
 
 def run(config: Config, tasks, seats: dict | None = None, experience=None) -> list[traces.Outcome]:
-    """Bring every task to a trace, and return the outcome of each in the order of the tasks.
-
-    seats: by default `open_seats`; experience: a `learning.Experience` to begin with, which grows by these tasks.
-    """
+    """Bring every task to a trace, and return the outcome of each. experience: a `learning.Experience`, which grows by these tasks."""
     seats, experience = seats or open_seats(config), experience or learning.Experience(config.strategies)
     settle_options(config)
     with Journal(config.out / "traces.jsonl") as journal, RunLog(config.out / "metrics.jsonl") as log:
-        print("".join(forecast(config, tasks)), end="")
+        forecast(config, tasks)
         ids, weights = session_ids(tasks), checkpoint_digest(config.teacher)
         done = {o.session_id: o for o, _ in traces.read_traces(journal.path) if o.status == "succeeded"}
         wanted = set(ids)
@@ -88,16 +85,18 @@ def session_ids(tasks: Sequence[Problem]) -> list[str]:
     return names
 
 
-def forecast(config: Config, tasks: Sequence[Problem] | None) -> Iterator[str]:
-    """What one might not expect of such a run, in lines. tasks: None for requests, which come without an answer."""
+def forecast(config: Config, tasks: Sequence[Problem] | None) -> None:
+    """Says what one might not expect of such a run. tasks: None for requests, which come without an answer."""
     missing = tasks and sum(task.answer is None for task in tasks)
     if missing != 0 and not (config.evaluator or config.judge):
         what = f"{missing} of {len(tasks)} tasks" if tasks else "the answers"
         fate = "the last answer with help is returned, better or not"
-        yield f"nobody can score {what} (no known answer, --evaluator or --judge): {fate}\n"
+        print(f"nobody can score {what} (no known answer, --evaluator or --judge): {fate}", flush=True)
     is_adaptive = config.lane == "adaptive" or config.skill_writer or len(config.strategies) > 1
     if tasks and is_adaptive and len(tasks) <= config.batch:
-        yield f"{len(tasks)} tasks are one batch, and nothing adapts within a batch: lower --batch {config.batch}\n"
+        print(
+            f"{len(tasks)} tasks are one batch, and nothing adapts within a batch: lower --batch {config.batch}"
+        )
 
 
 def settle_options(config: Config) -> None:
@@ -172,7 +171,7 @@ def work(config: Config, tasks: Sequence[Problem]) -> None:
         from nano_atlas.runtime.serve import serve_pair
 
         settle_options(config)
-        print("".join(forecast(config, None)), end="", flush=True)
+        forecast(config, None)
         return serve_pair(config, open_seats(config))
     seats = open_seats(config)
     if config.restart:

@@ -175,10 +175,7 @@ def flags_of(options: Mapping[str, object]) -> Iterator[str]:
 
 
 def call(script: str, more: str = "", **options: object) -> None:
-    """Run one of the scripts with these options, and `more` of them as one text. Raises UserError where it fails."""
-    try:
-        command = [sys.executable, str(ROOT / script), *flags_of(options), *shlex.split(more)]
-    except ValueError as error:
-        raise UserError(f"the options {more} for {script}: {error}") from None
+    """Run one of the scripts with these options, and `more` of them with spaces between. Raises UserError where it fails."""
+    command = [sys.executable, str(ROOT / script), *flags_of(options), *more.split()]
     if (code := subprocess.run(command).returncode) != 0:
         raise UserError(f"{shlex.join(command)} failed with exit code {code}; its message is above")

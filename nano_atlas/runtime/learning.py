@@ -5,9 +5,9 @@ There is no state file: `Experience` is rebuilt by replaying the outcomes in the
 priors (Agrawal & Goyal 2013, arXiv:1209.3353, algorithm 2). The mean reward of a strategy that earned `total` in `count` sessions is
 drawn from Normal(total / (count + 1), 1 / (count + 1)), and the highest draw wins.
 
-*Skills.* A --skill-writer reads each session that earned at least SKILL_REWARD and proposes entries of a playbook: a cue that is looked
-for in task and approach, and an imperative for the teacher's prompt, a teaching strategy, or both. In one matching session of five an
-entry is withheld, so that its effect (mean reward with minus without) compares sessions of the same kind.
+*Skills.* A --skill-writer reads each session that earned at least SKILL_REWARD and proposes entries of a playbook: a cue to look for in
+task and approach, and an imperative for the teacher's prompt, a teaching strategy, or both. In one matching session of five an entry is
+withheld, so that its effect (mean reward with minus without) is known.
 """
 
 import json
@@ -86,7 +86,7 @@ def read_entries(text: str, secret: str | None) -> list[dict[str, Any]]:
     for raw in proposals if isinstance(proposals, list) else []:
         try:
             kind, pattern = raw["cue"]["type"], raw["cue"]["pattern"].strip()
-            told, strategy = ((raw["action"].get("imperative") or "").strip(), raw["action"].get("strategy"))
+            told, strategy = (raw["action"].get("imperative") or "").strip(), raw["action"].get("strategy")
         except (TypeError, KeyError, AttributeError):
             continue
         strategy = strategy if strategy in list(protocol.TEACHING_STYLES) else None

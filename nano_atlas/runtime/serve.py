@@ -103,8 +103,7 @@ def serve_pair(config: Config, seats: Mapping[str, Seat]) -> None:
                 print(f"session {session.session_id}: {session.fault}", file=sys.stderr)
                 is_refused = re.search(REFUSED, session.fault)
                 why = "refused the request, which may be too long" if is_refused else "failed"
-                log = f"the server's log says more under {session.session_id}"
-                raise HTTPException(400 if is_refused else 502, f"the student {why}; {log}")
+                raise HTTPException(400 if is_refused else 502, f"the student {why} ({session.session_id})")
             return session.trials[session.chosen], outcome
 
         app = make_app(answer)

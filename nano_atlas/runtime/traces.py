@@ -257,9 +257,8 @@ def summary(outcomes: Sequence[Outcome], out: Path | str = Config.out) -> str:
             lines.append(f"  {label:<18} {m[name]:7.1%}   {note.format(gain=gain)}".rstrip())
     for style in STYLES:
         if gains := [o.gain for o in outcomes if o.strategy == style and o.gain is not None]:
-            lines.append(
-                f"  {style + ' teaching':<18} {len(gains):7d}   (gain {100 * mean(gains):+.1f} points)"
-            )
+            told = f"{len(gains):7d}   (gain {100 * mean(gains):+.1f} points)"
+            lines.append(f"  {style + ' teaching':<18} {told}")
     if audited := [o.audited_gain for o in outcomes if o.audited_gain is not None]:
         worse, bound = degradation_bound(audited)
         found = f"{worse} of {len(audited)} returned answers with help are below the student's own"
