@@ -94,9 +94,7 @@ def forecast(config: Config, tasks: Sequence[Problem] | None) -> None:
         print(f"nobody can score {what} (no known answer, --evaluator or --judge): {fate}", flush=True)
     is_adaptive = config.lane == "adaptive" or config.skill_writer or len(config.strategies) > 1
     if tasks and is_adaptive and len(tasks) <= config.batch:
-        print(
-            f"{len(tasks)} tasks are one batch, and nothing adapts within a batch: lower --batch {config.batch}"
-        )
+        print(f"{len(tasks)} tasks are one batch, within which nothing adapts: lower --batch {config.batch}")
 
 
 def settle_options(config: Config) -> None:
@@ -128,9 +126,8 @@ def open_seat(config: Config, spec: str) -> Seat:
         sft, grpo = (f" --preset {name} --{file} FILE" * (name != "nano") for file in ("data", "problems"))
         made = f"python train_sft.py{sft} && python train_grpo.py{grpo}"
         raise UserError(f"{spec} is not there yet; make it with: {made}")
-    return agents.open_agent(
-        spec, config.device, getattr(torch, config.dtype), config.timeout, config.workers
-    )
+    where = config.device, getattr(torch, config.dtype)
+    return agents.open_agent(spec, *where, config.timeout, config.workers)
 
 
 def load_tasks(config: Config) -> list[Problem]:

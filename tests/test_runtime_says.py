@@ -89,7 +89,7 @@ def test_a_run_of_which_every_session_failed_ends_with_status_1(healthy, code, t
         ({}, 7, "nobody can score 7 of 23 tasks (no known answer, --evaluator or --judge)"),
         ({"judge": "http://j"}, 7, ""),
         ({"evaluator": "m:f"}, 23, ""),
-        ({"batch": 23}, 0, "23 tasks are one batch, and nothing adapts within a batch: lower --batch 23"),
+        ({"batch": 23}, 0, "23 tasks are one batch, within which nothing adapts: lower --batch 23"),
         ({"batch": 32, "strategies": ("concise",), "lane": "adaptive"}, 0, "nothing adapts"),
         ({"batch": 32, "strategies": ("concise",)}, 0, ""),
     ],
