@@ -61,9 +61,7 @@ class Config(EpisodeConfig, RunConfig):
 
     rounds: int = option(0, "times to run, train and promote", group="rounds", at_least=0, resumable=True)
     held_out: Path | None = option(None, "JSONL of problems that decide, for --tasks", resumable=True)
-    train_options: str = option(
-        "", "options of train_grpo.py over the run's, with spaces between", resumable=True
-    )
+    train_options: str = option("", "more options of train_grpo.py, split at spaces", resumable=True)
 
     min_reward: float | None = option(None, "least session reward of a selected trace", group="selection")
     min_gain: float | None = option(None, "least gain: score with help minus alone (-1 to 1)")
