@@ -6,23 +6,21 @@
     python runtime_loop.py --rounds 3                            # run, export, train, test, promote, three times over
     python runtime_loop.py --serve 8080                          # the pair behind an OpenAI-compatible endpoint
 
-A line of the tasks file has a `question` and, where it is known, an `answer`. The options are in nano_atlas/runtime/options.py. The
-three parts are the published ones:
+A line of the tasks file has a `question` and, where it is known, an `answer`. The three parts are the published ones:
 
     task analysis     how much help: a lane, by the student's record; a teaching strategy, by what has worked so far (`learning`)
     experimentation   answer, teaching, answer again (`lanes`); each is judged, and the best one returned (`judges`)
     trace export      each session appended to traces.jsonl; --export selects those worth training on (`traces`)
 
 The traces are the only state: all else is rebuilt by replaying them. A run that was killed continues where it stopped, and tries
-failed sessions again. A task is known by its content, not by its line. Experience outlives a teacher: another one may be deployed into
-the same --out, where sessions that are done stay done (each names its teacher), and every round of --rounds begins with what those
-before it have taught.
+failed sessions again. A task is known by its content, not by its line. Another teacher may take over in the same --out: sessions that
+are done stay done (each names its teacher), and what they taught still counts.
 """
 
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -39,20 +37,16 @@ from nano_atlas.runs import Journal, RunLog, checkpoint_digest, digest
 from nano_atlas.runtime import agents, deploy, judges, lanes, learning, traces
 from nano_atlas.runtime.options import Config
 from nano_atlas.seats import Seat
-from nano_atlas.text import masked
 
 WRITTEN = ("traces.jsonl", "metrics.jsonl", "reviews.jsonl", "playbook.json")  # by a run, beside run.json
 
 
 def run(config: Config, tasks, seats: dict | None = None, experience=None) -> list[traces.Outcome]:
-    """Bring every task to a trace, and return the outcome of each in the order of the tasks.
-
-    seats: by default `open_seats`; experience: a `learning.Experience` to begin with, which grows by these tasks.
-    """
+    """Bring every task to a trace, and return the outcome of each. experience: a `learning.Experience`, which grows by these tasks."""
     seats, experience = seats or open_seats(config), experience or learning.Experience(config.strategies)
     settle_options(config)
     with Journal(config.out / "traces.jsonl") as journal, RunLog(config.out / "metrics.jsonl") as log:
-        print("".join(forecast(config, tasks)), end="")
+        forecast(config, tasks)
         ids, weights = session_ids(tasks), checkpoint_digest(config.teacher)
         done = {o.session_id: o for o, _ in traces.read_traces(journal.path) if o.status == "succeeded"}
         wanted = set(ids)
@@ -82,7 +76,7 @@ def run(config: Config, tasks, seats: dict | None = None, experience=None) -> li
 
 
 def session_ids(tasks: Sequence[Problem]) -> list[str]:
-    """Names that depend on the content of a task alone; the second of two equal tasks is told from the first by its count."""
+    """Names by the content of a task; equal tasks are told apart by their count."""
     seen, names = Counter(), []
     for task in tasks:
         content = json.dumps([task.domain, task.question, task.answer])
@@ -91,25 +85,22 @@ def session_ids(tasks: Sequence[Problem]) -> list[str]:
     return names
 
 
-def forecast(config: Config, tasks: Sequence[Problem] | None) -> Iterator[str]:
-    """What one might not expect of such a run, in lines. tasks: None for requests, which come without an answer."""
+def forecast(config: Config, tasks: Sequence[Problem] | None) -> None:
+    """Says what one might not expect of such a run. tasks: None for requests, which come without an answer."""
     missing = tasks and sum(task.answer is None for task in tasks)
     if missing != 0 and not (config.evaluator or config.judge):
         what = f"{missing} of {len(tasks)} tasks" if tasks else "the answers"
         fate = "the last answer with help is returned, better or not"
-        yield f"nobody can score {what} (no known answer, --evaluator or --judge): {fate}\n"
+        print(f"nobody can score {what} (no known answer, --evaluator or --judge): {fate}", flush=True)
     is_adaptive = config.lane == "adaptive" or config.skill_writer or len(config.strategies) > 1
     if tasks and is_adaptive and len(tasks) <= config.batch:
-        yield f"{len(tasks)} tasks are one batch, and nothing adapts within a batch: lower --batch {config.batch}\n"
+        print(f"{len(tasks)} tasks are one batch, within which nothing adapts: lower --batch {config.batch}")
 
 
 def settle_options(config: Config) -> None:
     """Other options, or another student, than those that --out began with are refused."""
-    path = config.out / "run.json"
-    before = runs.kept(path).get("config", {}).get("teacher") or masked(config.teacher)
-    runs.keep_to(config, path, {"weights of the student": checkpoint_digest(config.student)}, WRITTEN)
-    if before != masked(config.teacher):
-        print(f"{config.teacher} takes over from {before}; sessions that are done stay done, and teach it")
+    contents = {"weights of the student": checkpoint_digest(config.student)}
+    runs.keep_to(config, config.out / "run.json", contents, WRITTEN)
 
 
 def set_aside(directory: Path) -> None:
@@ -177,15 +168,13 @@ def work(config: Config, tasks: Sequence[Problem]) -> None:
         from nano_atlas.runtime.serve import serve_pair
 
         settle_options(config)
-        print("".join(forecast(config, None)), end="", flush=True)
+        forecast(config, None)
         return serve_pair(config, open_seats(config))
     seats = open_seats(config)
     if config.restart:
         set_aside(config.out)
     outcomes = run(config, tasks, seats)
-    print(
-        traces.summary(outcomes, config.out), f"  traces             {config.out / 'traces.jsonl'}", sep="\n"
-    )
+    print(traces.summary(outcomes, config.out))
     if outcomes and all(outcome.status == "failed" for outcome in outcomes):
         sys.exit(1)
 

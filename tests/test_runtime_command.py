@@ -131,7 +131,6 @@ def test_skip_bad_leaves_out_malformed_lines_and_shows_them(command, capsys):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--min-gain", "1"], "for --export and --rounds"),
         (["--export", "x.jsonl", "--since", "yesterday"], "--since yesterday: "),
         (["--export", "x.jsonl", "--approve", "abc"], "--export and --approve are different things"),
         (["--export", "x.jsonl", "--restart"], "--restart and --export are different things"),
@@ -147,7 +146,6 @@ def test_skip_bad_leaves_out_malformed_lines_and_shows_them(command, capsys):
         (["--batchsize", "3"], "did you mean --batch"),
         (["--only-lane", "coach"], "did you mean --only"),
         (["--review", "pending"], "did you mean --review-status"),
-        (["--export", ""], "--export . is a directory"),
         (["--preset", "own", "--student", "none"], "--preset own needs --student"),
     ],
 )

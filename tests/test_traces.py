@@ -288,3 +288,21 @@ def test_files_of_atlas_sdk_are_read_and_selected(tmp_path):
     assert [is_selected(outcome, selection) for outcome in outcomes] == [True, False, False, False]
     assert (outcomes[0].session_id, outcomes[0].learning_key) == ("7", "k")
     assert outcomes[3].session_id == f"{path}:4"
+
+
+@pytest.mark.parametrize(
+    ("odd", "reward"),
+    [
+        ({"session_metadata": "text", "adaptive_summary": 5, "reward_stats": []}, "x.jsonl:3"),
+        ({"session_reward": "0.9"}, 0.9),
+        ({"session_reward": {"score": "n/a"}}, "x.jsonl:3"),
+        ({"reward_stats": {"score_stddev": "n/a"}}, "x.jsonl:3"),
+        ({"outcome": ["a"]}, "x.jsonl:3"),
+    ],
+)
+def test_odd_fields_of_atlas_sdk_are_read_where_they_can_be_and_else_named(odd, reward):
+    if not isinstance(reward, str):
+        assert outcome_of({"task": "x", **odd}, "x.jsonl:3").reward == reward
+        return
+    with pytest.raises(UserError, match=reward):
+        outcome_of({"task": "x", **odd}, "x.jsonl:3")

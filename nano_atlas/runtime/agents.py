@@ -6,7 +6,7 @@
     module:function                  function(prompt=, metadata=), plain, async or a generator of pieces
 
 A function returns a text, or a dict {"content": text, "usage": {"prompt_tokens", "completion_tokens"}}. `metadata` holds the
-messages, the seed and the sampling options; an agent with tools runs its rounds itself. Each call has a thread of its own, so it works under a running event loop too.
+messages, the seed and the sampling options; an agent with tools runs its rounds itself. Each call has a thread of its own.
 """
 
 import asyncio

@@ -5,13 +5,12 @@ A small YAML file names the pair. The runtime and the evaluation read it with --
     teacher:
       llm: {provider: huggingface, model: /models/atlas-teacher-grpo, temperature: 0.2, max_output_tokens: 512}
 
-A `student:` section has the same form. Providers: `huggingface` (model: a checkpoint directory), `openai` (an OpenAI-compatible
-server at api_base; model: its name there, if it serves several), `http` and `python` (model: as in `agents`).
+A `student:` section has the same form. Providers: `huggingface` (model: a checkpoint directory), `openai` (a server at api_base;
+model: its name there), `http` and `python` (model: as in `agents`).
 
-With --rounds, `train_grpo.py --problems` continues the teacher in service on the exported traces, with the preset and the lengths of the
-run; then both teachers teach the same held-out tasks, greedily, on the same sketches. The new one is promoted only if it is *not worse*:
-the lower end of the 90 % interval of the mean difference (paired bootstrap, so 95 % on this one side) is above -MARGIN. `promotion.json`
-says why.
+With --rounds, `train_grpo.py` continues the teacher in service on the exported traces; then both teachers teach the same held-out tasks,
+greedily, on the same sketches. The new one is promoted only if it is *not worse*: the lower end of the 90 % interval of the mean
+difference (paired bootstrap, so 95 % on this one side) is above -MARGIN. `promotion.json` says why.
 """
 
 import argparse
@@ -50,8 +49,7 @@ MARGIN = 0.02  # largest loss of accuracy that still counts as not worse
 
 
 def with_deployment(argv: Sequence[str], is_evaluation: bool = False) -> list[str]:
-    """The command line, with what the file of --deploy says put before it as flags, so that explicit flags override the file.
-    eval.py gives its teachers names, and samples both seats at its own --temperature."""
+    """The command line, after what the file of --deploy says as flags. eval.py names its teachers, and has its own --temperature."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--deploy", nargs="?")
     path = parser.parse_known_args(argv)[0].deploy
@@ -86,7 +84,7 @@ def read_deployment(path: Path | str) -> dict[str, dict[str, Any]]:
 
 
 def write_deployment(path: Path, teacher: str) -> None:
-    """Put another teacher checkpoint into service; what the file says of the student stays. The file is replaced as a whole."""
+    """Put another teacher checkpoint into service; what the file says of the student stays."""
     content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
     content["teacher"] = {"llm": {"provider": "huggingface", "model": teacher}}
     runs.replace_text(path, yaml.safe_dump(content, sort_keys=False))
@@ -113,31 +111,34 @@ def compare(seats: Sequence[Seat], problems: Sequence[data.Problem], episodes: E
 
 def run_rounds(config: Config, tasks: Sequence[data.Problem], run: Callable, open_seat: Callable) -> None:
     """Runtime, export, training and promotion, over and over; what is done of a round is not done again.
-    run, open_seat: of runtime_loop.py. Raises UserError where a training fails; the same command repeats its round."""
+    run, open_seat: of runtime_loop.py. Raises UserError."""
     cuts = [round(part * len(tasks) / config.rounds) for part in range(config.rounds + 1)]
     parts = [tasks[start:end] for start, end in zip(cuts, cuts[1:])]
     if not all(any(task.answer is not None for task in part) for part in parts):
         raise UserError("each of --rounds needs tasks with a known answer: more of them, or fewer rounds")
     for name, kinds in (("teacher", "directory"), ("student", "directory or URL")):
         if not can_train(name, spec := getattr(config, name)):
-            raise UserError(f"--{name} {spec}: --rounds trains, for which it must be a checkpoint {kinds}")
+            raise UserError(f"--{name} {spec}: for --rounds it must be a checkpoint {kinds}")
     if (file := config.out / "deploy.yaml").exists():
         read_deployment(file)  # raises, and not only when the first round is done
-    nano = world.held_out(config.domain, HELD_OUT, f"promotion/{config.seed}")
-    problems = data.load_problems(config.held_out) if config.held_out else nano
-    if not (config.out / f"round-{config.rounds}/promotion.json").exists():  # what does not fit is said now
-        call("train_grpo.py", f"{config.train_options} --show-layout", **trained_as(config))
+    if config.held_out:
+        problems = data.load_problems(config.held_out)
+    else:
+        problems = world.held_out(config.domain, HELD_OUT, f"promotion/{config.seed}")
     experience = learning.Experience(config.strategies)
     for number, part in enumerate(parts, start=1):
         folder = config.out / f"round-{number}"
+        decision = runs.read_json(folder / "promotion.json")
+        training = {name: getattr(config, name) for name in ("preset", "student", "teacher", *SHARED)}
+        if not decision:  # what does not fit is said now
+            call("train_grpo.py", f"{config.train_options} --show-layout", **training)
         print(f"round {number}: {len(part)} tasks with the teacher {config.teacher}")
         working = replace(config, out=folder / "runtime")
         print(traces.summary(run(working, part, experience=experience), working.out))
         traces.export_traces(folder / "runtime/traces.jsonl", folder / "export.jsonl", config)
-        decision = runs.read_json(folder / "promotion.json")
-        if "teacher" not in decision:
-            made = {"problems": folder / "export.jsonl", "out": folder / "grpo"}
-            call("train_grpo.py", config.train_options, **trained_as(config), **made)
+        if not decision:
+            training |= {"problems": folder / "export.jsonl", "out": folder / "grpo"}
+            call("train_grpo.py", config.train_options, **training)
             places = [config.teacher, str(folder / "grpo/model")]
             decision = compare([open_seat(config, at) for at in (config.student, *places)], problems, config)
             decision["teacher"] = places[decision["is_promoted"]]
@@ -148,19 +149,13 @@ def run_rounds(config: Config, tasks: Sequence[data.Problem], run: Callable, ope
         config = replace(config, teacher=decision["teacher"])
 
 
-def trained_as(config: Config) -> dict[str, Any]:
-    """The options of train_grpo.py that are those of the run."""
-    return {name: getattr(config, name) for name in ("preset", "student", "teacher", *SHARED)}
-
-
 def training_command(config: Config) -> str:
     """What trains a teacher on the file of --export as --out was run: with its preset and pair, and what else it was told."""
     saved = to_json(config) | runs.kept(config.out / "run.json").get("config", {})
-    told = {name: saved[name] for name in trained_as(config)}
+    usual = to_json(replace(Config(), **presets("runtime_loop")[saved["preset"]].overrides))
+    told = {"preset": saved["preset"]} | {name: saved[name] for name in SHARED if saved[name] != usual[name]}
     for name in ("student", "teacher"):
-        told[name] = told[name] if can_train(name, told[name]) else "DIRECTORY"
-    usual = to_json(replace(Config(), **presets("runtime_loop")[told["preset"]].overrides))
-    told = {name: value for name, value in told.items() if name not in SHARED or value != usual[name]}
+        told[name] = saved[name] if can_train(name, saved[name]) else "DIRECTORY"
     outs = (config.out.parent / f"teacher-grpo-{number}" for number in count(2))
     told |= {"problems": config.export, "out": next(path for path in outs if not path.exists())}
     return masked(shlex.join(["python", "train_grpo.py", *flags_of(told)]))
@@ -180,10 +175,7 @@ def flags_of(options: Mapping[str, object]) -> Iterator[str]:
 
 
 def call(script: str, more: str = "", **options: object) -> None:
-    """Run one of the scripts with these options, and `more` of them as one text. Raises UserError where it fails."""
-    try:
-        command = [sys.executable, str(ROOT / script), *flags_of(options), *shlex.split(more)]
-    except ValueError as error:
-        raise UserError(f"the options {more} for {script}: {error}") from None
+    """Run one of the scripts with these options, and `more` of them with spaces between. Raises UserError where it fails."""
+    command = [sys.executable, str(ROOT / script), *flags_of(options), *more.split()]
     if (code := subprocess.run(command).returncode) != 0:
         raise UserError(f"{shlex.join(command)} failed with exit code {code}; its message is above")

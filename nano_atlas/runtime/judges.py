@@ -6,21 +6,22 @@
               it is unsure (uncertainty above UNCERTAINTY), --large-judge sees all of them and decides
     nobody    none of these: the answer has no score, which is not a score of zero; the last answer is returned, checked by nobody
 
-Where evaluator or judges do not answer, the session has failed: its answers stand in the trace as unscored (not as zeros), the next
-start does it again, and until then the student's own answer is returned.
+Where evaluator or judges do not answer, the session has failed: its answers are unscored (not zeros), the next start does it again, and
+until then the student's own answer is returned.
 
 Four judges, as published (ATLAS, RIM): *accuracy* and *process* judge any answer, and their mean is its score. *helpfulness* judges the
-guidance and scales positive rewards: a teaching is paid as far as it caused a gain. *diagnostic* judges the student's approach.
+guidance and scales positive rewards. *diagnostic* judges the student's approach.
 
 Non-degradation: an answer with help is returned only if it scores at least as high as the student's own. With a verifier (python, exact)
 the returned answer is therefore never worse, with any teacher. Of two judged scores the higher may be luck: it must be above by z standard
-errors of the difference, and a share (--audit) of such answers is judged *again*, with the student's own, by new samples. The summary
-states the Wilson upper bound of the share that comes out worse, for tasks like those audited and by this judge.
+errors of the difference, and a share (--audit) of such answers is judged *again*. The summary states the Wilson upper bound of the share
+that comes out worse, for tasks like those audited and by this judge.
 """
 
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import NormalDist, fmean, pstdev
 from typing import Any
 
@@ -34,11 +35,8 @@ from nano_atlas.seats import Generation, Question, Reply
 
 TEMPERATURES, ARBITER = (0.2, 0.5, 0.8), 0.3  # of the samples of each judge; of the large judge's verdict
 DEVIATION, UNCERTAINTY = 0.15, 0.3  # above one of these the large judge decides
-VERDICT_TOKENS, MOST_PRINCIPLES, LONGEST_RATIONALE = 1024, 5, 2000  # of a verdict; the last in characters
-MOST_SILENT, RETRY = (
-    3,
-    20,
-)  # sessions in a row without a reply of the judge; after them it is asked in every 20th
+VERDICT_TOKENS, LONGEST_TEXT = 1024, 2000  # of a verdict; of its rationale, in characters
+MOST_SILENT, RETRY = 3, 20  # after so many sessions without a reply the judge is asked in every 20th
 ACCEPT = 0.8  # score from which a judged answer counts as valid
 ANSWER_JUDGES = ("accuracy", "process")
 JUDGES = {
@@ -62,8 +60,7 @@ def judge(session: Session, trial: Trial, config: Config, *seed: Any) -> Script:
     task, answer = session.task, trial.answer
     if config.evaluator is not None:
         fields = {"task": task.question, "answer": answer, "text": trial.text, "ground_truth": task.answer}
-        messages = protocol.user_turn(json.dumps(fields))
-        ((reply,),) = yield from ask(Call("evaluator", "evaluator", messages, Generation(1), session.seed))
+        ((reply,),) = yield from ask(Call("evaluator", "evaluator", [fields], Generation(1), session.seed))
         score = json.loads(reply.text)
         return Verdict(score, "python", None if score is None else score >= 1, rationale="by the evaluator")
     if task.answer is not None:
@@ -80,11 +77,11 @@ def judge(session: Session, trial: Trial, config: Config, *seed: Any) -> Script:
 
 
 def open_evaluator(spec: str) -> Agent:
-    """The seat of a user's function. As any agent it runs in threads, for at most --timeout seconds, and may raise anything."""
+    """The seat of a user's function, which as any agent has --timeout seconds and may raise anything."""
     function = load_object(spec)
 
     def reply(question: Question, seed: int) -> Reply:
-        value = resolve(function(**json.loads(question.messages[-1]["content"])))
+        value = resolve(function(**question.messages[0]))
         if isinstance(value, str | bytes) or not (value is None or 0 <= float(value) <= 1):
             raise ValueError(f"the score must be a number between 0 and 1, not {value!r:.80}")
         return Reply(json.dumps(None if value is None else float(value)), 0, False)
@@ -92,10 +89,11 @@ def open_evaluator(spec: str) -> Agent:
     return Agent(reply)
 
 
+@dataclass
 class Line:
-    """To the judge, for all sessions of a run. Until it answers it is asked one question first, and after a while it is left alone."""
+    """To the judge, for all sessions of a run. While it is silent it is asked one question first, and after a while it is left alone."""
 
-    silent = 1  # sessions in a row that got no reply, and one; 0 from a reply on
+    silent: int = 0  # sessions in a row that got no reply
 
     def ask(self, calls: list[Call]) -> Script:
         """The replies to all calls. Raises Fault where there is none: an outage of the judge."""
@@ -103,17 +101,13 @@ class Line:
             self.silent += 1
             raise Fault(f"judge: did not answer {MOST_SILENT} times in a row, and was not asked again")
         replies = yield calls[:1] if self.silent else calls
-        self.silent = self.silent + 1 if is_outage(replies) else 0
-        if len(replies) < len(calls) and self.silent <= MOST_SILENT:
-            replies = replies + (yield calls[1:])
-        if is_outage(replies):
+        if all(isinstance(reply, Fault) for reply in replies):
+            self.silent += 1
             raise replies[0]
         self.silent = 0
+        if len(replies) < len(calls):
+            replies = replies + (yield calls[1:])
         return replies
-
-
-def is_outage(replies: Sequence[list[Reply] | Fault]) -> bool:
-    return all(isinstance(reply, Fault) for reply in replies)
 
 
 def ensemble(shown: dict[str, Any], config: Config, line: Line, seed: Any) -> Script:
@@ -179,12 +173,10 @@ def read_sample(reply: Sequence[Reply] | Fault, temperature: float) -> dict[str,
     score, uncertainty = share(found.get("score")), share(found.get("uncertainty") or 0.0)
     if None in (score, uncertainty):
         return f"not the JSON that was asked for, with numbers from 0 to 1: {reply[0].text[:80]!r}"
-    said, principles = found.get("rationale"), found.get("principles")
-    said = said[:LONGEST_RATIONALE] if isinstance(said, str) else ""
-    principles = [one for one in principles if isinstance(one, dict)] if isinstance(principles, list) else []
-    named = [(str(one.get("name"))[:200], share(one.get("weight"))) for one in principles[:MOST_PRINCIPLES]]
-    kept = {"score": score, "rationale": said}
-    kept["principles"] = [{"name": name, "weight": weight} for name, weight in named]
+    principles, rationale = found.get("principles"), str(found.get("rationale") or "")[:LONGEST_TEXT]
+    if not isinstance(principles, list) or len(json.dumps(principles)) > LONGEST_TEXT:
+        principles = []
+    kept = {"score": score, "rationale": rationale, "principles": principles}
     return kept | {"uncertainty": uncertainty, "temperature": temperature}
 
 

@@ -36,7 +36,6 @@ def new_session(name: str, task: data.Problem, experience: learning.Experience, 
     session.strategy = experience.choose_strategy(key, derive_seed(config.seed, "strategy", name))
     session.experience = experience
     session.metadata = {name: masked(getattr(config, name) or "") for name in ("student", "teacher")}
-    session.metadata["seed"] = config.seed
     session.review = "pending" if config.require_approval else "approved"
     return session
 
@@ -54,8 +53,7 @@ def choose_lane(record: Sequence[float], forced: str = "adaptive") -> dict[str, 
 
 
 def run_session(session: Session, config: Config, count_tokens: Callable[[str], int]) -> Script:
-    """Brings the session to its end and returns it; every call of it leaves an event. count_tokens: of teachings.
-    An error of ours over something odd that was said ends this session alone."""
+    """Brings the session to its end and returns it; every call of it leaves an event. An error of ours ends this session alone."""
     script, answers = whole_session(session, config, count_tokens), None
     while True:
         try:
@@ -91,8 +89,7 @@ def whole_session(session: Session, config: Config, count_tokens: Callable[[str]
 
 
 def attempts(session: Session, config: Config) -> Script:
-    """The student's answer alone and, unless the lane is `auto`, with help: again and again while none with help is valid.
-    The first teaching is given also to a student that was right alone: what it does then is part of its worth."""
+    """The student's answer alone and, unless the lane is `auto`, with help (also where it was right alone), while none is valid."""
     task, is_coached = session.task, session.lane == "coach"
     if is_coached:
         turn = protocol.user_turn(task.question, PLAN_REQUEST)
@@ -119,9 +116,9 @@ def parse_plan(text: str) -> list[str]:
     """The steps, each a text or {"description": text}. A reply without a JSON plan is one step."""
     steps = (last_json(text, "steps") or {}).get("steps")
     steps = steps if isinstance(steps, list) else []
-    steps = [step.get("description") if isinstance(step, dict) else step for step in steps]
+    steps = [step.get("description") if isinstance(step, dict) else step for step in steps[:MOST_STEPS]]
     steps = [step.strip() for step in steps if isinstance(step, str) and step.strip()]
-    return steps[:MOST_STEPS] or [visible(text).strip()]
+    return steps or [visible(text).strip()]
 
 
 def teaching(session: Session, config: Config, shown: str) -> Script:

@@ -1,14 +1,13 @@
 """What the runtime learns from session to session, without touching a weight: the student's record, teaching strategies, skills.
-There is no state file: `Experience` is rebuilt by replaying the outcomes in the traces. Sessions with an earlier teacher count as they
-are: what a student can do alone, and what kind of guidance it can use, changes little with the teacher; new sessions correct the rest.
+There is no state file: `Experience` is rebuilt by replaying the outcomes in the traces, those with an earlier teacher too.
 
 *Strategies.* Each kind of task (its learning key, the domain) has a bandit over the ways of teaching: Thompson sampling with Gaussian
 priors (Agrawal & Goyal 2013, arXiv:1209.3353, algorithm 2). The mean reward of a strategy that earned `total` in `count` sessions is
 drawn from Normal(total / (count + 1), 1 / (count + 1)), and the highest draw wins.
 
-*Skills.* A --skill-writer reads each session that earned at least SKILL_REWARD and proposes entries of a playbook: a cue that is looked
-for in task and approach, and an imperative for the teacher's prompt, a teaching strategy, or both. In one matching session of five an
-entry is withheld, so that its effect (mean reward with minus without) compares sessions of the same kind.
+*Skills.* A --skill-writer reads each session that earned at least SKILL_REWARD and proposes entries of a playbook: a cue to look for in
+task and approach, and an imperative for the teacher's prompt, a teaching strategy, or both. In one matching session of five an entry is
+withheld, so that its effect (mean reward with minus without) is known.
 """
 
 import json
@@ -87,7 +86,7 @@ def read_entries(text: str, secret: str | None) -> list[dict[str, Any]]:
     for raw in proposals if isinstance(proposals, list) else []:
         try:
             kind, pattern = raw["cue"]["type"], raw["cue"]["pattern"].strip()
-            told, strategy = ((raw["action"].get("imperative") or "").strip(), raw["action"].get("strategy"))
+            told, strategy = (raw["action"].get("imperative") or "").strip(), raw["action"].get("strategy")
         except (TypeError, KeyError, AttributeError):
             continue
         strategy = strategy if strategy in list(protocol.TEACHING_STYLES) else None
@@ -106,7 +105,7 @@ class Experience:
     """What earlier sessions taught: a function of their outcomes, in the order of learning."""
 
     def __init__(self, strategies: Sequence[str] = ()):
-        self.strategies, self.line = strategies, Line()
+        self.strategies, self.line = strategies, Line(silent=1)
         self.records = defaultdict(lambda: deque(maxlen=WINDOW))  # by learning key: scores of the student
         self.rewards = defaultdict(lambda: defaultdict(list))  # by learning key and strategy
         self.entries: dict[str, Entry] = {}  # skills in force

@@ -16,7 +16,6 @@ LANES = ("auto", "paired", "coach")
 STATUSES = ("pending", "approved", "quarantined")  # of a session's review
 KEY_VARIABLE = "NANO_ATLAS_API_KEY"  # environment variable with the key of the endpoint's clients
 STYLES = tuple(TEACHING_STYLES)
-SELECTION = ("min_reward", "min_gain", "min_signal", "only", "since", "review_status")
 
 
 def moment(text: str) -> datetime | None:
@@ -62,7 +61,7 @@ class Config(EpisodeConfig, RunConfig):
 
     rounds: int = option(0, "times to run, train and promote", group="rounds", at_least=0, resumable=True)
     held_out: Path | None = option(None, "JSONL of problems that decide, for --tasks", resumable=True)
-    train_options: str = option("", "options of train_grpo.py over the run's, as one text", resumable=True)
+    train_options: str = option("", "more options of train_grpo.py, split at spaces", resumable=True)
 
     min_reward: float | None = option(None, "least session reward of a selected trace", group="selection")
     min_gain: float | None = option(None, "least gain: score with help minus alone (-1 to 1)")
@@ -100,8 +99,7 @@ class Config(EpisodeConfig, RunConfig):
         if host not in ("127.0.0.1", "localhost", "[::1]") and not os.environ.get(KEY_VARIABLE):
             raise UserError(f"--serve {self.serve}: set {KEY_VARIABLE} to a key that clients must send")
         if None in self.interval or self.interval[0] >= self.interval[1]:
-            form = "should be START or START..END in times such as 2026-01-31T12:00, the earlier one first"
-            raise UserError(f"--since {self.since}: {form}")
+            raise UserError(f"--since {self.since}: should be START or START..END, such as 2026-01-31T12:00")
         actions = ("restart", "export", "show", "approve", "quarantine", "rounds")
         wanted = [name for name in actions if getattr(self, name)] + ["serve"] * (self.serve is not None)
         if self.rounds and not self.held_out and (self.tasks or self.preset != "nano"):
@@ -110,9 +108,6 @@ class Config(EpisodeConfig, RunConfig):
             raise UserError("--require-approval leaves --rounds no trace; add --review-status pending")
         if len(wanted) > 1:
             raise UserError(f"--{' and --'.join(wanted)} are different things to do; use one of them")
-        is_selecting = any(getattr(self, name) != getattr(Config, name) for name in SELECTION)
-        if is_selecting and wanted not in (["export"], ["rounds"]):
-            raise UserError("the options that select traces are for --export and --rounds; add one of them")
         needed = ["student", "teacher"] + ["tasks"] * (self.preset != "nano" and self.serve is None)
         missing = [f"--{name}" for name in needed if getattr(self, name) is None]
         if missing and not {"export", "show", "approve", "quarantine"} & set(wanted):

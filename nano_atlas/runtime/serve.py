@@ -4,13 +4,13 @@
     GET  /v1/models, /v1/models/nano-atlas, /health
 
 The student gets one question: a single message as it is, several as one text, each as "role: text". `temperature` is the student's;
-`max_tokens` limits each of its answers, as --answer-tokens does. What cannot change an answer is ignored (`model`, `user`, `seed`), what
-is not supported (`stop`, tools, ...) gets HTTP 400. `usage` counts what all seats of the session read and wrote, judges included, each
-in its own tokens (about four characters each where a seat does not count). The best of several attempts is known only when all are
-made, so a stream sends comments to keep the connection alive, then the whole text.
+`max_tokens` limits each of its answers. What cannot change an answer is ignored (`model`, `user`, `seed`), what is not supported (`stop`,
+tools, ...) gets HTTP 400. `usage` counts what all seats of the session read and wrote, judges included. The best attempt is known only
+when all are made, so a stream sends comments to keep the connection alive, then the whole text.
 
-Clients send the key in NANO_ATLAS_API_KEY, if there is one, as bearer token. Without one only this machine is answered, under its own
-names; web pages of another origin never are. SIGINT and SIGTERM let requests under way finish, for --timeout seconds at most.
+Clients send the key in NANO_ATLAS_API_KEY, if there is one, as bearer token. Without one only this machine is answered; web pages of
+another origin never are. SIGINT and SIGTERM let requests under way finish, for --timeout seconds at most. Idle connections are for a
+proxy in front to close.
 """
 
 import asyncio
@@ -47,18 +47,16 @@ try:
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
     from starlette.responses import JSONResponse, StreamingResponse
-    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError:
     raise UserError("--serve needs a web server: pip install 'nano-atlas[serve]'") from None
 
 MODEL = "nano-atlas"
 MOST_REQUESTS = 16  # answered at a time; more get HTTP 429
 MOST_BYTES = 1_000_000  # of a request body; longer ones get HTTP 413
-PATIENCE = 10  # seconds for the head of a request, and for its body (HTTP 408)
+PATIENCE = 5  # seconds for a body to arrive (HTTP 408)
 KEEP_ALIVE = 5.0  # seconds between two comments in a stream
 HERE = r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"  # a Host header that means this machine
-LIMIT = r"(?:max_position_embeddings|context length)\D{0,20}(\d+)"  # in a model's refusal of a long prompt
-REFUSED = r"too long|shorten the prompt|HTTP (?:400|413|422)()"  # in other refusals of a request
+REFUSED = r"max_position_embeddings|context length|too long|HTTP (400|413|422)"  # in a fault: the request's, not ours
 ROLES = ("system", "developer", "user", "assistant")
 FREE = "messages model user seed metadata store service_tier stream_options parallel_tool_calls".split()
 FIELDS = {  # others that are supported: types, least and largest value
@@ -66,8 +64,8 @@ FIELDS = {  # others that are supported: types, least and largest value
     "max_tokens": ((int,), 1, math.inf), "max_completion_tokens": ((int,), 1, math.inf),
 }  # fmt: skip
 NEUTRAL = {  # values of unsupported fields that ask for nothing
-    "n": 1, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "logprobs": False, "stop": [],
-    "tools": [], "functions": [], "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"],
+    "n": 1, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0, "logprobs": False, "stop": [], "tools": [],
+    "tool_choice": "none", "response_format": {"type": "text"},
 }  # fmt: skip
 
 
@@ -80,9 +78,6 @@ def serve_pair(config: Config, seats: Mapping[str, Seat]) -> None:
         listener = socket.create_server((host.strip("[]"), int(port)), family=family)
     except OSError as error:
         raise UserError(f"--serve {config.serve}: {error.strerror}; choose another port or host") from None
-    if not (config.judge or config.evaluator):
-        caution = "the one with help is returned unchecked, and may be worse than the student's own"
-        print(f"without --judge or --evaluator nobody scores the answers: {caution}", file=sys.stderr)
     books = threading.Lock()  # of experience and journal
     has_sampler = any(getattr(seat, "is_batched", False) for seat in seats.values())
     turn = threading.Lock() if has_sampler else contextlib.nullcontext()  # one caller at a time
@@ -104,8 +99,11 @@ def serve_pair(config: Config, seats: Mapping[str, Seat]) -> None:
             with books:
                 journal.append([trace])
                 experience.learn(outcome)
-            if not session.trials:
-                raise refusal(session)
+            if not session.trials:  # the fault may name addresses and paths, which are for the log
+                print(f"session {session.session_id}: {session.fault}", file=sys.stderr)
+                is_refused = re.search(REFUSED, session.fault)
+                why = "refused the request, which may be too long" if is_refused else "failed"
+                raise HTTPException(400 if is_refused else 502, f"the student {why} ({session.session_id})")
             return session.trials[session.chosen], outcome
 
         app = make_app(answer)
@@ -116,80 +114,52 @@ def serve_pair(config: Config, seats: Mapping[str, Seat]) -> None:
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)  # uvicorn stops on them, and then raises them once more
-        limits = {"timeout_keep_alive": PATIENCE, "timeout_graceful_shutdown": config.timeout}
-        options = {"http": Connection, "ws": "none", "lifespan": "off", "access_log": False, **limits}
+        options = {"http": "h11", "ws": "none", "lifespan": "off", "access_log": False}
+        options["timeout_graceful_shutdown"] = config.timeout
         print(f"running on http://{host}:{listener.getsockname()[1]}/v1", file=sys.stderr)
         uvicorn.Server(uvicorn.Config(whole_app, **options)).run(sockets=[listener])
-
-
-def refusal(session: traces.Session) -> HTTPException:
-    """Why there is no answer, without what is the server's own business: the fault itself, with addresses and paths, is logged."""
-    print(f"session {session.session_id}: {session.fault}", file=sys.stderr)
-    found = re.search(LIMIT, session.fault) or re.search(REFUSED, session.fault)
-    said = "refused the request" if found else "failed"
-    said += f": it is too long, the limit is {found[1]} tokens with the answer" if found and found[1] else ""
-    log = f"the server's log says more under {session.session_id}"
-    return HTTPException(400 if found else 502, f"the student {said}; {log}")
-
-
-class Connection(H11Protocol):
-    """Uvicorn's, with PATIENCE also for heads that trickle, and an end that does not wait for what is half received."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:
-        super().connection_made(transport)
-        self.timeout_keep_alive_task = self.loop.call_later(PATIENCE, self.timeout_keep_alive_handler)
-
-    def data_received(self, data: bytes) -> None:
-        self.conn.receive_data(data)
-        self.handle_events()  # stops the timer when a head is complete, not at any byte
-
-    def shutdown(self) -> None:
-        super().shutdown()
-        if self.cycle is not None and self.cycle.more_body:
-            self.transport.close()
 
 
 def make_app(answer: Callable) -> Starlette:
     """answer(question, temperature or None, max_tokens or None) -> (Trial, Outcome) runs in a thread; it may raise HTTPException."""
     app, places = Starlette(), threading.Semaphore(MOST_REQUESTS)
 
+    def work(future: Future, part: str, *asked: Any) -> None:
+        try:
+            content = completion(*answer(*asked), part), 200
+        except HTTPException as error:
+            content = failure(error)
+        except Exception:  # a fault of this program
+            traceback.print_exc()
+            content = failure(HTTPException(500, "internal error"))
+        places.release()
+        future.set_result(content)
+
     async def complete(request):
         check_client(request)
         is_streamed, *asked = read_request(await receive(request))
         if not places.acquire(blocking=False):
             raise HTTPException(429, f"{MOST_REQUESTS} requests are being answered; try again later")
-        work = Future()
-        work.set_running_or_notify_cancel()  # it goes on when its client leaves, and keeps its place
-        work.add_done_callback(lambda _: places.release())
-        threading.Thread(target=fulfil, args=(work, answer, *asked), daemon=True).start()
-        task = asyncio.wrap_future(work)
-        # whoever asked may have left, and nobody else looks at an error
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        future = Future()
+        future.set_running_or_notify_cancel()  # it goes on when its client leaves, and keeps its place
+        arguments = future, "delta" if is_streamed else "message", *asked
+        threading.Thread(target=work, args=arguments, daemon=True).start()
+        task = asyncio.wrap_future(future)
         if is_streamed:
             return StreamingResponse(events(task), media_type="text/event-stream")
-        return JSONResponse(completion(*await task, "message"))
+        return JSONResponse(*await task)
 
     model = {"id": MODEL, "object": "model"}
     for path, content in (("", {"object": "list", "data": [model]}), (f"/{MODEL}", model)):
         app.add_route(f"/v1/models{path}", lambda r, c=content: check_client(r) or JSONResponse(c))
     app.add_route("/health", lambda request: JSONResponse({"status": "ok"}))
     app.add_route("/v1/chat/completions", complete, methods=["POST"])
-    for kind in (HTTPException, Exception):
-        app.add_exception_handler(kind, lambda _, error: JSONResponse(*failure(error)))
+    app.add_exception_handler(HTTPException, lambda _, error: JSONResponse(*failure(error)))
     return app
 
 
-def fulfil(future: Future, function: Callable, *arguments: Any) -> None:
-    try:
-        future.set_result(function(*arguments))
-    except Exception as error:
-        if not isinstance(error, HTTPException):  # a fault of this program
-            traceback.print_exc()
-        future.set_exception(error)
-
-
 def check_client(request) -> None:
-    """The key; or, against names of others that lead here, a Host of this machine. And no page of another origin."""
+    """Its key; without one, a Host of this machine, against names of others that lead here."""
     key, host = os.environ.get(KEY_VARIABLE), request.headers.get("host", "")
     given = request.headers.get("authorization", "").encode("latin-1")
     if key and not hmac.compare_digest(given, os.fsencode(f"Bearer {key}")):
@@ -238,22 +208,19 @@ def read_request(content: bytes) -> tuple[bool, str, float | None, int | None]:
 
 
 def read_text(message: dict[str, Any]) -> str:
-    """Of a message: its content, or the parts of it. Raises TypeError, KeyError, ValueError for any other content."""
+    """The content of a message, or its parts joined. Raises TypeError, KeyError, ValueError."""
     said = message["content"]
     parts = said if isinstance(said, list) else [{"type": "text", "text": said}]
     kinds = {part["type"] for part in parts} - {"text"}
-    if kinds or message["role"] not in ROLES or message.get("tool_calls") or message.get("function_call"):
+    if kinds or message["role"] not in ROLES or message.get("tool_calls"):
         raise ValueError(f"messages: only texts by {', '.join(ROLES)} are supported")
     return "".join(part["text"] for part in parts)
 
 
 async def events(task: asyncio.Task) -> AsyncIterator[str]:
-    """A stream's events: comments until the answer is there, the answer, [DONE]."""
     while not (await asyncio.wait([task], timeout=KEEP_ALIVE))[0]:
         yield ": working\n\n"
-    fault = task.exception()
-    content = failure(fault)[0] if fault else completion(*task.result(), "delta")
-    yield f"data: {json.dumps(content)}\n\ndata: [DONE]\n\n"
+    yield f"data: {json.dumps(task.result()[0])}\n\ndata: [DONE]\n\n"
 
 
 def completion(trial: traces.Trial, outcome: traces.Outcome, part: str) -> dict[str, Any]:
@@ -265,8 +232,7 @@ def completion(trial: traces.Trial, outcome: traces.Outcome, part: str) -> dict[
     return about | {"model": MODEL, "choices": [choice], "usage": outcome.usage}
 
 
-def failure(error: BaseException) -> tuple[dict[str, Any], int]:
-    """In OpenAI's form, and the HTTP status; what is no HTTPException is a fault of this program, and for the log."""
-    status, message = getattr(error, "status_code", 500), getattr(error, "detail", "internal error")
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "code": status}}, status
+def failure(error: HTTPException) -> tuple[dict[str, Any], int]:
+    """In OpenAI's form, and the HTTP status."""
+    kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+    return {"error": {"message": error.detail, "type": kind, "code": error.status_code}}, error.status_code

@@ -2,12 +2,9 @@
 
 A record has an `outcome` (what learning, selection and reports need), the `ground_truth`, the eleven keys of ATLAS' AtlasSessionTrace
 (whose `load_runtime_traces` reads the file), and what atlas-sdk adds on export. `steps` holds one step, with all attempts in its
-metadata; `session_reward` is null, not zero, where nobody could score; `trajectory_events` say who spoke in which order. A failed
-session has `status: failed`; it is done again at the next start, and never selected.
+metadata; `session_reward` is null, not zero, where nobody could score. A failed session is done again at the next start.
 
-Below the record: the report at the end of a run; selection by numbers of what may train the next teacher; review by people: a session
-is recorded as `approved`, or as `pending` with --require-approval, and --approve and --quarantine change that, with a note. Traces are
-never rewritten: decisions have a file of their own, `reviews.jsonl`, and the latest on a session counts.
+Traces are never rewritten: what people decide with --approve and --quarantine goes to `reviews.jsonl`, where the latest counts.
 """
 
 import json
@@ -181,7 +178,7 @@ def session_record(session: Session) -> tuple[Outcome, Trace]:
 
 
 def _reward(session: Session, alone: Trial, helped: Trial) -> Trace:
-    """As AtlasRewardBreakdown. The judges are those of the best answer with help, or of the only answer."""
+    """As AtlasRewardBreakdown."""
     by, judges = helped.verdict, helped.verdict.judges
     if not judges and by.score is not None:
         judges = [{"identifier": by.by, "score": by.score, "rationale": by.rationale}]
@@ -204,16 +201,18 @@ def outcome_of(trace: Trace, where: str) -> Outcome:
     if not isinstance(trace.get("task"), str):
         raise UserError(f"{where}: not a session trace; its field 'task' must hold the question")
     told, reward = data.section(trace, "outcome", where), trace.get("session_reward")
+    about = data.section(trace, "session_metadata", where)
     if not told:
         if isinstance(reward, dict) or str(reward).startswith("{"):
             reward = data.section(trace, "session_reward", where).get("score")
-        about = {"session_id": where} | data.section(trace, "session_metadata", where)
         told = {name: about.get(name) for name in ("session_id", "learning_key", "created_at", "status")}
+        told["session_id"] = told["session_id"] or where
         told |= {"reward": reward, "review": trace.get("review_status")}
         told["lane"] = data.section(trace, "adaptive_summary", where).get("adaptive_mode")
         told["disagreement"] = data.section(trace, "reward_stats", where).get("score_stddev")
     try:
-        return Outcome(**{name: _typed(name, value) for name, value in data.present(told).items()})
+        typed = {name: _typed(name, value) for name, value in data.present(told).items()}
+        return Outcome(**typed, fault=str(about.get("error") or "") or None)
     except (TypeError, ValueError) as error:
         cause = f"{where}: not a trace of this version ({error})"
         raise UserError(f"{cause}; leave it out, or for a run's own choose another --out") from None
@@ -243,7 +242,6 @@ METRICS = {  # the value for one session (None: nobody knows), the label in the 
     "malformed_rate": (lambda o: o.is_malformed, "without <teaching>", ""),
     "truncated_rate": (lambda o: o.is_truncated, "cut off", "(by a length limit)"),
     "failed_rate": (lambda o: o.status == "failed", "", ""),
-    "helped_returned_rate": (lambda o: o.returned_attempt not in ("", "alone"), "", ""),
 }  # fmt: skip
 
 
@@ -264,8 +262,8 @@ def summary(outcomes: Sequence[Outcome], out: Path | str = Config.out) -> str:
     lines = [f"{len(outcomes)} tasks, {sum(o.baseline is not None for o in outcomes)} scored"]
     if failed:
         lines[0] += f", {len(failed)} FAILED (the same command tries them again; --out {out} --show failed)"
-    reasons = Counter(" ".join((outcome.fault or "").split())[:150] for outcome in failed)
-    lines += [f"  failed             {count:7d}   {reason}" for reason, count in reasons.most_common(3)]
+    for reason, count in Counter(" ".join(o.fault.split())[:150] for o in failed).most_common(3):
+        lines.append(f"  failed             {count:7d}   {reason}")
     if unscored := sum(o.baseline is None for o in outcomes if o.status == "succeeded"):
         lines.append(f"  without a score    {unscored:7d}   (nobody knows whether help was better or worse)")
     gain = f"{100 * (m['accuracy_delta'] or 0):+.1f}"
@@ -273,10 +271,8 @@ def summary(outcomes: Sequence[Outcome], out: Path | str = Config.out) -> str:
         if label and m[name] is not None:
             lines.append(f"  {label:<18} {m[name]:7.1%}   {note.format(gain=gain)}".rstrip())
     for style in STYLES:
-        mine = [o for o in outcomes if o.strategy == style and o.reward is not None]
-        if mine:
-            gain, reward = 100 * mean(o.gain for o in mine), mean(o.reward for o in mine)
-            told = f"{len(mine):7d}   (gain {gain:+.1f} points, reward {reward:+.3f})"
+        if gains := [o.gain for o in outcomes if o.strategy == style and o.gain is not None]:
+            told = f"{len(gains):7d}   (gain {100 * mean(gains):+.1f} points)"
             lines.append(f"  {style + ' teaching':<18} {told}")
     if audited := [o.audited_gain for o in outcomes if o.audited_gain is not None]:
         worse, bound = degradation_bound(audited)
@@ -287,7 +283,8 @@ def summary(outcomes: Sequence[Outcome], out: Path | str = Config.out) -> str:
         lines.append(f"  held for review    {pending:7d}   ({how})")
     lanes = ", ".join(f"{lane} {m[f'lane/{lane}']:.0%}" for lane in LANES if m[f"lane/{lane}"])
     tokens = ", ".join(f"{name[7:]} {count:,}" for name, count in m.items() if name.startswith("tokens/"))
-    return "\n".join([*lines, f"  lanes              {lanes}", f"  tokens generated   {tokens}"])
+    lines += [f"  lanes              {lanes}", f"  tokens generated   {tokens}"]
+    return "\n".join([*lines, f"  traces             {out}/traces.jsonl"])
 
 
 def degradation_bound(audited_gains: Sequence[float]) -> tuple[int, float]:
@@ -314,8 +311,8 @@ def reviewed_traces(path: Path) -> Iterator[tuple[Outcome, Trace]]:
     """All records of a trace file, the latest decision on each written in."""
     reviews = {}
     if (decisions := path.with_name("reviews.jsonl")).exists():
-        known = runs.read_jsonl(decisions, is_journal=True)
-        reviews = {str(review.get("session_id")): review for _, review in known}
+        for _, review in runs.read_jsonl(decisions, is_journal=True):
+            reviews[str(review.get("session_id"))] = review
     for outcome, trace in read_traces(path):
         if review := reviews.get(outcome.session_id):
             outcome.review = review.get("status", "pending")
@@ -325,7 +322,7 @@ def reviewed_traces(path: Path) -> Iterator[tuple[Outcome, Trace]]:
 
 
 def record_reviews(directory: Path, names: tuple[str, ...], status: str, note: str) -> list[str]:
-    """Decide on the sessions whose ids begin with `names`. Raises UserError, and decides on none, where a name fits not just one."""
+    """Decide on the sessions whose ids begin with `names`; on none, with UserError, where a name fits not just one."""
     known, decided = {outcome.session_id for outcome, _ in read_traces(directory / "traces.jsonl")}, []
     for name in names:
         meant = [session_id for session_id in known if session_id.startswith(name)]
@@ -340,18 +337,17 @@ def record_reviews(directory: Path, names: tuple[str, ...], status: str, note: s
 
 def export_traces(source: Path, target: Path, config: Config) -> tuple[int, int]:
     """Write the selected traces of `source` to `target`, as a whole or not at all; returns how many, and of how many."""
-    if target.is_dir() or (target.exists() and target.samefile(source)):
-        what = "a directory" if target.is_dir() else "the trace file itself"
-        raise UserError(f"--export {target} is {what}; choose another name")
+    if target.exists() and target.samefile(source):
+        raise UserError(f"--export {target} is the trace file itself; choose another name")
     found = list(reviewed_traces(source))
     selected = [trace for outcome, trace in found if is_selected(outcome, config)]
     if not selected:
         kinds = Counter(kind for o, _ in found for kind in (o.status, o.review, o.lane, o.learning_key))
         listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(12))
-        cause = f"none of its {len(found)} traces is selected, so {target} was not written"
-        raise UserError(f"{source}: {cause}; there are: {listed}")
-    for trace in selected:  # whoever asks for other states than `approved` has decided
-        trace |= {"is_exported": True} if trace.get("review_status", "approved") != "approved" else {}
+        raise UserError(f"{source}: none of its {len(found)} traces is selected; there are: {listed}")
+    for trace in selected:
+        if trace.get("review_status", "approved") != "approved":  # whoever asks for other states has decided
+            trace["is_exported"] = True
     runs.replace_text(target, "".join(json.dumps(trace) + "\n" for trace in selected))
     return len(selected), len(found)
 
@@ -363,8 +359,6 @@ def show_sessions(directory: Path, status: str) -> Iterator[str]:
     for outcome, trace in latest.values():
         if status == (outcome.review if outcome.status == "succeeded" else "failed"):
             reward = "unscored" if outcome.reward is None else f"reward {outcome.reward:+.3f}"
-            about = trace.get("session_metadata")  # a text in some files of atlas-sdk
-            fault = about.get("error") if isinstance(about, dict) else None
-            note = " ".join(str(fault or trace.get("review_notes") or "").split())
+            note = " ".join(str(outcome.fault or trace.get("review_notes") or "").split())
             task = " ".join(trace["task"].split())[:60]
             yield f"{outcome.session_id}  {reward}  {outcome.lane}  {task}  {note}".rstrip()
