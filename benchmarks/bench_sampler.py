@@ -107,7 +107,10 @@ def vllm_arms(model: Transformer) -> Iterator[Arms]:
 
         place = {"device": "cuda:0" if has_gpu else "cpu", "options": ["--max-model-len", "1024"]}
         with VllmServer(checkpoint, Path(folder, "log"), **place) as server:
-            yield {"vLLM offline engine": offline, "VllmSampler": partial(sample, VllmSampler([server.url]))}
+            yield {
+                "vLLM offline engine": offline,
+                "VllmSampler": partial(sample, VllmSampler([server.url], server)),
+            }
 
 
 def compare(arms: Arms, prompts: list[list[int]], lengths: list[int], rounds: int) -> None:

@@ -117,9 +117,8 @@ def lines_of(path: Path) -> int:
 def test_every_file_and_the_whole_stay_short():
     sizes = {str(path.relative_to(ROOT)): lines_of(path) for path in FILES}
     assert {name: size for name, size in sizes.items() if size > 400} == {}
-    assert (
-        sum(sizes.values()) <= 7_410
-    )  # gpu.py, recorded steps, the dry step and --show-layout are 220 of them
+    # 7,410 before odd files, replies, clients and directories were answered with one line each
+    assert sum(sizes.values()) <= 8_140
 
 
 def test_the_reading_path_is_an_evening():

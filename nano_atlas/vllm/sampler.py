@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,9 @@ from nano_atlas.vllm.sync import FileTransfer, NcclTransfer, Parity
 
 SHARED_MEMORY = Path("/dev/shm")
 CONNECTIONS = 64  # requests under way per server
+# On a CPU vLLM computes either prompts or next tokens in a step, so every request that comes late holds up all others for a step:
+# of so MANY or more, a server begins with none before GATHERING seconds have passed.
+MANY, GATHERING = 16, 0.15
 TIMEOUT = 600.0  # seconds within which a server must answer one request
 TRIES = 3  # of one call, each with a new server, before giving up
 
@@ -47,7 +51,7 @@ class VllmSampler:
     def __init__(self, urls: Sequence[str], server=None, transfer=None, parity=None, sleeps=False):
         self.server, self.transfer, self.parity, self.sleeps = server, transfer, parity, sleeps
         roots = (url.rstrip("/").removesuffix("/v1") for url in urls)
-        self.clients = [Client(url, connections=CONNECTIONS, timeout=TIMEOUT) for url in roots]
+        self.clients = [Client(url, connections=CONNECTIONS + 1, timeout=TIMEOUT) for url in roots]
         self.context = min(map(context_of, self.clients), default=0)  # tokens
         self.weight_version, self.tag = 0, ""
         self._pool = ThreadPoolExecutor(max(1, CONNECTIONS * len(self.clients)))
@@ -61,7 +65,14 @@ class VllmSampler:
         def sample():
             for client in self._changed():
                 self._load(client)
+            is_held = self.server is not None and self.server.is_cpu and len(requests) >= MANY
+            for client in self.clients if is_held else ():
+                client.request("POST", "/pause?mode=keep&clear_cache=false")
             answers = self._pool.map(self._ask, requests, cycle(self.clients))
+            if is_held:
+                time.sleep(GATHERING)
+                for client in self.clients:
+                    client.request("POST", "/resume")
             groups = list(tqdm(answers, progress, len(requests), disable=not progress, leave=False))
             if changed := self._changed():
                 raise ServerLost(f"{changed[0].url} was restarted, or another run uses it")

