@@ -19,6 +19,7 @@ from nano_atlas.checkpoint import with_tied_head
 from nano_atlas.errors import UserError
 from nano_atlas.layout import Layout
 from nano_atlas.model import ModelConfig, Transformer
+from nano_atlas.sampler import Generation, Request
 from nano_atlas.vllm import sampler as sampler_room
 from nano_atlas.vllm import server as server_room
 from nano_atlas.vllm.sampler import make_server
@@ -202,3 +203,17 @@ def test_weights_in_shared_memory_are_for_one_user_and_no_link_of_another_is_fol
         mode == "0o700" and "config.json" in weights and first != second and first.parent == tmp_path / "shm"
     )
     assert list((tmp_path / "shm").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("count", "is_cpu", "is_held"), [(16, True, True), (15, True, False), (64, False, False)]
+)
+def test_a_server_on_a_cpu_begins_when_most_of_many_requests_are_there(monkeypatch, count, is_cpu, is_held):
+    calls = []
+    sampler = sampler_room.VllmSampler([], server=SimpleNamespace(is_cpu=is_cpu))
+    sampler.context, sampler.clients = 100, [SimpleNamespace(request=lambda method, path: calls.append(path))]
+    monkeypatch.setattr(sampler, "_ask", lambda request, client: calls.append("asked") or [])
+    assert sampler.generate([Request((1,), Generation(2))] * count) == [[]] * count
+    around = ["/pause?mode=keep&clear_cache=false", "/resume"] if is_held else []
+    assert [path for path in calls if path != "asked"] == around and calls.count("asked") == count
+    assert not is_held or (calls[0], calls[-1]) == tuple(around)
