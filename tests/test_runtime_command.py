@@ -134,6 +134,7 @@ def test_skip_bad_leaves_out_malformed_lines_and_shows_them(command, capsys):
         (["--export", "x.jsonl", "--since", "yesterday"], "--since yesterday: "),
         (["--export", "x.jsonl", "--approve", "abc"], "--export and --approve are different things"),
         (["--export", "x.jsonl", "--restart"], "--restart and --export are different things"),
+        (["--min-reward", "0.5"], "the options that select traces are for --export and --rounds; add one"),
         (["--large-judge", "http://localhost:1"], "needs --judge"),
         (["--strategies"], "--strategies needs at least one"),
         (["--audit", "2"], "--audit must be at most 1"),

@@ -16,6 +16,7 @@ LANES = ("auto", "paired", "coach")
 STATUSES = ("pending", "approved", "quarantined")  # of a session's review
 KEY_VARIABLE = "NANO_ATLAS_API_KEY"  # environment variable with the key of the endpoint's clients
 STYLES = tuple(TEACHING_STYLES)
+SELECTION = ("min_reward", "min_gain", "min_signal", "only", "since", "review_status")
 
 
 def moment(text: str) -> datetime | None:
@@ -108,6 +109,9 @@ class Config(EpisodeConfig, RunConfig):
             raise UserError("--require-approval leaves --rounds no trace; add --review-status pending")
         if len(wanted) > 1:
             raise UserError(f"--{' and --'.join(wanted)} are different things to do; use one of them")
+        is_selecting = any(getattr(self, name) != getattr(Config, name) for name in SELECTION)
+        if is_selecting and wanted not in (["export"], ["rounds"]):
+            raise UserError("the options that select traces are for --export and --rounds; add one of them")
         needed = ["student", "teacher"] + ["tasks"] * (self.preset != "nano" and self.serve is None)
         missing = [f"--{name}" for name in needed if getattr(self, name) is None]
         if missing and not {"export", "show", "approve", "quarantine"} & set(wanted):
