@@ -129,9 +129,10 @@ def read_config(path: str | Path) -> ModelConfig:
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
     """A checkpoint directory as a `Transformer`. Host memory holds the result and one tensor more. Raises UserError."""
-    refuse_damage(find_checkpoint(path))
+    place = find_checkpoint(path)
+    refuse_damage(place)
     config = read_config(path)
-    files, found = _stored_tensors(find_checkpoint(path))
+    files, found = _stored_tensors(place)
     if config.num_hidden_layers > len(found):  # said at once, not after building them
         raise UserError(f"{path} does not fit its config.json, of {config.num_hidden_layers} layers")
     with torch.device("meta"):

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -52,7 +52,7 @@ Answers = list[list[Reply] | Fault]  # one for each question
 
 
 def read_reply(content: Any, usage: Any, prompt: str, is_truncated: bool = False) -> Reply:
-    """What any model or agent said: clean text, and tokens as `usage` counts them or else estimated. Raises UserError.
+    """What any endpoint or agent said: clean text, and tokens as `usage` counts them or else estimated. Raises UserError.
 
     content: a text, or parts of which those of type "text" are joined (others are thoughts).
     """
@@ -121,13 +121,11 @@ class TokenSeat:
         return len(self.tokenizer.encode(text))
 
     def _reply(self, rollout: Rollout) -> Reply:
-        ids, usage = rollout.completion_ids, {"prompt_tokens": len(rollout.prompt_ids)}
+        ids, is_truncated = rollout.completion_ids, rollout.finish_reason == "length"
         # a template may have opened the thought, and what it wrote is no part of the completion
         asked = self.tokenizer.decode(rollout.prompt_ids[-16:], skip_special=False).rstrip()
         text = "<think>" * asked.endswith("<think>") + self.tokenizer.decode(ids)
-        is_truncated = rollout.finish_reason == "length"
-        reply = read_reply(text, usage | {"completion_tokens": len(ids)}, "", is_truncated)
-        return replace(reply, rollout=rollout)
+        return Reply(text, len(ids), is_truncated, rollout, len(rollout.prompt_ids))
 
 
 class EmbeddedSeat(TokenSeat):

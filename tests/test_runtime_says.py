@@ -156,24 +156,18 @@ def test_the_line_after_an_export_trains_this_pair_as_it_was_run(tmp_path, monke
     assert len(load_problems("hard.jsonl")) == 23
 
 
-def test_the_line_after_an_export_leaves_open_what_cannot_be_trained(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("student", "teacher", "told_student"), [
+    ("mine:run", "http://t", "DIRECTORY"),
+    ("http://s#m", "post+http://t", "http://s#m"),
+])  # fmt: skip
+def test_the_line_after_an_export_leaves_open_what_cannot_be_trained(
+    tmp_path, monkeypatch, capsys, student, teacher, told_student
+):
     monkeypatch.chdir(tmp_path)
-    run(
-        Config(out=Path("o"), student="mine:run", teacher="http://t", preset="own"),
-        TASKS[:2],
-        Student(),
-        Teacher(),
-    )
+    config = Config(out=Path("o"), student=student, teacher=teacher, preset="own")
+    run(config, TASKS[:2], Student(), Teacher())
     told, line = exported(monkeypatch, capsys, "--out", "o")
-    assert (told["student"], told["teacher"]) == ("DIRECTORY", Path("DIRECTORY"))
-    run(
-        Config(out=Path("u"), student="http://s#m", teacher="post+http://t", preset="own"),
-        TASKS[:2],
-        Student(),
-        Teacher(),
-    )
-    told, line = exported(monkeypatch, capsys, "--out", "u")
-    assert (told["student"], told["teacher"]) == ("http://s#m", Path("DIRECTORY"))
+    assert (told["student"], told["teacher"]) == (told_student, Path("DIRECTORY"))
 
 
 def test_the_nano_line_is_that_of_the_nano_preset(tmp_path, monkeypatch, capsys):

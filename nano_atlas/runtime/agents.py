@@ -23,7 +23,7 @@ import torch
 
 from nano_atlas.client import Client, is_url
 from nano_atlas.errors import UserError
-from nano_atlas.seats import EndpointSeat, Question, Reply, Seat, open_seat, read_reply
+from nano_atlas.seats import EndpointSeat, Question, Reply, Seat, estimate_tokens, open_seat, read_reply
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Agent:
 
     reply: Callable[[Question, int], Reply]
     is_batched = False
-    count_tokens = staticmethod(EndpointSeat.count_tokens)
+    count_tokens = staticmethod(estimate_tokens)
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:
         return [[self.reply(q, q.seed + place) for place in range(q.n)] for q in questions]

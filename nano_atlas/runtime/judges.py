@@ -32,6 +32,7 @@ from nano_atlas.runtime.options import Config
 from nano_atlas.runtime.traces import CONFIDENCE, Session, Trial, Verdict
 from nano_atlas.schedule import Call, Fault, Script, ask
 from nano_atlas.seats import Generation, Question, Reply
+from nano_atlas.text import number
 
 TEMPERATURES, ARBITER = (0.2, 0.5, 0.8), 0.3  # of the samples of each judge; of the large judge's verdict
 DEVIATION, UNCERTAINTY = 0.15, 0.3  # above one of these the large judge decides
@@ -183,10 +184,10 @@ def read_sample(reply: Sequence[Reply] | Fault, temperature: float) -> dict[str,
 def share(value: Any) -> float | None:
     """A judge's number from 0 to 1, or None if it is something else."""
     try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
+        found = number(value)
+    except ValueError:
         return None
-    return number if 0 <= number <= 1 else None
+    return found if 0 <= found <= 1 else None
 
 
 def hold_consistent(scores: dict[str, float]) -> dict[str, float]:
