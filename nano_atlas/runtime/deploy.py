@@ -27,6 +27,7 @@ from typing import Any
 import yaml
 
 from nano_atlas import data, runs, world
+from nano_atlas.commands import SCRIPTS
 from nano_atlas.config import to_json
 from nano_atlas.episode import EpisodeConfig, seeds, sketch, teach
 from nano_atlas.errors import UserError
@@ -43,7 +44,6 @@ SPECS = dict(huggingface="{model}", python="{model}", http="post+{model}", opena
 LENGTHS = {"student": "--answer-tokens", "teacher": "--teaching-tokens"}
 SHARED = (*(field.name for field in fields(EpisodeConfig) if field.metadata), "device", "dtype")
 OPTIONS = ("provider", "temperature", "max_output_tokens")  # the other keys are those of a provider's spec
-ROOT = Path(__file__).parents[2]  # where the scripts are
 HELD_OUT = 500  # nano-world problems that decide, without --held-out
 MARGIN = 0.02  # largest loss of accuracy that still counts as not worse
 
@@ -176,6 +176,6 @@ def flags_of(options: Mapping[str, object]) -> Iterator[str]:
 
 def call(script: str, more: str = "", **options: object) -> None:
     """Run one of the scripts with these options, and `more` of them with spaces between. Raises UserError where it fails."""
-    command = [sys.executable, str(ROOT / script), *flags_of(options), *more.split()]
+    command = [sys.executable, str(SCRIPTS / script), *flags_of(options), *more.split()]
     if (code := subprocess.run(command).returncode) != 0:
         raise UserError(f"{shlex.join(command)} failed with exit code {code}; its message is above")
