@@ -12,7 +12,7 @@ import hashlib
 import html
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from math import ceil
 from pathlib import Path
 
@@ -21,32 +21,31 @@ from nano_atlas.errors import UserError
 from nano_atlas.runs import read_json, read_jsonl, replace_text
 
 MOST_BYTES = 20_000_000  # of all episodes in a page; of more, every second, third, ... is shown
-Items = Iterable[dict]
 
 
 def records(path: Path) -> list[dict]:
     return [record for _, record in read_jsonl(path, is_journal=True)]
 
 
-def tables(path: Path, where: str) -> Items:
+def tables(path: Path, where: str) -> Iterator[dict]:
     results = read_json(path)
     if "scores" in results:
         yield {"name": where, "scores": results["scores"], "differences": results["differences"]}
 
 
-def curves(path: Path, where: str) -> Items:
+def curves(path: Path, where: str) -> Iterator[dict]:
     found = records(path)
     if any("teaching_length_mean" in record for record in found):  # those of SFT and of the runtime have none
         yield {"name": where, "records": found}
 
 
-def training(path: Path, where: str) -> Items:
+def training(path: Path, where: str) -> Iterator[dict]:
     for entry in records(path):
         entry |= {"source": where, "gold": entry["answer"], "id": f"{where}/{entry['step']}/{entry['id']}"}
         yield entry | {"before": entry.pop("baselines"), "after": [entry.pop("guided")]}
 
 
-def sessions(path: Path, where: str) -> Items:
+def sessions(path: Path, where: str) -> Iterator[dict]:
     """Of the runtime. A failed session is done again: its latest record counts."""
     for name, trace in {trace["outcome"]["session_id"]: trace for trace in records(path)}.items():
         step, about, domain = trace["steps"][0], trace["session_metadata"], trace["learning_key"]
@@ -58,7 +57,7 @@ def sessions(path: Path, where: str) -> Items:
         yield trace["outcome"] | entry | {"before": trials[:1], "after": trials[1:]}
 
 
-def evaluation(path: Path, where: str) -> Items:
+def evaluation(path: Path, where: str) -> Iterator[dict]:
     """The results of each teacher, beside the student's own on the same task."""
     from nano_atlas.benches.arms import CONTROLS, STUDENT
 
@@ -69,7 +68,9 @@ def evaluation(path: Path, where: str) -> Items:
     for record in found:
         arm, own = record["arm"], alone.get(key(record))
         if own and arm not in (STUDENT, *CONTROLS):
-            entry = {"id": "/".join(map(str, (where, arm, *key(record)))), "source": f"{where}: {arm}"}
+            sample = f"/{record['sample']}" if record["sample"] else ""
+            source = f"{where}/{arm}"
+            entry = {"id": f"{source}/{record['domain']}/{record['id']}{sample}", "source": source}
             entry |= {name: record[name] for name in ("domain", "gold", "approach", "teaching", "is_leak")}
             entry |= {"completion": record["teacher_text"], "before": [own], "after": [record["attempt"]]}
             yield entry | {"question": asked.get((record["id"], record["gold"]))}
@@ -128,11 +129,12 @@ def page(report: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser("python -m nano_atlas.report", description=__doc__.partition("\n")[0])
     parser.add_argument("run", nargs="+", type=Path, help="directory of a run, or of a part of one")
-    parser.add_argument("--out", type=Path, help="the page to write (default: report.html in the first run)")
+    parser.add_argument(
+        "--out", type=Path, help="the page to write or its directory (default: the first run)"
+    )
     options = parser.parse_args()
-    out, report = options.out or options.run[0] / "report.html", collect(options.run)
-    if out.is_dir():
-        raise UserError(f"--out {out} is a directory; name a file, such as {out / 'report.html'}")
+    report, out = collect(options.run), options.out or options.run[0]
+    out = out / "report.html" if out.is_dir() else out
     replace_text(out, page(report))
     print(f"{out}: {len(report['episodes'])} episodes, {len(report['curves'])} training runs")
 
