@@ -1,15 +1,15 @@
 """The report of runs that the real writers wrote, in a real browser: headless Chromium.
 
-docs/report.png is made of README's run by
+docs/report.png is a part of README's run, made by
 
-    chromium --headless --no-sandbox --hide-scrollbars --window-size=1400,1000 --screenshot=docs/report.png \\
-        "file://$PWD/runs/nano/report.html#nano/eval/grpo/math/held-out-math-10"
+    PYTHONPATH=. python tests/test_report.py runs/nano nano/eval/grpo/math/held-out-math-14 docs/report.png
 """
 
 import json
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -96,7 +96,7 @@ def make(*runs: Path) -> str:
     """The URL of the page."""
     path = runs[0] / "report.html"
     path.write_text(report.page(report.collect(runs)), encoding="utf-8")
-    return path.as_uri()
+    return path.resolve().as_uri()
 
 
 @pytest.fixture(scope="module")
@@ -104,16 +104,24 @@ def url(tmp_path_factory):
     return make(write_run(tmp_path_factory.mktemp("runs") / "nano <i>&"))
 
 
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium, such as Debian's package `chromium` (tests/run.sh installs it)")
-    with playwright.sync_playwright() as driver:
+@contextmanager
+def chromium():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
         options = [f"--{option}" for option in OPTIONS.split()]
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=options)
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    pytest.importorskip("playwright", reason="needs the package playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium, such as Debian's package `chromium` (tests/run.sh installs it)")
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.fixture
@@ -292,3 +300,13 @@ def test_a_directory_without_a_run_is_one_line_that_says_what_makes_one(tmp_path
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
     assert all(part in done.stderr for part in (name, "episodes.jsonl", "`python train_grpo.py`"))
     assert list((tmp_path / "empty").iterdir()) == []
+
+
+if __name__ == "__main__":
+    run, episode, picture = sys.argv[1:]
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1400, "height": 4000})
+        page.goto(f"{make(Path(run))}#{episode}")
+        first, last = (page.locator(part).bounding_box() for part in ("#training", "#episodes"))
+        height = last["y"] + last["height"] - first["y"] + 60
+        page.screenshot(path=picture, clip={"x": 0, "y": first["y"] - 30, "width": 1400, "height": height})
