@@ -13,6 +13,7 @@ import html
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from math import ceil
 from pathlib import Path
 
@@ -68,8 +69,7 @@ def evaluation(path: Path, where: str) -> Iterator[dict]:
     for record in found:
         arm, own = record["arm"], alone.get(key(record))
         if own and arm not in (STUDENT, *CONTROLS):
-            sample = f"/{record['sample']}" if record["sample"] else ""
-            source = f"{where}/{arm}"
+            source, sample = f"{where}/{arm}", f"/{record['sample']}" if record["sample"] else ""
             entry = {"id": f"{source}/{record['domain']}/{record['id']}{sample}", "source": source}
             entry |= {name: record[name] for name in ("domain", "gold", "approach", "teaching", "is_leak")}
             entry |= {"completion": record["teacher_text"], "before": [own], "after": [record["attempt"]]}
@@ -77,11 +77,12 @@ def evaluation(path: Path, where: str) -> Iterator[dict]:
 
 
 def questions(path: Path) -> dict[tuple[str, str | None], str]:
-    """By id and gold answer, from where the run's options say: results hold none. Nothing where the file of problems is gone."""
+    """By id and gold answer, from where the run's options say: results hold none. Nothing where no file can be read."""
     from nano_atlas import data, world
 
-    options = read_json(path).get("config", {})
-    problems = data.load_problems(options["data"]) if Path(options.get("data") or "").is_file() else []
+    options, problems = read_json(path).get("config", {}), []
+    with suppress(UserError):
+        problems = data.load_problems(options.get("data") or "")
     for domain in world.DOMAINS if options.get("bench") == "nano" else ():
         problems += world.held_out(domain, options["limit"] or 500, options["seed"])
     return {(problem.id, problem.answer): problem.question for problem in problems}

@@ -28,7 +28,7 @@ from nano_atlas.seats import Reply
 pytestmark = pytest.mark.processes
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 OPTIONS = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync"
-EVIL = "</script><img src=x onerror='hacked=1'><script>hacked=1</script><!-- \u2028 %data% <script>"
+EVIL = "</script><img src=x onerror='hacked=1'><script>hacked=1</script><!-- \u2028 %data%" + 99 * "W"
 
 
 def attempt(is_correct: bool, text="") -> Attempt:
