@@ -23,7 +23,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, pairwise
 from math import ceil
 from pathlib import Path
@@ -173,8 +173,9 @@ class Arms:
             seed = lambda *_: derive_seed(config.seed, *task, 0)
         found = yield from sketch(problem, episode, seed, votes * n)
         attempts = [arms.majority(found.baselines[sample::n]) for sample in range(n)]
-        probe = found.approach, found.approach_tokens
-        return [TaskResult(*task, i, problem.answer, attempt, *probe) for i, attempt in enumerate(attempts)]
+        told = {"approach_tokens": found.approach_tokens, "question": problem.question}
+        result = partial(TaskResult, *task, gold=problem.answer, approach=found.approach, **told)
+        return [result(sample=i, attempt=attempt) for i, attempt in enumerate(attempts)]
 
     def taught(self, arm: str, problem: Problem) -> Script:
         """With a teaching. Shuffled, sample i gets the one that the last teacher wrote for sample i of the task's donor."""

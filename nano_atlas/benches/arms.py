@@ -107,6 +107,7 @@ class TaskResult:
     teaching: str | None = None  # None: no well-formed teaching; the attempt is the student's own
     is_leak: bool = False
     record: dict | None = None  # what a benchmark itself records of the answer: τ²-bench its SimulationRun
+    question: str | None = None
 
     @property
     def key(self) -> Key:
