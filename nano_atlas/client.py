@@ -30,7 +30,7 @@ class Client:
         self.url, self.connections, self.timeout, self.tries = url, connections, timeout, tries
         key = os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"
         if not key.isascii() or any(map(str.isspace, key)):
-            raise UserError("OPENAI_API_KEY holds spaces or letters that no key has; copy it again")
+            raise UserError("OPENAI_API_KEY has characters that no key has; copy it again")
         limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
         # no proxy leads back to this machine
         direct = dict.fromkeys(("all://localhost", "all://127.0.0.1", "all://[::1]"))
@@ -101,5 +101,5 @@ def _told_wait(told: str) -> float:
 def is_url(spec: str) -> bool:
     """Raises UserError for an address without its http://."""
     if re.match(r"(post\+)?([\w.-]+|\[.+\]):\d+([/?#]|$)", spec) and not Path(spec).exists():
-        raise UserError(f"{spec}: for a server write " + re.sub(r"^(post\+)?", r"\1http://", spec))
+        raise UserError(f"{spec}: to name a server, write " + re.sub(r"^(post\+)?", r"\1http://", spec))
     return spec.startswith(("http://", "https://"))

@@ -29,11 +29,11 @@ CountTokens = Callable[[str], int]  # length of a text in the teacher's tokens
 class EpisodeConfig:
     """How the two models talk; lengths in tokens."""
 
-    probe_tokens: int = option(500, "longest approach (0: no probe)", group="sampling (tokens)", at_least=0)
-    teaching_tokens: int = option(4096, "longest completion of the teacher, thinking included", above=0)
-    answer_tokens: int = option(4096, "longest answer of the student, alone or guided", above=0)
-    temperature: tuple[float, float] = option((0.7, 0.7), "of student and teacher (0: greedy)", at_least=0)
-    answer_format: str = option("solution", "how answers are asked for and read", protocol.ANSWER_FORMATS)
+    probe_tokens: int = option(500, "longest first approach (0: none)", group="sampling (tokens)", at_least=0)
+    teaching_tokens: int = option(4096, "longest reply of the teacher, with its thinking", above=0)
+    answer_tokens: int = option(4096, "longest answer of the student", above=0)
+    temperature: tuple[float, float] = option((0.7, 0.7), "student's and teacher's (0: greedy)", at_least=0)
+    answer_format: str = option("solution", "how the student marks its answer", protocol.ANSWER_FORMATS)
     top_p: float = 1.0  # nucleus mass of both; log-probs for training need 1
 
     @property

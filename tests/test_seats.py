@@ -159,7 +159,7 @@ def test_a_url_that_is_none_is_refused(url, monkeypatch):
 @pytest.mark.parametrize("listed", [[], [{}], "x", [{"id": 5}], [5, None], None, {"id": "x"}])
 def test_a_server_that_lists_no_model_is_answered_with_how_to_name_one(server, listed):
     server.script = [(200, {"data": listed})]
-    with pytest.raises(UserError, match="lists no model; name one after the address: URL#MODEL"):
+    with pytest.raises(UserError, match="lists no model; name one: URL#MODEL"):
         EndpointSeat(server.url)
 
 
@@ -190,7 +190,7 @@ def test_a_key_that_is_cut_off_within_a_message_is_not_shown_in_part(server):
 @pytest.mark.parametrize("key", ["schlüssel", "sk 1", "a\nb"])
 def test_a_key_that_cannot_be_sent_is_refused(key, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(UserError, match="OPENAI_API_KEY holds"):
+    with pytest.raises(UserError, match="OPENAI_API_KEY has characters"):
         EndpointSeat("http://localhost:9", "m")
 
 

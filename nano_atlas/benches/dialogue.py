@@ -144,12 +144,12 @@ def load_tasks(config) -> list[Task]:
     try:
         tasks = get_tasks(config.domain, config.split)
     except (LookupError, OSError, ValueError) as error:
-        raise UserError(f"{where}: {error}; TAU2_DATA_DIR must name the data of tau2-bench") from None
+        raise UserError(f"{where}: {error}; set TAU2_DATA_DIR to the data directory of tau2-bench") from None
     tasks = [task for task in tasks if (config.tasks or "") in task.id][: config.limit]
     if not tasks or config.is_solo and any(task.ticket is None for task in tasks):
-        raise UserError(f"{where}: no such task, or not each has the ticket that --user solo needs")
+        raise UserError(f"{where}: no task found, or one without the ticket that --user solo needs")
     if any(RewardType.NL_ASSERTION in (task.evaluation_criteria.reward_basis or ()) for task in tasks):
-        raise UserError(f"{where}: tau2 would ask gpt-4.1 for scores; choose tasks of telecom, say")
+        raise UserError(f"{where}: tau2 would score them with gpt-4.1; choose other tasks, such as telecom's")
     return tasks
 
 

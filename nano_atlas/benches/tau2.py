@@ -23,8 +23,6 @@ from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from tqdm import tqdm
-
 from nano_atlas.benches import arms, scores
 from nano_atlas.benches.arms import SHUFFLED, STUDENT, UNTRAINED, Key, TaskLog, TaskResult
 from nano_atlas.config import option
@@ -49,24 +47,24 @@ GIVE_UP = 4  # such dialogues in a row; each has tried again several times by it
 class Config(arms.ArmsConfig):
     control: tuple[str, ...] = option((SHUFFLED, UNTRAINED), "control arms", (SHUFFLED, UNTRAINED, "none"))
     temperature: float = option(0.7, "of student and teachers (0: greedy)", group="sampling", at_least=0)
-    seed: int = option(300, "of trials (300: the published ones), sampling, shuffling and bootstrap")
-    out: Path = option(Path("runs/tau2"), "directory of the results", resumable=True)
+    seed: int = option(300, "random seed (300: the published trials)")
+    out: Path = option(Path("runs/tau2"), "output directory", resumable=True)
     bench: str = option("tau2", "this benchmark", ("tau2",), group="τ²-bench")
-    user: str | None = option(None, "URL of the simulated user, or `solo`: none, there is only a ticket")
+    user: str | None = option(None, "URL of the simulated user; solo: only a ticket, no user")
     domain: str = option("telecom", "domain of the tasks")
-    split: str = option("base", "split of the domain's tasks")
-    tasks: str | None = option(None, "only tasks whose id contains this, such as mms_issue")
+    split: str = option("base", "split of the tasks")
+    tasks: str | None = option(None, "only tasks with this in their id, such as mms_issue")
     samples: int = option(4, "dialogues per task and arm (tau2's trials)", at_least=1)
-    max_steps: int = option(200, "messages and calls until a dialogue is ended as a failure", at_least=1)
-    workers: int = option(16, "dialogues at a time", resumable=True, at_least=1)
-    dry_run: bool = option(False, "only say what would run, and its floors", resumable=True)
+    max_steps: int = option(200, "most messages and calls; then a dialogue has failed", at_least=1)
+    workers: int = option(16, "parallel dialogues", resumable=True, at_least=1)
+    dry_run: bool = option(False, "print what would run, and stop", resumable=True)
     full = True  # tables always have all columns
 
     def check(self) -> None:
         super().check()
         urls = [self.student] if self.is_solo else [self.student, self.user]
         if not (self.tables or self.dry_run or all(is_url(spec or "") for spec in urls)):
-            raise UserError("--student and --user must be URLs (or --user solo), served as --help says")
+            raise UserError("--student and --user must be URLs of servers (or --user solo); see --help")
 
     @property
     def is_solo(self) -> bool:
@@ -124,8 +122,7 @@ def dialogues(config: Config, tasks: dict, log: TaskLog, jobs: arms.Jobs, seats:
 
     trials = [(*job, trial) for trial in range(config.samples) for job in jobs]
     left = [(arm, p, trial) for arm, p, trial in trials if (arm, p.domain, p.id, trial) not in log.results]
-    bar = {"total": len(left), "desc": ", ".join(dict(jobs)), "unit": "dialogue"}
-    return tqdm(in_parallel(run, left, config.workers), **bar)
+    return in_parallel(run, left, config.workers)
 
 
 def in_parallel(run: Callable[..., TaskResult], jobs: Sequence, workers: int) -> Iterator[list[TaskResult]]:
@@ -139,7 +136,7 @@ def in_parallel(run: Callable[..., TaskResult], jobs: Sequence, workers: int) ->
                 unreached = []
             elif len(unreached) == GIVE_UP:
                 failure = result.record["info"]["failure"]
-                raise UserError(f"{GIVE_UP} dialogues in a row did not reach a seat, the last: {failure}")
+                raise UserError(f"{GIVE_UP} dialogues in a row reached no server; the last error: {failure}")
     yield unreached
 
 

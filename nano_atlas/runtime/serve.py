@@ -22,7 +22,6 @@ import os
 import re
 import signal
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -34,7 +33,7 @@ from typing import Any
 
 from nano_atlas import runs, schedule
 from nano_atlas.data import Problem
-from nano_atlas.errors import UserError
+from nano_atlas.errors import UserError, say
 from nano_atlas.runtime import learning, traces
 from nano_atlas.runtime.lanes import new_session, run_session
 from nano_atlas.runtime.options import KEY_VARIABLE, Config
@@ -100,7 +99,7 @@ def serve_pair(config: Config, seats: Mapping[str, Seat]) -> None:
                 journal.append([trace])
                 experience.learn(outcome)
             if not session.trials:  # the fault may name addresses and paths, which are for the log
-                print(f"session {session.session_id}: {session.fault}", file=sys.stderr)
+                say(f"session {session.session_id}: {session.fault}")
                 is_refused = re.search(REFUSED, session.fault)
                 why = "refused the request, which may be too long" if is_refused else "failed"
                 raise HTTPException(400 if is_refused else 502, f"the student {why} ({session.session_id})")
@@ -116,7 +115,7 @@ def serve_pair(config: Config, seats: Mapping[str, Seat]) -> None:
             signal.signal(number, lambda *_: None)  # uvicorn stops on them, and then raises them once more
         options = {"http": "h11", "ws": "none", "lifespan": "off", "access_log": False}
         options["timeout_graceful_shutdown"] = config.timeout
-        print(f"running on http://{host}:{listener.getsockname()[1]}/v1", file=sys.stderr)
+        say(f"running on http://{host}:{listener.getsockname()[1]}/v1")
         uvicorn.Server(uvicorn.Config(whole_app, **options)).run(sockets=[listener])
 
 
