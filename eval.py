@@ -16,8 +16,8 @@ Every arm answers the same tasks in the same answer format, so arms are compared
     two-votes    control, a second try: the majority of two answers of the student alone; the first wins a tie
     same-budget  control, more tokens: the majority of as many answers alone as the last teacher's pair costs (rounded up)
 
-OUT gets tasks.jsonl (a line per answer; the same command continues an interrupted run), run.json, results.json and tables.md.
-Simpler than leaderboards: by default one greedy answer per task (--samples for averages), compared as a number or as words.
+OUT gets tasks.jsonl (a line per answer; the same command continues an interrupted run), run.json, results.json and tables.md. Simpler
+than leaderboards: by default one greedy answer per task (--samples for averages), compared as a number or as words.
 """
 
 import sys

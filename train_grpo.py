@@ -367,8 +367,8 @@ def train(config: Config) -> None:
                 if best is None or metrics["eval/reward"] > best:
                     best = metrics["eval/reward"]
                     save_model(config.out / "best", policy, tokenizer)
-            if step == first_step and (hint := episode.reading_hint(metrics["unreadable_rate"])):
-                say(f"hint: {hint}")
+            if step == first_step and metrics["unreadable_rate"] > 0.2:
+                say("many answers could not be read; another --answer-format, or more --answer-tokens?")
             for group in groups[:EPISODES_PER_STEP]:
                 episodes.log(step + 1, **episode.episode_record(group[0]))
             log.log(step + 1, **metrics, lr=rate, skipped_steps=optimizer.skipped_steps)

@@ -8,8 +8,7 @@ r"""Supervised fine-tuning (SFT): teach a model by demonstration, before reinfor
 
 Data: JSONL files of Arc-ATLAS-Teach-v0 demonstrations, chats, or prompt/completion pairs (nano_atlas/data.py). A model is a
 directory in Hugging Face layout. Only the assistant's tokens are learned. The same command continues an interrupted run.
-OUT gets model (for transformers, vLLM and the other scripts), metrics.jsonl (also at Weights & Biases, if WANDB_PROJECT is set)
-and state (to continue from).
+OUT gets model, state (to continue from) and metrics.jsonl (also at Weights & Biases, if WANDB_PROJECT is set).
 
 Differences from the published recipe (ATLAS: Qwen3-8B, 16 documents a step, 10 epochs, ZeRO-3): the target is the text that GRPO
 samples later, `<thinking>..</thinking><teaching>..</teaching>`, and the prompt has the student's approach; the size of a step is

@@ -210,13 +210,8 @@ def in_shards(tensors: Named, max_bytes: float) -> Iterator[dict[str, Tensor]]:
     yield shard
 
 
-def save_model(
-    path, model: Transformer, tokenizer, max_shard_bytes=5e9, repeat_tied_head=False, **about
-) -> None:
-    """Writes a directory that `load_model`, transformers and vLLM read, in place of an earlier one. Collective; rank 0 writes.
-
-    repeat_tied_head: store it once more under its own name. about: for `atomic_directory`.
-    """
+def save_model(path, model: Transformer, tokenizer, max_shard_bytes=5e9, repeat_tied_head=False, **about):
+    """Writes what `load_model`, transformers and vLLM read, in place of an earlier one. Collective. about: for `atomic_directory`."""
     tensors = full_parameters(model)
     if repeat_tied_head:
         tensors = with_tied_head(tensors, model.config)

@@ -156,10 +156,7 @@ class Example:
 
 
 def load_examples(paths, tokenizer: Tokenizer, max_length: int, thinking: bool = False) -> list[Example]:
-    """Every line of the files, tokenised, if it has at most `max_length` tokens. Raises UserError for a bad line.
-
-    `thinking` is Qwen3's switch, and must be the one that the model is later sampled with.
-    """
+    """All lines of at most `max_length` tokens, tokenised. thinking: Qwen3's switch, as for sampling later. Raises UserError."""
     examples = []
     for path in paths:
         made, spelled = [], []

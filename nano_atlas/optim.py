@@ -118,10 +118,7 @@ class MasterAdamW:
 
     @contextmanager
     def dry_step(self, tokens: int) -> Iterator[None]:
-        """Within it the longest micro-batch there can be is computed, before step 1; its gradients are dropped.
-
-        So what does not fit fails in the first minute: raises UserError that says what to lower.
-        """
+        """For the largest micro-batch there can be, before step 1; drops its gradients. Raises UserError that says what to lower."""
         try:
             yield
         except torch.OutOfMemoryError as error:

@@ -4,6 +4,7 @@ Their memory is computed by `python -m benchmarks.memory` (weights, gradients, o
 """
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +78,13 @@ def announce(script: str, config: Any, work: str, time="the bar shows the time l
     """The first line of a script: what it will do, how long that takes, and where the result will be."""
     preset = getattr(config, "preset", "")
     if preset == "nano":
-        free = {name: getattr(config, name) for name in ("out", "seed", "restart")}
-        usual = type(config)(**presets(script)[preset].overrides | free)
-        time = f"about {NANO_TIMES[script]} on a CPU" if config == usual else time
+        usual = type(config)(**presets(script)[preset].overrides)
+        is_usual = config == replace(usual, out=config.out, seed=config.seed, restart=config.restart)
+        time = f"about {NANO_TIMES[script]} on a CPU" if is_usual else time
     say(f"{script}: {preset and f'preset {preset}, '}{work}, {time}; out {config.out}")
 
 
 def look_at(out: Path) -> None:
-    """The last line: the command that shows the result. The runs of a preset lie side by side in one directory."""
-    usual = [grpo["out"].parent for _, settings, *_ in TABLE.values() if (grpo := settings["train_grpo"])]
-    directory = shlex.quote(str(out.parent if out.parent in usual else out))
-    say(f"look at it: python -m nano_atlas.report {directory}")
+    """The last line: the command that shows the result, of a run in runs/NAME/ with those beside it."""
+    shown = out.parent if out.parent.parent == NANO.parent else out
+    say(f"look at it: python -m nano_atlas.report {shlex.quote(str(shown))}")

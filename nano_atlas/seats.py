@@ -51,10 +51,7 @@ Answers = list[list[Reply] | Fault]  # one for each question
 
 
 def read_reply(content: Any, usage: Any, prompt: str, is_truncated: bool = False) -> Reply:
-    """What any endpoint or agent said: clean text, and tokens as `usage` counts them or else estimated. Raises UserError.
-
-    content: a text, or parts of which those of type "text" are joined (others are thoughts).
-    """
+    """What an endpoint or agent said: a text, or the parts of type "text" joined; tokens by `usage`, or estimated. Raises UserError."""
     texts = []
     for part in content if isinstance(content, list) else [content]:
         if isinstance(part, dict):
@@ -181,10 +178,7 @@ class EndpointSeat:
         return choice, read_reply("" if text is None else text, answer.get("usage"), prompt, is_truncated)
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> Answers:
-        """Each reply is a request of its own: not every server knows `n`, and none counts the tokens of each of n replies.
-
-        A server that is lost for as many calls in a row as it has connections is not asked any more.
-        """
+        """A request for each reply, because not every server knows `n`. One lost `connections` times in a row is not asked again."""
         asked = [(q.messages, q.generation, q.seed + place) for q in questions for place in range(q.n)]
         lost: list[ServerLost] = []
 

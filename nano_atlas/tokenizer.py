@@ -207,10 +207,7 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
 
     def chat_ids(self, messages: Sequence[dict], add_generation_prompt: bool = True, **options) -> list[int]:
-        """Ids of a chat `[{"role": ..., "content": ...}, ...]` in the checkpoint's format.
-
-        `options` go to the template (Qwen3: `enable_thinking=False`). Raises UserError if it refuses the messages.
-        """
+        """Ids of a chat [{"role", "content"}, ...]. options: of the template, as Qwen3's enable_thinking. Raises UserError if it refuses."""
         text, token_of = self._render(messages, add_generation_prompt, options)
         pieces = self._special.split(text)  # text, control token, text, ...
         for is_every_text_apart in (False, True):

@@ -109,9 +109,7 @@ def compare(tasks: Tasks, others: Tasks, seed: int = 0) -> dict | None:
     return row | {"non_degradation_correct": 1 - degraded / could_degrade if could_degrade else None}
 
 
-def finish(
-    config: ArmsConfig, own: Callable | None = None, faults: dict[str, list[str]] | None = None
-) -> None:
+def finish(config: ArmsConfig, own: Callable | None = None, faults: dict[str, list[str]] | None = None):
     """Print and, without --tables, write the tables of config.out. own(options of the run, its results): Markdown of a benchmark."""
     saved = read_json(config.out / "run.json")
     results = list(arms.read_results(config.out / "tasks.jsonl").values())

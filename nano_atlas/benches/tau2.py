@@ -1,15 +1,15 @@
-"""τ²-bench: the student talks to a simulated user who has a problem, and to tools that could solve it; with and without a teacher.
+r"""τ²-bench: the student talks to a simulated user who has a problem, and to tools that could solve it; with and without a teacher.
 
-    python eval.py --bench tau2 --dry-run                                             # what would run, and its floors
-    python eval.py --bench tau2 --tasks mms_issue --student URL --teacher grpo=URL --user URL --out runs/mms
-    python eval.py --bench tau2 --user solo ...                                       # from the ticket, without a user
-    tau2 view --file runs/mms/tau2-grpo.json                                          # the dialogues
+    what would run     python eval.py --bench tau2 --dry-run
+    one kind of task   python eval.py --bench tau2 --tasks mms_issue --student URL --teacher grpo=URL \
+                           --user URL --out runs/mms
+    without a user     python eval.py --bench tau2 --user solo ...                  (from the ticket)
+    see the dialogues  python -m benchmarks.tau2_official --out runs/mms            (for tau2 view)
 
-The official package runs and scores each dialogue (dialogue.py). The arms are those of eval.py without the votes: dialogues change the
-world, so one cannot choose among them afterwards. Student and user are URLs: a server computes the prompt that each turn repeats only
-once, and parses tool calls (`vllm serve MODEL --enable-auto-tool-choice --tool-call-parser hermes` for Qwen3). A dialogue that a
-seat breaks off is a failure, and so is one whose seat could not be reached; *covered* is the share of the others.
-tau2-<arm>.json in --out is for `tau2 evaluate-trajs`.
+The official package runs and scores each dialogue (dialogue.py). The arms are those of eval.py without the votes: a dialogue changes
+the world, so one cannot choose afterwards. Student and user are URLs of servers that parse tool calls (for Qwen3: `vllm serve MODEL
+--enable-auto-tool-choice --tool-call-parser hermes`). A dialogue that a seat breaks off has failed, and so has one whose seat could
+not be reached; *covered* is the share of the others.
 """
 
 import os
@@ -29,7 +29,7 @@ from nano_atlas.config import option
 from nano_atlas.data import Problem
 from nano_atlas.episode import Attempt
 from nano_atlas.errors import UserError
-from nano_atlas.runs import read_json, replace_text
+from nano_atlas.runs import read_json
 from nano_atlas.seats import Reply, is_url
 
 INSTALL = """--bench tau2 needs the official package and its data:
@@ -92,9 +92,6 @@ def run(config: Config) -> None:
     arms.start_or_continue(config, contents)
     with TaskLog(config.out / "tasks.jsonl") as log:
         arms.fill(log, config, list(tasks_of), partial(dialogues, config, tasks_of, log))
-    for arm in config.arms:
-        simulations = [result.record for result in log.results.values() if result.arm == arm]
-        replace_text(config.out / f"tau2-{arm}.json", dialogue.official(config, tasks, arm, simulations))
 
 
 def intent(name: str, domain: str) -> str:
@@ -144,9 +141,7 @@ def task_result(key: Key, simulation: dict, probe: Reply | None = None, reply=No
     """One line of the log, in the terms of the other benchmarks: right is a reward of 1, and an answer is a proper end."""
     reward, end = simulation["reward_info"]["reward"], simulation["termination_reason"]
     answer = str(reward) if end in ("user_stop", "agent_stop") else None
-    attempt = Attempt(
-        "", answer, reward > 1 - 1e-6, student_tokens(simulation), is_truncated=end == "max_steps"
-    )
+    attempt = Attempt("", answer, reward > 1 - 1e-6, student_tokens(simulation), end == "max_steps")
     result = TaskResult(*key, "", attempt, record=simulation)
     return result.taught(reply, approach=probe.text, approach_tokens=probe.tokens) if reply else result
 

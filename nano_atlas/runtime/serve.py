@@ -4,13 +4,11 @@
     GET  /v1/models, /v1/models/nano-atlas, /health
 
 The student gets one question: a single message as it is, several as one text, each as "role: text". `temperature` is the student's;
-`max_tokens` limits each of its answers. What cannot change an answer is ignored (`model`, `user`, `seed`), what is not supported (`stop`,
-tools, ...) gets HTTP 400. `usage` counts what all seats of the session read and wrote, judges included. The best attempt is known only
-when all are made, so a stream sends comments to keep the connection alive, then the whole text.
+`max_tokens` limits each of its answers. `model`, `user` and `seed` are ignored; what is not supported (`stop`, tools, ...) gets HTTP
+400. `usage` counts the tokens of all seats, judges included. A stream sends comments until all attempts are made, then the whole text.
 
-Clients send the key in NANO_ATLAS_API_KEY, if there is one, as bearer token. Without one only this machine is answered; web pages of
-another origin never are. SIGINT and SIGTERM let requests under way finish, for --timeout seconds at most. Idle connections are for a
-proxy in front to close.
+Clients send the key in NANO_ATLAS_API_KEY, if it is set, as bearer token; without it only this machine is answered, and web pages of
+another origin never are. SIGINT and SIGTERM let requests under way finish, for --timeout seconds at most.
 """
 
 import asyncio
