@@ -3,9 +3,9 @@ r"""Does the teacher help? The student before and after teaching, task by task, 
     try it, on a CPU   python eval.py                       (after train_grpo.py)
     all controls       python eval.py --full
     your own models    python eval.py --preset own --bench gsm8k --data test.jsonl \
-                           --student DIRECTORY --teacher sft=DIRECTORY grpo=DIRECTORY --out runs/gsm8k
+                           --student DIR --teacher sft=DIR grpo=DIR --out runs/gsm8k
     tables again       python eval.py --tables --out runs/gsm8k
-    other benchmarks   python eval.py --bench tau2 --help  (crmarena: benches/crmarena.py)
+    dialogues          python eval.py --bench tau2 --help
 
 Every arm answers the same tasks in the same answer format, so arms are compared in pairs:
 

@@ -169,7 +169,7 @@ def work(config: Config) -> None:
     if config.serve is not None:
         from nano_atlas.runtime.serve import serve_pair
 
-        announce("runtime_loop", config, f"the pair as a server, {config.serve}", "until it is stopped")
+        announce("runtime_loop", config, f"a server at {':'.join(config.address)}", "until it is stopped")
         settle_options(config)
         forecast(config, None)
         return serve_pair(config, open_seats(config))
