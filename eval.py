@@ -88,7 +88,7 @@ def main() -> None:
     faults = None
     if not (config.tables or config.dry_run):
         limit = f"{config.limit} tasks of each domain" if config.limit else "all tasks"
-        announce("eval", config, f"{config.bench}, {limit}, arms {', '.join(config.arms)}")
+        announce("eval", config, f"benchmark {config.bench}, {limit}, arms {', '.join(config.arms)}")
     if not config.tables:
         with nullcontext() if config.dry_run else runs.owned(config.out):
             faults = compute(config)

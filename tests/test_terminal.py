@@ -211,7 +211,7 @@ def test_stdout_gets_the_result_alone(tmp_path):
     assert f"All columns: {bench}/tables.md (--full)\n" in done.stdout
     first, *_, last = done.stderr.splitlines()
     assert first.startswith(
-        "eval: preset nano, nano, 3 tasks of each domain, arms student, grpo, shuffled, the bar"
+        "eval: preset nano, benchmark nano, 3 tasks of each domain, arms student, grpo, shuffled, the bar"
     )
     assert last == f"look at it: python -m nano_atlas.report {bench}"
     assert max(map(len, done.stdout.splitlines())) <= 100
