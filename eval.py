@@ -1,22 +1,23 @@
-"""Does the teacher help? The student before and after teaching, task by task, with intervals and controls.
+r"""Does the teacher help? The student before and after teaching, task by task, with intervals and controls.
 
-    python eval.py                                                    # the nano world: 500 held-out tasks in each domain
-    python eval.py --full                                             # all controls and all columns
-    python eval.py --preset own --bench gsm8k --data test.jsonl --student DIR --teacher sft=DIR grpo=DIR --out runs/gsm8k
-    python eval.py --bench tau2 --help                                # dialogues; crmarena: see nano_atlas/benches/crmarena.py
-    python eval.py --tables --out runs/gsm8k                          # the tables again
+    try it, on a CPU   python eval.py                       (after train_grpo.py)
+    all controls       python eval.py --full
+    your own models    python eval.py --preset own --bench gsm8k --data test.jsonl \
+                           --student DIR --teacher sft=DIR grpo=DIR --out runs/gsm8k
+    tables again       python eval.py --tables --out runs/gsm8k
+    dialogues          python eval.py --bench tau2 --help
 
 Every arm answers the same tasks in the same answer format, so arms are compared in pairs:
 
     student      alone: its approach (probe) and its answer (baseline), computed once and shared by all other arms
     <teacher>    a --teacher reads question and approach and writes a teaching; with it the student answers again
-    shuffled     control, any teaching: those of the last teacher, each given to *another* task of its domain
-    untrained    control, a second look: the student itself is the teacher
+    shuffled     control, any teaching: the last teacher's teachings, each given to *another* task of its domain
+    untrained    control, a second look: the student is its own teacher
     two-votes    control, a second try: the majority of two answers of the student alone; the first wins a tie
     same-budget  control, more tokens: the majority of as many answers alone as the last teacher's pair costs (rounded up)
 
---out gets tasks.jsonl (a line per answer; an interrupted run continues there), run.json, results.json and tables.md.
-Simplified against leaderboards: by default one greedy answer per task (--samples for averages), compared as number or words.
+OUT gets tasks.jsonl (a line per answer; the same command continues an interrupted run), run.json, results.json and tables.md. Simpler
+than leaderboards: by default one greedy answer per task (--samples for averages), compared as a number or as words.
 """
 
 import sys
@@ -36,7 +37,7 @@ from nano_atlas.config import derive_seed, option, parse, run_script
 from nano_atlas.data import Problem, load_problems
 from nano_atlas.episode import Sketch, guide, seeds, sketch, teach
 from nano_atlas.errors import UserError
-from nano_atlas.presets import presets
+from nano_atlas.presets import announce, look_at, presets
 from nano_atlas.runtime.deploy import with_deployment
 from nano_atlas.schedule import Fault, Script, caught, play
 
@@ -48,18 +49,18 @@ Tasks = dict[str, list[Problem]]  # by domain
 @dataclass(frozen=True)
 class Benchmark:  # a base of Config, so that its options come first
     preset: str = option("nano", "")
-    bench: str = option("nano", "benchmark; also: tau2", ("nano", "gsm8k", "aime25", "crmarena"))
-    data: Path | None = option(None, "JSONL of problems with gold answers, for all but nano", resumable=True)
+    bench: str = option("nano", "benchmark; see also --bench tau2", ("nano", "gsm8k", "aime25", "crmarena"))
+    data: Path | None = option(None, "JSONL of problems with answers; for all but nano", resumable=True)
 
 
 @dataclass(frozen=True)
 class Config(arms.ArmsConfig, Benchmark):
-    full: bool = option(False, "all controls, and every column instead of a summary", resumable=True)
-    samples: int = option(1, "answers per task: avg@n, pass@n, maj@n", group="answers", at_least=1)
-    answer_format: str = option("solution", "how answers are asked for and read", protocol.ANSWER_FORMATS)
-    verifier: str = option("exact", "compare numbers and words, or algebra", ("exact", "math-verify"))
-    dry_run: bool = option(False, "only say what would run, and what the answer None scores", resumable=True)
-    deploy: Path | None = option(None, "YAML that names student and teacher in service", resumable=True)
+    full: bool = option(False, "run all controls, and print all columns", resumable=True)
+    samples: int = option(1, "answers per task (avg@n, pass@n, maj@n)", group="answers", at_least=1)
+    answer_format: str = option("solution", "how the student marks its answer", protocol.ANSWER_FORMATS)
+    verifier: str = option("exact", "compare numbers and words, or by algebra", ("exact", "math-verify"))
+    dry_run: bool = option(False, "print what would run, and the score of the answer None", resumable=True)
+    deploy: Path | None = option(None, "YAML file that names student and teacher", resumable=True)
 
     @property
     def arms(self) -> list[str]:
@@ -72,9 +73,9 @@ class Config(arms.ArmsConfig, Benchmark):
             raise UserError(f"--preset {self.preset} needs --student DIRECTORY or URL")
         super().check()
         if self.samples > 1 and self.temperature == 0:
-            raise UserError(f"--temperature 0 gives {self.samples} times the same answer; raise it")
+            raise UserError(f"--samples {self.samples}: with --temperature 0 they are equal; raise it")
         if bool(self.data) == (self.bench == "nano"):
-            raise UserError("--data FILE goes with every --bench but nano, which makes its own tasks")
+            raise UserError("--bench nano makes its own tasks; every other --bench needs --data FILE")
 
 
 def main() -> None:
@@ -85,10 +86,14 @@ def main() -> None:
         argv = with_deployment(argv, is_evaluation=True)
         config, compute, own = parse(Config, argv, presets("eval"), __doc__), run, None
     faults = None
+    if not (config.tables or config.dry_run):
+        limit = f"{config.limit} tasks of each domain" if config.limit else "all tasks"
+        announce("eval", config, f"benchmark {config.bench}, {limit}, arms {', '.join(config.arms)}")
     if not config.tables:
         with nullcontext() if config.dry_run else runs.owned(config.out):
             faults = compute(config)
     scores.finish(config, own, faults)
+    look_at(config.out)
 
 
 def run(config: Config) -> dict[str, list[str]]:
@@ -125,7 +130,7 @@ def verifier(config: Config) -> Callable[[str, str], bool]:
     try:
         from math_verify import parse, verify
     except ImportError:
-        raise UserError("--verifier math-verify: pip install 'math-verify[antlr4_13_2]'") from None
+        raise UserError("--verifier math-verify: first pip install 'math-verify[antlr4_13_2]'") from None
     # As boxes, because bare text like "1/2" is only understood in part; verify takes the gold answer first.
     return lambda answer, gold: verify(*(parse(f"\\boxed{{{text}}}") for text in (gold, answer)))
 
@@ -167,7 +172,7 @@ class Arms:
         if arm != STUDENT:
             votes = 2 if arm == TWO_VOTES else self.budget[problem.domain]
             if not votes:
-                raise Fault("no answer of the last teacher's pair says what one costs")
+                raise Fault("the last teacher has no answer yet, whose cost this arm needs")
             warm = config.temperature or VOTE_TEMPERATURE
             episode = replace(episode, probe_tokens=0, temperature=(warm, warm))
             seed = lambda *_: derive_seed(config.seed, *task, 0)

@@ -1,20 +1,21 @@
-"""The runtime: a teacher helps a frozen student with each task, finds out which way of teaching works, and leaves traces.
+r"""The runtime: a teacher helps a frozen student with each task, learns which way of teaching works, and records traces.
 
-    python runtime_loop.py                                       # the nano world, on a CPU
-    python runtime_loop.py --preset own --tasks tasks.jsonl --student http://localhost:8000 --teacher DIR --out runs/mine
-    python runtime_loop.py --export hard.jsonl --min-signal 1    # select traces, and print the command that trains on them
-    python runtime_loop.py --rounds 3                            # run, export, train, test, promote, three times over
-    python runtime_loop.py --serve 8080                          # the pair behind an OpenAI-compatible endpoint
+    try it, on a CPU   python runtime_loop.py                          (after train_grpo.py)
+    your own tasks     python runtime_loop.py --preset own --tasks tasks.jsonl \
+                           --student http://localhost:8000 --teacher DIRECTORY --out runs/mine
+    select traces      python runtime_loop.py --export hard.jsonl --min-signal 1
+    improve by itself  python runtime_loop.py --rounds 3    (run, export, train, test, promote)
+    serve the pair     python runtime_loop.py --serve 8080  (an OpenAI-compatible endpoint)
 
 A line of the tasks file has a `question` and, where it is known, an `answer`. The three parts are the published ones:
 
     task analysis     how much help: a lane, by the student's record; a teaching strategy, by what has worked so far (`learning`)
-    experimentation   answer, teaching, answer again (`lanes`); each is judged, and the best one returned (`judges`)
-    trace export      each session appended to traces.jsonl; --export selects those worth training on (`traces`)
+    experimentation   answer, teaching, answer again (`lanes`); each answer is judged, and the best is returned (`judges`)
+    trace export      each session is appended to traces.jsonl; --export selects those worth training on (`traces`)
 
-The traces are the only state: all else is rebuilt by replaying them. A run that was killed continues where it stopped, and tries
-failed sessions again. A task is known by its content, not by its line. Another teacher may take over in the same --out: sessions that
-are done stay done (each names its teacher), and what they taught still counts.
+The traces are the only state; everything else is rebuilt from them. The same command continues an interrupted run, and repeats
+failed sessions. A task is known by its content, not by its line. The teacher may change between runs of the same --out: finished
+sessions stay (each names its teacher), and what was learned from them still counts.
 """
 
 import json
@@ -23,20 +24,21 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import count
+from math import ceil
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from nano_atlas import runs, schedule, world
 from nano_atlas.config import parse, run_script
 from nano_atlas.data import Problem, load_problems
-from nano_atlas.errors import UserError
-from nano_atlas.presets import presets
+from nano_atlas.errors import UserError, say
+from nano_atlas.presets import announce, look_at, presets
 from nano_atlas.runs import Journal, RunLog, checkpoint_digest, digest
 from nano_atlas.runtime import agents, deploy, judges, lanes, learning, traces
 from nano_atlas.runtime.options import Config
 from nano_atlas.seats import Seat
+from nano_atlas.terminal import Bar
 
 WRITTEN = ("traces.jsonl", "metrics.jsonl", "reviews.jsonl", "playbook.json")  # by a run, beside run.json
 
@@ -45,7 +47,9 @@ def run(config: Config, tasks, seats: dict | None = None, experience=None) -> li
     """Bring every task to a trace, and return the outcome of each. experience: a `learning.Experience`, which grows by these tasks."""
     seats, experience = seats or open_seats(config), experience or learning.Experience(config.strategies)
     settle_options(config)
-    with Journal(config.out / "traces.jsonl") as journal, RunLog(config.out / "metrics.jsonl") as log:
+    bar = {"total": ceil(len(tasks) / config.batch), "unit": "batch", "desc": "runtime"}
+    logged = config.out / "traces.jsonl", config.out / "metrics.jsonl"
+    with Journal(logged[0]) as journal, RunLog(logged[1]) as log, Bar(**bar) as progress:
         forecast(config, tasks)
         ids, weights = session_ids(tasks), checkpoint_digest(config.teacher)
         done = {o.session_id: o for o, _ in traces.read_traces(journal.path) if o.status == "succeeded"}
@@ -55,7 +59,7 @@ def run(config: Config, tasks, seats: dict | None = None, experience=None) -> li
                 experience.learn(past)
 
         # Batches are fixed by position, and experience grows by whole batches: a run that was interrupted chooses as any other.
-        for start in tqdm(range(0, len(tasks), config.batch), unit="batch", desc="runtime"):
+        for start in range(0, len(tasks), config.batch):
             batch, scripts = ids[start : start + config.batch], {}
             for name, task in zip(batch, tasks[start:]):
                 if name not in done:
@@ -69,6 +73,7 @@ def run(config: Config, tasks, seats: dict | None = None, experience=None) -> li
             outcomes = [done[name] for name in batch]
             experience.learn(*outcomes)
             log.log(start + len(batch), **traces.runtime_metrics(outcomes), skills=len(experience.entries))
+            progress.step(is_new=bool(scripts))
     if config.skill_writer:  # to read; nothing reads it back
         entries = [asdict(entry) | {"effect": entry.effect} for entry in experience.entries.values()]
         runs.write_json(config.out / "playbook.json", {"entries": entries})
@@ -91,10 +96,10 @@ def forecast(config: Config, tasks: Sequence[Problem] | None) -> None:
     if missing != 0 and not (config.evaluator or config.judge):
         what = f"{missing} of {len(tasks)} tasks" if tasks else "the answers"
         fate = "the last answer with help is returned, better or not"
-        print(f"nobody can score {what} (no known answer, --evaluator or --judge): {fate}", flush=True)
+        say(f"nobody can score {what} (no known answer, --evaluator or --judge): {fate}")
     is_adaptive = config.lane == "adaptive" or config.skill_writer or len(config.strategies) > 1
     if tasks and is_adaptive and len(tasks) <= config.batch:
-        print(f"{len(tasks)} tasks are one batch, within which nothing adapts: lower --batch {config.batch}")
+        say(f"{len(tasks)} tasks are one batch, within which nothing adapts: lower --batch {config.batch}")
 
 
 def settle_options(config: Config) -> None:
@@ -156,25 +161,29 @@ def main() -> None:
         for name in traces.record_reviews(config.out, named, status, config.note):
             print(f"{name} {status}")
     else:
-        tasks = load_tasks(config) if config.serve is None else []
         with runs.owned(config.out):
-            work(config, tasks)
+            work(config)
 
 
-def work(config: Config, tasks: Sequence[Problem]) -> None:
-    if config.rounds:
-        return deploy.run_rounds(config, tasks, run, open_seat)
+def work(config: Config) -> None:
     if config.serve is not None:
         from nano_atlas.runtime.serve import serve_pair
 
+        announce("runtime_loop", config, f"a server at {':'.join(config.address)}", "until it is stopped")
         settle_options(config)
         forecast(config, None)
         return serve_pair(config, open_seats(config))
+    plan = f"the tasks of {config.tasks}" if config.tasks else f"{config.count} tasks"
+    announce("runtime_loop", config, f"{config.rounds} rounds of {plan}" if config.rounds else plan)
+    tasks = load_tasks(config)
+    if config.rounds:
+        return deploy.run_rounds(config, tasks, run, open_seat)
     seats = open_seats(config)
     if config.restart:
         set_aside(config.out)
     outcomes = run(config, tasks, seats)
     print(traces.summary(outcomes, config.out))
+    look_at(config.out)
     if outcomes and all(outcome.status == "failed" for outcome in outcomes):
         sys.exit(1)
 

@@ -1,26 +1,26 @@
-"""GRPO: train the teacher on how much its teaching improves a frozen student.
+r"""GRPO: train the teacher on how much its teaching improves a frozen student.
 
-    python train_grpo.py                                                            # the nano world's teacher
-    python train_grpo.py --preset qwen3-1.7b-80gb --problems gsm8k.jsonl            # or traces of runtime_loop.py
-    torchrun --nproc-per-node 8 train_grpo.py --preset qwen3-8b-2gpu --optimizer-device auto ...   # eight GPUs
+    try it, on a CPU   python train_grpo.py                                   (after train_sft.py)
+    on one GPU         python train_grpo.py --preset qwen3-1.7b-80gb --problems gsm8k.jsonl
+    on eight GPUs      torchrun --nproc-per-node 8 train_grpo.py --preset qwen3-8b-2gpu \
+                           --optimizer-device auto --problems gsm8k.jsonl
+    will it fit?       python train_grpo.py --preset qwen3-8b-2gpu --show-layout     (loads nothing)
 
 One step (the loop in `train`):
 
-    roll_out     P problems; for each the student's approach and K answers alone, G teachings by the policy, a guided
-                 answer for each; the reward is how much better that answer is (no <teaching>: -0.5, and nothing is
-                 asked), the advantage what is above the group's mean
-    update       gradient on the teacher's sampled tokens, each after the very prompt it was sampled from; prompts get none
+    roll_out     P problems: the student's approach and K answers alone, G teachings by the policy, a guided answer for each.
+                 Reward: how much better the guided answer is (no <teaching>: -0.5). Advantage: reward - mean of the group
+    update       gradient on the teacher's sampled tokens, each after the prompt it was sampled from; none on the prompts
     sync         the sampler gets the new weights
 
-OUT gets model and best (the teacher at the end, and where it did best on held-out problems), metrics.jsonl (a record per step; also at
-Weights & Biases, if WANDB_PROJECT is set), episodes.jsonl (samples of whole episodes) and state, to continue from.
+OUT gets model (the teacher at the end) and best (where it did best on held-out problems), metrics.jsonl (a record per step; also at
+Weights & Biases, if WANDB_PROJECT is set), episodes.jsonl (samples of whole episodes) and state (to continue from). With two GPUs the
+frozen student is on the second, and so is the reference, unless vLLM fills that GPU. Under torchrun each rank holds its rows of
+policy, gradients and AdamW's state, and whole copies of the frozen models.
 
-What lies where, --show-layout prints. With two GPUs the frozen student is on the second, and the reference too unless vLLM fills
-that one. Under torchrun each rank has its rows of policy, gradients and AdamW's state, and whole copies of the frozen models.
-
-Against the published recipe (ATLAS): the gradient is on the prompt that was sampled from; the sampler has the current weights;
-probe and baselines are shared by a group; the reward compares the guided answer with the student's own; an advantage is not divided
-by the deviation of its group (--advantage-scale; README, "The trap of the deviation"); the KL anchor is the SFT checkpoint.
+Differences from the published recipe (ATLAS): the gradient is on the prompt that was sampled from; the sampler has the current
+weights; probe and baselines are shared by a group; the reward compares the guided answer with the student's own; an advantage is not
+divided by its group's deviation (--advantage-scale; README, "The trap of the deviation"); the KL reference is the SFT checkpoint.
 """
 
 import random
@@ -35,7 +35,6 @@ from statistics import stdev
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nano_atlas import batching, distributed, episode, optim, protocol, runs
 from nano_atlas.batching import Sample, completion_logprobs, policy_batches, predicting_states
@@ -43,15 +42,16 @@ from nano_atlas.checkpoint import load_model, save_model
 from nano_atlas.config import derive_seed, option, parse, run_script, to_json
 from nano_atlas.data import Problem, load_problems, problems_of_step
 from nano_atlas.episode import Episode, EpisodeConfig, Sketch
-from nano_atlas.errors import UserError
+from nano_atlas.errors import UserError, say
 from nano_atlas.layout import LayoutConfig, Pipeline, choose_layout, open_policy, open_student
 from nano_atlas.loss import fused_token_loss
 from nano_atlas.model import Transformer
-from nano_atlas.presets import presets, suggestion
+from nano_atlas.presets import announce, look_at, presets
 from nano_atlas.reward import RewardConfig, step_advantages
 from nano_atlas.runs import RunLog, read_json
 from nano_atlas.schedule import play_most
 from nano_atlas.seats import Seat
+from nano_atlas.terminal import Bar
 from nano_atlas.tokenizer import Tokenizer
 
 NANO_PROBLEMS = 4096  # whatever --steps is: a run that is continued for longer keeps its problems
@@ -67,29 +67,29 @@ NORMALIZATIONS = ("sequence", "token", "constant")
 @dataclass(frozen=True)
 class GrpoConfig:
     preset: str = option("nano", "", group="run")
-    teacher: Path = option(Path("runs/sft/model"), "checkpoint the policy starts from; the KL reference")
-    student: str = option("Qwen/Qwen3-0.6B", "checkpoint of the frozen student, or URL[#model]")
-    problems: Path | None = option(None, "JSONL of problems with gold answers, or of traces")
-    out: Path = option(Path("runs/grpo"), "directory of models, metrics, episodes, state", resumable=True)
-    restart: bool = option(False, "discard what --out holds of an earlier run", resumable=True)
-    seed: int = option(42, "fixes the order of the problems and every sample")
-    reward: str = option("teaching", "for the teaching, or exact: for the policy's own answer", REWARDS)
-    steps: int = option(250, "optimizer steps to train", above=0, resumable=True)
-    eval_every: int = option(25, "steps between evaluations (0: never)", at_least=0, resumable=True)
-    eval_problems: int = option(200, "most problems held out for them, answered greedily", at_least=0)
-    save_every: int = option(10, "steps between training states", above=0, resumable=True)
-    show_layout: bool = option(False, "print what lies where, in GB, and do nothing else", resumable=True)
+    teacher: Path = option(Path("runs/sft/model"), "checkpoint to start from, and KL reference")
+    student: str = option("Qwen/Qwen3-0.6B", "frozen student: checkpoint, or URL[#MODEL] of a server")
+    problems: Path | None = option(None, "JSONL of problems with answers, or of traces")
+    out: Path = option(Path("runs/grpo"), "output: models, metrics, episodes, state", resumable=True)
+    restart: bool = option(False, "delete the earlier run in --out, and start over", resumable=True)
+    seed: int = option(42, "random seed: order of the problems, all samples")
+    reward: str = option("teaching", "for the student's gain, or exact: for the policy's own answer", REWARDS)
+    steps: int = option(250, "optimizer steps", above=0, resumable=True)
+    eval_every: int = option(25, "steps between two evaluations (0: never)", at_least=0, resumable=True)
+    eval_problems: int = option(200, "most problems held out for evaluation", at_least=0)
+    save_every: int = option(10, "steps between two states to continue from", above=0, resumable=True)
+    show_layout: bool = option(False, "print the memory on each device (GB), and stop", resumable=True)
 
-    problems_per_step: int = option(4, "problems P per step", group="GRPO", above=0)
-    group_size: int = option(8, "teachings G sampled per problem", at_least=2)
-    baseline_samples: int = option(4, "answers K of the student alone; their mean is the baseline", above=0)
-    advantage_scale: str = option("none", "divisor: none, std of the step (batch), of the group", SCALES)
-    beta: float = option(0.04, "weight of the KL to the reference (nats)", at_least=0)
-    kl: str = option("k3", "from the sampled token (k3), or exact over the vocabulary", ["k3", "exact"])
-    clip: tuple[float, float] = option((0.2, 0.2), "keep ratios in [1 - LOW, 1 + HIGH]", at_least=0)
-    normalization: str = option("sequence", "what a token weighs, see token_weights", NORMALIZATIONS)
-    updates_per_batch: int = option(1, "optimizer updates per step, clipped against the first", above=0)
-    tokens_per_batch: int = option(16384, "most tokens in one micro-batch; memory depends on it", above=0)
+    problems_per_step: int = option(4, "problems per step (P)", group="GRPO", above=0)
+    group_size: int = option(8, "teachings per problem (G)", at_least=2)
+    baseline_samples: int = option(4, "answers of the student alone (K); their mean is the baseline", above=0)
+    advantage_scale: str = option("none", "divide by: none, std of the step (batch) or group", SCALES)
+    beta: float = option(0.04, "weight of the KL to the reference", at_least=0)
+    kl: str = option("k3", "estimated from sampled tokens (k3), or exact", ["k3", "exact"])
+    clip: tuple[float, float] = option((0.2, 0.2), "clip the ratio to [1 - LOW, 1 + HIGH]", at_least=0)
+    normalization: str = option("sequence", "mean of token losses, see token_weights", NORMALIZATIONS)
+    updates_per_batch: int = option(1, "optimizer updates on each step's samples", above=0)
+    tokens_per_batch: int = option(16384, "most tokens in a micro-batch; lower it to save memory", above=0)
     lr: float = option(1e-6, "peak learning rate", above=0)
     schedule: str = "constant"  # of the learning rate after the warm-up; the preset nano takes "cosine"
 
@@ -104,9 +104,9 @@ class Config(LayoutConfig, RewardConfig, EpisodeConfig, GrpoConfig):
 
     def check(self) -> None:
         if self.teacher_temperature <= 0:
-            raise UserError("--temperature: a greedy teacher samples no group to compare; above 0, please")
+            raise UserError("--temperature: the teacher's must be above 0, so that its teachings differ")
         if not self.problems and self.preset != "nano" and not self.show_layout:
-            raise UserError("name the problems to train on with --problems FILE")
+            raise UserError(f"--preset {self.preset} needs --problems FILE to train on")
 
 
 # ----------------------------------------------------------------------------------------------------- rollout, advantages
@@ -262,7 +262,7 @@ def update(config, policy: Transformer, reference, optimizer, samples, rate, is_
             if is_fresh and not difference.mean() <= config.max_logp_diff:
                 raise UserError(
                     f"trainer and sampler disagree about the sampled tokens by {difference.mean():.3f} nats on average, "
-                    f"above {config.max_logp_diff}: the sampler's weights or prompts are not the trainer's"
+                    f"above {config.max_logp_diff}: the sampler has other weights or prompts than the trainer"
                 )
         ratio = (logprobs - tokens.old_logprobs).exp()
         is_clipped = ((ratio < 1 - low) & (advantages < 0)) | ((ratio > 1 + high) & (advantages > 0))
@@ -332,14 +332,13 @@ def train(config: Config) -> None:
     record = optim.load_training_state(resumed, optimizer) if resumed else {"step": 0, "best": None}
     first_step, best, metrics = record["step"], record.get("best"), {}
     runs.begin_run(config, resumed)
-    print(f"{len(problems)} problems, {config.problems_per_step} a step; {len(held_out)} held out")
+    say(f"{len(problems)} problems; {len(held_out)} held out")
 
-    bar = {"total": config.steps, "initial": first_step, "unit": "step", "disable": distributed.rank() > 0}
     with (
         ExitStack() as servers,
         RunLog(config.out / "metrics.jsonl", first_step, to_json(config)) as log,
         RunLog(config.out / "episodes.jsonl", first_step) as episodes,
-        tqdm(desc=config.out.name, **bar) as progress,
+        Bar(desc=config.out.name, total=config.steps, initial=first_step, unit="step") as progress,
     ):
         teacher = open_policy(config, layout, policy, tokenizer, first_step, servers)
         seats: dict[str, Seat] = {"teacher": teacher}
@@ -368,13 +367,13 @@ def train(config: Config) -> None:
                 if best is None or metrics["eval/reward"] > best:
                     best = metrics["eval/reward"]
                     save_model(config.out / "best", policy, tokenizer)
-            if step == first_step and (hint := episode.reading_hint(metrics["unreadable_rate"])):
-                tqdm.write(f"hint: {hint}", file=sys.stderr)
+            if step == first_step and metrics["unreadable_rate"] > 0.2:
+                say("many answers could not be read; another --answer-format, or more --answer-tokens?")
             for group in groups[:EPISODES_PER_STEP]:
                 episodes.log(step + 1, **episode.episode_record(group[0]))
             log.log(step + 1, **metrics, lr=rate, skipped_steps=optimizer.skipped_steps)
-            progress.set_postfix_str(f"reward {metrics['reward']:.2f}, kl {metrics['kl']:.3f}")
-            progress.update()
+            progress.set_postfix_str(f"reward {metrics['reward']:.2f}, kl {metrics['kl']:.3f}", refresh=False)
+            progress.step()
             if (step + 1) % config.save_every == 0 or is_last:
                 optim.save_training_state(config.out / "state", optimizer, step + 1, best=best)
 
@@ -382,6 +381,7 @@ def train(config: Config) -> None:
     print(f"{config.out}: model, best, metrics.jsonl, episodes.jsonl, state")
     if best is not None and (ahead := best - metrics.get("eval/reward", best)) > 0:
         print(f"held-out problems: best is {ahead:.3f} (reward) above model; --teacher {config.out / 'best'}")
+    look_at(config.out)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -390,8 +390,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         from benchmarks import memory
 
         return print(memory.layout_table(config))
-    if config.preset == "nano" and (line := suggestion()):
-        print(line)
+    work = f"{config.steps} steps of {config.problems_per_step} problems x {config.group_size}"
+    announce("train_grpo", config, f"{work} {'teachings' if config.reward == 'teaching' else 'answers'}")
     with runs.owned(config.out):
         train(config)
 

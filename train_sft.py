@@ -1,16 +1,18 @@
-"""Supervised fine-tuning: teach a model by demonstration, before reinforcement learning improves it.
+r"""Supervised fine-tuning (SFT): teach a model by demonstration, before reinforcement learning improves it.
 
-    python train_sft.py                                                           # the nano world's teacher, from its student
-    python train_sft.py --preset qwen3-0.6b-24gb --data sft.jsonl --out runs/teacher-sft                             # one GPU
-    torchrun --nproc-per-node 8 train_sft.py --preset qwen3-8b-2gpu --optimizer-device auto --data sft.jsonl       # eight
+    try it, on a CPU   python train_sft.py
+    on one GPU         python train_sft.py --preset qwen3-0.6b-24gb --data sft.jsonl
+    on eight GPUs      torchrun --nproc-per-node 8 train_sft.py --preset qwen3-8b-2gpu \
+                           --optimizer-device auto --data sft.jsonl
+    your own model     python train_sft.py --preset own --model DIRECTORY --data sft.jsonl
 
-Data are JSONL files of Arc-ATLAS-Teach-v0 demonstrations, chats, or prompt/completion pairs (nano_atlas/data.py); a model is a
-directory in Hugging Face layout. Only what the assistant says is learned. The same command continues an interrupted run.
-OUT gets model (for transformers, vLLM and the other scripts), metrics.jsonl (also at W&B, if WANDB_PROJECT is set) and state.
+Data: JSONL files of Arc-ATLAS-Teach-v0 demonstrations, chats, or prompt/completion pairs (nano_atlas/data.py). A model is a
+directory in Hugging Face layout. Only the assistant's tokens are learned. The same command continues an interrupted run.
+OUT gets model, state (to continue from) and metrics.jsonl (also at Weights & Biases, if WANDB_PROJECT is set).
 
-Against the published recipe (ATLAS: Qwen3-8B, 16 documents a step, 10 epochs, ZeRO-3): the target is the text that GRPO samples
-later, `<thinking>..</thinking><teaching>..</teaching>` after the student's approach in the prompt, and not a text with labels
-of its own; a step is measured in tokens; on one GPU the optimizer's state may live on another or in host memory.
+Differences from the published recipe (ATLAS: Qwen3-8B, 16 documents a step, 10 epochs, ZeRO-3): the target is the text that GRPO
+samples later, `<thinking>..</thinking><teaching>..</teaching>`, and the prompt has the student's approach; the size of a step is
+given in tokens; on one GPU, the optimizer's state may be on another GPU or in host memory.
 """
 
 import sys
@@ -21,17 +23,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nano_atlas import data, distributed, optim, runs
 from nano_atlas.checkpoint import load_model, save_model
 from nano_atlas.config import derive_seed, option, parse, run_script, to_json
 from nano_atlas.data import Example, collate, count_targets, load_examples
-from nano_atlas.errors import UserError
+from nano_atlas.errors import UserError, say
 from nano_atlas.loss import batch_loss
 from nano_atlas.model import Transformer
-from nano_atlas.presets import presets, suggestion
+from nano_atlas.presets import announce, presets
 from nano_atlas.runs import RunLog, checkpoint_digest, files_digest, read_json, write_jsonl
+from nano_atlas.terminal import Bar
 from nano_atlas.tokenizer import Tokenizer
 
 WARMUP = 0.05  # share of the steps over which the learning rate rises; then it falls as a cosine
@@ -42,31 +44,31 @@ NANO_DEMONSTRATIONS = 900
 class Config:
     preset: str = option("nano", "", group="run")
     model: Path = option(Path("Qwen/Qwen3-0.6B"), "checkpoint directory to start from")
-    data: tuple[Path, ...] = option((), "JSONL files to learn from; the nano preset makes its own")
-    out: Path = option(Path("runs/sft"), "directory of the run: model, metrics, state", resumable=True)
-    restart: bool = option(False, "discard what --out holds of an earlier run", resumable=True)
-    seed: int = option(42, "of the order, of what is held out, and of the nano demonstrations")
-    eval_every: int = option(100, "steps between evaluations of eval_loss", above=0, resumable=True)
-    save_every: int = option(100, "steps between training states", above=0, resumable=True)
+    data: tuple[Path, ...] = option((), "JSONL files to train on; preset nano makes its own")
+    out: Path = option(Path("runs/sft"), "output directory: model, metrics, state", resumable=True)
+    restart: bool = option(False, "delete the earlier run in --out, and start over", resumable=True)
+    seed: int = option(42, "random seed: order, held-out examples, nano demonstrations")
+    eval_every: int = option(100, "steps between two evaluations of eval_loss", above=0, resumable=True)
+    save_every: int = option(100, "steps between two states to continue from", above=0, resumable=True)
 
-    max_length: int = option(4096, "longest example (tokens); others are left out", group="data", above=0)
-    shuffle: bool = option(True, "random order; --no-shuffle keeps that of the files, as a curriculum")
-    held_out: float = option(0.02, "share of the examples that only gives eval_loss", at_least=0, below=1)
-    eval_data: tuple[Path, ...] = option((), "JSONL files that give eval_loss too")
-    thinking: bool = option(False, "the teacher uses Qwen3's thinking mode, and its checkpoint says so")
+    max_length: int = option(4096, "longest example (tokens); skips longer ones", group="data", above=0)
+    shuffle: bool = option(True, "random order; --no-shuffle: order of the files, as a curriculum")
+    held_out: float = option(0.02, "share of the examples held out for eval_loss", at_least=0, below=1)
+    eval_data: tuple[Path, ...] = option((), "more JSONL files for eval_loss")
+    thinking: bool = option(False, "use Qwen3's thinking mode, and record it in the checkpoint")
 
     epochs: int = option(3, "passes over the data", group="optimization", above=0, resumable=True)
     steps: int | None = option(None, "optimizer steps, instead of --epochs", above=0, resumable=True)
-    tokens_per_step: int = option(32768, "tokens in one optimizer step, on average", above=0)
-    tokens_per_batch: int = option(8192, "most tokens in one micro-batch; memory depends on it", above=0)
+    tokens_per_step: int = option(32768, "tokens per optimizer step, on average", above=0)
+    tokens_per_batch: int = option(8192, "most tokens in a micro-batch; lower it to save memory", above=0)
     lr: float = option(1e-5, "peak learning rate", above=0)
-    weight_decay: float = option(1e-4, "decoupled decay of the matrices, times the rate", at_least=0)
+    weight_decay: float = option(1e-4, "AdamW's weight decay, of matrices only", at_least=0)
 
-    device: str = option("auto", "where the model is: cpu, cuda:1, ...", group="layout", resumable=True)
-    optimizer_device: str = option("auto", "where masters and moments are", resumable=True)
-    dry_step: bool = option(True, "on a GPU, try the longest micro-batch before step 1", resumable=True)
-    dtype: str = option("float32", "compute precision; masters are always float32", ["float32", "bfloat16"])
-    gradient_checkpointing: bool = option(False, "recompute activations: less memory, 4/3 the time")
+    device: str = option("auto", "device of the model: cpu, cuda:1, ...", group="layout", resumable=True)
+    optimizer_device: str = option("auto", "device of AdamW's state (12 bytes a parameter)", resumable=True)
+    dry_step: bool = option(True, "on a GPU, try the largest micro-batch before step 1", resumable=True)
+    dtype: str = option("float32", "compute precision; AdamW's state is float32", ["float32", "bfloat16"])
+    gradient_checkpointing: bool = option(False, "recompute activations: less memory, 4/3 of the time")
 
     @property
     def files(self) -> tuple[Path, ...]:  # only the nano preset may leave --data out
@@ -74,7 +76,7 @@ class Config:
 
     def check(self) -> None:
         if not self.data and self.preset != "nano":
-            raise UserError("--data names no file to learn from")
+            raise UserError(f"--preset {self.preset} needs --data FILE to train on")
 
 
 def load(config: Config) -> Transformer:
@@ -134,7 +136,7 @@ def train(config: Config, resumed: Path | None) -> None:
     lengths = [len(example.input_ids) - 1 for example in learned]
     epoch_steps = data.steps_per_epoch(lengths, config.tokens_per_step)
     total_steps = config.steps or config.epochs * epoch_steps
-    print(f"{len(learned)} examples, {sum(lengths):,} tokens, {total_steps} steps; {len(held_out)} held out")
+    say(f"{len(learned)} examples, {sum(lengths):,} tokens, {total_steps} steps; {len(held_out)} held out")
     if resumed:
         record = read_json(resumed / "state.json")
         if record.get("data") != data_digest:
@@ -149,9 +151,9 @@ def train(config: Config, resumed: Path | None) -> None:
     if config.dry_step and model.head_weight.device.type in optim.DRY_STEP_ON:
         dry_step(config, model, optimizer, learned)
     runs.begin_run(config, resumed)
-    bar = {"total": total_steps, "initial": first_step, "unit": "step", "disable": distributed.rank() > 0}
+    bar = {"total": total_steps, "initial": first_step, "unit": "step"}
     logged = config.out / "metrics.jsonl", first_step, to_json(config)
-    with RunLog(*logged) as log, tqdm(desc=config.out.name, **bar) as progress:
+    with RunLog(*logged) as log, Bar(desc=config.out.name, **bar) as progress:
         for step in range(first_step, total_steps):
             started, is_last = time.perf_counter(), step + 1 == total_steps
             epoch, index = divmod(step, epoch_steps)
@@ -173,8 +175,8 @@ def train(config: Config, resumed: Path | None) -> None:
             metrics |= {"epoch": (step + 1) / epoch_steps, "tokens": tokens, "tokens_per_second": speed}
             metrics |= {"target_tokens": count_targets(examples), "skipped_steps": optimizer.skipped_steps}
             log.log(step + 1, **metrics)
-            progress.set_postfix_str(f"loss {metrics['loss']:.3f}, {speed:,.0f} tokens/s")
-            progress.update()
+            progress.set_postfix_str(f"loss {metrics['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
+            progress.step()
             if (step + 1) % config.save_every == 0 or is_last:
                 optim.save_training_state(config.out / "state", optimizer, step + 1, data=data_digest)
 
@@ -189,15 +191,13 @@ def write_nano_demonstrations(config: Config, path: Path) -> None:
 
     if config.model == world.STUDENT and checkpoint_digest(config.model) != world.STUDENT_DIGEST:
         remedy = f"`git checkout {config.model}` restores it"
-        raise UserError(f"{config.model} is not the student of this version; {remedy}")
+        raise UserError(f"{config.model} is not the student that comes with this version; {remedy}")
     write_jsonl(path, world.demonstrations(NANO_DEMONSTRATIONS, config.seed, open_seat(str(config.model))))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, sys.argv[1:] if argv is None else argv, presets("train_sft"), __doc__)
-    print(f"{config.preset}: {presets('train_sft')[config.preset].help}", flush=True)
-    if config.preset == "nano" and (line := suggestion()):
-        print(line, flush=True)
+    announce("train_sft", config, f"{config.steps} steps" if config.steps else f"{config.epochs} epochs")
     with runs.owned(config.out):
         resumed = runs.open_run(config)
         if not (config.data or resumed or distributed.rank()):

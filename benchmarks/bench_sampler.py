@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.jobs import markdown
+from benchmarks.pretrain import initialize
 from nano_atlas.config import option, parse, run_script
 from nano_atlas.model import ModelConfig, Transformer
 from nano_atlas.sampler import Generation, Request, Sampler
@@ -134,7 +135,7 @@ def main() -> None:
         "qwen3", vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, tie_word_embeddings=True, qk_norm=True,
     )  # fmt: skip
-    model = Transformer(shape).initialize(0).to(getattr(torch, config.dtype))
+    model = initialize(Transformer(shape), 0).to(getattr(torch, config.dtype))
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(0, 512, (config.sequences, config.prompt_tokens), generator=generator).tolist()
     eighths = [1 + i % 8 if config.vary else 8 for i in range(config.sequences)]

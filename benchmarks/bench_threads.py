@@ -22,9 +22,10 @@ SETTINGS |= {f"2, spin {n}": {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": str(n)} 
 SETTINGS["2, passive"] = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
 LARGE = """
 import time, torch
+from benchmarks.pretrain import initialize
 from nano_atlas.loss import token_stats
 from nano_atlas.model import ModelConfig, PackedAttention, Transformer
-model = Transformer(ModelConfig("llama", 49152, 576, 1536, 30, 9, 3, 64, tie_word_embeddings=True)).initialize(0)
+model = initialize(Transformer(ModelConfig("llama", 49152, 576, 1536, 30, 9, 3, 64, tie_word_embeddings=True)), 0)
 ids, attention, times = torch.randint(49152, (512,)), PackedAttention([128] * 4, "cpu"), []
 for _ in range(3):
     started = time.perf_counter()

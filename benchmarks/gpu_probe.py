@@ -162,7 +162,7 @@ def compared(parts: Mapping[str, tuple[Any, Any]], bound: float, **bounds: float
 
 @torch.no_grad()
 def random_model(shape: ModelConfig, device: str, dtype: torch.dtype, seed: int = 0) -> Transformer:
-    """A model made where it is needed, because `Transformer.initialize` would take a minute.
+    """A model made where it is needed, because `pretrain.initialize` would take a minute.
 
     Its logits have a deviation of about 1.
     """

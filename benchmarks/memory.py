@@ -17,11 +17,14 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 
 import torch
 
 from benchmarks.jobs import markdown
 from nano_atlas import distributed
+from nano_atlas.benches.scores import WIDTH
+from nano_atlas.benches.scores import table as aligned
 from nano_atlas.checkpoint import is_checkpoint, read_config
 from nano_atlas.config import option, parse, run_script
 from nano_atlas.layout import Layout, choose_layout, gpus_of
@@ -210,7 +213,7 @@ def of_layout(config, layout: Layout, policy, student, cards: Mapping[str, float
 def layout_table(config, gpus: int | None = None, cards: Mapping[str, float] | None = None) -> str:
     """What `config` of train_grpo.py would put on each device, as Markdown. gpus, cards: {device: bytes}; None: those that are here.
 
-    Prints the layout. Raises UserError for a model whose sizes are not known here.
+    Says the layout on stderr. Raises UserError for a model whose sizes are not known here.
     """
     if cards is None:
         found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
@@ -223,16 +226,20 @@ def layout_table(config, gpus: int | None = None, cards: Mapping[str, float] | N
     shared = {layout.policy: f", each of {ranks} ranks", "cpu": ", all ranks of a machine"}
     shared = shared if ranks > 1 else {}
     names = [name for name in ROWS if any(items[name] for items in columns.values())]
-    head = " | ".join(["GB", *(device + shared.get(device, "") for device in columns)])
-    rows = [[name, *(gigabytes(items[name]) for items in columns.values())] for name in names]
+    rows = [["GB", *(device + shared.get(device, "") for device in columns)]]
+    rows += [[name, *(gigabytes(items[name]) for items in columns.values())] for name in names]
     rows += [["**peak**", *(f"**{gigabytes(peak(items, config.overlap))}**" for items in columns.values())]]
     rows += [["the device has", *(gigabytes(cards[device]) for device in columns)]]
-    rows += [["fits", *(verdict(config, name, items, cards[name]) for name, items in columns.items())]]
+    verdicts = {name: verdict(config, name, items, cards[name]) for name, items in columns.items()}
+    rows += [["fits", *(said.partition(":")[0] for said in verdicts.values())]]
+    remedies = [f"{name} does not fit: try {said[4:]}" for name, said in verdicts.items() if said != "yes"]
     checkpointing = "with" if config.gradient_checkpointing else "without"
-    return markdown(head, rows) + (
-        f"\n\nBy formula (benchmarks/memory.py), not measured. Weights in {config.dtype}; activations of {config.tokens_per_batch:,} tokens "
+    notes = (
+        f"By formula (benchmarks/memory.py), not measured. Weights in {config.dtype}; activations of {config.tokens_per_batch:,} tokens "
         f"{checkpointing} gradient checkpointing. The peak is the larger of rollout and update; CUDA's context ({gigabytes(CONTEXT)} GB) is not in it."
     )
+    lines = [line for text in (*remedies, notes) for line in wrap(text, WIDTH, break_on_hyphens=False)]
+    return "\n".join([*aligned(rows), *lines])
 
 
 def start_of(config) -> Path | str:
@@ -247,7 +254,7 @@ def verdict(config, device: str, items: Counter, card: float) -> str:
     is_torch = "policy" in items or "KV cache" in items  # vLLM's share has its context in it
     room = card - CONTEXT * (is_torch and device != "cpu")
     if VLLM_CACHE in items and items[VLLM_CACHE] < CONTEXT:
-        return "no: give vLLM more GPUs (--rollout vllm:cuda:I,J) or memory (--gpu-memory-utilization in NANO_ATLAS_VLLM_ARGS)"
+        return "no: more GPUs for vLLM (--rollout vllm:cuda:I,J), or more memory (--gpu-memory-utilization in NANO_ATLAS_VLLM_ARGS)"
     checkpointing = "" if config.gradient_checkpointing else "--gradient-checkpointing or "
     remedies = {"": (), "a lower --cache-rows": ("KV cache",)}
     remedies |= {} if device == "cpu" else {"--optimizer-device cpu": ("masters, moments",)}

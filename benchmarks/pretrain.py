@@ -8,6 +8,7 @@ pre-training amplifies the last bits of a matrix product: one command gave a stu
 All students share a tokenizer, a byte-level BPE trained on the corpus (tests/test_world.py trains it again).
 """
 
+import math
 import random
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,6 +32,20 @@ from nano_atlas.world import CHAIN, DOMAINS, FACTS, STUDENT, Task, make_task, op
 TOKENS_PER_STEP = 1024
 MOMENTUM, WEIGHT_DECAY = 0.95, 0.05
 Text = tuple[protocol.Messages, str]  # a conversation, and the reply to learn
+
+
+@torch.no_grad()
+def initialize(model: Transformer, seed: int) -> Transformer:
+    """Random weights: normal(0, 0.02), output projections scaled down by sqrt(2 L) (GPT-2); reproducible from the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            continue
+        is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
+        std = 0.02 / math.sqrt(2 * model.config.num_hidden_layers) if is_output else 0.02
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    return model
 
 
 @dataclass(frozen=True)
@@ -111,7 +126,7 @@ def newborn_student(vocab_size: int, seed: int) -> Transformer:
         "qwen3", vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
         head_dim=32, max_position_embeddings=512, rope_theta=1000.0, qk_norm=True, tie_word_embeddings=True,
     )  # fmt: skip
-    model = Transformer(config).initialize(seed)
+    model = initialize(Transformer(config), seed)
     attention, embedding = model.model.layers[0].self_attn, model.model.embed_tokens.weight
     embedding[:, 0] = embedding.std() * config.hidden_size**0.5
     pairs, half = 2, config.head_dim // 2  # the fastest pairs: their products fall off within a few positions

@@ -22,6 +22,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from benchmarks.pretrain import initialize
 from nano_atlas import protocol
 from nano_atlas.checkpoint import is_checkpoint, save_model
 from nano_atlas.config import option, parse, run_script
@@ -93,7 +94,7 @@ def newborn(texts: Sequence[str]) -> tuple[Transformer, Tokenizer]:
     tokenizer = Tokenizer(backend, CHAT, eos_token="<|im_end|>", pad_token="<|pad|>")
     more = {"max_position_embeddings": 40960, "rope_theta": 1e6, "tie_word_embeddings": True, "qk_norm": True}
     shape = ModelConfig("qwen3", tokenizer.vocab_size, 64, 192, 2, 2, 1, 32, **more)
-    return Transformer(shape).initialize(0), tokenizer
+    return initialize(Transformer(shape), 0), tokenizer
 
 
 def main() -> None:

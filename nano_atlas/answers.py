@@ -80,10 +80,8 @@ def _number(text: str, is_stated: bool = False) -> Decimal | Fraction | None:
     """The value of a bare text that is a number: -1,234.50, 1e-5, 25%, 1/2, 2 1/2. is_stated: or states one: "x = 5", "It is 5 m"."""
     if is_stated and not re.search(NO_UNIT, text):
         last = re.split(r"=|:\** |\b(?:is|are) ", text)[-1].strip()
-        with_unit = re.fullmatch(
-            r"([\W\d_]*)(?:(?:[^\W\d_]{2}|[ghlms]\b)[^\d\\=*+]*(?:\^?\{?[23]\}?)?)?", last
-        )
-        text = with_unit[1].strip() if with_unit else text
+        amount = re.fullmatch(r"([\W\d_]*)(?:(?:[^\W\d_]{2}|[ghlms]\b)[^\d\\=*+]*(?:\^?\{?[23]\}?)?)?", last)
+        text = amount[1].strip() if amount else text
     text = text.removesuffix("%").rstrip()
     if ratio := re.fullmatch(rf"([+-]?) ?{RATIO}", re.sub(r",(?=\d{3}\b)", "", text)):
         sign, whole, above, below = ratio.groups()

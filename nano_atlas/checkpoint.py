@@ -153,7 +153,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
         state[name] = torch.empty(shape, dtype=dtype, device=device).copy_(_read(files, name))
         if not torch.stack(state[name].aminmax()).isfinite().all():  # of one pass, without another tensor
             cause = "the checkpoint is damaged or its training diverged"
-            raise UserError(f"{path}: {name} has NaN or infinity in it: {cause}")
+            raise UserError(f"{path}: {name} contains NaN or infinity: {cause}")
     model.load_state_dict(state, assign=True)
     if torch.device(device).type == "cpu":
         settle_threads(sum(parameter.numel() for parameter in model.parameters()))
@@ -169,7 +169,7 @@ def _stored_tensors(path: Path) -> tuple[dict[str, Path], dict[str, list[int]]]:
         if not all(re.fullmatch(r"[^/\\\0]+\.safetensors", name) for name in names):
             raise UserError(f"{index}: weight_map must give each tensor a file *.safetensors beside it")
     if not names:
-        raise UserError(f"{path} has neither model.safetensors nor its index; convert pickled weights first")
+        raise UserError(f"{path} has no model.safetensors and no index of one; convert pickled weights first")
     files, shapes = {}, {}
     for file in sorted(path / name for name in names):
         try:
@@ -210,13 +210,8 @@ def in_shards(tensors: Named, max_bytes: float) -> Iterator[dict[str, Tensor]]:
     yield shard
 
 
-def save_model(
-    path, model: Transformer, tokenizer, max_shard_bytes=5e9, repeat_tied_head=False, **about
-) -> None:
-    """Writes a directory that `load_model`, transformers and vLLM read, in place of an earlier one. Collective; rank 0 writes.
-
-    repeat_tied_head: store it once more under its own name. about: for `atomic_directory`.
-    """
+def save_model(path, model: Transformer, tokenizer, max_shard_bytes=5e9, repeat_tied_head=False, **about):
+    """Writes what `load_model`, transformers and vLLM read, in place of an earlier one. Collective. about: for `atomic_directory`."""
     tensors = full_parameters(model)
     if repeat_tied_head:
         tensors = with_tied_head(tensors, model.config)

@@ -3,7 +3,6 @@
 import os
 import re
 import time
-from email.utils import parsedate_to_datetime
 from itertools import count
 from pathlib import Path
 
@@ -30,7 +29,7 @@ class Client:
         self.url, self.connections, self.timeout, self.tries = url, connections, timeout, tries
         key = os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"
         if not key.isascii() or any(map(str.isspace, key)):
-            raise UserError("OPENAI_API_KEY holds spaces or letters that no key has; copy it again")
+            raise UserError("OPENAI_API_KEY has characters that no key has; copy it again")
         limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
         # no proxy leads back to this machine
         direct = dict.fromkeys(("all://localhost", "all://127.0.0.1", "all://[::1]"))
@@ -62,7 +61,8 @@ class Client:
                 answer, cause = _read_answer(response, choices)
                 if cause is None:
                     return answer
-                told = _told_wait(response.headers.get("Retry-After", ""))
+                asked = response.headers.get("Retry-After", "")
+                told = min(float(asked), LONGEST_WAIT) if re.fullmatch(r"\d+(\.\d+)?", asked) else 0.0
                 is_final = response.status_code not in (200, 408, 429) and response.status_code < 500
             pause = max(told, min(2.0 ** (attempt - 1), 20.0))
             is_last = attempt >= (tries or self.tries) and not told
@@ -89,17 +89,8 @@ def _read_answer(response: httpx.Response, choices: int | None) -> tuple[dict, s
     return answer, None if choices in (None, len(found)) else f"{len(found)} choices, not {choices}: {shown}"
 
 
-def _told_wait(told: str) -> float:
-    """Seconds until the time of a Retry-After, in seconds or as an HTTP date; 0 for anything else."""
-    try:
-        wait = float(told) if told[:1].isdigit() else parsedate_to_datetime(told).timestamp() - time.time()
-    except (ValueError, OverflowError):
-        return 0.0
-    return min(max(wait, 0.0), LONGEST_WAIT)
-
-
 def is_url(spec: str) -> bool:
     """Raises UserError for an address without its http://."""
     if re.match(r"(post\+)?([\w.-]+|\[.+\]):\d+([/?#]|$)", spec) and not Path(spec).exists():
-        raise UserError(f"{spec}: for a server write " + re.sub(r"^(post\+)?", r"\1http://", spec))
+        raise UserError(f"{spec}: to name a server, write " + re.sub(r"^(post\+)?", r"\1http://", spec))
     return spec.startswith(("http://", "https://"))

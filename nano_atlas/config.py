@@ -12,7 +12,6 @@ Flags override the preset, the preset overrides the defaults; a method `check()`
 
 import argparse
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
@@ -104,8 +103,11 @@ def _add_option(group: Any, field: dataclasses.Field, kind: Any, default: Any) -
 
 def parse(cls: Any, argv: Sequence[str], presets: Mapping[str, Preset], description: str) -> Any:
     """A `cls` from the command line; with `presets` its first field is the name of the one to start from. Raises UserError."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(description=description, formatter_class=style, allow_abbrev=False)
+    if presets:  # a table, before the options
+        table = [f"    {name:<19}{preset.help}" for name, preset in presets.items()]
+        description += "\n".join(["\nPresets (--preset NAME --help shows the values of one):\n", *table])
+    style = {"usage": "%(prog)s [options]", "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = _Parser(description=description, allow_abbrev=False, **style)
     options, kinds, group = _options(cls), typing.get_type_hints(cls), parser
     chosen = _Parser(add_help=False, allow_abbrev=False)
     chosen.add_argument("--preset", default=options[0].default, choices=list(presets) or None)
@@ -114,21 +116,12 @@ def parse(cls: Any, argv: Sequence[str], presets: Mapping[str, Preset], descript
         if field.metadata["group"]:
             group = parser.add_argument_group(field.metadata["group"])
         if field.name == "preset":
-            about = "".join(f"; {name}: {preset.help}" for name, preset in presets.items())
-            text = f"what the other options start from{about}; --preset NAME --help shows its values"
-            settings = {"default": field.default, "metavar": "NAME"}
-            group.add_argument("--preset", **settings, help=text.replace("%", "%%"))
+            text = f"where the values of the other options come from (default: {field.default})"
+            group.add_argument("--preset", default=field.default, metavar="NAME", help=text)
         else:
             _add_option(group, field, kinds[field.name], preset.overrides.get(field.name, field.default))
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        known = [flag for action in parser._actions for flag in action.option_strings]
-        wrong = unknown[0].split("=")[0].replace("_", "-")
-        begun = [flag for flag in known if flag.startswith(wrong)]
-        close = begun or difflib.get_close_matches(wrong, known, n=1)
-        remedy = f"; did you mean {close[0]}?" if close else " (see --help)"
-        raise UserError(f"unknown option {unknown[0]}{remedy}")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
+    given = vars(parser.parse_args(argv))
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     config = cls(**{**preset.overrides, **values})
     for field in options:
         value = getattr(config, field.name)
@@ -154,7 +147,7 @@ def refuse_changes(config: Any, saved: Mapping[str, Any], where: str) -> None:
     changed = [f"{flag_of(name)} {saved[name]} -> {now[name]}" for name in fixed if saved[name] != now[name]]
     if changed:
         anew = "start over with --restart" if "restart" in now else "delete it"
-        remedy = f"Repeat the earlier ones to continue it, choose another --out, or {anew}"
+        remedy = f"Use the earlier options to continue it, choose another --out, or {anew}"
         raise UserError(f"{where} was started with other options: {', '.join(changed)}. {remedy}")
 
 
@@ -165,7 +158,7 @@ def run_script(main: Callable[[], None], is_parallel: bool = False) -> None:
     with process_group():
         try:
             if size() > 1 and not is_parallel:
-                raise UserError("this script is for one process: start it with python, not with torchrun")
+                raise UserError("this script runs as one process: start it with python, not with torchrun")
             if size() == 1:  # torchrun ends its processes like this, and wants no message of each
                 signal.signal(signal.SIGTERM, signal.default_int_handler)
             main()

@@ -25,7 +25,7 @@ from torch import Tensor
 from nano_atlas import protocol
 from nano_atlas.answers import answer_key, extract_answer
 from nano_atlas.config import derive_seed
-from nano_atlas.errors import UserError
+from nano_atlas.errors import UserError, say
 from nano_atlas.runs import read_jsonl, refuse
 from nano_atlas.text import parse_json
 from nano_atlas.tokenizer import Tokenizer
@@ -90,15 +90,15 @@ def load_problems(path: Path | str, *, needs_answer=True, skip_bad=False) -> lis
             complain(str(error))
             continue
         if problem.id in problems:
-            complain(f"{where}: an earlier line has the id {problem.id!r} too; ids must differ")
+            complain(f"{where}: an earlier line has the id {problem.id!r}, too; give each its own")
         problems.setdefault(problem.id, problem)
     if bad:
-        print(f"left out {len(bad)} malformed lines of {path}:", *bad, sep="\n  ")
+        say("\n  ".join([f"left out {len(bad)} malformed lines of {path}:", *bad]))
     said = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
     if not problems:
-        raise UserError(f"{path}: no problem is left; traces left out: {said or 'none'}")
+        raise UserError(f"{path}: no problem to train on; traces left out: {said or 'none'}")
     if left_out:
-        print(f"{path}: {len(problems)} problems; traces left out: {said}")
+        say(f"{path}: {len(problems)} problems; traces left out: {said}")
     return list(problems.values())
 
 
@@ -135,7 +135,7 @@ def _gold_answer(record: dict, field: str, where: str) -> str:
         is_last_line = before[-1:] in ("", "\n") and "\n" not in answer
         answer = extract_answer(text) or (answer if is_last_line else text)
     if not answer.strip():
-        raise UserError(f"{where}: the field {field!r} ends before its answer")
+        raise UserError(f"{where}: the field {field!r} has no answer after its last ####")
     return answer.strip()
 
 
@@ -156,10 +156,7 @@ class Example:
 
 
 def load_examples(paths, tokenizer: Tokenizer, max_length: int, thinking: bool = False) -> list[Example]:
-    """Every line of the files, tokenised, if it has at most `max_length` tokens. Raises UserError for a bad line.
-
-    `thinking` is Qwen3's switch, and must be the one that the model is later sampled with.
-    """
+    """All lines of at most `max_length` tokens, tokenised. thinking: Qwen3's switch, as for sampling later. Raises UserError."""
     examples = []
     for path in paths:
         made, spelled = [], []
@@ -167,13 +164,13 @@ def load_examples(paths, tokenizer: Tokenizer, max_length: int, thinking: bool =
             made += make_examples(record, tokenizer, f"{path}:{number}", thinking, spelled)
         if spelled:
             what = f"{len(spelled)} lines, this one first, spell control tokens in prompt or completion"
-            print(f"{spelled[0]}: {what}; they are learned as plain text. Write lists of messages instead")
+            say(f"{spelled[0]}: {what}; they are learned as plain text. Write lists of messages instead")
         short = [example for example in made if len(example.input_ids) <= max_length]
         examples += short
         if count := len(made) - len(short):
-            print(f"left out: {count} examples of {path}: longer than {max_length} tokens")
+            say(f"left out: {count} examples of {path}: longer than {max_length} tokens")
     if not examples:
-        raise UserError("no example left to train on; raise --max-length")
+        raise UserError(f"no example has at most {max_length} tokens; raise --max-length")
     return examples
 
 

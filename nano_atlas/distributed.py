@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nano_atlas.errors import UserError
+from nano_atlas.errors import UserError, say
 from nano_atlas.gpu import compile_layers
 from nano_atlas.model import Transformer
 
@@ -67,7 +67,7 @@ def device(choice: str, gpus: int | None = None) -> str:
     """The device that an option names; "auto" is the process's GPU, or the CPU if there is none. Raises UserError."""
     gpus = torch.cuda.device_count() if gpus is None else gpus
     if size() > 1 and choice.startswith("cuda"):
-        raise UserError(f"{choice}: each of torchrun's processes has a GPU of its own; use auto or cpu")
+        raise UserError(f"{choice}: under torchrun each process has its own GPU; use auto or cpu")
     if choice == "cuda" or choice == "auto" and gpus:
         choice = f"cuda:{os.environ['LOCAL_RANK'] if size() > 1 else 0}"
     return check_gpu("cpu" if choice == "auto" else choice, gpus)
@@ -75,7 +75,7 @@ def device(choice: str, gpus: int | None = None) -> str:
 
 def check_gpu(name: str, gpus: int) -> str:
     if name.startswith("cuda") and torch.device(name).index >= gpus:
-        raise UserError(f"there is no device {name} here ({gpus} GPUs)")
+        raise UserError(f"no device {name}: this machine has {gpus} GPUs")
     return name
 
 
@@ -90,7 +90,7 @@ def settle_threads(parameters: int) -> None:
         return
     largest = parameters
     torch.set_num_threads(1 if parameters < ONE_THREAD else CORES)
-    print(f"{torch.get_num_threads()} of {CORES} CPU threads; OMP_NUM_THREADS=N changes it")
+    say(f"{torch.get_num_threads()} of {CORES} CPU threads used; set OMP_NUM_THREADS to change it")
 
 
 def shares(sizes: Sequence[int]) -> list[list[int]]:

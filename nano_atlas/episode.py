@@ -20,7 +20,6 @@ from nano_atlas.reward import efficiency, teaching_reward
 from nano_atlas.schedule import Call, Script, ask
 from nano_atlas.seats import Generation, Reply
 
-MOST_UNREADABLE = 0.2  # share of answers; above it there is a hint
 SeedOf = Callable[..., int]  # (kind, id of the problem, ...) -> seed of one call
 CountTokens = Callable[[str], int]  # length of a text in the teacher's tokens
 
@@ -29,11 +28,11 @@ CountTokens = Callable[[str], int]  # length of a text in the teacher's tokens
 class EpisodeConfig:
     """How the two models talk; lengths in tokens."""
 
-    probe_tokens: int = option(500, "longest approach (0: no probe)", group="sampling (tokens)", at_least=0)
-    teaching_tokens: int = option(4096, "longest completion of the teacher, thinking included", above=0)
-    answer_tokens: int = option(4096, "longest answer of the student, alone or guided", above=0)
-    temperature: tuple[float, float] = option((0.7, 0.7), "of student and teacher (0: greedy)", at_least=0)
-    answer_format: str = option("solution", "how answers are asked for and read", protocol.ANSWER_FORMATS)
+    probe_tokens: int = option(500, "longest first approach (0: none)", group="sampling (tokens)", at_least=0)
+    teaching_tokens: int = option(4096, "longest reply of the teacher, with its thinking", above=0)
+    answer_tokens: int = option(4096, "longest answer of the student", above=0)
+    temperature: tuple[float, float] = option((0.7, 0.7), "student's and teacher's (0: greedy)", at_least=0)
+    answer_format: str = option("solution", "how the student marks its answer", protocol.ANSWER_FORMATS)
     top_p: float = 1.0  # nucleus mass of both; log-probs for training need 1
 
     @property
@@ -123,10 +122,7 @@ def sketch(problem: Problem, config: EpisodeConfig, seed: SeedOf, samples: int =
 
 
 def teach(sketch, config, rewards, seed, count_tokens: CountTokens, group_size=1, style="adaptive") -> Script:
-    """`group_size` teachings, the student's answer with each, and their rewards -> list[Episode].
-
-    style: a key of protocol.TEACHING_STYLES, or a sentence.
-    """
+    """`group_size` teachings, the student's answer with each, and their rewards -> list[Episode]. style: of protocol, or a sentence."""
     problem = sketch.problem
     messages = protocol.teacher_messages(problem.question, sketch.approach, style)
     generation = Generation(config.teaching_tokens, config.teacher_temperature, config.top_p)
@@ -176,12 +172,6 @@ def attempt(reply: Reply, gold: str | None, answer_format: str = "solution") -> 
     answer = extract_answer(reply.text, answer_format)
     is_right = gold is not None and is_correct(answer, gold)
     return Attempt(reply.text, answer, is_right, reply.tokens, reply.is_truncated)
-
-
-def reading_hint(share: float) -> str:
-    """What to do where so large a share of the answers could not be read; "" where it is small."""
-    remedy = "another --answer-format, or more --answer-tokens?"
-    return f"{share:.0%} of the answers could not be read: {remedy}" if share > MOST_UNREADABLE else ""
 
 
 def teaching_metrics(episodes: Sequence[Episode]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """What runs where: policy, student and reference on devices; sampling in this process or on vLLM servers.
 
-Whatever is left on "auto" follows from the machine, and the choice is printed with its reason.
+Whatever is left on "auto" is chosen for the machine, and printed.
 """
 
 import re
@@ -12,26 +12,26 @@ import torch
 
 from nano_atlas import distributed
 from nano_atlas.config import option
-from nano_atlas.errors import UserError
+from nano_atlas.errors import UserError, say
 from nano_atlas.model import Transformer
 from nano_atlas.seats import EmbeddedSeat, Seat, TokenSeat, is_url, open_seat
 
 ROLLOUT = re.compile(r"embedded|vllm(?::(cpu|cuda:\d+(?:,\d+)*))?")
-ROLLOUT_HELP = """who samples the policy: embedded (this process), vllm (a server started here, on the last GPU; NANO_ATLAS_VLLM_ARGS="..."
-are options for it), vllm:cuda:6,7, vllm:cpu, or URLs of running servers; auto: vllm if installed and with two GPUs, else embedded"""
+ROLLOUT_HELP = """who samples the policy. embedded: this process; vllm: a server started on the last GPU (NANO_ATLAS_VLLM_ARGS: more options for it);
+vllm:cuda:6,7 or vllm:cpu: a server started there; URLs: running servers; auto: vllm if installed and with two GPUs, else embedded"""
 
 
 @dataclass(frozen=True)
 class LayoutConfig:
-    device: str = option("auto", "where the policy is trained: cpu, cuda:1", group="layout", resumable=True)
-    optimizer_device: str = option("auto", "of masters and moments (12 bytes a parameter)", resumable=True)
-    dtype: str = option("float32", "of the models; masters are always float32", ["float32", "bfloat16"])
-    gradient_checkpointing: bool = option(False, "recompute activations: less memory, 4/3 the time")
-    dry_step: bool = option(True, "on a GPU, try the longest micro-batch before step 1", resumable=True)
-    thinking: bool = option(False, "the teacher uses Qwen3's thinking mode, and its checkpoint says so")
-    cache_rows: int = option(256, "most sequences decoded at once by a sampler", above=0, resumable=True)
+    device: str = option("auto", "device of the policy: cpu, cuda:1, ...", group="layout", resumable=True)
+    optimizer_device: str = option("auto", "device of AdamW's state (12 bytes a parameter)", resumable=True)
+    dtype: str = option("float32", "compute precision; AdamW's state is float32", ["float32", "bfloat16"])
+    gradient_checkpointing: bool = option(False, "recompute activations: less memory, 4/3 of the time")
+    dry_step: bool = option(True, "on a GPU, try the largest micro-batch before step 1", resumable=True)
+    thinking: bool = option(False, "use Qwen3's thinking mode, and record it in the checkpoint")
+    cache_rows: int = option(256, "most sequences decoded at once, in this process", above=0, resumable=True)
     rollout: tuple[str, ...] = option(("auto",), ROLLOUT_HELP, group="vLLM", resumable=True)
-    overlap: bool = option(False, "sample a step while the one before trains (vLLM only)")
+    overlap: bool = option(False, "sample the next step while this one trains (vLLM only)")
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,20 @@ def choose_layout(config: LayoutConfig, student: str, kl: str, gpus: int | None 
     if not urls and not asked:
         raise UserError(f"--rollout must be auto, embedded, vllm, vllm:DEVICE or URLs, not {rollout}")
     if rollout == ("vllm",) and gpus and not is_alone:
-        raise UserError("under torchrun name GPUs on which no process trains: --rollout vllm:cuda:6,7")
+        raise UserError("under torchrun, name GPUs that do not train: --rollout vllm:cuda:6,7")
     server = "" if urls or rollout == ("embedded",) else asked[1] or spare
     for device in gpus_of(server):
         distributed.check_gpu(device, gpus)
     if config.overlap and not (server or urls):
-        raise UserError("--overlap needs --rollout vllm: the embedded sampler's weights change in training")
+        raise UserError("--overlap needs --rollout vllm; the embedded sampler shares the policy's weights")
 
     has_full_gpu = bool(server or urls) and gpus > 1 and is_alone  # vLLM preallocates its GPU's memory
     reference = policy if kl == "exact" or has_full_gpu else spare
     place = (spare, has_full_gpu and has_vllm) if student and not is_url(student) else ("", False)
     layout = Layout(policy, *place, reference, server, urls)
-    print(f"{gpus} GPUs, vLLM {'is' if has_vllm else 'is not'} installed: {layout}")
+    sampling = f"vLLM on {server}" if server else "running vLLM servers" if urls else "this process"
+    places = f"policy on {policy}, student on {place[0] or 'no device'}, reference on {reference}"
+    say(f"{gpus} GPUs, vLLM {'is' if has_vllm else 'is not'} installed: {places}; {sampling} samples")
     return layout
 
 

@@ -159,19 +159,6 @@ class Transformer(nn.Module):
                 x = layer(x, cos, sin, attention, index)
         return self.model.norm(x)
 
-    @torch.no_grad()
-    def initialize(self, seed: int) -> "Transformer":
-        """Random weights: normal(0, 0.02), output projections scaled down by sqrt(2 L) (GPT-2); reproducible from the seed."""
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-                continue
-            is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
-            std = 0.02 / math.sqrt(2 * self.config.num_hidden_layers) if is_output else 0.02
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-        return self
-
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """The attention kernel, causal unless there is a mask; q `[B, H, T, D_head]`, k and v `[B, H_kv, S, D_head]`."""

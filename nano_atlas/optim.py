@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from nano_atlas import distributed
 from nano_atlas.checkpoint import in_shards
 from nano_atlas.distributed import gather_rows, own_part, own_rows, rank
-from nano_atlas.errors import UserError
+from nano_atlas.errors import UserError, say
 from nano_atlas.runs import atomic_directory, read_json, strangers, write_json
 
 SHARD_BYTES = 2 * 10**9  # size of a file of a training state
@@ -118,10 +118,7 @@ class MasterAdamW:
 
     @contextmanager
     def dry_step(self, tokens: int) -> Iterator[None]:
-        """Within it the longest micro-batch there can be is computed, before step 1; its gradients are dropped.
-
-        So what does not fit fails in the first minute: raises UserError that says what to lower.
-        """
+        """For the largest micro-batch there can be, before step 1; drops its gradients. Raises UserError that says what to lower."""
         try:
             yield
         except torch.OutOfMemoryError as error:
@@ -131,7 +128,7 @@ class MasterAdamW:
         self.clear_gradients()
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated() / 1e9
-            print(f"the longest micro-batch, {tokens:,} tokens, fits: {peak:.1f} GB at most so far")
+            say(f"the longest micro-batch, {tokens:,} tokens, fits: {peak:.1f} GB at most so far")
 
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All that the next step depends on, whole: `{parameter name}.{master|step|exp_avg|exp_avg_sq}`, float32. Collective."""
@@ -146,7 +143,7 @@ class MasterAdamW:
         name, _, kind = key.rpartition(".")
         is_step = kind == "step"  # a number; all else is of the parameter's shape
         if name not in self.masters or not (is_step or value.shape == self.parameters[name].shape):
-            raise UserError(f"{key} {list(value.shape)} is not of this model")
+            raise UserError(f"{key} {list(value.shape)} does not fit this model")
         value = value if is_step else own_rows(value)
         master = self.masters[name]
         if kind == "master":
@@ -193,7 +190,7 @@ def load_training_state(state: Path, optimizer: MasterAdamW) -> dict[str, Any]:
         if missing:
             raise UserError(f"missing {', '.join(sorted(missing)[:3])}")
     except (OSError, SafetensorError, UserError) as error:
-        remedy = "the state belongs to another model or is damaged; use --restart to start over"
+        remedy = "the state is damaged or of another model; use --restart to start over"
         raise UserError(f"{state}: {error}; {remedy}") from None
     optimizer.skipped_steps = record.get("skipped_steps", 0)
     return record

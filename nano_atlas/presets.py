@@ -3,13 +3,15 @@
 Their memory is computed by `python -m benchmarks.memory` (weights, gradients, optimizer, activations, KV cache).
 """
 
-from collections.abc import Sequence
+import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nano_atlas.config import Preset
+from nano_atlas.errors import say
 
 STUDENT = Path(__file__).parent / "world" / "student"  # it comes with the package
 NANO = Path("runs/nano")
@@ -41,7 +43,7 @@ def _language_model(help: str, run: str, student, teacher, lengths: int, rows: i
 
 TABLE = {  # from small to large
     "nano": _preset(
-        "the nano world with its student and teachers, on a CPU or GPU, 1 GB", NANO,
+        "a toy world with its own student and teacher; CPU or GPU, 1 GB", NANO,
         {"model": STUDENT, "epochs": 6, "tokens_per_step": 8192, "tokens_per_batch": 4096, "lr": 1e-3, "weight_decay": 0.01,
          "held_out": 0.05},
         {"steps": 40, "problems_per_step": 16, "lr": 2e-4, "schedule": "cosine", "tokens_per_batch": 8192, "eval_every": 20,
@@ -49,20 +51,22 @@ TABLE = {  # from small to large
         {"bench": "nano", "limit": 500, "control": ("shuffled",), **NANO_SAMPLING},
         {"lane": "paired", **NANO_SAMPLING}),
     "smollm2": _language_model(
-        "SmolLM2-135M-Instruct as student and teacher, on a CPU (float32, 9 GB) or a GPU (bfloat16, 10 GB); --data, --problems, --tasks",
+        "SmolLM2-135M as student and teacher; CPU (float32, 9 GB) or GPU (10 GB)",
         "smollm2", SMOLLM2, SMOLLM2, 256, 64, (1, 10), tokens_per_batch=4096, gradient_checkpointing=False,
         **({} if torch.cuda.is_available() else {"dtype": "float32", "device": "cpu"})),
-    "qwen3-0.6b-24gb": _language_model("Qwen3-0.6B as student and teacher, on one 24 GB GPU", "qwen3-0.6b",
+    "qwen3-0.6b-24gb": _language_model("Qwen3-0.6B as student and teacher; one 24 GB GPU", "qwen3-0.6b",
         "Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", 1024, 32, (1, 24)),
-    "qwen3-1.7b-80gb": _language_model("Qwen3-1.7B teaches Qwen3-4B, on one 80 GB GPU", "qwen3-1.7b",
+    "qwen3-1.7b-80gb": _language_model("Qwen3-1.7B teaches Qwen3-4B; one 80 GB GPU", "qwen3-1.7b",
         "Qwen/Qwen3-4B", "Qwen/Qwen3-1.7B", 2048, 48, (1, 80)),
     "qwen3-8b-2gpu": _language_model(
-        "Qwen3-8B teaches Qwen3-4B, on two 80 GB GPUs, the optimizer's state (98 GB) on the host", "qwen3-8b",
+        "Qwen3-8B teaches Qwen3-4B; two 80 GB GPUs, 98 GB of host memory", "qwen3-8b",
         "Qwen/Qwen3-4B", "Qwen/Qwen3-8B", 4096, 16, (2, 80), optimizer_device="cpu"),
-    "own": ("models of yours, named by flags, with the lengths and step sizes of the published recipe", {
+    "own": ("your own models; lengths and step sizes of the published recipe", {
         "train_sft": {}, "train_grpo": {}, "eval": {"bench": "gsm8k", "out": Path("runs/eval")},
         "runtime_loop": {"out": Path("runs/runtime")}}),
 }  # fmt: skip
+# on one core, with the options of the preset
+NANO_TIMES = dict(train_sft="1 minute", train_grpo="1.5 minutes", eval="1 minute", runtime_loop="10 seconds")
 
 
 def presets(script: str) -> dict[str, Preset]:
@@ -70,10 +74,17 @@ def presets(script: str) -> dict[str, Preset]:
     return {name: Preset(help, settings[script]) for name, (help, settings, *_) in TABLE.items()}
 
 
-def suggestion(gigabytes: Sequence[float] | None = None) -> str:
-    """A line that names the largest preset for these GPUs (10^9 bytes of each; None: those that are here), "" where none fits."""
-    here = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    cards = [gpu.total_memory / 1e9 for gpu in here] if gigabytes is None else gigabytes
-    needs = {name: need for name, (_, _, *gpus) in TABLE.items() for need in gpus}  # "24 GB" may be 23.7
-    fitting = [n for n, (count, size) in needs.items() if sum(card >= 0.95 * size for card in cards) >= count]
-    return f"{len(cards)} GPU of {min(cards):.0f} GB: --preset {fitting[-1]} would fit" if fitting else ""
+def announce(script: str, config: Any, work: str, time="the bar shows the time left after two steps") -> None:
+    """The first line of a script: what it will do, how long that takes, and where the result will be."""
+    preset = getattr(config, "preset", "")
+    if preset == "nano":
+        usual = type(config)(**presets(script)[preset].overrides)
+        is_usual = config == replace(usual, out=config.out, seed=config.seed, restart=config.restart)
+        time = f"about {NANO_TIMES[script]} on a CPU" if is_usual else time
+    say(f"{script}: {preset and f'preset {preset}, '}{work}, {time}; out {config.out}")
+
+
+def look_at(out: Path) -> None:
+    """The last line: the command that shows the result, of a run in runs/NAME/ with those beside it."""
+    shown = out.parent if out.parent.parent == NANO.parent else out
+    say(f"look at it: python -m nano_atlas.report {shlex.quote(str(shown))}")

@@ -23,8 +23,8 @@ MALFORMED_PENALTY = 0.5
 
 @dataclass(frozen=True)
 class RewardConfig:
-    degradation_penalty: float = option(2.0, "reward lost per accuracy lost", group="reward", at_least=0)
-    efficiency_weight: float = option(1.0, "w of the bonus for brevity, 100 / (100 + tokens)", at_least=0)
+    degradation_penalty: float = option(2.0, "factor of a loss of accuracy", group="reward", at_least=0)
+    efficiency_weight: float = option(1.0, "weight of the brevity bonus, 100 / (100 + tokens)", at_least=0)
 
 
 def teaching_reward(alone, guided, teaching_tokens=0, is_leak=False, config=RewardConfig()) -> float:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from nano_atlas.config import flag_of, refuse_changes, to_json
 from nano_atlas.distributed import rank, wait
-from nano_atlas.errors import UserError
+from nano_atlas.errors import UserError, say
 from nano_atlas.text import parse_json
 
 # In every directory that `atomic_directory` wrote, the digest of each file: what is ours, and whether it is whole.
@@ -30,7 +30,7 @@ def read_json(path: Path) -> dict:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); copy the file anew from its source") from error
+        raise UserError(f"{path} is not valid JSON ({error}); copy the file again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} should hold a JSON object, not a {type(value).__name__}")
     return value
@@ -89,7 +89,7 @@ def kept(path: Path) -> dict:
     """What `keep_to` wrote to `path`; {} where there is no such file. Raises UserError."""
     saved = read_json(path)
     if saved and not all(isinstance(saved.get(part), dict) for part in ("config", "contents")):
-        raise UserError(f"{path} does not hold the options of a run; choose another --out")
+        raise UserError(f"{path} does not hold a run's options; choose another --out")
     return saved
 
 
@@ -97,7 +97,7 @@ def refuse_foreign(record: Path, written: Iterable[str]) -> None:
     """Raises UserError where what runs write (patterns) lies in a directory in which none began: it has no `record`."""
     found = [path for pattern in written for path in sorted(record.parent.glob(pattern))]
     if found and not record.exists():
-        raise UserError(f"{found[0]} is of no run that began here (no {record.name}); choose another --out")
+        raise UserError(f"{found[0]} is not of a run here (no {record.name}); choose another --out")
 
 
 def keep_to(config: Any, path: Path, contents: Mapping[str, str], written: Iterable[str]) -> None:
@@ -106,7 +106,7 @@ def keep_to(config: Any, path: Path, contents: Mapping[str, str], written: Itera
     if saved := kept(path):
         refuse_changes(config, saved["config"], str(path.parent))
         if changed := [name for name in contents if saved["contents"].get(name) != contents[name]]:
-            what = f"{path.parent} was begun with other contents than now: {', '.join(changed)}"
+            what = f"{path.parent} was started with other contents: {', '.join(changed)}"
             raise UserError(f"{what}; choose another --out, or start over with --restart")
     write_json(path, {"config": to_json(config), "contents": contents})
 
@@ -151,7 +151,7 @@ def strangers(path: Path) -> list[str]:
 def refuse_strangers(path: Path) -> None:
     if found := strangers(path):
         remedy = "move it, or choose another directory"
-        raise UserError(f"{path} holds {', '.join(found[:5])}, which no run wrote there; {remedy}")
+        raise UserError(f"{path} holds {', '.join(found[:5])}, which no run has written; {remedy}")
 
 
 def refuse_damage(path: Path) -> None:
@@ -159,8 +159,8 @@ def refuse_damage(path: Path) -> None:
     unreadable = {DIGESTS: "another digest"} if os.path.isfile(path / DIGESTS) else {}
     for name, known in (_digests(path) or unreadable).items():
         if not (path / name).is_file() or known and files_digest([path / name]) != known:
-            remedy = f"copy it anew, or delete {DIGESTS} beside it if you changed it on purpose"
-            raise UserError(f"{path / name} is damaged, it is not what was written there; {remedy}")
+            remedy = f"copy it again, or delete {DIGESTS} beside it if the change is yours"
+            raise UserError(f"{path / name} is damaged or was changed; {remedy}")
 
 
 def _digests(path: Path) -> dict[str, Any]:
@@ -173,15 +173,15 @@ def _digests(path: Path) -> dict[str, Any]:
 def claim(path: Path) -> BinaryIO:
     """The file, for this process alone until it is closed, however the process ends. Raises UserError where another has it."""
     if path.parent.is_file():
-        raise UserError(f"{path.parent} is a file; --out names a directory")
+        raise UserError(f"{path.parent} is a file; --out must be a directory")
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a+b")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        remedy = "wait for its end, or choose another --out"
-        raise UserError(f"{path}: another process writes it; {remedy}") from None
+        remedy = "wait until it ends, or choose another --out"
+        raise UserError(f"{path}: another process is writing it; {remedy}") from None
     return file
 
 
@@ -215,13 +215,13 @@ def open_run(config: Any) -> Path | None:
     for name, value in to_json(config).items():
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and own & {Path(text).resolve(), *Path(text).resolve().parents}:
-                raise UserError(f"{flag_of(name)} {text} lies where this run writes; choose another --out")
+                raise UserError(f"{flag_of(name)} {text} is where this run writes; choose another --out")
     if config.restart:
         return None
     if not states:
         if (out / "model").exists():
             remedy = "choose another --out, or start over with --restart"
-            raise UserError(f"{out} has a model, but no state that could go on from it; {remedy}")
+            raise UserError(f"{out} has a model, but no state to continue from; {remedy}")
         return None
     refuse_changes(config, read_json(options), str(out))
     for state in states:
@@ -229,10 +229,10 @@ def open_run(config: Any) -> Path | None:
             refuse_damage(state)
             if isinstance(read_json(state / "state.json").get("step"), int):
                 return state
-            raise UserError(f"{state} has no state.json with its step")
+            raise UserError(f"{state}: state.json does not name the step")
         except (UserError, OSError) as error:
-            print(f"{error}\ngoing on from the state before it, if there is one")
-    raise UserError(f"{out}: no training state is whole; start over with --restart, or choose another --out")
+            say(f"{error}\ncontinuing from the state before it, if there is one")
+    raise UserError(f"{out}: every state is damaged; start over with --restart, or choose another --out")
 
 
 def is_saved(out: Path, step: int) -> bool:
@@ -336,7 +336,7 @@ class RunLog(ExitStack):
         steps = []
         for number, record in read_jsonl(path, is_journal=True):
             if not isinstance(record.get("step"), int):
-                raise UserError(f"{path}:{number}: no metrics record; fix or delete it, or use --restart")
+                raise UserError(f"{path}:{number}: not a metrics record; delete the line, or use --restart")
             steps.append(record["step"])
         self._journal.keep(sum(step <= resumed_step for step in steps))
         if config is not None and (project := os.environ.get("WANDB_PROJECT")):
@@ -349,8 +349,8 @@ class RunLog(ExitStack):
 
                 self._wandb = wandb.init(**options, id=id_file.read_text(), resume="allow")
             except Exception as error:  # without the package, a key or a network
-                remedy = "`pip install wandb` and `wandb login`, or unset it"
-                raise UserError(f"WANDB_PROJECT is set, but: {error}; {remedy}") from error
+                remedy = "run `pip install wandb` and `wandb login`, or unset it"
+                raise UserError(f"WANDB_PROJECT is set, but W&B does not start: {error}; {remedy}") from error
             self.callback(self._wandb.finish)
 
     def log(self, step: int, **metrics: Any) -> None:

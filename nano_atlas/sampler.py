@@ -25,12 +25,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from nano_atlas import gpu
 from nano_atlas.distributed import copy_parameters
 from nano_atlas.errors import UserError
 from nano_atlas.model import ModelConfig, PackedAttention, Transformer
+from nano_atlas.terminal import Bar
 
 PREFILL_TOKENS = 8192  # prompt tokens that go through the model at once (a longer prompt goes alone)
 RECORDED_SLOTS = 256  # cache lengths of recorded steps are multiples of this
@@ -190,8 +190,8 @@ class Sampler:
         if waiting:
             batch = _Batch(self, waiting)
             # only for calls of more than a second, and then it moves with every token
-            shown = {"leave": False, "unit": "sample", "disable": not progress, "delay": 1, "miniters": 0}
-            with tqdm(None, progress, len(waiting), **shown) as bar:
+            shown = {"leave": False, "unit": "sample", "disable": not progress, "delay": 1}
+            with Bar(None, progress, len(waiting), **shown) as bar:
                 while waiting or batch.samples:
                     batch.admit(waiting)
                     finished = batch.decode()
@@ -274,7 +274,7 @@ class _Batch:
         left = (s.request.generation.max_tokens - len(s.rollout.completion_ids) for s in self.samples)
         tokens, logprobs = self._steps(min(self.steps_per_sync, *left))
         if logprobs.isnan().any():
-            raise UserError("the model's logits are NaN: its weights are broken, use an earlier checkpoint")
+            raise UserError("the model's logits are NaN, its weights are broken; use an earlier checkpoint")
         self.tokens += tokens.numel()
         drawn = zip(self.samples, tokens.tolist(), logprobs.tolist())
         is_finished = [sample.extend(ids, values) for sample, ids, values in drawn]

@@ -4,7 +4,6 @@ Whoever asks does not know which. Only a seat with a sampler returns the token i
 """
 
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -12,14 +11,14 @@ from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from tqdm import tqdm
 
 from nano_atlas.checkpoint import load_model
 from nano_atlas.client import Client, ServerLost, is_url
-from nano_atlas.errors import UserError
+from nano_atlas.errors import UserError, say
 from nano_atlas.model import Transformer
 from nano_atlas.protocol import Messages
 from nano_atlas.sampler import Generation, Request, Rollout, Sampler
+from nano_atlas.terminal import Bar
 from nano_atlas.text import clean, masked
 from nano_atlas.tokenizer import Tokenizer
 
@@ -52,10 +51,7 @@ Answers = list[list[Reply] | Fault]  # one for each question
 
 
 def read_reply(content: Any, usage: Any, prompt: str, is_truncated: bool = False) -> Reply:
-    """What any endpoint or agent said: clean text, and tokens as `usage` counts them or else estimated. Raises UserError.
-
-    content: a text, or parts of which those of type "text" are joined (others are thoughts).
-    """
+    """What an endpoint or agent said: a text, or the parts of type "text" joined; tokens by `usage`, or estimated. Raises UserError."""
     texts = []
     for part in content if isinstance(content, list) else [content]:
         if isinstance(part, dict):
@@ -157,7 +153,7 @@ class EndpointSeat:
         for entry in listed if isinstance(listed, list) else ():
             if isinstance(entry, dict) and entry.get("id") and isinstance(entry["id"], str):
                 return entry["id"]
-        raise UserError(masked(f"{self.client.url} lists no model; name one after the address: URL#MODEL"))
+        raise UserError(masked(f"{self.client.url} lists no model; name one: URL#MODEL"))
 
     def complete(self, messages, generation: Generation, seed: int, **more) -> tuple[dict, Reply]:
         """The server's choice, and the same as a Reply. Fields that it refuses are renamed or left out from then on."""
@@ -171,21 +167,18 @@ class EndpointSeat:
             if not refused or not REFUSAL.search(str(error)):
                 raise
             self.changes[refused[0]] = REFUSABLE[refused[0]]
-            tqdm.write(f"{masked(self.client.url)} wants other fields: {self.changes}", file=sys.stderr)
+            say(f"{masked(self.client.url)} refuses a field of the request; from now on: {self.changes}")
             return self.complete(messages, generation, seed, **more)
         (choice,) = answer["choices"]
         if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
-            raise UserError(masked(f"{self.client.url}: no message in its choice {choice}")[:300])
+            raise UserError(masked(f"{self.client.url}: the reply has no message: {choice}")[:300])
         text = choice["message"].get("content")  # null beside tool calls, and where thoughts took all tokens
         prompt = "".join(str(said.get("content") or "") for said in messages)
         is_truncated = choice.get("finish_reason") == "length"
         return choice, read_reply("" if text is None else text, answer.get("usage"), prompt, is_truncated)
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> Answers:
-        """Each reply is a request of its own: not every server knows `n`, and none counts the tokens of each of n replies.
-
-        A server that is lost for as many calls in a row as it has connections is not asked any more.
-        """
+        """A request for each reply, because not every server knows `n`. One lost `connections` times in a row is not asked again."""
         asked = [(q.messages, q.generation, q.seed + place) for q in questions for place in range(q.n)]
         lost: list[ServerLost] = []
 
@@ -201,7 +194,7 @@ class EndpointSeat:
                 return Fault(str(error))
 
         with ThreadPoolExecutor(self.client.connections) as pool:
-            answers = tqdm(pool.map(answer, asked), progress, len(asked), disable=not progress, leave=False)
+            answers = Bar(pool.map(answer, asked), progress, len(asked), disable=not progress, leave=False)
             return in_groups(answers, questions)
 
 

@@ -74,7 +74,7 @@ def _refusing(source: str, work: float = math.inf) -> Iterator[None]:
 def _compile(template: str, source: str) -> jinja2.Template:
     """The environment of transformers' `apply_chat_template`, and within it no number of nine digits or more: a width, or a count."""
     if re.search(r"\d{9}", template):
-        raise UserError(f"{source}: the chat template has a number of nine digits or more in it; remove it")
+        raise UserError(f"{source}: the chat template has a number of nine or more digits; remove it")
     settings = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
     environment = _Environment(**settings)
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's own escapes HTML
@@ -156,7 +156,7 @@ class Tokenizer:
         if file.is_file():
             template = file.read_text("utf-8", errors="replace")
         if not isinstance(template, str | None):
-            raise UserError(f"{path}: the chat template is no text, and none named 'default' is there")
+            raise UserError(f"{path}: chat_template must be a text, or a list with one named 'default'")
         if template is None:
             template, end_of_turn = CHATML, backend.token_to_id("<|im_end|>")
             if end_of_turn is None and eos_ids:  # the only end that this model knows
@@ -197,7 +197,7 @@ class Tokenizer:
         """Ids of plain text: no token is added, and special tokens that occur in it stay text."""
         ids = self._encode(text, specials_are_text=True)
         if not self._special_ids.isdisjoint(ids):
-            raise UserError(f"{self.source}: the vocabulary makes a special token of the text {text[:200]!r}")
+            raise UserError(f"{self.source}: the plain text {text[:200]!r} is encoded as a special token")
         return ids
 
     def spells_control_token(self, text: str) -> bool:
@@ -207,10 +207,7 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
 
     def chat_ids(self, messages: Sequence[dict], add_generation_prompt: bool = True, **options) -> list[int]:
-        """Ids of a chat `[{"role": ..., "content": ...}, ...]` in the checkpoint's format.
-
-        `options` go to the template (Qwen3: `enable_thinking=False`). Raises UserError if it refuses the messages.
-        """
+        """Ids of a chat [{"role", "content"}, ...]. options: of the template, as Qwen3's enable_thinking. Raises UserError if it refuses."""
         text, token_of = self._render(messages, add_generation_prompt, options)
         pieces = self._special.split(text)  # text, control token, text, ...
         for is_every_text_apart in (False, True):

@@ -10,6 +10,7 @@ import tokenizers
 import torch
 from tokenizers import AddedToken
 
+from benchmarks.pretrain import initialize
 from nano_atlas.checkpoint import save_model
 from nano_atlas.model import ModelConfig, Transformer
 from nano_atlas.seats import Reply
@@ -43,7 +44,7 @@ def lively_model(seed: int, likely: Sequence[str], tokenizer: Tokenizer) -> Tran
     config = ModelConfig(
         "qwen3", tokenizer.vocab_size, 48, 64, 2, 4, 2, 8, max_position_embeddings=1024, qk_norm=True
     )
-    model = Transformer(config).initialize(seed)
+    model = initialize(Transformer(config), seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.attention import flex_attention
 
+from benchmarks.pretrain import initialize
 from nano_atlas import batching, gpu
 from nano_atlas.batching import Sample, completion_logprobs, policy_batches, predicting_states
 from nano_atlas.gpu import FlexAttention, compile_layers
@@ -32,7 +33,7 @@ def filled(tokens: int, kernel: str) -> int:
 
 
 def make_model(heads=(4, 2)) -> Transformer:
-    model = Transformer(ModelConfig("qwen3", 61, 32, 48, 2, *heads, 8, qk_norm=True)).initialize(0)
+    model = initialize(Transformer(ModelConfig("qwen3", 61, 32, 48, 2, *heads, 8, qk_norm=True)), 0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter *= 10 if parameter.ndim == 2 else 1  # away from uniform distributions
@@ -170,7 +171,7 @@ def test_on_a_gpu(monkeypatch, kernel, dtype, bound):
     monkeypatch.setenv("NANO_ATLAS_COMPILE", "1" if kernel == "flex" else "0")
     samples, found = make_samples(), []
     for device, kind in (("cpu", torch.float32), ("cuda", dtype)):
-        model = Transformer(ModelConfig("qwen3", 61, 64, 96, 2, 4, 2, 32, qk_norm=True)).initialize(0)
+        model = initialize(Transformer(ModelConfig("qwen3", 61, 64, 96, 2, 4, 2, 32, qk_norm=True)), 0)
         model = model.to(device, kind)
         if device == "cuda":
             compile_layers(model)

@@ -145,8 +145,8 @@ class Wrong(Exception):
 
 
 @pytest.mark.parametrize("at_login, error, message", [
-    (True, Wrong("INVALID_LOGIN: pass-9"), "no login .Wrong: INVALID_LOGIN: \\*\\*\\*.; check SALESFORCE_USERNAME"),
-    (True, OSError("no route to host"), "no login .OSError: no route to host"),
+    (True, Wrong("INVALID_LOGIN: pass-9"), "no Salesforce login .Wrong: INVALID_LOGIN: \\*\\*\\*.; check SALESFORCE_USERNAME"),
+    (True, OSError("no route to host"), "no Salesforce login .OSError: no route to host"),
     (False, OSError("connection reset"), "Salesforce does not answer .connection reset.; check SALESFORCE_USERNAME"),
     (False, Wrong(), None),
 ])  # fmt: skip
@@ -171,8 +171,8 @@ def test_a_wrong_login_and_a_lost_network_are_one_line(at_login, error, message,
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"idx": 0}, ":2: task and idx .*:0 as in line 1"), ({"query": None}, ":2: needs idx"), ({"task": 5}, ":2: needs idx"),
-    ({"answer": "ka01"}, ":2: needs idx"),
+    ({"idx": 0}, ":2: line 1 has task and idx .*:0, too"), ({"query": None}, ":2: needs the fields idx"), ({"task": 5}, ":2: needs the fields idx"),
+    ({"answer": "ka01"}, ":2: needs the fields idx"),
 ])  # fmt: skip
 def test_a_line_that_is_no_task_or_one_twice_is_named(changes, message, tmp_path):
     path = tmp_path / "b2b.jsonl"
@@ -217,10 +217,12 @@ def test_tasks_are_read_by_kind_and_what_cannot_be_scored_is_counted(tasks_file,
     assert list(tasks) == [VIOLATION] and [p.answer for p in tasks[VIOLATION]] == ["ka0001", "None", "None"]
     question = tasks[VIOLATION][0].question
     assert question.startswith("Today is 2024-05-01.") and "never shown" not in question
-    assert "1 tasks left out" in capsys.readouterr().out
+    assert "left out 1 tasks" in capsys.readouterr().err
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"idx": 1, "task": "x"}\n')
-    with pytest.raises(UserError, match="bad.jsonl:1: needs idx, task, query, reward_metric, answer"):
+    with pytest.raises(
+        UserError, match="bad.jsonl:1: needs the fields idx, task, query, reward_metric, answer"
+    ):
         crmarena.load_tasks(bad, None)
 
 

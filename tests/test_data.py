@@ -131,11 +131,11 @@ def test_the_usual_layouts_of_problems_are_read(tmp_path, record, problem):
         ([{"question": ["x"], "answer": "1"}], r"p.jsonl:1: the field 'question' must be a non-empty text"),
         (
             [{"question": "x?", "answer": "so\n#### "}],
-            r"p.jsonl:1: the field 'answer' ends before its answer",
+            r"p.jsonl:1: the field 'answer' has no answer after its last ####",
         ),
         (
             [{"question": "x?", "answer": "1", "id": 1}, {"question": "y?", "answer": "1", "id": "1"}],
-            r"p.jsonl:2: an earlier line has the id '1' too",
+            r"p.jsonl:2: an earlier line has the id '1', too",
         ),
     ],
 )
@@ -173,13 +173,13 @@ def test_traces_become_problems_and_what_does_not_is_counted(tmp_path, capsys):
         Problem("t:6", "half of 84?", "42", "math"),
     ]
     said = "t.jsonl: 2 problems; traces left out: 1 the same task again, 1 session failed, 1 no ground truth, 1 review quarantined"
-    assert said in capsys.readouterr().out
+    assert said in capsys.readouterr().err
     sample = {
         "session_id": 1,
         "task": "One",
         "steps": [{"reward": {"process": 1.0}}],
     }  # as in their sample file
-    with pytest.raises(UserError, match=r"no problem is left; traces left out: 1 no ground truth"):
+    with pytest.raises(UserError, match=r"no problem to train on; traces left out: 1 no ground truth"):
         load_problems(write(tmp_path / "sample.jsonl", sample))
     assert load_problems(tmp_path / "sample.jsonl", needs_answer=False) == [Problem("1", "One", None)]
 
@@ -300,8 +300,8 @@ def test_long_examples_are_left_out_and_counted_never_cut(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", *lines)
     examples = load_examples([path], TOKENIZER, max_length=4)
     assert [len(example.input_ids) for example in examples] == [4]
-    assert capsys.readouterr().out == f"left out: 2 examples of {path}: longer than 4 tokens\n"
-    with pytest.raises(UserError, match="no example left .* raise --max-length"):
+    assert capsys.readouterr().err == f"left out: 2 examples of {path}: longer than 4 tokens\n"
+    with pytest.raises(UserError, match="no example has at most .* raise --max-length"):
         load_examples([path], TOKENIZER, max_length=3)
 
 

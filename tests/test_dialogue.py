@@ -23,6 +23,7 @@ from tau2.runner import build_environment, get_tasks  # noqa: E402
 from tau2.utils import DATA_DIR, llm_utils  # noqa: E402
 
 import eval as evaluation  # noqa: E402
+from benchmarks import tau2_official  # noqa: E402
 from nano_atlas.benches import dialogue, tau2  # noqa: E402
 from nano_atlas.benches.arms import STUDENT, read_results  # noqa: E402
 from nano_atlas.benches.dialogue import simulate  # noqa: E402
@@ -396,6 +397,7 @@ def test_the_command_from_seats_to_tables_and_tau2s_own_metrics(tmp_path, monkey
     assert len(seats["http://t"].asked) == 4  # once per dialogue of its own, and never for the shuffled
     printed = capsys.readouterr().out
     assert "### mms_issue: 1 tasks" in printed and "PERSONA" in printed and "do nothing 0.00 %" in printed
+    tau2_official.main(["--out", str(tmp_path)])
     for arm, expected in ((STUDENT, 0.0), ("grpo", 1.0)):
         official = Results.load(tmp_path / f"tau2-{arm}.json")
         metrics = compute_metrics(official)

@@ -13,6 +13,7 @@ from conftest import byte_tokenizer, records
 from distributed_cases import CASES
 from safetensors.torch import load_file
 
+from benchmarks.pretrain import initialize
 from nano_atlas import config, distributed
 from nano_atlas.checkpoint import save_model
 from nano_atlas.errors import UserError
@@ -37,7 +38,7 @@ def place(place):
     for name in ("tied", "untied"):
         shape = (tokenizer.vocab_size, 30, 50, 2, 3, 1, 2)
         config = ModelConfig("qwen3", *shape, tie_word_embeddings=name == "tied", qk_norm=True)
-        save_model(place / name, Transformer(config).initialize(0), tokenizer)
+        save_model(place / name, initialize(Transformer(config), 0), tokenizer)
     sums = [
         {"prompt": f"{a}+{b}=", "completion": str(a + b) * (1 + a % 3)} for a in range(10) for b in range(10)
     ]
@@ -141,8 +142,8 @@ def test_small_models_compute_with_one_thread_and_the_largest_of_a_process_decid
     for parameters, expected in ((700_000, 1), (700_000, 1), (135_000_000, 4), (700_000, 4)):
         distributed.settle_threads(parameters)
         assert threads[-1] == expected
-    said = capsys.readouterr().out.splitlines()
-    assert said == [f"{count} of 4 CPU threads; OMP_NUM_THREADS=N changes it" for count in (1, 4)]
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"{count} of 4 CPU threads used; set OMP_NUM_THREADS to change it" for count in (1, 4)]
     monkeypatch.setattr(distributed, "largest", 0)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     before = list(threads)
@@ -155,10 +156,10 @@ def test_a_process_of_torchrun_takes_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert distributed.device("auto") == "cuda:1" and distributed.device("cpu") == "cpu"
-    with pytest.raises(UserError, match="each of torchrun's processes has a GPU of its own; use auto or cpu"):
+    with pytest.raises(UserError, match="under torchrun each process has its own GPU; use auto or cpu"):
         distributed.device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UserError, match="there is no device cuda:2 here"):
+    with pytest.raises(UserError, match="no device cuda:2"):
         distributed.device("auto")
 
 
@@ -167,4 +168,4 @@ def test_a_script_for_one_process_refuses_torchrun(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         config.run_script(lambda: print("never"))
     said = capsys.readouterr()
-    assert said.out == "" and "error: this script is for one process: start it with python" in said.err
+    assert said.out == "" and "error: this script runs as one process: start it with python" in said.err

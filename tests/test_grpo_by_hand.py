@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import train_grpo
+from benchmarks.pretrain import initialize
 from nano_atlas.batching import Sample
 from nano_atlas.model import ModelConfig, PackedAttention, Transformer
 from nano_atlas.optim import MasterAdamW
@@ -88,7 +89,7 @@ def by_hand(policy, reference, sampler_logprobs):
 
 
 def random_model(seed: int) -> Transformer:
-    model = Transformer(ModelConfig("qwen3", 12, 16, 24, 2, 2, 1, 8, qk_norm=True)).initialize(seed)
+    model = initialize(Transformer(ModelConfig("qwen3", 12, 16, 24, 2, 2, 1, 8, qk_norm=True)), seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter *= 10 if parameter.ndim == 2 else 1  # away from uniform distributions

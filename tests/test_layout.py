@@ -1,18 +1,18 @@
 """What runs where: the choice that follows from the machine, and what is refused. No model is loaded."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
 import train_grpo
-import train_sft
 from benchmarks import memory
 from nano_atlas import layout as layout_room
 from nano_atlas.config import parse
 from nano_atlas.errors import UserError
 from nano_atlas.layout import Layout, LayoutConfig, choose_layout
-from nano_atlas.presets import TABLE, presets, suggestion
+from nano_atlas.presets import TABLE, presets
 from nano_atlas.vllm.sampler import memory_share
 
 FAR = ("http://far", "https://farther")
@@ -40,9 +40,11 @@ def test_the_layout_follows_from_what_is_there(
     flags = ["--rollout", *([rollout] if isinstance(rollout, str) else rollout)]
     chosen = choose_layout(parse(LayoutConfig, flags, {}, ""), student, "k3", gpus)
     assert dataclasses.astuple(chosen) == expected
-    assert (
-        f"{gpus} GPUs, vLLM {'is' if has_vllm else 'is not'} installed: {chosen}" in capsys.readouterr().out
-    )
+    said, out = capsys.readouterr().err, capsys.readouterr().out
+    assert said.startswith(f"{gpus} GPUs, vLLM {'is' if has_vllm else 'is not'} installed: ") and not out
+    student, reference = chosen.student or "no device", chosen.reference
+    assert f"policy on {chosen.policy}, student on {student}, reference on {reference}; " in said
+    assert (f"vLLM on {chosen.server}" in said) is bool(chosen.server)
 
 
 def test_the_policys_gpu_may_be_another_than_the_first():
@@ -62,8 +64,8 @@ def test_two_models_on_one_gpu_have_half_of_it_each(student, server, share):
 
 
 @pytest.mark.parametrize(("gpus", "options", "said"), [
-    (0, {"device": "cuda"}, "there is no device cuda:0 here"),
-    (2, {"rollout": ("vllm:cuda:1,2",)}, "there is no device cuda:2 here"),
+    (0, {"device": "cuda"}, "no device cuda:0: this machine has 0 GPUs"),
+    (2, {"rollout": ("vllm:cuda:1,2",)}, "no device cuda:2: this machine has 2 GPUs"),
     (2, {"rollout": ("vllm:gpu",)}, "--rollout must be auto, embedded, vllm, vllm:DEVICE or URLs"),
     (2, {"rollout": ("http://far", "vllm")}, "--rollout must be auto, embedded, vllm, vllm:DEVICE or URLs"),
     (2, {"rollout": ()}, "--rollout must be auto, embedded, vllm, vllm:DEVICE or URLs"),
@@ -77,7 +79,7 @@ def test_a_layout_that_cannot_be_is_refused(gpus, options, said):
 def test_under_torchrun_each_rank_has_its_gpu_and_the_servers_gpus_are_named(monkeypatch):
     monkeypatch.setattr(layout_room.distributed, "size", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(UserError, match="under torchrun name GPUs .* --rollout vllm:cuda:6,7"):
+    with pytest.raises(UserError, match="under torchrun, name GPUs .* --rollout vllm:cuda:6,7"):
         choose_layout(LayoutConfig(rollout=("vllm",)), "dir", "k3", 8)
     chosen = choose_layout(LayoutConfig(rollout=("vllm:cuda:6,7",)), "dir", "k3", 8)
     assert chosen == Layout("cuda:1", "cuda:1", False, "cuda:1", "cuda:6,7")
@@ -100,13 +102,17 @@ def on_devices(config, monkeypatch, gpus: int, has_vllm: bool, card: float, host
     """{device: what is on it}, and {device: verdict}, from the table."""
     monkeypatch.setattr(layout_room, "find_spec", lambda name: "found" if has_vllm else None)
     cards = {f"cuda:{index}": card for index in range(gpus)} | {"cpu": host}
-    text = memory.layout_table(config, gpus, cards).partition("\n\n")[0]
+    text, _, notes = memory.layout_table(config, gpus, cards).partition("\n\n")
     header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     columns = {device.split(",")[0]: number for number, device in enumerate(header) if number}
     table = {row[0]: row for row in rows}
     names = [name for name in table if name in memory.ROWS]
     found = {device: {name for name in names if table[name][n]} for device, n in columns.items()}
-    return found, {device: table["fits"][n] for device, n in columns.items()}
+    remedy = r"(\S+) does not fit: try (.+?)(?= \S+ does not fit:| By formula)"
+    remedies = dict(re.findall(remedy, " ".join(notes.split())))
+    fits = {device: table["fits"][n] for device, n in columns.items()}
+    assert remedies.keys() == {device for device, said in fits.items() if said == "no"}
+    return found, {device: remedies.get(device, said) for device, said in fits.items()}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -161,17 +167,17 @@ def test_the_table_says_which_option_to_lower(monkeypatch):
         return list(on_devices(config, monkeypatch, gpus, has_vllm, card)[1].values())
 
     small = "--preset qwen3-0.6b-24gb "
-    assert said(small, 18e9) == ["no: a lower --cache-rows"]
-    assert said(small, 16e9) == ["no: --optimizer-device cpu"]
+    assert said(small, 18e9) == ["a lower --cache-rows"]
+    assert said(small, 16e9) == ["--optimizer-device cpu"]
     options = small + "--cache-rows 1 --tokens-per-batch 32768 --optimizer-device cpu "
-    assert said(options, 12e9)[0] == "no: a lower --tokens-per-batch"
+    assert said(options, 12e9)[0] == "a lower --tokens-per-batch"
     plain = said(options + "--no-gradient-checkpointing", 12e9)[0]
-    assert plain == "no: --gradient-checkpointing or a lower --tokens-per-batch"
-    assert said(small, 8e9) == ["no: more GPUs, or smaller models"]
-    assert said(small + "--dtype float32", 8e9) == ["no: --dtype bfloat16"]
-    assert "give vLLM more GPUs" in said("--preset qwen3-8b-2gpu", 24e9, 2, True)[1]
+    assert plain == "--gradient-checkpointing or a lower --tokens-per-batch"
+    assert said(small, 8e9) == ["more GPUs, or smaller models"]
+    assert said(small + "--dtype float32", 8e9) == ["--dtype bfloat16"]
+    assert "more GPUs for vLLM" in said("--preset qwen3-8b-2gpu", 24e9, 2, True)[1]
     monkeypatch.setenv("NANO_ATLAS_VLLM_ARGS", "--gpu-memory-utilization=0.04")
-    assert "give vLLM more GPUs" in said(small, 24e9, 2, True)[1]
+    assert "more GPUs for vLLM" in said(small, 24e9, 2, True)[1]
 
 
 def test_what_runs_at_the_same_time_is_there_at_the_same_time():
@@ -187,8 +193,9 @@ def test_show_layout_loads_no_weights_and_writes_nothing(monkeypatch, tmp_path, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_grpo, "train", None)
     train_grpo.main(["--show-layout", "--preset", "qwen3-8b-2gpu", "--device", "cpu"])
-    said = capsys.readouterr().out
-    assert "Layout(policy='cpu'" in said and "| policy | 16 |" in said and "not measured" in said
+    out, said = capsys.readouterr()
+    assert "policy on cpu" in said and "| policy           |      16 |" in out and "not measured" in out
+    assert max(map(len, out.splitlines())) <= 100
     with pytest.raises(UserError, match="no model at my/teacher, because it has no config.json"):
         train_grpo.main(["--show-layout", "--teacher", "my/teacher"])
     with pytest.raises(UserError, match="no model at runs/sft/model"):
@@ -207,31 +214,6 @@ def test_a_checkpoint_that_is_there_comes_before_the_table(monkeypatch, place, t
     assert memory.known_config("Qwen/Qwen3-8B") == policy
     nano = grpo_config()
     assert memory.start_of(nano) == presets("train_sft")["nano"].overrides["model"]  # SFT has not run yet
-
-
-@pytest.mark.parametrize(("cards", "line"), [
-    ((), ""), ((6,), ""), ((11.8,), "1 GPU of 12 GB: --preset smollm2 would fit"),
-    ((23.7,), "1 GPU of 24 GB: --preset qwen3-0.6b-24gb would fit"),
-    ((48,), "1 GPU of 48 GB: --preset qwen3-0.6b-24gb would fit"),
-    ((80,), "1 GPU of 80 GB: --preset qwen3-1.7b-80gb would fit"),
-    ((80, 80), "2 GPU of 80 GB: --preset qwen3-8b-2gpu would fit"),
-    ((24, 24), "2 GPU of 24 GB: --preset qwen3-0.6b-24gb would fit"),
-])  # fmt: skip
-def test_the_first_line_names_the_largest_preset_that_fits(cards, line):
-    assert suggestion(cards) == line
-
-
-def test_only_the_nano_story_gets_that_line(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(train_sft, "suggestion", lambda: "2 GPUs")
-    monkeypatch.setattr(train_grpo, "suggestion", lambda: "2 GPUs")
-    monkeypatch.setattr(train_grpo, "train", lambda config: None)
-    monkeypatch.setattr(train_sft, "train", lambda config, resumed: None)
-    data = str(tmp_path / "data.jsonl")
-    for preset, count in (("nano", 1), ("own", 0)):
-        train_grpo.main(["--preset", preset, "--problems", data])
-        assert capsys.readouterr().out.count("2 GPUs") == count
-        train_sft.main(["--preset", preset, "--data", data, "--out", str(tmp_path / preset)])
-        assert capsys.readouterr().out.count("2 GPUs") == count
 
 
 def test_the_nano_story_asks_for_no_device_and_no_server():

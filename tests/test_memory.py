@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks import memory
+from benchmarks.pretrain import initialize
 from nano_atlas.errors import UserError
 from nano_atlas.model import ModelConfig, PackedAttention, Transformer
 from nano_atlas.optim import MasterAdamW
@@ -29,7 +30,7 @@ def bytes_of(tensors) -> int:
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.model_type)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_gradients_and_optimizer_state_to_the_byte(shape, dtype):
-    model = Transformer(shape).initialize(0).to(dtype)
+    model = initialize(Transformer(shape), 0).to(dtype)
     optimizer = MasterAdamW(model)
     hidden = run(model, [5])
     (hidden @ model.head_weight.T).float().sum().backward()
@@ -68,7 +69,7 @@ def test_the_cache_to_the_byte(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("is_checkpointed", [False, True])
 def test_activations_to_five_percent_of_what_autograd_keeps(shape, dtype, is_checkpointed):
-    model = Transformer(shape).initialize(0).to(dtype)
+    model = initialize(Transformer(shape), 0).to(dtype)
     model.recompute_activations = is_checkpointed
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}  # by storage: views of one tensor count once

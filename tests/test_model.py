@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.pretrain import initialize
 from nano_atlas.checkpoint import config_from_dict, load_model
 from nano_atlas.errors import UserError
 from nano_atlas.gpu import compile_layers
@@ -148,7 +149,7 @@ def test_gradients_equal_transformers_and_survive_recomputation(tmp_path):
 def test_compiled_layers_are_the_plain_ones_and_compile_once_for_all(monkeypatch):
     """Same states and gradients; neither another layer nor another number of tokens compiles anything anew."""
     shape = ModelConfig("qwen3", 61, 32, 48, 4, 4, 2, 8, qk_norm=True)
-    plain, compiled = (Transformer(shape).initialize(0) for _ in range(2))
+    plain, compiled = (initialize(Transformer(shape), 0) for _ in range(2))
     assert not compile_layers(plain).is_compiled  # a small vocabulary, no GPU
     monkeypatch.setenv("NANO_ATLAS_COMPILE", "1")
     assert compile_layers(compiled).is_compiled

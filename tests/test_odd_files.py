@@ -39,7 +39,7 @@ def test_json_that_cannot_be_read_is_one_line_with_its_place(tmp_path, name, cap
     with pytest.raises(UserError, match=rf"a.jsonl:2: .*({said})"):
         load_problems(path)
     assert [p.id for p in load_problems(path, skip_bad=True)] == ["a:1", "a:3"]
-    assert "left out 1 malformed lines" in capsys.readouterr().out
+    assert "left out 1 malformed lines" in capsys.readouterr().err
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(UserError, match=rf"a.json is not valid JSON .*({said})"):
         read_json(tmp_path / "a.json")
@@ -65,7 +65,7 @@ def test_what_is_no_file_or_holds_nothing_good_is_said(tmp_path):
         load_problems(tmp_path / "d")
     with pytest.raises(UserError, match="d is not valid JSON .*Is a directory"):
         read_json(tmp_path / "d")
-    with pytest.raises(UserError, match="a.jsonl: no problem is left"):
+    with pytest.raises(UserError, match="a.jsonl: no problem to train on"):
         load_problems(write(tmp_path / "a.jsonl", {}, "["), skip_bad=True)
     assert read_json(tmp_path / "none") == {}
 
@@ -154,7 +154,7 @@ def test_control_tokens_in_plain_texts_are_text_and_said_once(tmp_path, capsys):
     lines = [plain, chat, spelled, plain, plain | {"completion": "b<|im_end|>"}]
     examples = load_examples([write(tmp_path / "a.jsonl", *lines)], TOKENIZER, 1000)
     assert TOKENIZER.eos_ids[0] not in examples[2].input_ids[:-1]
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "a.jsonl:3: 2 lines" in said and "lists of messages" in said and said.count("\n") == 1
 
 
@@ -213,7 +213,7 @@ def test_odd_metadata_of_traces_does_not_stop_reading_problems(tmp_path, capsys)
     lines = [text, trace("?") | {"session_metadata": ["x"]}, trace("y?", status={"is": "odd"}), trace(["z"])]
     path = write(tmp_path / "t.jsonl", *lines)
     assert load_problems(path, skip_bad=True) == [Problem("7", "6 times 7?", "42")]
-    assert "t.jsonl:2: the field 'session_metadata' must hold an object" in capsys.readouterr().out
+    assert "t.jsonl:2: the field 'session_metadata' must hold an object" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------- all of it

@@ -148,11 +148,11 @@ def test_a_state_of_another_model_is_refused_by_the_name_of_the_tensor(tmp_path)
     state = tmp_path / "step-00000001"
     wider = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3))
     deeper = nn.Sequential(*small_model(), nn.Linear(3, 3))
-    with pytest.raises(UserError, match=r"0.weight.\w+ \[5, 6\] is not of this model; .* --restart"):
+    with pytest.raises(UserError, match=r"0.weight.\w+ \[5, 6\] does not fit this model; .* --restart"):
         load_training_state(state, MasterAdamW(wider))
     with pytest.raises(UserError, match=r"missing 3.bias.master, 3.weight.master; .* --restart"):
         load_training_state(state, MasterAdamW(deeper))
-    with pytest.raises(UserError, match=r"2.* is not of this model; .* --restart"):
+    with pytest.raises(UserError, match=r"2.* does not fit this model; .* --restart"):
         load_training_state(state, MasterAdamW(small_model()[:1]))
     (state / "state-00000.safetensors").write_bytes(b"rubbish")
     with pytest.raises(UserError, match="damaged"):

@@ -89,7 +89,7 @@ def test_what_lies_in_a_runs_place_and_is_not_its_own_is_refused_at_the_start(tm
         shutil.rmtree(tmp_path / place)
     (tmp_path / place).parent.mkdir(exist_ok=True)
     (tmp_path / place).write_text("mine")
-    with pytest.raises(UserError, match="which no run wrote there; move it"):
+    with pytest.raises(UserError, match="which no run has written; move it"):
         open_run(config)
     assert (tmp_path / place).read_text() == "mine"
 
@@ -100,14 +100,14 @@ def test_a_directory_in_which_no_run_began_is_left_alone(tmp_path, name, restart
     a_run(tmp_path / "other", 1)
     (tmp_path / "mine").mkdir()
     (tmp_path / "other" / name).rename(tmp_path / "mine" / name)
-    with pytest.raises(UserError, match=f"{name} is of no run that began here"):
+    with pytest.raises(UserError, match=f"{name} is not of a run here"):
         open_run(RunConfig(tmp_path / "mine", restart=restart))
 
 
 @pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("place", ["model", "best", "state/step-00000001", "model/../model"])
 def test_a_run_does_not_read_what_it_writes(tmp_path, place, restart):
-    with pytest.raises(UserError, match=r"--teacher .* lies where this run writes"):
+    with pytest.raises(UserError, match=r"--teacher .* is where this run writes"):
         open_run(RunConfig(tmp_path, teacher=tmp_path / place, restart=restart))
 
 
@@ -123,9 +123,9 @@ def test_a_run_goes_on_from_the_state_before_a_damaged_one(tmp_path, spoil, caps
     config = a_run(tmp_path, 3, 6, 9)
     spoil(tmp_path / "state" / "step-00000009")
     assert open_run(config) == tmp_path / "state" / "step-00000006"
-    assert "step-00000009" in capsys.readouterr().out
+    assert "step-00000009" in capsys.readouterr().err
     spoil(tmp_path / "state" / "step-00000006")
-    with pytest.raises(UserError, match="no training state is whole; start over with --restart"):
+    with pytest.raises(UserError, match="every state is damaged; start over with --restart"):
         open_run(config)
 
 
@@ -162,7 +162,7 @@ def test_the_model_of_an_earlier_step_is_not_called_trained(tmp_path):
 def test_a_model_without_a_state_is_not_trained_over(tmp_path):
     config = a_run(tmp_path, 4)
     shutil.rmtree(tmp_path / "state")  # to save room, say
-    with pytest.raises(UserError, match="no state that could go on from it; .* --restart"):
+    with pytest.raises(UserError, match="no state to continue from; .* --restart"):
         open_run(config)
 
 
@@ -193,7 +193,7 @@ def test_a_second_run_in_the_same_directory_is_refused(tmp_path):
         stdout=subprocess.PIPE,
     )
     first.stdout.readline()
-    with pytest.raises(UserError, match="another process writes it; wait"):
+    with pytest.raises(UserError, match="another process is writing it; wait"):
         train_sft.main(["--out", str(tmp_path), "--device", "cpu"])
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     first.kill()
@@ -270,7 +270,7 @@ def test_the_runtime_leaves_files_of_others_alone(tmp_path, name):
             RuntimeConfig(out=tmp_path, student="a", teacher="b"), [], {"student": None}
         ),
     ):
-        with pytest.raises(UserError, match=f"{name} is of no run that began here"):
+        with pytest.raises(UserError, match=f"{name} is not of a run here"):
             action()
     assert [path.name for path in tmp_path.iterdir()] == [name] and (
         tmp_path / name
@@ -282,7 +282,7 @@ def test_the_runtime_leaves_files_of_others_alone(tmp_path, name):
 def test_an_evaluation_leaves_files_of_others_alone(tmp_path, name, restart):
     (tmp_path / name).write_text("mine")
     config = evaluation.Config(student=str(world.STUDENT), out=tmp_path, restart=restart)
-    with pytest.raises(UserError, match=f"{name} is of no run that began here"):
+    with pytest.raises(UserError, match=f"{name} is not of a run here"):
         arms.start_or_continue(config, {})
     assert (tmp_path / name).read_text() == "mine"
 

@@ -56,11 +56,11 @@ BODIES = {
     "number": (said(5), "returned int instead of a text"),
     "object": (said({"a": 1, "type": "text"}), "returned NoneType instead of a text"),
     "parts of numbers": (said([1]), "returned int instead of a text"),
-    "message null": ({"choices": [{"message": None}]}, "no message in its choice"),
-    "message a text": ({"choices": [{"message": "hi"}]}, "no message in its choice"),
-    "no message": ({"choices": [{}]}, "no message in its choice"),
-    "choice a text": ({"choices": ["hi"]}, "no message in its choice"),
-    "choice null": ({"choices": [None]}, "no message in its choice"),
+    "message null": ({"choices": [{"message": None}]}, "the reply has no message"),
+    "message a text": ({"choices": [{"message": "hi"}]}, "the reply has no message"),
+    "no message": ({"choices": [{}]}, "the reply has no message"),
+    "choice a text": ({"choices": ["hi"]}, "the reply has no message"),
+    "choice null": ({"choices": [None]}, "the reply has no message"),
     "choices an object": ({"choices": {"0": 1}}, "0 choices, not 1"),
     "two choices": ({"choices": [{}, {}]}, "2 choices, not 1"),
     "error": ({"error": {"message": "overloaded"}}, "overloaded"),
@@ -121,7 +121,7 @@ def test_an_evaluation_goes_on_with_any_endpoint(body, tmp_path, monkeypatch, ca
             evaluate(monkeypatch, tmp_path, url)
         assert end.value.code == 2 and not (tmp_path / "out/results.json").exists()
         *_, line = capsys.readouterr().err.splitlines()
-        assert line.startswith("error: none of the 3 answers could be had") and expected in line
+        assert line.startswith("error: all 3 answers failed; the first error: ") and expected in line
     else:
         results = evaluate(monkeypatch, tmp_path, url, 3, "--control", "two-votes")
         assert [result.attempt.text for result in results.values()] == [expected[0]] * 6
@@ -150,7 +150,7 @@ def test_a_task_that_is_refused_is_counted_apart_and_tried_again(tmp_path, monke
     teacher = ["--teacher", "grpo=http://t#m", "--full"]
     seat = Picky(monkeypatch, "Task 1?")
     results = evaluate(monkeypatch, tmp_path, "http://s", 6, *teacher)
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     assert "Infrastructure errors" in printed and "student 1, two-votes 1, grpo 1, shuffled 2" in printed
     assert "content filter" in printed and "infrastructure errors" not in str(results)
     assert {arm: sum(key[0] == arm for key in results) for arm, *_ in results}[STUDENT] == 5
@@ -177,7 +177,7 @@ def test_a_prompt_that_is_too_long_for_a_checkpoint_is_one_tasks_error(tmp_path,
             "--probe-tokens", "4", "--answer-tokens", "4", "--out", str(tmp_path / "out")]  # fmt: skip
     monkeypatch.setattr(sys, "argv", argv)
     evaluation.main()
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     assert (
         "student 1; the first: gsm8k" in printed and "max_position_embeddings = 1024: shorten the" in printed
     )

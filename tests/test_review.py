@@ -32,7 +32,7 @@ def decided(directory) -> dict:
 def test_the_latest_decision_counts_and_an_unclear_name_decides_nothing(directory):
     assert record_reviews(directory, ("abc", "x"), "quarantined", "odd") == ["abc1", "xyz3"]
     record_reviews(directory, ("abc1",), "approved", "")
-    for names, complaint in ((("ab",), "2 sessions begin like this"), (("xyz3", "no"), "no sessions begin")):
+    for names, complaint in ((("ab",), "2 sessions have an id"), (("xyz3", "no"), "no sessions have an id")):
         with pytest.raises(UserError, match=complaint):
             record_reviews(directory, names, "approved", "")
     assert decided(directory) == {"abc1": ("approved", ""), "xyz3": ("quarantined", "odd")}
@@ -50,7 +50,10 @@ def test_what_is_exported_and_shown_follows_the_decisions(directory):
     record_reviews(directory, ("abc1",), "quarantined", "a leak")
     record_reviews(directory, ("xyz3",), "approved", "checked by hand")
     assert list(show_sessions(directory, "pending")) == []
-    assert list(show_sessions(directory, "approved"))[1].endswith("Task xyz3?  checked by hand")
+    assert list(show_sessions(directory, "approved"))[1:] == [
+        "xyz3  reward +1.500  paired  Task xyz3?",
+        "  checked by hand",
+    ]
     assert export_traces(source, target, Config()) == (2, 3)
     (_, first), (outcome, trace) = read_traces(target)
     assert "review_notes" not in first and first["ground_truth"] == "\ufffd"
@@ -63,7 +66,7 @@ def test_an_export_that_would_be_empty_leaves_the_file_that_is_there(directory):
     source, target = directory / "traces.jsonl", directory / "export.jsonl"
     export_traces(source, target, Config())
     before = target.read_bytes()
-    with pytest.raises(UserError, match="none of its 3 traces is selected"):
+    with pytest.raises(UserError, match="select none of its 3 traces"):
         export_traces(source, target, Config(min_reward=9.0))
     assert target.read_bytes() == before
     with pytest.raises(UserError, match="the trace file itself"):

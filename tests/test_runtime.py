@@ -143,7 +143,7 @@ def test_new_weights_under_an_old_name_are_noticed(config, tmp_path, seat):
     run(config, TASKS[:4], Student(), Teacher())
     (place / "model.safetensors").write_bytes(b"two")
     if seat == "student":
-        with pytest.raises(UserError, match="other contents than now: weights of the student"):
+        with pytest.raises(UserError, match="other contents: weights of the student"):
             run(config, TASKS, Student(), Teacher())
     else:
         run(config, TASKS, Student(), Teacher())

@@ -48,7 +48,7 @@ def test_people_approve_and_quarantine_sessions_by_the_beginnings_of_their_ids(c
 
 def test_with_require_approval_nothing_is_exported_before_it(config):
     run(replace(config, require_approval=True), TASKS[:3], Student(), Teacher())
-    with pytest.raises(UserError, match="none of its 3 traces is selected"):
+    with pytest.raises(UserError, match="select none of its 3 traces"):
         export_traces(config.out / "traces.jsonl", config.out / "export.jsonl", config)
     assert export_traces(
         config.out / "traces.jsonl", config.out / "e.jsonl", replace(config, review_status=("pending",))
@@ -92,9 +92,9 @@ def test_run_continue_and_export_from_the_command_line(command, capsys):
 
 def test_an_export_that_selects_nothing_or_overwrites_its_source_is_refused(command):
     command()
-    with pytest.raises(UserError, match="none of its 23 traces is selected"):
+    with pytest.raises(UserError, match="select none of its 23 traces"):
         command("--export", "none.jsonl", "--min-reward", "99")
-    with pytest.raises(UserError, match="none of its 23 .*there are: 23 succeeded, 23 approved, 23 paired"):
+    with pytest.raises(UserError, match="select none of its 23 traces .23 succeeded, 23 approved, 23 paired"):
         command("--export", "none.jsonl", "--only", "piared")
     assert not Path("none.jsonl").exists()
     with pytest.raises(UserError, match="is the trace file itself"):
@@ -123,7 +123,7 @@ def test_skip_bad_leaves_out_malformed_lines_and_shows_them(command, capsys):
     with Path("tasks.jsonl").open("a") as file:
         file.write('{broken\n{"answer": "1"}\n{"id": "t3", "question": "again"}\n{"question": "fine"}\n')
     command("--skip-bad")
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "left out 3 malformed lines" in said and "tasks.jsonl:26: " in said and "'t3'" in said
     assert len(traces_at("out/traces.jsonl")) == 24
 
@@ -131,22 +131,22 @@ def test_skip_bad_leaves_out_malformed_lines_and_shows_them(command, capsys):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--export", "x.jsonl", "--since", "yesterday"], "--since yesterday: "),
-        (["--export", "x.jsonl", "--approve", "abc"], "--export and --approve are different things"),
-        (["--export", "x.jsonl", "--restart"], "--restart and --export are different things"),
-        (["--min-reward", "0.5"], "the options that select traces are for --export and --rounds; add one"),
+        (["--export", "x.jsonl", "--since", "yesterday"], "--since yesterday must be"),
+        (["--export", "x.jsonl", "--approve", "abc"], "--export and --approve cannot be combined"),
+        (["--export", "x.jsonl", "--restart"], "--restart and --export cannot be combined"),
+        (["--min-reward", "0.5"], "options that select traces need --export or --rounds; add one"),
         (["--large-judge", "http://localhost:1"], "needs --judge"),
         (["--strategies"], "--strategies needs at least one"),
         (["--audit", "2"], "--audit must be at most 1"),
         (["--batch", "0"], "--batch must be above 0"),
-        (["--rounds", "99", "--held-out", "tasks.jsonl"], "each of --rounds needs tasks"),
-        (["--rounds", "2"], "--rounds with tasks of yours needs --held-out"),
+        (["--rounds", "99", "--held-out", "tasks.jsonl"], "each round needs tasks with a known answer"),
+        (["--rounds", "2"], "--rounds with --tasks needs --held-out"),
         (["--rounds", "2", "--held-out", "x", "--require-approval"], "add --review-status pending"),
         (["--serve", "70000"], "--serve 70000: the port must be a number from 0"),
         (["--serve", "0.0.0.0:0"], "NANO_ATLAS_API_KEY"),
-        (["--batchsize", "3"], "did you mean --batch"),
-        (["--only-lane", "coach"], "did you mean --only"),
-        (["--review", "pending"], "did you mean --review-status"),
+        (["--batchsize", "3"], "unrecognized arguments: --batchsize 3"),
+        (["--only-lane", "coach"], "unrecognized arguments: --only-lane coach"),
+        (["--review", "pending"], "unrecognized arguments: --review pending"),
         (["--preset", "own", "--student", "none"], "--preset own needs --student"),
     ],
 )
@@ -197,8 +197,8 @@ def test_a_missing_nano_teacher_names_the_commands_that_make_it(tmp_path, monkey
     ("name", "content", "options", "complaint"),
     [
         ("run.json", "[]", [], "run.json should hold a JSON object"),
-        ("run.json", '{"config": 5}', [], "run.json does not hold the options of a run"),
-        ("run.json", '{"x": 5}', [], "run.json does not hold the options of a run"),
+        ("run.json", '{"config": 5}', [], "run.json does not hold a run's options"),
+        ("run.json", '{"x": 5}', [], "run.json does not hold a run's options"),
         ("reviews.jsonl", "x\n", ["--show", "approved"], "reviews.jsonl:1: not JSON"),
         ("traces.jsonl", '{"x": 1}\n', ["--show", "approved"], "traces.jsonl:1: not a session trace"),
         (None, "", ["--show", "approved"], "traces.jsonl: no such file"),

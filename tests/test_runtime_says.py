@@ -53,13 +53,15 @@ def main(monkeypatch, capsys, *argv) -> str:
 def test_failures_are_counted_by_reason_and_listed(config):
     outcomes = run(config, TASKS, Broken(lambda number: number < 8), Teacher())
     said = summary(outcomes, config.out)
-    assert f"8 FAILED (the same command tries them again; --out {config.out} --show failed)" in said
+    assert (
+        f"8 FAILED (the same command tries them again)\n  to list them       --out {config.out} --show failed\n"
+        in said
+    )
     assert "failed                   6   student: RuntimeError: no key\n" in said
     assert "failed                   2   student: RuntimeError: quota\n" in said
     listed = list(show_sessions(config.out, "failed"))
-    assert len(listed) == 8 and listed[1].endswith(
-        "unscored  paired  Task 1 is hard.  student: RuntimeError: no key"
-    )
+    assert len(listed) == 16 and listed[2].endswith("unscored  paired  Task 1 is hard.")
+    assert listed[3] == "  student: RuntimeError: no key"
     run(config, TASKS, Student(), Teacher())
     assert list(show_sessions(config.out, "failed")) == []  # what succeeded since is not among them
     assert len(list(show_sessions(config.out, "approved"))) == 23
@@ -97,16 +99,16 @@ def test_a_run_of_which_every_session_failed_ends_with_status_1(healthy, code, t
 def test_what_one_might_not_expect_is_said_at_the_start(config, changes, unanswered, said, capsys):
     tasks = [replace(task, answer=None) for task in TASKS[:unanswered]] + TASKS[unanswered:]
     runtime_loop.forecast(replace(config, **changes), tasks)
-    text = capsys.readouterr().out
+    text = capsys.readouterr().err
     assert said in text and bool(text) == bool(said)
 
 
 def test_a_service_without_a_judge_says_so(capsys):
     config = Config(student="s", teacher="t", serve="0")
     runtime_loop.forecast(replace(config, judge="j"), None)
-    assert not capsys.readouterr().out
+    assert not capsys.readouterr().err
     runtime_loop.forecast(config, None)
-    assert "nobody can score the answers" in capsys.readouterr().out
+    assert "nobody can score the answers" in capsys.readouterr().err
 
 
 def test_unscored_sessions_are_counted_in_the_summary(config):
@@ -117,7 +119,7 @@ def test_unscored_sessions_are_counted_in_the_summary(config):
 
 def test_the_hint_to_review_names_the_directory(config):
     outcomes = run(replace(config, require_approval=True), TASKS[:2], Student(), Teacher())
-    assert f"(--out {config.out} --show pending, then" in summary(outcomes, config.out)
+    assert f"  to list them       --out {config.out} --show pending\n" in summary(outcomes, config.out)
 
 
 @pytest.mark.parametrize("preset", ["nano", "qwen3-0.6b-24gb"])
@@ -185,7 +187,7 @@ def test_an_export_that_cannot_train_says_why(tmp_path, monkeypatch, capsys):
     run(config, [replace(task, answer=None) for task in TASKS[:2]], Student(), Teacher())
     said = main(monkeypatch, capsys, "--export", "x.jsonl", "--out", "o")
     assert (
-        "2 of 2 traces, not for training: x.jsonl: no problem is left; traces left out: 2 no ground truth"
+        "2 of 2 traces, not for training: x.jsonl: no problem to train on; traces left out: 2 no ground truth"
         in said
     )
     assert "no session is pending" in main(monkeypatch, capsys, "--show", "pending", "--out", "o")
@@ -194,7 +196,7 @@ def test_an_export_that_cannot_train_says_why(tmp_path, monkeypatch, capsys):
 def test_what_was_exported_on_purpose_trains_and_what_was_not_says_why(config):
     run(replace(config, require_approval=True), TASKS[:4], Student(), Teacher())
     source, target = config.out / "traces.jsonl", config.out / "export.jsonl"
-    with pytest.raises(UserError, match="none of its 4 traces is selected.* 4 pending, 4 paired, 4 math"):
+    with pytest.raises(UserError, match="select none of its 4 traces .* 4 pending, 4 paired, 4 math"):
         export_traces(source, target, config)
     with pytest.raises(
         UserError, match="4 review pending: --export it, after --approve or with --review-status"
@@ -238,7 +240,7 @@ def test_a_round_begins_with_what_those_before_it_have_taught_also_when_it_is_re
         ({"teacher": "mine:teach"}, True, "--teacher mine:teach: .* checkpoint directory$"),
         ({"student": "mine:run"}, True, "--student mine:run: .* directory or URL"),
         ({"student": "post+http://h/x"}, True, "--student post"),
-        ({}, False, "tasks with a known answer: more"),
+        ({}, False, "each round needs tasks with a known answer"),
         ({"out": "foreign"}, True, "foreign/deploy.yaml: not a deployment file"),
         (
             {"train_options": "--stepz 1"},

@@ -5,7 +5,6 @@ import re
 import socket
 import threading
 import time
-from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -159,7 +158,7 @@ def test_a_url_that_is_none_is_refused(url, monkeypatch):
 @pytest.mark.parametrize("listed", [[], [{}], "x", [{"id": 5}], [5, None], None, {"id": "x"}])
 def test_a_server_that_lists_no_model_is_answered_with_how_to_name_one(server, listed):
     server.script = [(200, {"data": listed})]
-    with pytest.raises(UserError, match="lists no model; name one after the address: URL#MODEL"):
+    with pytest.raises(UserError, match="lists no model; name one: URL#MODEL"):
         EndpointSeat(server.url)
 
 
@@ -190,16 +189,15 @@ def test_a_key_that_is_cut_off_within_a_message_is_not_shown_in_part(server):
 @pytest.mark.parametrize("key", ["schlüssel", "sk 1", "a\nb"])
 def test_a_key_that_cannot_be_sent_is_refused(key, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(UserError, match="OPENAI_API_KEY holds"):
+    with pytest.raises(UserError, match="OPENAI_API_KEY has characters"):
         EndpointSeat("http://localhost:9", "m")
 
 
 @pytest.mark.parametrize("told, waits", [
-    ("30", [30.0]), ("0.5", [1.0]), ("99999", [120.0]), ("1e999", [120.0]), ("0", [1.0]), ("soon", [1.0]), ("-5", [1.0]), ("", [1.0]),
-    ("in 30 s", [pytest.approx(28, abs=2.5)]), ("Wed, 21 Oct 2015 07:28:00 GMT", [1.0]),
+    ("30", [30.0]), ("0.5", [1.0]), ("99999", [120.0]), ("0", [1.0]), ("soon", [1.0]), ("-5", [1.0]), ("", [1.0]),
+    ("Wed, 21 Oct 2015 07:28:00 GMT", [1.0]),
 ])  # fmt: skip
 def test_a_server_is_waited_for_as_long_as_it_says(server, told, waits):
-    told = formatdate(time.time() + 30, usegmt=True) if told == "in 30 s" else told
     server.script = [(429, "slow down", {"Retry-After": told})]
     assert say(EndpointSeat(server.url, "m"))[0][0].text == "Hello 5" and server.pauses == waits
 

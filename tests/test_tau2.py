@@ -85,8 +85,8 @@ def test_restart_leaves_nothing_of_the_earlier_run(tmp_path):
 @pytest.mark.parametrize("changes, message", [
     ({"user": None}, "--student and --user must be URLs"),
     ({"student": None}, "or --user solo"),
-    ({"student": "runs/student"}, "served as"),
-    ({"user": "runs/user"}, "served as"),
+    ({"student": "runs/student"}, "must be URLs of servers"),
+    ({"user": "runs/user"}, "must be URLs of servers"),
 ])  # fmt: skip
 def test_student_and_user_are_urls(changes, message):
     with pytest.raises(UserError, match=message):

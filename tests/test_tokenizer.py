@@ -289,7 +289,7 @@ def test_template_sources(tmp_path):
     write(tmp_path, tokenizer_config={"eos_token": "<|im_end|>"})
     assert Tokenizer.from_directory(tmp_path).chat_template == CHATML
     write(tmp_path, tokenizer_config={"eos_token": "<|im_end|>", "chat_template": entries[:1]})
-    with pytest.raises(UserError, match="none named 'default'"):
+    with pytest.raises(UserError, match="or a list with one named 'default'"):
         Tokenizer.from_directory(tmp_path)
 
 

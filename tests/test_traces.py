@@ -1,4 +1,4 @@
-"""Session traces: their keys, what they keep, how a torn file is mended, and how they become training problems."""
+"""Session traces: their keys, what they keep, how a torn file is repaired, and how they become training problems."""
 
 import json
 from pathlib import Path
@@ -223,7 +223,7 @@ def test_a_time_that_is_none_is_refused():
     Config(export=Path("x"), since="2026-01-01..2026-01-02T10:00").check()
     wrong = ("2026-01-01..tomorrow", "2026-02-30", "a..b..c", "2026-01-02..2026-01-01")
     for since in (*wrong, "2026-01-01..2026-01-02..2026-01-03"):
-        with pytest.raises(UserError, match=f"--since {since}: should be START or START..END"):
+        with pytest.raises(UserError, match=f"--since {since} must be START or START..END"):
             Config(export=Path("x"), since=since).check()
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import train_sft
+from benchmarks.pretrain import initialize
 from nano_atlas import optim, world
 from nano_atlas.checkpoint import save_model
 from nano_atlas.data import Example, collate
@@ -42,7 +43,7 @@ def checkpoint(tmp_path: Path) -> Path:
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     save_model(
-        tmp_path / "init", Transformer(SHAPE).initialize(0), Tokenizer(backend, eos_token="<|im_end|>")
+        tmp_path / "init", initialize(Transformer(SHAPE), 0), Tokenizer(backend, eos_token="<|im_end|>")
     )
     return tmp_path / "init"
 
@@ -79,7 +80,7 @@ def packed_gradients(
     examples: list[Example], groups: list[list[int]]
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of one optimizer step whose documents are split into micro-batches as `groups` says."""
-    model = Transformer(SHAPE).initialize(0)
+    model = initialize(Transformer(SHAPE), 0)
     target_tokens = sum(sum(example.is_target[1:]) for example in examples)
     loss = 0.0
     for group in groups:
@@ -92,7 +93,7 @@ def packed_gradients(
 def test_packed_documents_give_loss_and_gradients_of_each_document_alone():
     """Oracle: cross-entropy over the plain logits of one document at a time, in float64."""
     examples = random_examples(9)
-    model = Transformer(SHAPE).initialize(0).double()
+    model = initialize(Transformer(SHAPE), 0).double()
     losses = []
     for example in examples:
         ids = torch.tensor(example.input_ids)
@@ -187,15 +188,15 @@ def test_a_finished_run_is_not_repeated_and_other_options_or_data_are_refused(
 def test_over_long_examples_are_reported(checkpoint, sums, tmp_path, capsys):
     sums.write_text(sums.read_text() + json.dumps({"prompt": "x" * 99, "completion": "y"}) + "\n")
     run(checkpoint, sums, tmp_path / "out", "--steps", "1", "--max-length", "50")
-    assert f"left out: 1 examples of {sums}: longer than 50 tokens" in capsys.readouterr().out
+    assert f"left out: 1 examples of {sums}: longer than 50 tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("options", "said"), [
     (["--model", "Qwen/Qwen3-none"], "hf download Qwen/Qwen3-none --local-dir Qwen/Qwen3-none"),
     (["--data", "none.jsonl"], "none.jsonl: no such file"),
-    (["--preset", "own", "--data"], "--data names no file"),
-    (["--device", "cuda:7"], "there is no device cuda:7 here"),
-    (["--optimizer-device", "cuda:7"], "there is no device cuda:7 here"),
+    (["--preset", "own", "--data"], "--preset own needs --data FILE"),
+    (["--device", "cuda:7"], "no device cuda:7"),
+    (["--optimizer-device", "cuda:7"], "no device cuda:7"),
     (["--held-out", "1"], "--held-out must be below 1"),
     (["--lr", "0"], "--lr must be above 0"),
 ])  # fmt: skip

@@ -15,6 +15,7 @@ import torch
 from conftest import byte_tokenizer
 from safetensors.torch import load_file
 
+from benchmarks.pretrain import initialize
 from nano_atlas.checkpoint import with_tied_head
 from nano_atlas.errors import UserError
 from nano_atlas.layout import Layout
@@ -31,8 +32,8 @@ SUPERVISOR = Path(server_room.__file__).with_name("supervisor.py")
 
 def random_model(seed: int, width: int = 48) -> Transformer:
     vocabulary = byte_tokenizer().vocab_size
-    model = Transformer(ModelConfig("qwen3", vocabulary, width, 64, 2, 4, 2, 32, max_position_embeddings=512, qk_norm=True,
-                                    tie_word_embeddings=True)).initialize(seed)  # fmt: skip
+    model = initialize(Transformer(ModelConfig("qwen3", vocabulary, width, 64, 2, 4, 2, 32, max_position_embeddings=512, qk_norm=True,
+                                    tie_word_embeddings=True)), seed)  # fmt: skip
     with torch.no_grad():
         for parameter in model.parameters():
             parameter *= 10 if parameter.ndim == 2 else 1  # away from uniform distributions

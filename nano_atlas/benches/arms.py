@@ -19,6 +19,7 @@ from nano_atlas.episode import Attempt, EpisodeConfig
 from nano_atlas.errors import UserError
 from nano_atlas.runs import Journal, checkpoint_digest, keep_to, read_jsonl, refuse_foreign
 from nano_atlas.seats import Fault, Reply, Seat, is_url, open_seat
+from nano_atlas.terminal import Bar
 from nano_atlas.text import masked
 
 STUDENT = "student"  # the arm that all others are compared with
@@ -35,29 +36,29 @@ class ArmsConfig:
     """The seats of an evaluation, where its results go, and how the seats are sampled."""
 
     student: str | None = option(None, "checkpoint directory, or URL or URL#MODEL of a server")
-    teacher: tuple[str, ...] = option((), "NAME=DIRECTORY or NAME=URL; the last is compared with the others")
-    out: Path = option(Path("runs/eval"), "directory of the results", resumable=True)
+    teacher: tuple[str, ...] = option((), "NAME=DIRECTORY or NAME=URL; the last one is tested")
+    out: Path = option(Path("runs/eval"), "output directory", resumable=True)
     control: tuple[str, ...] = option(CONTROLS, "control arms", (*CONTROLS, "none"))
     limit: int | None = option(None, "tasks per domain; of a file the first ones (none: all)", at_least=1)
-    seed: int = option(0, "of task choice, sampling, shuffling and bootstrap")
+    seed: int = option(0, "random seed: tasks, sampling, shuffling, bootstrap")
 
     temperature: float = option(0.0, "of student and teachers (0: greedy)", group="sampling", at_least=0)
-    top_p: float = option(1.0, "nucleus mass of student and teachers", above=0, at_most=1)
-    probe_tokens: int = option(500, "longest student approach (tokens; 0: no probe)", at_least=0)
-    teaching_tokens: int = option(4096, "longest teacher completion, thinking included (tokens)", at_least=1)
-    answer_tokens: int = option(4096, "longest student answer or message (tokens)", at_least=1)
+    top_p: float = option(1.0, "nucleus sampling of student and teachers", above=0, at_most=1)
+    probe_tokens: int = option(500, "longest first approach (tokens; 0: none)", at_least=0)
+    teaching_tokens: int = option(4096, "longest reply of the teacher, with thinking (tokens)", at_least=1)
+    answer_tokens: int = option(4096, "longest answer of the student (tokens)", at_least=1)
 
     answer_format: str = "solution"  # an option where answers are read from texts (eval.Config)
 
-    device: str = option("cpu", "where checkpoints run, such as cpu or cuda", group="run")
-    dtype: str = option("float32", "of checkpoints", ("float32", "bfloat16"))
-    tables: bool = option(False, "only print the tables of --out, also of an unfinished run", resumable=True)
-    restart: bool = option(False, "start over; discards what --out holds", resumable=True)
+    device: str = option("cpu", "device of the checkpoints, such as cpu or cuda", group="run")
+    dtype: str = option("float32", "precision of the checkpoints", ("float32", "bfloat16"))
+    tables: bool = option(False, "only print the tables of --out", resumable=True)
+    restart: bool = option(False, "delete the results in --out, and start over", resumable=True)
 
     def check(self) -> None:
         if {STUDENT, *CONTROLS} & set(self.teachers) or len(self.teachers) < len(self.teacher):
-            what = f"--teacher {' '.join(self.teacher)}: each needs a name of its own, NAME=PATH"
-            raise UserError(f"{what}, other than {STUDENT} and those of the controls")
+            what = f"--teacher {' '.join(self.teacher)}: give each a different name, NAME=PATH"
+            raise UserError(f"{what}, and none that of an arm: {', '.join((STUDENT, *CONTROLS))}")
 
     @property
     def teachers(self) -> dict[str, str]:
@@ -156,26 +157,28 @@ class TaskLog(Journal):
         keys = ((arm, problem.domain, problem.id, sample) for sample in count())
         found = [self.results[key] for key in takewhile(self.results.__contains__, keys)]
         if len(found) < needed:
-            raise Fault(f"{problem.id} has no answer of {arm} yet")
+            raise Fault(f"{problem.id}: no answer of {arm} yet")
         return found
 
 
 def fill(log: TaskLog, config: ArmsConfig, problems: Sequence[Problem], answer: Callable) -> None:
     """Append what the log lacks: lists of results that answer(jobs, seats) yields. Teachers are opened one at a time, if needed."""
     seats: Seats = {}
+    missing = {(arm, p): config.samples - len(log.get(arm, p)) for p in problems for arm in config.arms}
     teachers = [[name] for name in config.teachers]
-    for stage in [STUDENT, TWO_VOTES], *teachers, [SHUFFLED, UNTRAINED, SAME_BUDGET]:
-        seats.pop("teacher", None)  # lets it go before the next is opened
-        jobs = [(arm, problem) for problem in problems for arm in config.arms if arm in stage]
-        if jobs := [job for job in jobs if len(log.get(*job)) < config.samples]:
-            seats[STUDENT] = seats.get(STUDENT) or config.open(config.student)
-            teacher = config.teachers.get(stage[0])
-            seats["teacher"] = config.open(teacher) if teacher else seats[STUDENT]
-            for results in answer(jobs, seats):
-                log.append(results)
-            if log.faults and not log.results:
-                faults = sum(log.faults.values(), [])
-                raise UserError(f"none of the {len(faults)} answers could be had, the first: {faults[0]}")
+    with Bar(desc="evaluation", total=sum(missing.values()), unit="answer") as progress:
+        for stage in [STUDENT, TWO_VOTES], *teachers, [SHUFFLED, UNTRAINED, SAME_BUDGET]:
+            seats.pop("teacher", None)  # lets it go before the next is opened
+            if jobs := [job for job, count in missing.items() if job[0] in stage and count]:
+                seats[STUDENT] = seats.get(STUDENT) or config.open(config.student)
+                teacher = config.teachers.get(stage[0])
+                seats["teacher"] = config.open(teacher) if teacher else seats[STUDENT]
+                for results in answer(jobs, seats):
+                    log.append(results)
+                    progress.step(len(results))
+                if log.faults and not log.results:
+                    first, *more = sum(log.faults.values(), [])
+                    raise UserError(f"all {len(more) + 1} answers failed; the first error: {first}")
 
 
 def start_or_continue(config: ArmsConfig, contents: dict[str, str]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from nano_atlas.answers import visible
 from nano_atlas.benches.arms import STUDENT
 from nano_atlas.data import Problem
-from nano_atlas.errors import UserError
+from nano_atlas.errors import UserError, say
 from nano_atlas.runs import read_jsonl
 from nano_atlas.schedule import Call, Script, ask, caught, play
 from nano_atlas.seats import Answers, Fault, Question, Reply, Seat, in_groups
@@ -41,7 +41,7 @@ def load_tasks(path: Path, limit: int | None) -> dict[str, list[Problem]]:
     for number, record in read_jsonl(path):
         types = [type(record.get(name)) for name in ("task", "query", "answer")]
         if types != [str, str, list] or not record.keys() >= set(FIELDS):
-            raise UserError(f"{path}:{number}: needs {', '.join(FIELDS)} (a list)")
+            raise UserError(f"{path}:{number}: needs the fields {', '.join(FIELDS)} (a list)")
         if record["reward_metric"] != "exact_match":
             left_out += 1
             continue
@@ -50,11 +50,11 @@ def load_tasks(path: Path, limit: int | None) -> dict[str, list[Problem]]:
         question, gold = "\n\n".join(filter(None, given)), ", ".join(map(str, record["answer"]))
         name, kind = f"{record['task']}:{record['idx']}", record["task"]
         if (first := lines.setdefault(name, number)) != number:
-            raise UserError(f"{path}:{number}: task and idx {name} as in line {first}; drop one of them")
+            raise UserError(f"{path}:{number}: line {first} has task and idx {name}, too; remove one")
         kinds.setdefault(kind, []).append(Problem(name, question, gold, kind))
     if not kinds:
         raise UserError(f"{path}: no task with reward_metric exact_match")
-    print(f"{path}: {left_out} tasks left out, which are scored by fuzzy matching or by a language model")
+    say(f"{path}: left out {left_out} tasks that are scored by fuzzy matching or by a language model")
     return {kind: problems[:limit] for kind, problems in kinds.items()}
 
 
@@ -95,7 +95,7 @@ class QueryingSeat:
 def salesforce() -> Query:
     """Queries in the user's own organisation. Raises UserError naming what is missing."""
     if missing := [name for name in ACCOUNT.values() if not os.environ.get(name)]:
-        raise UserError(f"--bench crmarena queries CRMArena-Pro's Salesforce: set {', '.join(missing)}")
+        raise UserError(f"--bench crmarena needs a Salesforce account; set {', '.join(missing)}")
     try:
         from simple_salesforce import Salesforce, exceptions
     except ImportError:
@@ -104,7 +104,7 @@ def salesforce() -> Query:
     try:
         organisation = Salesforce(**{name: os.environ[variable] for name, variable in ACCOUNT.items()})
     except (exceptions.SalesforceError, OSError) as error:  # of requests, all errors are OSErrors
-        raise UserError(masked(f"no login ({type(error).__name__}: {error}); {remedy}")) from None
+        raise UserError(masked(f"no Salesforce login ({type(error).__name__}: {error}); {remedy}")) from None
 
     def query(text: str) -> str:
         is_sosl = text.upper().startswith("FIND")

@@ -21,11 +21,11 @@ from statistics import mean
 import tau2.agent.llm_agent
 import tau2.user.user_simulator as user_simulator
 from tau2.data_model.message import AssistantMessage, ToolCall
-from tau2.data_model.simulation import Results, RewardInfo, SimulationRun, TerminationReason, TextRunConfig
+from tau2.data_model.simulation import RewardInfo, SimulationRun, TerminationReason
 from tau2.data_model.tasks import InitialState, RewardType, Task
 from tau2.evaluator.evaluator import EvaluationType, evaluate_simulation
 from tau2.orchestrator.orchestrator import Orchestrator
-from tau2.runner import build_agent, build_environment, build_user, get_info, get_tasks, run_simulation
+from tau2.runner import build_agent, build_environment, build_user, get_tasks, run_simulation
 from tau2.utils import DATA_DIR
 from tau2.utils.llm_utils import to_litellm_messages, validate_message_history
 
@@ -36,7 +36,7 @@ from nano_atlas.errors import UserError
 from nano_atlas.runs import digest, files_digest
 from nano_atlas.schedule import Call, ask, play
 from nano_atlas.seats import Generation, Reply, Seat
-from nano_atlas.text import masked, parse_json
+from nano_atlas.text import parse_json
 
 LOCK = threading.Lock()
 
@@ -99,10 +99,7 @@ def only_ticket(task: Task) -> Task:
 
 
 def simulate(config, task: Task, seed: int, student, user, teacher=None, told=()) -> tuple[dict, list[Reply]]:
-    """One scored dialogue: a SimulationRun as JSON values, and what student and teacher said before it (`told`, if it is given).
-
-    student, user: EndpointSeats; the user is greedy. In solo mode there is none, and the student has the user's tools too.
-    """
+    """One scored dialogue, a SimulationRun as JSON values, and what student and teacher said before it. In solo mode without a user."""
     told = list(told)
 
     def guided(messages, tools, seed) -> str:
@@ -144,12 +141,12 @@ def load_tasks(config) -> list[Task]:
     try:
         tasks = get_tasks(config.domain, config.split)
     except (LookupError, OSError, ValueError) as error:
-        raise UserError(f"{where}: {error}; TAU2_DATA_DIR must name the data of tau2-bench") from None
+        raise UserError(f"{where}: {error}; set TAU2_DATA_DIR to the data directory of tau2-bench") from None
     tasks = [task for task in tasks if (config.tasks or "") in task.id][: config.limit]
     if not tasks or config.is_solo and any(task.ticket is None for task in tasks):
-        raise UserError(f"{where}: no such task, or not each has the ticket that --user solo needs")
+        raise UserError(f"{where}: no task found, or one without the ticket that --user solo needs")
     if any(RewardType.NL_ASSERTION in (task.evaluation_criteria.reward_basis or ()) for task in tasks):
-        raise UserError(f"{where}: tau2 would ask gpt-4.1 for scores; choose tasks of telecom, say")
+        raise UserError(f"{where}: tau2 would score them with gpt-4.1; choose other tasks, such as telecom's")
     return tasks
 
 
@@ -175,14 +172,3 @@ def floors(config, tasks: Sequence[Task]) -> dict[str, str]:
         score = mean(evaluate_simulation(simulation, task, *how).reward for task in tasks)
         found[f"floor: {name}"] = f"{100 * score:.2f} %"
     return found
-
-
-def official(config, tasks: Sequence[Task], arm: str, simulations: Sequence[dict]) -> str:
-    """An arm in tau2's own format. Its metrics leave out infrastructure errors; without any, the means are equal."""
-    run = {"domain": config.domain, "num_trials": config.samples, "max_steps": config.max_steps}
-    student, user = masked(config.student), masked(config.user)
-    run |= {"llm_agent": f"{student} ({arm})", "llm_args_agent": {"temperature": config.temperature}}
-    run |= {"llm_user": user, "llm_args_user": {"temperature": 0.0}, "seed": config.seed}
-    run |= {"agent": "llm_agent_solo", "user": "dummy_user"} if config.is_solo else {}
-    info = get_info(TextRunConfig(**run))
-    return Results(info=info, tasks=tasks, simulations=simulations).model_dump_json(indent=1)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from math import sqrt
 from statistics import fmean, stdev
+from textwrap import wrap
 
 from nano_atlas import stats
 from nano_atlas.benches import arms
@@ -11,6 +12,7 @@ from nano_atlas.errors import UserError
 from nano_atlas.runs import read_json, replace_text, write_json
 
 Tasks = dict[str, list[TaskResult]]  # the samples of each task, by its id
+WIDTH = 100  # columns of a terminal, for what is printed without --full
 Report = dict[str, list[dict]]  # "scores" of each arm, "differences" of the last teacher to each earlier one
 NOTE = """\
 Rates in %, differences in percentage points with their 95 % interval (paired bootstrap over tasks). *Not worse*: tasks on which the
@@ -107,9 +109,7 @@ def compare(tasks: Tasks, others: Tasks, seed: int = 0) -> dict | None:
     return row | {"non_degradation_correct": 1 - degraded / could_degrade if could_degrade else None}
 
 
-def finish(
-    config: ArmsConfig, own: Callable | None = None, faults: dict[str, list[str]] | None = None
-) -> None:
+def finish(config: ArmsConfig, own: Callable | None = None, faults: dict[str, list[str]] | None = None):
     """Print and, without --tables, write the tables of config.out. own(options of the run, its results): Markdown of a benchmark."""
     saved = read_json(config.out / "run.json")
     results = list(arms.read_results(config.out / "tasks.jsonl").values())
@@ -120,7 +120,8 @@ def finish(
     if faults:
         counts = ", ".join(f"{arm} {len(why)}" for arm, why in faults.items())
         what = f"Infrastructure errors (tasks without a result; the same command tries them again): {counts}"
-        added = f"\n{what}; the first: {next(iter(faults.values()))[0]}\n{added}"
+        lines = wrap(f"{what}; the first: {next(iter(faults.values()))[0]}", WIDTH, break_on_hyphens=False)
+        added = "\n".join(["", *lines, added])
     text = tables(report) + added
     if not config.tables:
         write_json(config.out / "results.json", {"run": saved, **report, "errors": faults})
@@ -167,19 +168,26 @@ def summary(report: Report, config: ArmsConfig) -> str:
     gains = {(gain["domain"], gain["other"], gain["arm"]): points(gain) for gain in compared if gain}
     pair = [STUDENT, *config.teachers][-2:]
     shown = [arm for arm in (STUDENT, *config.teachers, SHUFFLED) if arm in {arm for _, arm in found}]
-    rows = [["tasks", *shown, " − ".join(reversed(pair))]]
+    gap = " − ".join(reversed(pair))
+    rows, unread = [["tasks", *shown, gap if len(gap) < 25 else "difference"]], [["unread", *shown]]
     for domain in dict.fromkeys(domain for domain, _ in found):
-        here = [found.get((domain, arm)) or {"accuracy": None, "completion": 1} for arm in shown]
-        unread = [f" ({percent(1 - row['completion'])} unread)" * (row["completion"] < 1) for row in here]
-        accuracies = [percent(row["accuracy"]) + missing for row, missing in zip(here, unread)]
+        here = [found.get((domain, arm)) for arm in shown]
         gain = f"**{gains[domain, *pair]}**" if (domain, *pair) in gains else ""
         count = max(row["tasks"] for (of, _), row in found.items() if of == domain)
-        rows.append([f"{domain} ({count})", *accuracies, gain])
-    notes = ["Accuracy in %, difference in points with its 95 % interval over tasks."]
+        rows.append([f"{domain} ({count})", *(percent(row and row["accuracy"]) for row in here), gain])
+        unread.append([domain, *(percent(row and 1 - row["completion"]) for row in here)])
+    lines = narrow(rows if config.teachers else [row[:-1] for row in rows])
+    lines.append("Accuracy in %, difference in points with its 95 % interval over tasks.")
+    lines += [f"difference: {gap}"] if rows[0][-1] != gap else []
     if any(row["completion"] < 1 for row in report["scores"]):
-        remedy = "another --answer-format, or more --answer-tokens, may help"
-        notes.append(f"unread: answers, in %, without a final answer, which count as wrong; {remedy}")
-    return "\n".join([*table(rows if config.teachers else [row[:-1] for row in rows]), *notes, ""])
+        lines += ["", *narrow(unread), "Answers in % without a final answer, which count as wrong."]
+        lines.append("Another --answer-format, or more --answer-tokens, may help.")
+    return "\n".join([*lines, ""])
+
+
+def narrow(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table, with rows and columns exchanged where it would be too wide."""
+    return min(table(rows), table([*zip(*rows)]), key=lambda lines: max(WIDTH, len(lines[0])))
 
 
 def table(rows: Sequence[Sequence[str]], title: str = "") -> list[str]:

@@ -1,15 +1,15 @@
-"""τ²-bench: the student talks to a simulated user who has a problem, and to tools that could solve it; with and without a teacher.
+r"""τ²-bench: the student talks to a simulated user who has a problem, and to tools that could solve it; with and without a teacher.
 
-    python eval.py --bench tau2 --dry-run                                             # what would run, and its floors
-    python eval.py --bench tau2 --tasks mms_issue --student URL --teacher grpo=URL --user URL --out runs/mms
-    python eval.py --bench tau2 --user solo ...                                       # from the ticket, without a user
-    tau2 view --file runs/mms/tau2-grpo.json                                          # the dialogues
+    what would run     python eval.py --bench tau2 --dry-run
+    one kind of task   python eval.py --bench tau2 --tasks mms_issue --student URL --teacher grpo=URL \
+                           --user URL --out runs/mms
+    without a user     python eval.py --bench tau2 --user solo ...                  (from the ticket)
+    see the dialogues  python -m benchmarks.tau2_official --out runs/mms            (for tau2 view)
 
-The official package runs and scores each dialogue (dialogue.py). The arms are those of eval.py without the votes: dialogues change the
-world, so one cannot choose among them afterwards. Student and user are URLs: a server computes the prompt that each turn repeats only
-once, and parses tool calls (`vllm serve MODEL --enable-auto-tool-choice --tool-call-parser hermes` for Qwen3). A dialogue that a
-seat breaks off is a failure, and so is one whose seat could not be reached; *covered* is the share of the others.
-tau2-<arm>.json in --out is for `tau2 evaluate-trajs`.
+The official package runs and scores each dialogue (dialogue.py). The arms are those of eval.py without the votes: a dialogue changes
+the world, so one cannot choose afterwards. Student and user are URLs of servers that parse tool calls (for Qwen3: `vllm serve MODEL
+--enable-auto-tool-choice --tool-call-parser hermes`). A dialogue that a seat breaks off has failed, and so has one whose seat could
+not be reached; *covered* is the share of the others.
 """
 
 import os
@@ -23,15 +23,13 @@ from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from tqdm import tqdm
-
 from nano_atlas.benches import arms, scores
 from nano_atlas.benches.arms import SHUFFLED, STUDENT, UNTRAINED, Key, TaskLog, TaskResult
 from nano_atlas.config import option
 from nano_atlas.data import Problem
 from nano_atlas.episode import Attempt
 from nano_atlas.errors import UserError
-from nano_atlas.runs import read_json, replace_text
+from nano_atlas.runs import read_json
 from nano_atlas.seats import Reply, is_url
 
 INSTALL = """--bench tau2 needs the official package and its data:
@@ -49,24 +47,24 @@ GIVE_UP = 4  # such dialogues in a row; each has tried again several times by it
 class Config(arms.ArmsConfig):
     control: tuple[str, ...] = option((SHUFFLED, UNTRAINED), "control arms", (SHUFFLED, UNTRAINED, "none"))
     temperature: float = option(0.7, "of student and teachers (0: greedy)", group="sampling", at_least=0)
-    seed: int = option(300, "of trials (300: the published ones), sampling, shuffling and bootstrap")
-    out: Path = option(Path("runs/tau2"), "directory of the results", resumable=True)
+    seed: int = option(300, "random seed (300: the published trials)")
+    out: Path = option(Path("runs/tau2"), "output directory", resumable=True)
     bench: str = option("tau2", "this benchmark", ("tau2",), group="τ²-bench")
-    user: str | None = option(None, "URL of the simulated user, or `solo`: none, there is only a ticket")
+    user: str | None = option(None, "URL of the simulated user; solo: only a ticket, no user")
     domain: str = option("telecom", "domain of the tasks")
-    split: str = option("base", "split of the domain's tasks")
-    tasks: str | None = option(None, "only tasks whose id contains this, such as mms_issue")
+    split: str = option("base", "split of the tasks")
+    tasks: str | None = option(None, "only tasks with this in their id, such as mms_issue")
     samples: int = option(4, "dialogues per task and arm (tau2's trials)", at_least=1)
-    max_steps: int = option(200, "messages and calls until a dialogue is ended as a failure", at_least=1)
-    workers: int = option(16, "dialogues at a time", resumable=True, at_least=1)
-    dry_run: bool = option(False, "only say what would run, and its floors", resumable=True)
+    max_steps: int = option(200, "most messages and calls; then a dialogue has failed", at_least=1)
+    workers: int = option(16, "parallel dialogues", resumable=True, at_least=1)
+    dry_run: bool = option(False, "print what would run, and stop", resumable=True)
     full = True  # tables always have all columns
 
     def check(self) -> None:
         super().check()
         urls = [self.student] if self.is_solo else [self.student, self.user]
         if not (self.tables or self.dry_run or all(is_url(spec or "") for spec in urls)):
-            raise UserError("--student and --user must be URLs (or --user solo), served as --help says")
+            raise UserError("--student and --user must be URLs of servers (or --user solo); see --help")
 
     @property
     def is_solo(self) -> bool:
@@ -94,9 +92,6 @@ def run(config: Config) -> None:
     arms.start_or_continue(config, contents)
     with TaskLog(config.out / "tasks.jsonl") as log:
         arms.fill(log, config, list(tasks_of), partial(dialogues, config, tasks_of, log))
-    for arm in config.arms:
-        simulations = [result.record for result in log.results.values() if result.arm == arm]
-        replace_text(config.out / f"tau2-{arm}.json", dialogue.official(config, tasks, arm, simulations))
 
 
 def intent(name: str, domain: str) -> str:
@@ -124,8 +119,7 @@ def dialogues(config: Config, tasks: dict, log: TaskLog, jobs: arms.Jobs, seats:
 
     trials = [(*job, trial) for trial in range(config.samples) for job in jobs]
     left = [(arm, p, trial) for arm, p, trial in trials if (arm, p.domain, p.id, trial) not in log.results]
-    bar = {"total": len(left), "desc": ", ".join(dict(jobs)), "unit": "dialogue"}
-    return tqdm(in_parallel(run, left, config.workers), **bar)
+    return in_parallel(run, left, config.workers)
 
 
 def in_parallel(run: Callable[..., TaskResult], jobs: Sequence, workers: int) -> Iterator[list[TaskResult]]:
@@ -139,7 +133,7 @@ def in_parallel(run: Callable[..., TaskResult], jobs: Sequence, workers: int) ->
                 unreached = []
             elif len(unreached) == GIVE_UP:
                 failure = result.record["info"]["failure"]
-                raise UserError(f"{GIVE_UP} dialogues in a row did not reach a seat, the last: {failure}")
+                raise UserError(f"{GIVE_UP} dialogues in a row reached no server; the last error: {failure}")
     yield unreached
 
 
@@ -147,9 +141,7 @@ def task_result(key: Key, simulation: dict, probe: Reply | None = None, reply=No
     """One line of the log, in the terms of the other benchmarks: right is a reward of 1, and an answer is a proper end."""
     reward, end = simulation["reward_info"]["reward"], simulation["termination_reason"]
     answer = str(reward) if end in ("user_stop", "agent_stop") else None
-    attempt = Attempt(
-        "", answer, reward > 1 - 1e-6, student_tokens(simulation), is_truncated=end == "max_steps"
-    )
+    attempt = Attempt("", answer, reward > 1 - 1e-6, student_tokens(simulation), end == "max_steps")
     result = TaskResult(*key, "", attempt, record=simulation)
     return result.taught(reply, approach=probe.text, approach_tokens=probe.tokens) if reply else result
 

@@ -115,7 +115,7 @@ def run_rounds(config: Config, tasks: Sequence[data.Problem], run: Callable, ope
     cuts = [round(part * len(tasks) / config.rounds) for part in range(config.rounds + 1)]
     parts = [tasks[start:end] for start, end in zip(cuts, cuts[1:])]
     if not all(any(task.answer is not None for task in part) for part in parts):
-        raise UserError("each of --rounds needs tasks with a known answer: more of them, or fewer rounds")
+        raise UserError("each round needs tasks with a known answer: add some, or lower --rounds")
     for name, kinds in (("teacher", "directory"), ("student", "directory or URL")):
         if not can_train(name, spec := getattr(config, name)):
             raise UserError(f"--{name} {spec}: for --rounds it must be a checkpoint {kinds}")

@@ -1,21 +1,20 @@
-"""How good is an answer, and which one is returned? The first of these that there is decides:
+"""How good is an answer, and which one is returned? The first of these that is there decides:
 
     python    --evaluator module:function(task=, answer=, text=, ground_truth=) -> a number from 0 to 1
     exact     the task has a ground truth: 1 or 0
-    judges    --judge: each judge is asked at three temperatures; where its samples disagree (standard deviation above DEVIATION) or
+    judges    --judge: each judge is asked at three temperatures; where its samples differ (standard deviation above DEVIATION) or
               it is unsure (uncertainty above UNCERTAINTY), --large-judge sees all of them and decides
-    nobody    none of these: the answer has no score, which is not a score of zero; the last answer is returned, checked by nobody
+    nobody    the answer has no score (not a score of zero), and the last answer is returned
 
-Where evaluator or judges do not answer, the session has failed: its answers are unscored (not zeros), the next start does it again, and
-until then the student's own answer is returned.
+Where evaluator or judges do not reply, the session has failed: its answers are unscored, the student's own answer is returned, and the
+next start repeats it.
 
 Four judges, as published (ATLAS, RIM): *accuracy* and *process* judge any answer, and their mean is its score. *helpfulness* judges the
 guidance and scales positive rewards. *diagnostic* judges the student's approach.
 
-Non-degradation: an answer with help is returned only if it scores at least as high as the student's own. With a verifier (python, exact)
-the returned answer is therefore never worse, with any teacher. Of two judged scores the higher may be luck: it must be above by z standard
-errors of the difference, and a share (--audit) of such answers is judged *again*. The summary states the Wilson upper bound of the share
-that comes out worse, for tasks like those audited and by this judge.
+Non-degradation: an answer with help is returned only if it scores at least as high as the student's own; with a verifier (python, exact)
+the result is therefore never worse. Of two judged scores the higher may be luck: it must be above by z standard errors of the
+difference, and a share (--audit) of such answers is judged again, which gives an upper bound of harm (Wilson) for the summary.
 """
 
 import json

@@ -1,12 +1,12 @@
 """What the runtime learns from session to session, without touching a weight: the student's record, teaching strategies, skills.
-There is no state file: `Experience` is rebuilt by replaying the outcomes in the traces, those with an earlier teacher too.
+There is no state file: `Experience` is rebuilt from the outcomes in the traces, those with an earlier teacher too.
 
 *Strategies.* Each kind of task (its learning key, the domain) has a bandit over the ways of teaching: Thompson sampling with Gaussian
 priors (Agrawal & Goyal 2013, arXiv:1209.3353, algorithm 2). The mean reward of a strategy that earned `total` in `count` sessions is
 drawn from Normal(total / (count + 1), 1 / (count + 1)), and the highest draw wins.
 
 *Skills.* A --skill-writer reads each session that earned at least SKILL_REWARD and proposes entries of a playbook: a cue to look for in
-task and approach, and an imperative for the teacher's prompt, a teaching strategy, or both. In one matching session of five an entry is
+task and approach, and an instruction for the teacher, a teaching strategy, or both. In one matching session of five an entry is
 withheld, so that its effect (mean reward with minus without) is known.
 """
 

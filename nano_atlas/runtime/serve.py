@@ -4,13 +4,11 @@
     GET  /v1/models, /v1/models/nano-atlas, /health
 
 The student gets one question: a single message as it is, several as one text, each as "role: text". `temperature` is the student's;
-`max_tokens` limits each of its answers. What cannot change an answer is ignored (`model`, `user`, `seed`), what is not supported (`stop`,
-tools, ...) gets HTTP 400. `usage` counts what all seats of the session read and wrote, judges included. The best attempt is known only
-when all are made, so a stream sends comments to keep the connection alive, then the whole text.
+`max_tokens` limits each of its answers. `model`, `user` and `seed` are ignored; what is not supported (`stop`, tools, ...) gets HTTP
+400. `usage` counts the tokens of all seats, judges included. A stream sends comments until all attempts are made, then the whole text.
 
-Clients send the key in NANO_ATLAS_API_KEY, if there is one, as bearer token. Without one only this machine is answered; web pages of
-another origin never are. SIGINT and SIGTERM let requests under way finish, for --timeout seconds at most. Idle connections are for a
-proxy in front to close.
+Clients send the key in NANO_ATLAS_API_KEY, if it is set, as bearer token; without it only this machine is answered, and web pages of
+another origin never are. SIGINT and SIGTERM let requests under way finish, for --timeout seconds at most.
 """
 
 import asyncio
@@ -22,7 +20,6 @@ import os
 import re
 import signal
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -34,7 +31,7 @@ from typing import Any
 
 from nano_atlas import runs, schedule
 from nano_atlas.data import Problem
-from nano_atlas.errors import UserError
+from nano_atlas.errors import UserError, say
 from nano_atlas.runtime import learning, traces
 from nano_atlas.runtime.lanes import new_session, run_session
 from nano_atlas.runtime.options import KEY_VARIABLE, Config
@@ -100,7 +97,7 @@ def serve_pair(config: Config, seats: Mapping[str, Seat]) -> None:
                 journal.append([trace])
                 experience.learn(outcome)
             if not session.trials:  # the fault may name addresses and paths, which are for the log
-                print(f"session {session.session_id}: {session.fault}", file=sys.stderr)
+                say(f"session {session.session_id}: {session.fault}")
                 is_refused = re.search(REFUSED, session.fault)
                 why = "refused the request, which may be too long" if is_refused else "failed"
                 raise HTTPException(400 if is_refused else 502, f"the student {why} ({session.session_id})")
@@ -116,7 +113,7 @@ def serve_pair(config: Config, seats: Mapping[str, Seat]) -> None:
             signal.signal(number, lambda *_: None)  # uvicorn stops on them, and then raises them once more
         options = {"http": "h11", "ws": "none", "lifespan": "off", "access_log": False}
         options["timeout_graceful_shutdown"] = config.timeout
-        print(f"running on http://{host}:{listener.getsockname()[1]}/v1", file=sys.stderr)
+        say(f"running on http://{host}:{listener.getsockname()[1]}/v1")
         uvicorn.Server(uvicorn.Config(whole_app, **options)).run(sockets=[listener])
 
 

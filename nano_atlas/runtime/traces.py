@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import mean
+from textwrap import wrap
 from typing import Any
 
 from nano_atlas import data, runs
@@ -24,6 +25,7 @@ from nano_atlas.stats import wilson_interval
 from nano_atlas.text import number
 
 Trace = dict[str, Any]
+INDENT = {"initial_indent": "  ", "subsequent_indent": " " * 21, "break_on_hyphens": False}
 CONFIDENCE = 0.95  # that a judged answer with help is better, before it is returned; and of the bound on harm
 
 
@@ -215,7 +217,7 @@ def outcome_of(trace: Trace, where: str) -> Outcome:
         return Outcome(**typed, fault=str(about.get("error") or "") or None)
     except (TypeError, ValueError) as error:
         cause = f"{where}: not a trace of this version ({error})"
-        raise UserError(f"{cause}; leave it out, or for a run's own choose another --out") from None
+        raise UserError(f"{cause}; remove the line, or choose another --out") from None
 
 
 def _typed(name: str, value: Any) -> Any:
@@ -261,8 +263,9 @@ def summary(outcomes: Sequence[Outcome], out: Path | str = Config.out) -> str:
     m, failed = runtime_metrics(outcomes), [o for o in outcomes if o.status == "failed"]
     lines = [f"{len(outcomes)} tasks, {sum(o.baseline is not None for o in outcomes)} scored"]
     if failed:
-        lines[0] += f", {len(failed)} FAILED (the same command tries them again; --out {out} --show failed)"
-    for reason, count in Counter(" ".join(o.fault.split())[:150] for o in failed).most_common(3):
+        lines[0] += f", {len(failed)} FAILED (the same command tries them again)"
+        lines.append(f"  to list them       --out {out} --show failed")
+    for reason, count in Counter(" ".join(o.fault.split())[:69] for o in failed).most_common(3):
         lines.append(f"  failed             {count:7d}   {reason}")
     if unscored := sum(o.baseline is None for o in outcomes if o.status == "succeeded"):
         lines.append(f"  without a score    {unscored:7d}   (nobody knows whether help was better or worse)")
@@ -276,14 +279,14 @@ def summary(outcomes: Sequence[Outcome], out: Path | str = Config.out) -> str:
             lines.append(f"  {style + ' teaching':<18} {told}")
     if audited := [o.audited_gain for o in outcomes if o.audited_gain is not None]:
         worse, bound = degradation_bound(audited)
-        found = f"{worse} of {len(audited)} returned answers with help are below the student's own"
-        lines.append(f"  judged again       {found}: at most {bound:.1%} at 95 % confidence, by this judge")
+        lines.append(f"  judged again       {len(audited):7d}   ({worse} worse than the student alone:")
+        lines.append(f"{'':31}at most {bound:.1%}, at 95 % confidence, by this judge)")
     if pending := sum(outcome.review == "pending" for outcome in outcomes):
-        how = f"--out {out} --show pending, then --approve or --quarantine"
-        lines.append(f"  held for review    {pending:7d}   ({how})")
+        lines.append(f"  held for review    {pending:7d}   (until --approve or --quarantine)")
+        lines.append(f"  to list them       --out {out} --show pending")
     lanes = ", ".join(f"{lane} {m[f'lane/{lane}']:.0%}" for lane in LANES if m[f"lane/{lane}"])
     tokens = ", ".join(f"{name[7:]} {count:,}" for name, count in m.items() if name.startswith("tokens/"))
-    lines += [f"  lanes              {lanes}", f"  tokens generated   {tokens}"]
+    lines += [f"  lanes              {lanes}", *wrap(f"tokens generated   {tokens}", 100, **INDENT)]
     return "\n".join([*lines, f"  traces             {out}/traces.jsonl"])
 
 
@@ -327,7 +330,7 @@ def record_reviews(directory: Path, names: tuple[str, ...], status: str, note: s
     for name in names:
         meant = [session_id for session_id in known if session_id.startswith(name)]
         if len(meant) != 1:
-            raise UserError(f"session {name}: {len(meant) or 'no'} sessions begin like this")
+            raise UserError(f"session {name}: {len(meant) or 'no'} sessions have an id that begins so")
         decided += meant
     about = {"status": status, "note": note, "at": now()}
     with runs.Journal(directory / "reviews.jsonl") as journal:
@@ -344,7 +347,7 @@ def export_traces(source: Path, target: Path, config: Config) -> tuple[int, int]
     if not selected:
         kinds = Counter(kind for o, _ in found for kind in (o.status, o.review, o.lane, o.learning_key))
         listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(12))
-        raise UserError(f"{source}: none of its {len(found)} traces is selected; there are: {listed}")
+        raise UserError(f"{source}: the options select none of its {len(found)} traces ({listed})")
     for trace in selected:
         if trace.get("review_status", "approved") != "approved":  # whoever asks for other states has decided
             trace["is_exported"] = True
@@ -353,12 +356,12 @@ def export_traces(source: Path, target: Path, config: Config) -> tuple[int, int]
 
 
 def show_sessions(directory: Path, status: str) -> Iterator[str]:
-    """One line per session whose latest review status this is, or that `failed` when it was last tried."""
+    """Lines for each session whose latest review status this is, or that `failed` when it was last tried."""
     path = directory / "traces.jsonl"
     latest = {outcome.session_id: (outcome, trace) for outcome, trace in reviewed_traces(path)}
     for outcome, trace in latest.values():
         if status == (outcome.review if outcome.status == "succeeded" else "failed"):
             reward = "unscored" if outcome.reward is None else f"reward {outcome.reward:+.3f}"
-            note = " ".join(str(outcome.fault or trace.get("review_notes") or "").split())
-            task = " ".join(trace["task"].split())[:60]
-            yield f"{outcome.session_id}  {reward}  {outcome.lane}  {task}  {note}".rstrip()
+            task = " ".join(trace["task"].split())
+            yield f"{outcome.session_id}  {reward}  {outcome.lane}  {task}"[:100].rstrip()
+            yield from wrap(str(outcome.fault or trace.get("review_notes") or ""), 100, **INDENT)

@@ -18,16 +18,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nano_atlas import distributed
 from nano_atlas.client import Client, ServerLost
-from nano_atlas.errors import UserError
+from nano_atlas.errors import UserError, say
 from nano_atlas.layout import Layout, gpus_of
 from nano_atlas.model import Transformer
 from nano_atlas.runs import find_checkpoint
 from nano_atlas.sampler import Request, Rollout
 from nano_atlas.seats import TokenSeat
+from nano_atlas.terminal import Bar
 from nano_atlas.tokenizer import Tokenizer
 from nano_atlas.vllm.server import VllmServer
 from nano_atlas.vllm.sync import FileTransfer, NcclTransfer, Parity
@@ -73,7 +73,7 @@ class VllmSampler:
                 time.sleep(GATHERING)
                 for client in self.clients:
                     client.request("POST", "/resume")
-            groups = list(tqdm(answers, progress, len(requests), disable=not progress, leave=False))
+            groups = list(Bar(answers, progress, len(requests), disable=not progress, leave=False))
             if changed := self._changed():
                 raise ServerLost(f"{changed[0].url} was restarted, or another run uses it")
             return groups
@@ -135,7 +135,7 @@ class VllmSampler:
             except ServerLost as lost:
                 if not tries_left or not (self.server or self.transfer):
                     raise
-                tqdm.write(f"recovering: {lost}")
+                say(f"recovering: {lost}")
             if self.server:
                 self.server.restart()  # reads the checkpoint of the last sync, or the frozen model
 
@@ -193,7 +193,7 @@ def open_policy(config, layout, policy: Transformer, tokenizer, version: int, st
     sampler = VllmSampler(urls, server, NcclTransfer() if is_nccl else files, parity, sleeps)
     stack.callback(sampler.close)
     difference = sampler.sync(policy, version)
-    print(f"weights by {'NCCL' if is_nccl else 'file'}; the server differs by {difference:.1e} nats a token")
+    say(f"weights by {'NCCL' if is_nccl else 'file'}; the server differs by {difference:.1e} nats a token")
     return distributed.divide(TokenSeat(sampler, tokenizer), is_first_only=True)
 
 

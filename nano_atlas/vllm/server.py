@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 
-from nano_atlas.errors import UserError
+from nano_atlas.errors import UserError, say
 
 # the endpoints that exchange weights; no reports to the internet, and nothing from there
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
@@ -70,7 +70,7 @@ class VllmServer:
     def start(self) -> "VllmServer":
         """Raises UserError with the end of the log where it does not come up."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        print(f"starting a vLLM server at {self.url}, log in {self.log} (a minute or more)")
+        say(f"starting a vLLM server at {self.url}, log in {self.log} (a minute or more)")
         with open(self.log, "ab") as log:
             pipes, start = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log}, log.tell()
             command, deadline = [*self._supervisor, *self._command], time.monotonic() + PATIENCE

@@ -99,12 +99,8 @@ def training_problems(count: int, seed: object) -> list[Problem]:
     return _as_problems(tasks("math", count, f"train/{seed}"), "train-math")
 
 
-def held_out_tasks(domain: str, count: int, seed: object) -> list[Task]:
-    return tasks(domain, count, f"held-out/{seed}")
-
-
 def held_out(domain: str, count: int, seed: object) -> list[Problem]:
-    return _as_problems(held_out_tasks(domain, count, seed), f"held-out-{domain}")
+    return _as_problems(tasks(domain, count, f"held-out/{seed}"), f"held-out-{domain}")
 
 
 def _as_problems(generated: Sequence[Task], prefix: str) -> list[Problem]:
