@@ -170,6 +170,8 @@ def can_train(seat: str, spec: str | None) -> bool:
 
 def flags_of(options: Mapping[str, object]) -> Iterator[str]:
     for name, value in options.items():
+        if name == "temperature" and not value[1]:  # a greedy teacher has no group: training samples as usual
+            continue
         flag, several = f"--{name.replace('_', '-')}", isinstance(value, list | tuple)
         yield from (flag, *map(str, value)) if several else [f"{flag}={value}"]
 
