@@ -57,13 +57,11 @@ def evaluation(path: Path, where: str) -> Iterator[dict]:
 
 
 def collect(directories: Sequence[Path]) -> dict:
-    """What is in the directories and one level below. Raises UserError where one has nothing, and for damaged files."""
+    """What lies in the directories, at any depth. Raises UserError where one has nothing, and for damaged files."""
     report = {"tables": [], "curves": [], "episodes": []}
     readers = {"tasks.jsonl": evaluation, "episodes.jsonl": training, "traces.jsonl": sessions}
     for directory in directories:
-        found = [
-            path for name in FILES for path in sorted([*directory.glob(name), *directory.glob(f"*/{name}")])
-        ]
+        found = [path for name in FILES for path in sorted(directory.rglob(name))]
         for path in found:
             try:
                 name = str(path.parent)
