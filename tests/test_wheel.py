@@ -69,11 +69,18 @@ def test_the_commands_of_a_wheel_work_where_there_is_no_checkout(installed, tmp_
     installed("nano-atlas-train-sft", *NANO, "--steps", 2)
     small = ("--steps", 1, "--problems-per-step", 2, "--group-size", 2, "--eval-every", 0)
     installed("nano-atlas-train-grpo", *NANO, *small)
-    assert "| **peak** |" in installed("nano-atlas-train-grpo", *NANO, "--show-layout")
+    assert "**peak**" in installed("nano-atlas-train-grpo", *NANO, "--show-layout")
     called = "from nano_atlas.runtime import deploy; deploy.call('train_grpo.py', '--show-layout')"  # as --rounds do
-    assert "| **peak** |" in installed(sys.executable, "-c", called)
+    assert "**peak**" in installed(sys.executable, "-c", called)
     assert "| math " in installed("nano-atlas-eval", *NANO, "--limit", 2)
     installed("nano-atlas-runtime-loop", *NANO, "--count", 2)
-    made = ("teacher-sft/model", "teacher-grpo/model", "eval/results.json", "runtime/traces.jsonl")
+    installed(sys.executable, "-m", "nano_atlas.report", "runs/nano")
+    made = (
+        "teacher-sft/model",
+        "teacher-grpo/model",
+        "eval/results.json",
+        "runtime/traces.jsonl",
+        "report.html",
+    )
     assert all((tmp_path / "empty/runs/nano" / name).exists() for name in made)
     assert [path.name for path in (tmp_path / "empty").iterdir()] == ["runs"]
