@@ -10,10 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tau2.data_model.simulation import Results, TextRunConfig
-from tau2.data_model.tasks import Task
-from tau2.runner import get_info
-
 from nano_atlas.benches import dialogue, tau2
 from nano_atlas.benches.arms import read_results
 from nano_atlas.config import option, parse, run_script
@@ -26,8 +22,11 @@ class Config:
     out: Path = option(Path("runs/tau2"), "output directory of the evaluation")
 
 
-def official(config: tau2.Config, tasks: Sequence[Task], arm: str, simulations: Sequence[dict]) -> str:
-    """An arm in tau2's own format. Its metrics leave out infrastructure errors; without any, the means are equal."""
+def official(config: tau2.Config, tasks: Sequence, arm: str, simulations: Sequence[dict]) -> str:
+    """An arm in tau2's own format; tasks: of tau2. Its metrics leave out infrastructure errors; without any, the means are equal."""
+    from tau2.data_model.simulation import Results, TextRunConfig
+    from tau2.runner import get_info
+
     run = {"domain": config.domain, "num_trials": config.samples, "max_steps": config.max_steps}
     student, user = masked(config.student), masked(config.user)
     run |= {"llm_agent": f"{student} ({arm})", "llm_args_agent": {"temperature": config.temperature}}
