@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nano_atlas.benches import dialogue, tau2
+from nano_atlas.benches import tau2
 from nano_atlas.benches.arms import read_results
 from nano_atlas.config import option, parse, run_script
 from nano_atlas.runs import read_json, replace_text
@@ -38,6 +38,8 @@ def official(config: tau2.Config, tasks: Sequence, arm: str, simulations: Sequen
 
 def main(argv: Sequence[str] | None = None) -> None:
     out = parse(Config, sys.argv[1:] if argv is None else argv, {}, __doc__).out
+    from nano_atlas.benches import dialogue  # it needs the package
+
     config = tau2.Config(**read_json(out / "run.json")["config"] | {"out": out})
     tasks, results = dialogue.load_tasks(config), read_results(out / "tasks.jsonl").values()
     for arm in config.arms:
