@@ -13,6 +13,7 @@ from pathlib import Path
 from nano_atlas.benches import tau2
 from nano_atlas.benches.arms import read_results
 from nano_atlas.config import option, parse, run_script
+from nano_atlas.errors import UserError
 from nano_atlas.runs import read_json, replace_text
 from nano_atlas.text import masked
 
@@ -38,9 +39,14 @@ def official(config: tau2.Config, tasks: Sequence, arm: str, simulations: Sequen
 
 def main(argv: Sequence[str] | None = None) -> None:
     out = parse(Config, sys.argv[1:] if argv is None else argv, {}, __doc__).out
-    from nano_atlas.benches import dialogue  # it needs the package
-
-    config = tau2.Config(**read_json(out / "run.json")["config"] | {"out": out})
+    try:
+        from nano_atlas.benches import dialogue
+    except ImportError as error:
+        raise UserError(f"{error}\n{tau2.INSTALL}") from None
+    saved = read_json(out / "run.json").get("config")
+    if saved is None:
+        raise UserError(f"{out} holds no evaluation: no run.json; --out names that of eval.py --bench tau2")
+    config = tau2.Config(**saved | {"out": out})
     tasks, results = dialogue.load_tasks(config), read_results(out / "tasks.jsonl").values()
     for arm in config.arms:
         simulations = [result.record for result in results if result.arm == arm]
