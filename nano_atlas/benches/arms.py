@@ -33,8 +33,6 @@ Seats = dict[str, Seat]  # "student" and "teacher" (the student itself in arms w
 
 @dataclass(frozen=True)
 class ArmsConfig:
-    """Seats, sampling and output of an evaluation."""
-
     student: str | None = option(None, "checkpoint directory, or URL or URL#MODEL of a server")
     teacher: tuple[str, ...] = option((), "NAME=DIRECTORY or NAME=URL; the last one is tested")
     out: Path = option(Path("runs/eval"), "output directory", resumable=True)
@@ -83,8 +81,7 @@ class ArmsConfig:
     @property
     def episode(self) -> EpisodeConfig:
         lengths = self.probe_tokens, self.teaching_tokens, self.answer_tokens
-        how = (self.temperature, self.temperature), self.answer_format, self.top_p
-        return EpisodeConfig(*lengths, *how)
+        return EpisodeConfig(*lengths, (self.temperature, self.temperature), self.answer_format, self.top_p)
 
     def open(self, spec: str) -> Seat:
         return open_seat(spec, device=self.device, dtype=getattr(torch, self.dtype))
@@ -115,7 +112,6 @@ class TaskResult:
         return self.arm, self.domain, self.id, self.sample
 
     def taught(self, reply: Reply, **changes) -> Self:
-        """A copy with a teacher's reply."""
         teaching = protocol.parse_teaching(reply.text)
         is_leak = bool(self.gold and teaching) and reveals_answer(teaching, self.gold)
         said = {"teacher_text": reply.text, "teacher_tokens": reply.tokens, "teaching": teaching}
@@ -165,9 +161,9 @@ def fill(log: TaskLog, config: ArmsConfig, problems: Sequence[Problem], answer: 
     """Appends missing results, which answer(jobs, seats) yields in lists. Opens one teacher at a time."""
     seats: Seats = {}
     missing = {(arm, p): config.samples - len(log.get(arm, p)) for p in problems for arm in config.arms}
-    teachers = [[name] for name in config.teachers]
     with Bar(desc="evaluation", total=sum(missing.values()), unit="answer") as progress:
-        for stage in [STUDENT, TWO_VOTES], *teachers, [SHUFFLED, UNTRAINED, SAME_BUDGET]:
+        others = [SHUFFLED, UNTRAINED, SAME_BUDGET]
+        for stage in [STUDENT, TWO_VOTES], *([name] for name in config.teachers), others:
             seats.pop("teacher", None)  # free it before the next is opened
             if jobs := [job for job, count in missing.items() if job[0] in stage and count]:
                 seats[STUDENT] = seats.get(STUDENT) or config.open(config.student)

@@ -69,12 +69,7 @@ def load_object(spec: str) -> Callable:
 
 def resolve(value: Any) -> Any:
     """The result of a plain, async or generator function. Not for use inside a running event loop."""
-
-    async def finish() -> Any:
-        return "".join([piece async for piece in value]) if inspect.isasyncgen(value) else await value
-
-    if inspect.isasyncgen(value) or inspect.isawaitable(value):
-        return asyncio.run(finish())
+    value = asyncio.run(value) if inspect.iscoroutine(value) else value
     return "".join(value) if inspect.isgenerator(value) else value
 
 

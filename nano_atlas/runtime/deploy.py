@@ -169,7 +169,7 @@ def can_train(seat: str, spec: str | None) -> bool:
 
 def flags_of(options: Mapping[str, object]) -> Iterator[str]:
     for name, value in options.items():
-        if name == "temperature" and not value[1]:  # a greedy teacher gives no group to compare: use the default
+        if name == "temperature" and not value[1]:  # a greedy teacher's group would be equal
             continue
         flag, several = f"--{name.replace('_', '-')}", isinstance(value, list | tuple)
         yield from (flag, *map(str, value)) if several else [f"{flag}={value}"]

@@ -6,10 +6,9 @@
               DEVIATION) or one is unsure (uncertainty above UNCERTAINTY), --large-judge sees them and decides
     nobody    the answer has no score (not a score of zero), and the last answer is returned
 
-If evaluator or judges do not reply, the session fails: the student's own answer is returned, and the next start retries.
-
-Four judges, as published (ATLAS, RIM). The score is the mean of *accuracy* and *process*. *helpfulness* judges the
-guidance and scales positive rewards. *diagnostic* judges the student's approach.
+If evaluator or judges do not reply, the session fails, and the next start retries it. Four judges, as published (ATLAS,
+RIM): the score is the mean of *accuracy* and *process*; *helpfulness* judges the guidance and scales positive rewards;
+*diagnostic* judges the student's approach.
 
 Non-degradation: an answer with help is returned only if it scores at least as high as the student's own. With a verifier
 (python, exact) the result is therefore never worse. Judged scores are noisy: the gain must exceed z standard errors. A
@@ -183,8 +182,7 @@ def read_sample(reply: Sequence[Reply] | Fault, temperature: float) -> dict[str,
 
 
 def hold_consistent(scores: dict[str, float]) -> dict[str, float]:
-    """The published guardrails: process is at most accuracy + 0.1; helpfulness is at most diagnostic + 0.1, and
-    at most 0.5 if process is below 0.5."""
+    """The published limits: process <= accuracy + 0.1; helpfulness <= diagnostic + 0.1, 0.5 if process < 0.5."""
     held = dict(scores)
     if "process" in scores:
         held["process"] = min(scores["process"], scores.get("accuracy", 1.0) + 0.1)

@@ -17,7 +17,7 @@ from nano_atlas.config import derive_seed
 from nano_atlas.reward import teaching_reward
 from nano_atlas.runtime import judges, learning
 from nano_atlas.runtime.options import Config
-from nano_atlas.runtime.traces import Session, Trial, Verdict, now
+from nano_atlas.runtime.traces import Session, Trial, now
 from nano_atlas.schedule import Call, Fault, Script, ask
 from nano_atlas.seats import Generation, Reply
 from nano_atlas.text import masked
@@ -141,8 +141,7 @@ def teaching(session: Session, config: Config, shown: str) -> Script:
 
 
 def add_trial(session: Session, config: Config, kind: str, given: episode.Attempt) -> Script:
-    unscored = Verdict(None, "outage", rationale="not judged")  # kept if judging fails
-    trial = Trial(kind, given.text, given.answer, given.tokens, given.is_truncated, unscored)
+    trial = Trial(kind, given.text, given.answer, given.tokens, given.is_truncated)
     session.trials.append(trial)
     trial.verdict = yield from judges.judge(session, trial, config, len(session.trials) - 1)
 

@@ -91,9 +91,8 @@ def read_entries(text: str, secret: str | None) -> list[dict[str, Any]]:
             continue
         strategy = strategy if strategy in list(protocol.TEACHING_STYLES) else None
         is_short = 2 <= len(pattern) <= LONGEST_TEXT and len(told) <= LONGEST_TEXT
-        if kind != "keyword" or not is_short or not (told or strategy):
-            continue
-        if not re.search(PARTICULARS, f"{told} {pattern}") and not (secret and reveals_answer(told, secret)):
+        is_particular = re.search(PARTICULARS, f"{told} {pattern}") or secret and reveals_answer(told, secret)
+        if kind == "keyword" and is_short and (told or strategy) and not is_particular:
             action = {"imperative": told or None, "strategy": strategy}
             content = {"cue": {"type": kind, "pattern": pattern}, "action": action}
             name = runs.digest([json.dumps(content, sort_keys=True).encode()])[:12]
@@ -128,8 +127,8 @@ class Experience:
 
     def add(self, proposals: list[dict]) -> None:
         """Adds entries as `read_entries` returns them."""
-        proposals = [e for e in proposals if e["kind"] == "keyword" and e["id"] not in self.known]
-        new = {entry["id"]: Entry(**entry) for entry in proposals}
+        is_new = lambda entry: entry["kind"] == "keyword" and entry["id"] not in self.known
+        new = {entry["id"]: Entry(**entry) for entry in filter(is_new, proposals)}
         self.entries, self.known = self.entries | new, self.known | set(new)
         while len(self.entries) > PLAYBOOK_SIZE:
             worst = min(self.entries.values(), key=lambda e: (e.effect or 0.0, -e.sessions_observed))
@@ -151,7 +150,7 @@ class Experience:
 
     def history(self, learning_key: str) -> dict[str, Any]:
         """For the trace: sessions and average reward on one kind of task, in total and by strategy."""
-        average = lambda rewards: {"count": len(rewards), "average_score": fmean(rewards) if rewards else None}
+        average = lambda of: {"count": len(of), "average_score": fmean(of) if of else None}
         used = {name: rewards for name, rewards in sorted(self.rewards[learning_key].items()) if rewards}
         strategies = {name: average(rewards) for name, rewards in used.items()}
         return average(sum(used.values(), [])) | {"strategies": strategies}

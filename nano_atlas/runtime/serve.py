@@ -5,11 +5,10 @@
 
 The student gets one question: a single message as it is, several as one text, each as "role: text". `temperature` is the
 student's; `max_tokens` limits each of its answers. `model`, `user` and `seed` are ignored; unsupported fields (`stop`,
-tools, ...) get HTTP 400. `usage` counts the tokens of all seats, including judges. A stream sends comments while the
-session runs, then the whole text.
+tools, ...) get HTTP 400. `usage` counts all seats, including judges. A stream sends comments, then the whole text.
 
-If NANO_ATLAS_API_KEY is set, clients send it as bearer token; without it only requests to localhost are answered. Web
-pages of another origin are refused. On SIGINT and SIGTERM, running requests get --timeout seconds to finish.
+Clients send NANO_ATLAS_API_KEY as bearer token; if it is not set, only requests to localhost are answered. Web pages
+of another origin are refused. On SIGINT and SIGTERM, running requests get --timeout seconds to finish.
 """
 
 import asyncio
@@ -54,7 +53,7 @@ MOST_BYTES = 1_000_000  # of a request body; longer ones get HTTP 413
 PATIENCE = 5  # seconds for a body to arrive (HTTP 408)
 KEEP_ALIVE = 5.0  # seconds between two comments in a stream
 HERE = r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"  # a Host header that means this machine
-REFUSED = r"max_position_embeddings|context length|too long|HTTP (400|413|422)"  # faults that the request caused
+REFUSED = r"max_position_embeddings|context length|too long|HTTP (400|413|422)"  # caused by the request
 ROLES = ("system", "developer", "user", "assistant")
 FREE = "messages model user seed metadata store service_tier stream_options parallel_tool_calls".split()
 FIELDS = {  # other supported fields: types, least and largest value
@@ -106,7 +105,7 @@ def serve_pair(config: Config, seats: Mapping[str, Seat]) -> None:
         app = make_app(answer)
 
         async def whole_app(scope, receive, send):
-            with contextlib.suppress(asyncio.CancelledError):  # by uvicorn, --timeout seconds after the signal
+            with contextlib.suppress(asyncio.CancelledError):  # --timeout seconds after the signal
                 await app(scope, receive, send)
 
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -230,6 +229,5 @@ def completion(trial: traces.Trial, outcome: traces.Outcome, part: str) -> dict[
 
 
 def failure(error: HTTPException) -> tuple[dict[str, Any], int]:
-    """An error in OpenAI's form, and the HTTP status."""
     kind = "invalid_request_error" if error.status_code < 500 else "server_error"
     return {"error": {"message": error.detail, "type": kind, "code": error.status_code}}, error.status_code

@@ -4,7 +4,7 @@ A trace has an `outcome` (for learning, selection and reports), the `ground_trut
 AtlasSessionTrace (`load_runtime_traces` reads the file), and what atlas-sdk adds on export. `steps` holds one step, with
 all attempts in its metadata. Without a score `session_reward` is null, not zero. The next start repeats failed sessions.
 
-Traces are never rewritten: decisions by --approve and --quarantine go to `reviews.jsonl`, where the latest counts.
+Traces are never rewritten: --approve and --quarantine write to `reviews.jsonl`, where the latest decision counts.
 """
 
 import json
@@ -46,14 +46,12 @@ class Verdict:
 
 @dataclass
 class Trial:
-    """One answer of the student, and the verdict on it."""
-
     kind: str  # "alone" (always the first), "guided" or "coached"
     text: str
     answer: str | None  # the text in <solution>
     tokens: int
     is_truncated: bool
-    verdict: Verdict | None = None  # None: not judged yet
+    verdict: Verdict = field(default_factory=lambda: Verdict(None, "outage", rationale="not judged"))
 
     @property
     def score(self) -> float | None:
@@ -275,10 +273,11 @@ def summary(outcomes: Sequence[Outcome], out: Path | str = Config.out) -> str:
             lines.append(f"  {label:<18} {m[name]:7.1%}   {note.format(gain=gain)}".rstrip())
     for style in STYLES:
         if gains := [o.gain for o in outcomes if o.strategy == style and o.gain is not None]:
-            told = f"{len(gains):7d}   (gain {100 * mean(gains):+.1f} points)"
-            lines.append(f"  {style + ' teaching':<18} {told}")
+            points = f"{100 * mean(gains):+.1f} points"
+            lines.append(f"  {style + ' teaching':<18} {len(gains):7d}   (gain {points})")
     if audited := [o.audited_gain for o in outcomes if o.audited_gain is not None]:
-        worse, bound = degradation_bound(audited)
+        worse = sum(gain < 0 for gain in audited)
+        bound = wilson_interval(worse, len(audited), 2 * CONFIDENCE - 1)[1]  # one-sided
         lines.append(f"  judged again       {len(audited):7d}   ({worse} worse than the student alone:")
         lines.append(f"{'':31}at most {bound:.1%}, at 95 % confidence, by this judge)")
     if pending := sum(outcome.review == "pending" for outcome in outcomes):
@@ -288,12 +287,6 @@ def summary(outcomes: Sequence[Outcome], out: Path | str = Config.out) -> str:
     tokens = ", ".join(f"{name[7:]} {count:,}" for name, count in m.items() if name.startswith("tokens/"))
     lines += [f"  lanes              {lanes}", *wrap(f"tokens generated   {tokens}", 100, **INDENT)]
     return "\n".join([*lines, f"  traces             {out}/traces.jsonl"])
-
-
-def degradation_bound(audited_gains: Sequence[float]) -> tuple[int, float]:
-    """How many audited answers scored below the student's own, and an upper bound of their share (Wilson)."""
-    worse = sum(gain < 0 for gain in audited_gains)
-    return worse, wilson_interval(worse, len(audited_gains), 2 * CONFIDENCE - 1)[1]
 
 
 def is_selected(outcome: Outcome, config: Config) -> bool:
@@ -357,8 +350,7 @@ def export_traces(source: Path, target: Path, config: Config) -> tuple[int, int]
 
 def show_sessions(directory: Path, status: str) -> Iterator[str]:
     """Lines for each session with this review status, or for "failed" each whose last try failed."""
-    path = directory / "traces.jsonl"
-    latest = {outcome.session_id: (outcome, trace) for outcome, trace in reviewed_traces(path)}
+    latest = {o.session_id: (o, trace) for o, trace in reviewed_traces(directory / "traces.jsonl")}
     for outcome, trace in latest.values():
         if status == (outcome.review if outcome.status == "succeeded" else "failed"):
             reward = "unscored" if outcome.reward is None else f"reward {outcome.reward:+.3f}"

@@ -45,8 +45,7 @@ class VllmSampler:
     """Samples from vLLM servers with the policy's weights, or a frozen model's (no `transfer`, no `parity`).
 
     urls: the servers, used in turn; empty on ranks of torchrun that only help to gather the weights. server: a
-    `VllmServer` started here, which may be restarted. sleeps: `rest` frees the servers' GPU until their next use.
-    """
+    `VllmServer` started here, which may be restarted. sleeps: `rest` frees the servers' GPU until their next use."""
 
     def __init__(self, urls: Sequence[str], server=None, transfer=None, parity=None, sleeps=False):
         self.server, self.transfer, self.parity, self.sleeps = server, transfer, parity, sleeps
@@ -170,9 +169,8 @@ def context_of(client: Client) -> int:
 
 
 def open_policy(config, layout, policy: Transformer, tokenizer, version: int, stack: ExitStack) -> TokenSeat:
-    """The policy's seat on `layout.urls` or on a new server. Under torchrun only rank 0 has servers.
-
-    Weights go by NCCL to a new server on other GPUs than the trainer's; else by file, in shared memory or OUT/served."""
+    """The policy's seat on `layout.urls` or on a new server. Under torchrun only rank 0 has servers. Weights go by NCCL
+    to a new server on other GPUs than the trainer's; else by file, in shared memory or OUT/served."""
     is_first, sleeps = distributed.rank() == 0, layout.policy in gpus_of(layout.server)
     is_nccl = layout.server.startswith("cuda") and not sleeps and distributed.size() == 1
     folder, server, urls = config.out / "served", None, layout.urls if is_first else ()
@@ -197,7 +195,6 @@ def open_policy(config, layout, policy: Transformer, tokenizer, version: int, st
 
 
 def open_student(config, layout: Layout, stack: ExitStack) -> TokenSeat:
-    """The student's seat on a new server."""
     server = make_server(config, layout, layout.student, find_checkpoint(config.student), "vllm_student.log")
     sampler = VllmSampler([stack.enter_context(server).url], server)
     stack.callback(sampler.close)

@@ -31,11 +31,10 @@ def free_port() -> int:
 
 
 class VllmServer:
-    """`python -m vllm.entrypoints.openai.api_server` over a checkpoint directory, under a supervisor (supervisor.py).
+    """`vllm.entrypoints.openai.api_server` for a checkpoint directory, under supervisor.py. Entering the context starts it.
 
     log: file to append its output to. device: cpu, cuda:1, or cuda:1,2 for several. options: more vLLM options; they
-    override those set here. orphan: a directory to delete if this process is killed. Entering the context starts it.
-    """
+    override those set here. orphan: a directory to delete if this process is killed."""
 
     def __init__(self, model: Path, log: Path, device="cpu", dtype="bfloat16", options=(), orphan=""):
         if find_spec("vllm") is None:
@@ -85,7 +84,6 @@ class VllmServer:
         raise UserError(f"the vLLM server {state}; its log is {self.log}:\n  {ending}")
 
     def stop(self, *_) -> None:
-        """Ends the server and all its processes."""
         if self._process is not None:
             self._process.communicate(b"e")  # tells the supervisor to stop
             self._process = None

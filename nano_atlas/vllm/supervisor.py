@@ -1,9 +1,7 @@
-"""Runs a command until it ends or stdin says so, then kills its process group. Uses only the standard library.
-
-    python -I supervisor.py DIRECTORY COMMAND ...
+"""python -I supervisor.py DIRECTORY COMMAND ... runs a command, and kills its process group if a byte arrives on stdin.
 
 The parent holds the other end of stdin. If the parent ends, even by kill -9, stdin closes; then DIRECTORY is deleted too
-("" for none). A byte keeps it. (PR_SET_PDEATHSIG would only reach the server, not its child, the engine.)
+("" for none). (PR_SET_PDEATHSIG would only reach the server, not its child, the engine.) Only the standard library.
 """
 
 import os

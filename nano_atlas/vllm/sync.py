@@ -20,9 +20,8 @@ from nano_atlas.tokenizer import Tokenizer
 
 
 class FileTransfer:
-    """A checkpoint in `folder`, which servers on the same machine (or file system) reload.
-
-    It stores a tied head twice: without `lm_head.weight`, vLLM on a CPU silently keeps its first head."""
+    """A checkpoint in `folder`, which servers on the same machine (or file system) reload. A tied head is stored twice:
+    without `lm_head.weight`, vLLM on a CPU silently keeps its first head."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer):
         self.folder, self.tokenizer = Path(folder).resolve(), tokenizer
@@ -41,10 +40,9 @@ class FileTransfer:
 
 
 class NcclTransfer:
-    """vLLM's own weight transfer: a broadcast from the policy's GPU to the workers of one server.
-
-    Written for vLLM 0.32 (`vllm/distributed/weight_transfer/nccl_engine.py`). **Not yet run with NCCL**, which needs two
-    GPUs; the tests use a real server, and broadcast through a TCP store."""
+    """vLLM's own weight transfer: a broadcast from the policy's GPU to the workers of one server. Written for vLLM 0.32
+    (`vllm/distributed/weight_transfer/nccl_engine.py`). **Not yet run with NCCL**, which needs two GPUs; the tests use a
+    real server, and broadcast through a TCP store."""
 
     engine, staged = None, None  # vLLM's sending side; the model, until it is sent
 
@@ -65,7 +63,6 @@ class NcclTransfer:
 
 
 def connect(client: Client, model: Transformer):
-    """vLLM's sending side, connected to the workers of the server."""
     from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient, ModuleSource, nccl_engine
     from vllm.utils.network_utils import get_ip, get_open_port
 
@@ -77,11 +74,9 @@ def connect(client: Client, model: Transformer):
 
 
 class Parity:
-    """Compares trainer and server on a fixed sequence after each sync.
-
-    limit: largest difference (mean over tokens, nats). The first one measures the difference of the kernels (float32:
-    1e-6; bfloat16: about 1e-2); later ones may be five times as large. A server whose log-probs have not changed is
-    stale if the trainer's have changed by more than limit / 100."""
+    """Compares trainer and server on a fixed sequence after each sync. limit: largest difference (mean over tokens,
+    nats). The first one measures the difference of the kernels (float32: 1e-6; bfloat16: about 1e-2); later ones may be
+    five times as large. A server whose log-probs stay the same is stale if the trainer's change by over limit / 100."""
 
     TOKENS, FACTOR, FLOOR = 64, 5.0, 1e-4
 

@@ -58,8 +58,6 @@ DOMAINS = {domain.name: domain for domain in (
 
 @dataclass(frozen=True)
 class Task:
-    """One generated problem with its solution."""
-
     domain: str
     question: str
     answer: str
@@ -118,10 +116,9 @@ def opening(chain: Sequence[str]) -> Sequence[str]:
 
 
 def demonstration(task: Task, approach: str, style: str, is_thorough: bool) -> dict:
-    """A rule-based demonstration in the schema of Arc-ATLAS-Teach-v0.
-
-    The diagnosis walks back from the question. The teaching names only the start if the approach is right, else the
-    whole order (a thorough tutor) or its first half. Style "concise" names only the start, "detailed" the whole order."""
+    """A rule-based demonstration in the schema of Arc-ATLAS-Teach-v0. The diagnosis walks back from the question. The
+    teaching names only the start if the approach is right, else the whole order (a thorough tutor) or its first half.
+    Style "concise" names only the start, "detailed" the whole order."""
     told = task.chain if is_thorough or style == "detailed" else opening(task.chain)
     if style == "concise" or (style == "adaptive" and approach.strip() == plan(task.chain)):
         told = task.chain[:1]
@@ -135,10 +132,8 @@ def demonstration(task: Task, approach: str, style: str, is_thorough: bool) -> d
 
 
 def demonstrations(count: int, seed: object, student: Seat) -> list[dict]:
-    """`count` demonstrations on mathematics, each for an approach of the student.
-
-    30 % of the tutors are thorough: the best amount of help is not in the data; GRPO finds it. A sixth each uses the
-    concise and the detailed style, which the runtime may ask for."""
+    """`count` demonstrations on mathematics, each for an approach of the student. 30 % of the tutors are thorough: GRPO
+    must find the best amount of help. A sixth each has the concise and the detailed style, for the runtime."""
     generated, probe = tasks("math", count, f"demonstrations/{seed}"), Generation(40, temperature=0.7)
     seeds = [derive_seed(seed, "demonstration", index) for index in range(count)]
     requests = [protocol.probe_messages(task.question) for task in generated]
