@@ -171,7 +171,7 @@ def test_a_wrong_login_and_a_lost_network_are_one_line(at_login, error, message,
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"idx": 0}, ":2: line 1 has task and idx .*:0, too"), ({"query": None}, ":2: needs the fields idx"), ({"task": 5}, ":2: needs the fields idx"),
+    ({"idx": 0}, ":2: line 1 also has task and idx .*:0"), ({"query": None}, ":2: needs the fields idx"), ({"task": 5}, ":2: needs the fields idx"),
     ({"answer": "ka01"}, ":2: needs the fields idx"),
 ])  # fmt: skip
 def test_a_line_that_is_no_task_or_one_twice_is_named(changes, message, tmp_path):

@@ -1,4 +1,4 @@
-"""What all benchmarks share: arms (ways of answering the same tasks), the order in which they run, and results on disk."""
+"""Shared by all benchmarks: arms (ways to answer the same tasks), their order, and results on disk."""
 
 import random
 import re
@@ -22,19 +22,17 @@ from nano_atlas.seats import Fault, Reply, Seat, is_url, open_seat
 from nano_atlas.terminal import Bar
 from nano_atlas.text import masked
 
-STUDENT = "student"  # the arm that all others are compared with
+STUDENT = "student"  # all other arms are compared with this one
 CONTROLS = SHUFFLED, UNTRAINED, TWO_VOTES, SAME_BUDGET = "shuffled", "untrained", "two-votes", "same-budget"
 ALONE = STUDENT, TWO_VOTES, SAME_BUDGET  # the arms without a teaching
 RESULT_FILES = "tasks.jsonl", "run.json", "results.json", "tables.md", "tau2-*.json"
 Key = tuple[str, str, str, int]  # of a result: arm, domain, id, sample
-Jobs = Sequence[tuple[str, Problem]]  # arms, and what each is to answer
-Seats = dict[str, Seat]  # "student", and "teacher": for the arms without one it is the student
+Jobs = Sequence[tuple[str, Problem]]  # (arm, task to answer)
+Seats = dict[str, Seat]  # "student" and "teacher" (the student itself in arms without a teacher)
 
 
 @dataclass(frozen=True)
 class ArmsConfig:
-    """The seats of an evaluation, where its results go, and how the seats are sampled."""
-
     student: str | None = option(None, "checkpoint directory, or URL or URL#MODEL of a server")
     teacher: tuple[str, ...] = option((), "NAME=DIRECTORY or NAME=URL; the last one is tested")
     out: Path = option(Path("runs/eval"), "output directory", resumable=True)
@@ -48,7 +46,7 @@ class ArmsConfig:
     teaching_tokens: int = option(4096, "longest reply of the teacher, with thinking (tokens)", at_least=1)
     answer_tokens: int = option(4096, "longest answer of the student (tokens)", at_least=1)
 
-    answer_format: str = "solution"  # an option where answers are read from texts (eval.Config)
+    answer_format: str = "solution"  # an option only in eval.Config
 
     device: str = option("cpu", "device of the checkpoints, such as cpu or cuda", group="run")
     dtype: str = option("float32", "precision of the checkpoints", ("float32", "bfloat16"))
@@ -58,22 +56,22 @@ class ArmsConfig:
     def check(self) -> None:
         if {STUDENT, *CONTROLS} & set(self.teachers) or len(self.teachers) < len(self.teacher):
             what = f"--teacher {' '.join(self.teacher)}: give each a different name, NAME=PATH"
-            raise UserError(f"{what}, and none that of an arm: {', '.join((STUDENT, *CONTROLS))}")
+            raise UserError(f"{what}, but not the name of an arm: {', '.join((STUDENT, *CONTROLS))}")
 
     @property
     def teachers(self) -> dict[str, str]:
-        """Directory or URL of each teacher by name; without NAME= the last part of the path is the name."""
+        """Directory or URL of each teacher by name (default: the last part of the path)."""
         parts = [re.fullmatch(r"(?:([\w.-]+)=)?(.*)", spec).groups() for spec in self.teacher]
         return {name or masked(spec).rstrip("/").rpartition("/")[2]: spec for name, spec in parts}
 
     @property
     def last(self) -> str:
-        """The teacher whom the controls are made of."""
+        """The teacher that the controls use."""
         return next(reversed(self.teachers), "")
 
     @property
     def arms(self) -> list[str]:
-        """Without a teacher there is nothing to control for: then only what --control asks for, and needs none."""
+        """All arms to run. Without a teacher: only explicit --control arms that need none."""
         controls = [arm for arm in self.control if arm != "none"]
         if not self.teacher:
             is_asked = self.control != type(self).control
@@ -83,8 +81,7 @@ class ArmsConfig:
     @property
     def episode(self) -> EpisodeConfig:
         lengths = self.probe_tokens, self.teaching_tokens, self.answer_tokens
-        how = (self.temperature, self.temperature), self.answer_format, self.top_p
-        return EpisodeConfig(*lengths, *how)
+        return EpisodeConfig(*lengths, (self.temperature, self.temperature), self.answer_format, self.top_p)
 
     def open(self, spec: str) -> Seat:
         return open_seat(spec, device=self.device, dtype=getattr(torch, self.dtype))
@@ -92,7 +89,7 @@ class ArmsConfig:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One answer of the student: a line of tasks.jsonl. Lengths in generated tokens. Alone, it has nothing of a teacher."""
+    """One answer of the student: a line of tasks.jsonl. Lengths in generated tokens."""
 
     arm: str
     domain: str
@@ -107,7 +104,7 @@ class TaskResult:
     is_teacher_truncated: bool = False
     teaching: str | None = None  # None: no well-formed teaching; the attempt is the student's own
     is_leak: bool = False
-    record: dict | None = None  # what a benchmark itself records of the answer: τ²-bench its SimulationRun
+    record: dict | None = None  # the benchmark's own record: τ²-bench's SimulationRun
     question: str | None = None
 
     @property
@@ -115,7 +112,6 @@ class TaskResult:
         return self.arm, self.domain, self.id, self.sample
 
     def taught(self, reply: Reply, **changes) -> Self:
-        """The same task with a teacher's reply."""
         teaching = protocol.parse_teaching(reply.text)
         is_leak = bool(self.gold and teaching) and reveals_answer(teaching, self.gold)
         said = {"teacher_text": reply.text, "teacher_tokens": reply.tokens, "teaching": teaching}
@@ -123,29 +119,29 @@ class TaskResult:
 
     @property
     def told(self) -> Reply:
-        """What `taught` was given."""
+        """The reply given to `taught`."""
         return Reply(self.teacher_text, self.teacher_tokens, self.is_teacher_truncated)
 
     @property
     def all_tokens(self) -> int:
-        """Of everyone involved; the student alone needs no probe."""
+        """Generated by student and teacher; the arm "student" counts no probe."""
         return self.attempt.tokens + (self.approach_tokens + self.teacher_tokens) * (self.arm != STUDENT)
 
 
 def read_results(path: Path) -> dict[Key, TaskResult]:
-    """What a tasks.jsonl holds. Raises UserError for a damaged line."""
+    """The results in a tasks.jsonl. Raises UserError for a damaged line."""
     lines = read_jsonl(path, is_journal=True) if path.exists() else ()
     found = (TaskResult(**record | {"attempt": Attempt(**record["attempt"])}) for _, record in lines)
     return {result.key: result for result in found}
 
 
 class TaskLog(Journal):
-    """The append-only tasks.jsonl with its only writer, and the results that it holds."""
+    """The append-only tasks.jsonl and its results."""
 
     def __init__(self, path: Path):
         super().__init__(path)
         self.results = read_results(path)
-        self.faults: dict[str, list[str]] = {}  # by arm: why tasks have none; the next start tries again
+        self.faults: dict[str, list[str]] = {}  # by arm: why tasks failed; the next start retries them
 
     def append(self, results: Iterable[TaskResult]) -> None:
         new = {result.key: result for result in results if result.key not in self.results}
@@ -153,7 +149,7 @@ class TaskLog(Journal):
         self.results |= new
 
     def get(self, arm: str, problem: Problem, needed: int = 0) -> list[TaskResult]:
-        """The samples of a task that are there, from the first on. Raises Fault if they are fewer than needed."""
+        """The samples of a task, from the first to a missing one. Raises Fault if they are fewer than `needed`."""
         keys = ((arm, problem.domain, problem.id, sample) for sample in count())
         found = [self.results[key] for key in takewhile(self.results.__contains__, keys)]
         if len(found) < needed:
@@ -162,13 +158,13 @@ class TaskLog(Journal):
 
 
 def fill(log: TaskLog, config: ArmsConfig, problems: Sequence[Problem], answer: Callable) -> None:
-    """Append what the log lacks: lists of results that answer(jobs, seats) yields. Teachers are opened one at a time, if needed."""
+    """Appends missing results, which answer(jobs, seats) yields in lists. Opens one teacher at a time."""
     seats: Seats = {}
     missing = {(arm, p): config.samples - len(log.get(arm, p)) for p in problems for arm in config.arms}
-    teachers = [[name] for name in config.teachers]
     with Bar(desc="evaluation", total=sum(missing.values()), unit="answer") as progress:
-        for stage in [STUDENT, TWO_VOTES], *teachers, [SHUFFLED, UNTRAINED, SAME_BUDGET]:
-            seats.pop("teacher", None)  # lets it go before the next is opened
+        others = [SHUFFLED, UNTRAINED, SAME_BUDGET]
+        for stage in [STUDENT, TWO_VOTES], *([name] for name in config.teachers), others:
+            seats.pop("teacher", None)  # free it before the next is opened
             if jobs := [job for job, count in missing.items() if job[0] in stage and count]:
                 seats[STUDENT] = seats.get(STUDENT) or config.open(config.student)
                 teacher = config.teachers.get(stage[0])
@@ -182,11 +178,11 @@ def fill(log: TaskLog, config: ArmsConfig, problems: Sequence[Problem], answer: 
 
 
 def start_or_continue(config: ArmsConfig, contents: dict[str, str]) -> None:
-    """Write run.json (`keep_to`), for --restart in place of what was there. Raises UserError for changes, and for files of others."""
+    """Writes run.json (`keep_to`); --restart deletes old results. Raises UserError for changes or foreign files."""
     out, specs = config.out, {STUDENT: config.student, **config.teachers}
     paths = {name: Path(spec) for name, spec in specs.items() if not is_url(spec)}
     for path in paths.values():
-        checkpoint.read_config(path)  # says what is wrong, with a remedy
+        checkpoint.read_config(path)  # raises UserError with a remedy
     contents = {f"checkpoint {name}": checkpoint_digest(path) for name, path in paths.items()} | contents
     refuse_foreign(out / "run.json", RESULT_FILES)
     for file in [file for pattern in RESULT_FILES for file in out.glob(pattern)] if config.restart else ():
@@ -195,7 +191,7 @@ def start_or_continue(config: ArmsConfig, contents: dict[str, str]) -> None:
 
 
 def derange(problems: Sequence[Problem], seed: int) -> dict[str, Problem]:
-    """For each problem (by id) another one as donor: its neighbour in a shuffled circle, so that each gives exactly once."""
+    """By problem id: another problem as donor, the neighbour in a shuffled circle, so each is donor once."""
     if len(problems) < 2:
         raise UserError("--control shuffled needs at least 2 tasks in each domain; raise --limit or drop it")
     circle = random.Random(derive_seed(seed, "shuffled")).sample(list(problems), len(problems))
@@ -203,7 +199,7 @@ def derange(problems: Sequence[Problem], seed: int) -> dict[str, Problem]:
 
 
 def majority(attempts: Sequence[Attempt]) -> Attempt:
-    """The first with the most frequent answer, at the price of all: self-consistency (Wang et al. 2022, arXiv:2203.11171)."""
+    """The first with the most frequent answer, with the tokens of all (Wang et al. 2022, arXiv:2203.11171)."""
     voters = [attempt for attempt in attempts if attempt.answer is not None]
     votes = Counter(answer_key(voter.answer) for voter in voters)
     first = max(voters, key=lambda voter: votes[answer_key(voter.answer)], default=attempts[0])

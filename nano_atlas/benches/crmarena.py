@@ -1,11 +1,11 @@
-"""CRMArena-Pro: questions about a customer's data. The student may query Salesforce before it answers.
+"""CRMArena-Pro: questions about customer data. The student may query Salesforce before it answers.
 
     pip install simple-salesforce
     export SALESFORCE_USERNAME=... SALESFORCE_PASSWORD=... SALESFORCE_SECURITY_TOKEN=...
     python eval.py --preset own --bench crmarena --data b2b.jsonl --student URL --teacher grpo=URL --out runs/crm
 
-**Not yet run against the live organisation**, only on a synthetic fixture. A line of --data is a record of the published data set.
-Simplified: answers stand in <solution> (there gpt-4o extracts them, so figures differ); only exact matching; no simulated user.
+**Not yet run against the live organisation**, only on a synthetic fixture. --data has records of the published data set.
+Simplified: answers are in <solution> (published: gpt-4o extracts them); only exact matching; no simulated user.
 """
 
 import json
@@ -24,8 +24,8 @@ from nano_atlas.seats import Answers, Fault, Question, Reply, Seat, in_groups
 from nano_atlas.text import clean, masked
 
 TURNS = 20  # queries and the answer, as in the original
-SHOWN_CHARACTERS = 4000  # of what a query gives
-FIELDS = "idx", "task", "query", "reward_metric", "answer"  # of a line of the tasks
+SHOWN_CHARACTERS = 4000  # of a query's result
+FIELDS = "idx", "task", "query", "reward_metric", "answer"  # of a task
 ACCOUNT = {name: f"SALESFORCE_{name.upper()}" for name in ("username", "password", "security_token")}
 INSTRUCTION = (
     "You can look things up in Salesforce: write <execute>a SOQL or SOSL query</execute> and wait for its rows. "
@@ -35,7 +35,7 @@ Query = Callable[[str], str]  # SOQL or SOSL -> "Rows: ..." or "Error: ..."
 
 
 def load_tasks(path: Path, limit: int | None) -> dict[str, list[Problem]]:
-    """Problems with an exact answer by kind of task, the first `limit` of each. Raises UserError naming file and line."""
+    """By kind of task, its first `limit` problems with an exact answer. Raises UserError naming file and line."""
     kinds: dict[str, list[Problem]] = {}
     left_out, lines = 0, {}
     for number, record in read_jsonl(path):
@@ -50,7 +50,7 @@ def load_tasks(path: Path, limit: int | None) -> dict[str, list[Problem]]:
         question, gold = "\n\n".join(filter(None, given)), ", ".join(map(str, record["answer"]))
         name, kind = f"{record['task']}:{record['idx']}", record["task"]
         if (first := lines.setdefault(name, number)) != number:
-            raise UserError(f"{path}:{number}: line {first} has task and idx {name}, too; remove one")
+            raise UserError(f"{path}:{number}: line {first} also has task and idx {name}; remove one")
         kinds.setdefault(kind, []).append(Problem(name, question, gold, kind))
     if not kinds:
         raise UserError(f"{path}: no task with reward_metric exact_match")
@@ -59,19 +59,19 @@ def load_tasks(path: Path, limit: int | None) -> dict[str, list[Problem]]:
 
 
 def is_correct(answer: str, gold: str) -> bool:
-    """The same items in any order, whatever their case, quotes and brackets."""
+    """Whether both list the same items, ignoring order, case, quotes and brackets."""
     given, wanted = (re.split(r"[,;\n]", text.strip(" .[]").casefold()) for text in (answer, gold))
     return {item.strip(" .'\"") for item in given} - {""} == {item.strip(" .'\"") for item in wanted} - {""}
 
 
 class QueryingSeat:
-    """A student that may query until it answers or has no turn left. The last reply counts, with the tokens of all turns."""
+    """A student that may query before it answers. Its last reply counts, with the tokens of all turns."""
 
     def __init__(self, seat: Seat, query: Query):
         self.seat, self.query, self.count_tokens = seat, query, seat.count_tokens
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> Answers:
-        """All conversations advance together, so that a turn is one call of the seat within."""
+        """All conversations run in lockstep, so each turn is one batched call."""
         scripts = [caught(self.converse(q, q.seed + sample)) for q in questions for sample in range(q.n)]
         return in_groups(play(scripts, {STUDENT: self.seat}, progress), questions)
 
@@ -82,7 +82,7 @@ class QueryingSeat:
             ((reply,),) = yield from ask(call)
             tokens += reply.tokens
             thought, begin, rest = visible(reply.text).partition("<execute>")
-            query, end, _ = rest.partition("</execute>")  # what follows are invented rows
+            query, end, _ = rest.partition("</execute>")  # the rest are invented rows
             if not end:
                 break
             said = {"role": "assistant", "content": thought + begin + query + end}
@@ -93,7 +93,7 @@ class QueryingSeat:
 
 
 def salesforce() -> Query:
-    """Queries in the user's own organisation. Raises UserError naming what is missing."""
+    """Queries the user's organisation. Raises UserError naming what is missing."""
     if missing := [name for name in ACCOUNT.values() if not os.environ.get(name)]:
         raise UserError(f"--bench crmarena needs a Salesforce account; set {', '.join(missing)}")
     try:
@@ -103,7 +103,7 @@ def salesforce() -> Query:
     remedy = f"check {', '.join(ACCOUNT.values())} and the network"
     try:
         organisation = Salesforce(**{name: os.environ[variable] for name, variable in ACCOUNT.items()})
-    except (exceptions.SalesforceError, OSError) as error:  # of requests, all errors are OSErrors
+    except (exceptions.SalesforceError, OSError) as error:  # errors of `requests` are OSErrors
         raise UserError(masked(f"no Salesforce login ({type(error).__name__}: {error}); {remedy}")) from None
 
     def query(text: str) -> str:

@@ -1,12 +1,12 @@
-"""The official package of τ²-bench (v1.0.1), which runs and scores each dialogue. No other file imports it.
+"""Runs and scores dialogues with the official package of τ²-bench (v1.0.1). No other file imports it.
 
-Its function that asks a language model is replaced: `generate` sends the same messages and tools to an endpoint. Added is the teacher,
-who is asked once per dialogue, when the student has read the user's first message (in solo mode: the ticket):
+`generate` replaces the package's LLM call and sends the same messages and tools to a seat. The teacher is added: it is
+asked once per dialogue, after the user's first message (in solo mode: the ticket):
 
-    probe     student   its system prompt + the opening                       ->  how it would approach the case
-    teaching  TEACHER   policy + names of the tools + opening + approach      ->  guidance, appended to the student's system prompt
+    probe     student   system prompt + opening                          ->  its approach
+    teaching  TEACHER   policy + names of the tools + opening + approach ->  guidance for the student's system prompt
 
-Neither can see what a task is scored by: an agent is built from tools and policy alone. `config` is always tau2.Config.
+Neither sees how a task is scored: an agent is built only from tools and policy. `config` is always tau2.Config.
 """
 
 import importlib.metadata
@@ -42,11 +42,11 @@ LOCK = threading.Lock()
 
 
 class DialogueEnd(Exception):
-    """A seat broke the dialogue off: its TerminationReason, what happened, and the usage of a turn that failed."""
+    """A seat ended the dialogue: TerminationReason, error, and usage of the failed turn."""
 
 
 def generate(model, messages, generation, tools=None, tool_choice="auto", call_name=None, seed=0, guide=None):
-    """Stands in for tau2.utils.llm_utils.generate, without reasoning; `generation` and `guide` come with tau2's `llm_args`."""
+    """Replaces tau2.utils.llm_utils.generate; `generation` and `guide` come from tau2's `llm_args`."""
     validate_message_history(messages)
     wire = [{k: v for k, v in message.items() if v is not None} for message in to_litellm_messages(messages)]
     offered = {"tools": [tool.openai_schema for tool in tools], "tool_choice": tool_choice} if tools else {}
@@ -68,7 +68,7 @@ def generate(model, messages, generation, tools=None, tool_choice="auto", call_n
             calls.append(ToolCall(id=f"call_{len(messages)}_{index}", name=name, arguments=arguments))
         if not calls and (not text or tool_choice == "required"):
             raise ValueError("no text and no tool call")
-    except (ValueError, LookupError, TypeError, AttributeError) as error:  # it may have any form
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # the reply may have any form
         fault = "user_error" if call_name == "user_simulator_response" else "agent_error"
         raise DialogueEnd(fault, f"{error} in {str(choice['message'])[:300]}", usage) from error
     return AssistantMessage(role="assistant", content=text, tool_calls=calls or None, cost=0.0, usage=usage)
@@ -78,7 +78,7 @@ tau2.agent.llm_agent.generate = user_simulator.generate = generate
 
 
 def consult(config, student: Seat, teacher: Seat, system_prompt: str, case: str, opening: str, seed: int):
-    """The student's approach and the teacher's reply. A teacher in this process answers one thread at a time."""
+    """The student's approach and the teacher's reply. A seat with a sampler serves one thread at a time."""
 
     def said(seat, messages, kind, max_tokens) -> Reply:
         generation = Generation(max_tokens, config.temperature, config.top_p)
@@ -93,17 +93,17 @@ def consult(config, student: Seat, teacher: Seat, system_prompt: str, case: str,
 
 
 def only_ticket(task: Task) -> Task:
-    """The task as an agent may know it. Even its id and initial state name the faults that are to be found."""
+    """The task without anything an agent must not see: even its id and initial state name the faults to find."""
     hidden = ("description", "user_scenario", "evaluation_criteria")
     return task.model_copy(update=dict.fromkeys(hidden) | {"id": "", "initial_state": InitialState()})
 
 
 def simulate(config, task: Task, seed: int, student, user, teacher=None, told=()) -> tuple[dict, list[Reply]]:
-    """One scored dialogue, a SimulationRun as JSON values, and what student and teacher said before it. In solo mode without a user."""
+    """One scored dialogue: its SimulationRun as JSON values, and the replies of `consult` (given as `told`, or new)."""
     told = list(told)
 
     def guided(messages, tools, seed) -> str:
-        """The student's system prompt with the teaching, which is asked for in its first own turn."""
+        """The student's system prompt with the teaching, which is requested in its first turn."""
         if not told:
             opening = task.ticket if config.is_solo else next(m.content for m in messages if m.role == "user")
             names = ", ".join(tool.name for tool in tools)
@@ -123,7 +123,7 @@ def simulate(config, task: Task, seed: int, student, user, teacher=None, told=()
     dialogue = Orchestrator(config.domain, agent, partner, environment, task, config.max_steps, seed, **mode)
     try:
         simulation = run_simulation(dialogue)
-    except Exception as error:  # also of tau2, on what a seat said: one dialogue failed
+    except Exception as error:  # also of tau2, on a seat's reply: only this dialogue fails
         kind = "infrastructure_error" if isinstance(error, UserError) else "unexpected_error"
         other = DialogueEnd(kind, f"{type(error).__name__}: {error}", None)
         reason, failure, usage = (error if isinstance(error, DialogueEnd) else other).args
@@ -131,12 +131,12 @@ def simulate(config, task: Task, seed: int, student, user, teacher=None, told=()
         simulation = dialogue._finalize()
         simulation.reward_info = RewardInfo(reward=0.0)
         simulation.info = {"failure": failure, "usage": usage}
-    simulation.policy = None  # it stands once in the results' header
+    simulation.policy = None  # it is in the header of the results
     return simulation.model_dump(mode="json", exclude_none=True), told
 
 
 def load_tasks(config) -> list[Task]:
-    """Raises UserError where there are no such tasks, and where they cannot be played or scored."""
+    """Raises UserError if there are no such tasks, or if they cannot be run or scored."""
     where = f"--domain {config.domain}, --split {config.split}, --tasks {config.tasks}"
     try:
         tasks = get_tasks(config.domain, config.split)
@@ -151,7 +151,7 @@ def load_tasks(config) -> list[Task]:
 
 
 def contents(config, tasks: Sequence[Task]) -> dict[str, str]:
-    """What results are results of: version and digests of package, data and tasks. And the floors of these tasks."""
+    """Version and digests of package, data and tasks, and the floors of these tasks."""
     folders = DATA_DIR / "tau2/domains" / config.domain, DATA_DIR / "tau2/user_simulator"
     data = (file for folder in folders for file in folder.rglob("*") if file.is_file())
     found = {"tau2 version": importlib.metadata.version("tau2"), "tau2 data": files_digest(sorted(data))}
@@ -161,7 +161,7 @@ def contents(config, tasks: Sequence[Task]) -> dict[str, str]:
 
 
 def floors(config, tasks: Sequence[Task]) -> dict[str, str]:
-    """What two policies that look at nothing score on these tasks: to leave at once, and to transfer the user first."""
+    """Scores of two trivial policies on these tasks: leave at once, and transfer the user first."""
     leave = AssistantMessage(role="assistant", content="Goodbye.", cost=0.0)
     call = ToolCall(id="floor", name="transfer_to_human_agents", arguments={"summary": ""})
     result = build_environment(config.domain, solo_mode=config.is_solo).get_response(call)

@@ -1,4 +1,4 @@
-"""The scores of each arm, paired comparisons, and their tables. Rates are in [0, 1], lengths in generated tokens per answer."""
+"""Scores of each arm, paired comparisons, and tables. Rates in [0, 1], lengths in generated tokens per answer."""
 
 from collections.abc import Callable, Iterable, Sequence
 from math import sqrt
@@ -12,7 +12,7 @@ from nano_atlas.errors import UserError
 from nano_atlas.runs import read_json, replace_text, write_json
 
 Tasks = dict[str, list[TaskResult]]  # the samples of each task, by its id
-WIDTH = 100  # columns of a terminal, for what is printed without --full
+WIDTH = 100  # columns of what is printed without --full
 Report = dict[str, list[dict]]  # "scores" of each arm, "differences" of the last teacher to each earlier one
 NOTE = """\
 Rates in %, differences in percentage points with their 95 % interval (paired bootstrap over tasks). *Not worse*: tasks on which the
@@ -37,7 +37,7 @@ def points(versus: dict) -> str:
     return stats.in_points(versus["delta"], versus["interval"])
 
 
-# A column: its head, its name in a comparison or score, how it is shown; of a score also its value for one answer (None: not counted).
+# A column: head, key in a comparison or score, format; for scores also the value of one answer (None: not counted).
 VERSUS_STUDENT = [
     ("McNemar p", "p_value", p_value), ("improved", "improved", str), ("degraded", "degraded", str),
     ("not worse", "non_degradation", percent), ("…of right", "non_degradation_correct", percent),
@@ -55,7 +55,7 @@ MEANS: list[tuple[str, str, Callable, Callable[[TaskResult], float | None]]] = [
 
 
 def make_report(results: Iterable[TaskResult], config: ArmsConfig) -> Report:
-    """Score each arm on the tasks of which it has all samples, and compare it on those that the student alone has too."""
+    """Scores each arm on tasks with all samples, and compares it with the student on the tasks that both have."""
     groups: dict[tuple[str, str], Tasks] = {}
     for result in sorted(results, key=lambda result: result.sample):
         groups.setdefault((result.domain, result.arm), {}).setdefault(result.id, []).append(result)
@@ -74,7 +74,7 @@ def make_report(results: Iterable[TaskResult], config: ArmsConfig) -> Report:
 
 
 def score(tasks: Tasks) -> dict:
-    """One arm in one domain, with the same number of samples of every task."""
+    """One arm in one domain; all tasks have the same number of samples."""
     answers = [result for task in tasks.values() for result in task]
     count, samples = len(tasks), len(answers) // len(tasks)
     right = [sum(result.attempt.is_correct for result in task) for task in tasks.values()]
@@ -93,7 +93,7 @@ def score(tasks: Tasks) -> dict:
 
 
 def compare(tasks: Tasks, others: Tasks, seed: int = 0) -> dict | None:
-    """The arm of `tasks` minus the arm of `others`, on the tasks that both have, if any. A task's score is its share of right samples."""
+    """`tasks` minus `others` on the tasks that both have, or None. A task's score is its share of right samples."""
     shared = [name for name in tasks if name in others]
     if not shared:
         return None
@@ -110,7 +110,7 @@ def compare(tasks: Tasks, others: Tasks, seed: int = 0) -> dict | None:
 
 
 def finish(config: ArmsConfig, own: Callable | None = None, faults: dict[str, list[str]] | None = None):
-    """Print and, without --tables, write the tables of config.out. own(options of the run, its results): Markdown of a benchmark."""
+    """Prints and, without --tables, writes the tables. own(config, results): more Markdown of a benchmark."""
     saved = read_json(config.out / "run.json")
     results = list(arms.read_results(config.out / "tasks.jsonl").values())
     if not saved or not results:
@@ -132,7 +132,7 @@ def finish(config: ArmsConfig, own: Callable | None = None, faults: dict[str, li
 
 
 def tables(report: Report) -> str:
-    """Per domain one row per arm, and below it the differences between teachers."""
+    """Per domain: one row per arm, then the differences between teachers."""
     lines: list[str] = []
     for domain in dict.fromkeys(row["domain"] for row in report["scores"]):
         found = [row for row in report["scores"] if row["domain"] == domain]
@@ -149,7 +149,7 @@ def tables(report: Report) -> str:
 
 
 def cells(row: dict) -> dict[str, str]:
-    """A score as the tables show it, by the heads of the columns."""
+    """A score as text, by column head."""
     n, accuracy, versus = len(row["pass_at_k"]), percent(row["accuracy"]), row["versus_student"]
     shown = {"accuracy": accuracy}
     if n > 1:
@@ -162,7 +162,7 @@ def cells(row: dict) -> dict[str, str]:
 
 
 def summary(report: Report, config: ArmsConfig) -> str:
-    """Per domain the accuracy of student, teachers and shuffled control, and the last teacher minus the one before it (or the student)."""
+    """Per domain: accuracy of student, teachers and shuffled control, and the gain over the previous teacher."""
     found = {(row["domain"], row["arm"]): row for row in report["scores"]}
     compared = [*report["differences"], *(row["versus_student"] for row in report["scores"])]
     gains = {(gain["domain"], gain["other"], gain["arm"]): points(gain) for gain in compared if gain}
@@ -186,12 +186,12 @@ def summary(report: Report, config: ArmsConfig) -> str:
 
 
 def narrow(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table, with rows and columns exchanged where it would be too wide."""
+    """A table, transposed if it is too wide."""
     return min(table(rows), table([*zip(*rows)]), key=lambda lines: max(WIDTH, len(lines[0])))
 
 
 def table(rows: Sequence[Sequence[str]], title: str = "") -> list[str]:
-    """Lines of a Markdown table; the first row is its head, the first column is text and the others are numbers."""
+    """Lines of a Markdown table; the first row is the head, the first column is text, the others are numbers."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     head, *body = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]

@@ -1,4 +1,4 @@
-r"""τ²-bench: the student talks to a simulated user who has a problem, and to tools that could solve it; with and without a teacher.
+r"""τ²-bench: the student talks to a simulated user and calls tools, with and without a teacher.
 
     what would run     python eval.py --bench tau2 --dry-run
     one kind of task   python eval.py --bench tau2 --tasks mms_issue --student URL --teacher grpo=URL \
@@ -6,10 +6,10 @@ r"""τ²-bench: the student talks to a simulated user who has a problem, and to 
     without a user     python eval.py --bench tau2 --user solo ...                  (from the ticket)
     see the dialogues  python -m benchmarks.tau2_official --out runs/mms            (for tau2 view)
 
-The official package runs and scores each dialogue (dialogue.py). The arms are those of eval.py without the votes: a dialogue changes
-the world, so one cannot choose afterwards. Student and user are URLs of servers that parse tool calls (for Qwen3: `vllm serve MODEL
---enable-auto-tool-choice --tool-call-parser hermes`). A dialogue that a seat breaks off has failed, and so has one whose seat could
-not be reached; *covered* is the share of the others.
+The official package runs and scores each dialogue (dialogue.py). The arms are those of eval.py without the votes, since
+dialogues have side effects. Student and user are URLs of servers that parse tool calls (for Qwen3: `vllm serve MODEL
+--enable-auto-tool-choice --tool-call-parser hermes`). If a seat sends an invalid reply or cannot be reached, the
+dialogue fails; *covered* is the share of dialogues in which all seats were reached.
 """
 
 import os
@@ -34,13 +34,13 @@ from nano_atlas.seats import Reply, is_url
 
 INSTALL = """--bench tau2 needs the official package and its data:
     git clone --branch v1.0.1 https://github.com/sierra-research/tau2-bench
-    pip install ./tau2-bench                    # Python 3.12 or 3.13; in a 3.11: install its dependencies by name, then
-                                                # pip install --no-deps --ignore-requires-python ./tau2-bench
+    pip install ./tau2-bench   # Python 3.12 or 3.13. With 3.11: install its dependencies by name, then
+                               # pip install --no-deps --ignore-requires-python ./tau2-bench
     export TAU2_DATA_DIR=$PWD/tau2-bench/data
 (`pip install tau2` is a different project.)"""
 PERSONA = re.compile(r"PERSONA:\w+")  # in the id of a telecom task, [mms_issue]...[PERSONA:Easy]
-UNREACHED = ("infrastructure_error", "unexpected_error")  # ends that say nothing about the student
-GIVE_UP = 4  # such dialogues in a row; each has tried again several times by itself
+UNREACHED = ("infrastructure_error", "unexpected_error")  # ends not caused by the student
+GIVE_UP = 4  # consecutive dialogues of this kind that end the run; each has retried its requests
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Config(arms.ArmsConfig):
 
 
 def run(config: Config) -> None:
-    """Everything that needs the official package, which is imported without a word and without a download."""
+    """Runs what is missing. Imports the official package without its log output and downloads."""
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     try:
         from loguru import logger
@@ -95,12 +95,12 @@ def run(config: Config) -> None:
 
 
 def intent(name: str, domain: str) -> str:
-    """The kind of a telecom task, which its id begins with; of other tasks the domain."""
+    """The kind of a telecom task, from its id; for other tasks the domain."""
     return (re.findall(r"^\[(\w+)\]", name) or [domain])[0]
 
 
 def dialogues(config: Config, tasks: dict, log: TaskLog, jobs: arms.Jobs, seats: arms.Seats):
-    """One for each trial that the log lacks, `workers` at a time; yields lists of results."""
+    """Runs the missing trials, `workers` at a time; yields lists of results."""
     from nano_atlas.benches.dialogue import simulate
 
     draws = random.Random(config.seed)
@@ -123,7 +123,7 @@ def dialogues(config: Config, tasks: dict, log: TaskLog, jobs: arms.Jobs, seats:
 
 
 def in_parallel(run: Callable[..., TaskResult], jobs: Sequence, workers: int) -> Iterator[list[TaskResult]]:
-    """Results as they come. GIVE_UP in a row that did not reach a seat end the run, and are not yielded: they can run again."""
+    """Yields results as they finish. GIVE_UP unreached dialogues in a row end the run; they are not recorded."""
     unreached: list[TaskResult] = []
     with ThreadPool(workers) as pool:
         for result in pool.imap_unordered(run, jobs):
@@ -138,7 +138,7 @@ def in_parallel(run: Callable[..., TaskResult], jobs: Sequence, workers: int) ->
 
 
 def task_result(key: Key, simulation: dict, probe: Reply | None = None, reply=None) -> TaskResult:
-    """One line of the log, in the terms of the other benchmarks: right is a reward of 1, and an answer is a proper end."""
+    """One line of the log: correct means a reward of 1, answered means a regular end of the dialogue."""
     reward, end = simulation["reward_info"]["reward"], simulation["termination_reason"]
     answer = str(reward) if end in ("user_stop", "agent_stop") else None
     attempt = Attempt("", answer, reward > 1 - 1e-6, student_tokens(simulation), end == "max_steps")
@@ -147,7 +147,7 @@ def task_result(key: Key, simulation: dict, probe: Reply | None = None, reply=No
 
 
 def student_tokens(simulation: dict) -> int:
-    """Generated in all of the student's turns, also in the one that broke the dialogue off."""
+    """Tokens generated in all of the student's turns, including a failed last one."""
     turns = [message.get("usage") for message in simulation["messages"] if message["role"] == "assistant"]
     if simulation["termination_reason"] == "agent_error":
         turns.append(simulation.get("info", {}).get("usage"))
@@ -155,7 +155,7 @@ def student_tokens(simulation: dict) -> int:
 
 
 def tables(config: Config, results: Sequence[TaskResult]) -> str:
-    """Markdown: pass^k by intent and persona; how each arm's dialogues end; and of what package and data this is true."""
+    """Markdown: pass^k by intent and persona, how dialogues end by arm, and versions of package and data."""
     groups = [replace(r, domain=group) for r in results for group in ("all", *PERSONA.findall(r.id))]
     passed = [["", "tasks", *(f"pass^{k}" for k in range(1, config.samples + 1))]]
     for score in scores.make_report([*groups, *results], config)["scores"]:

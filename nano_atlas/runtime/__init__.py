@@ -1,1 +1,1 @@
-"""The pair at work: lanes, judges, skills, guardrails, traces, review, rounds, serving."""
+"""The runtime: lanes, judges, skills, guardrails, traces, review, rounds, serving."""

@@ -1,12 +1,12 @@
-"""Agents of other people in the seats: a Python function, an HTTP service, a checkpoint. Faults in them stay theirs.
+"""Opens a seat from its description: a checkpoint, a server, an HTTP service or a Python function.
 
     DIRECTORY                        a checkpoint
     http://host:port#model           an OpenAI-compatible server
-    post+http://host/path#a.b        any HTTP service: POST {"prompt", "metadata"}, reply text at a.b of the JSON that comes back
-    module:function                  function(prompt=, metadata=), plain, async or a generator of pieces
+    post+http://host/path#a.b        an HTTP service: POST {"prompt", "metadata"}; the reply's text is at a.b of its JSON
+    module:function                  function(prompt=, metadata=): plain, async or a generator of text pieces
 
-A function returns a text, or a dict {"content": text, "usage": {"prompt_tokens", "completion_tokens"}}. `metadata` holds the
-messages, the seed and the sampling options; an agent with tools runs its rounds itself. Each call has a thread of its own.
+A function returns a text, or a dict {"content": text, "usage": {"prompt_tokens", "completion_tokens"}}. `metadata`
+holds the messages, the seed and the sampling options. An agent runs its own tools. Each call runs in its own thread.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from nano_atlas.seats import EndpointSeat, Question, Reply, Seat, estimate_token
 
 @dataclass
 class Agent:
-    """A seat in which `reply(question, seed)` answers, one conversation at a time. It may raise anything."""
+    """A seat that calls `reply(question, seed)` for one question at a time. `reply` may raise anything."""
 
     reply: Callable[[Question, int], Reply]
     is_batched = False
@@ -39,9 +39,9 @@ class Agent:
 
 
 def open_agent(spec: str, device="cpu", dtype=torch.float32, timeout=600.0, connections=16) -> Seat:
-    """A seat from any of these kinds of `spec`. timeout (seconds), connections: of a server, see Client. Raises UserError."""
+    """The seat that `spec` describes. timeout (seconds) and connections: see Client. Raises UserError."""
     limits = {"timeout": timeout, "connections": connections}
-    if spec.startswith("post+http"):  # one try: the service may not be idempotent
+    if spec.startswith("post+http"):  # one attempt: the service may not be idempotent
         url, _, path = spec.removeprefix("post+").partition("#")
         client = Client(url, tries=1, **limits)
         return Agent(partial(call_function, partial(post, client, path or "response")))
@@ -53,13 +53,13 @@ def open_agent(spec: str, device="cpu", dtype=torch.float32, timeout=600.0, conn
 
 
 def load_object(spec: str) -> Callable:
-    """What `module:name` names, modules in the current directory included. Raises UserError."""
+    """Imports the function `module:name`, also from the current directory. Raises UserError."""
     module, _, name = spec.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
         found = reduce(getattr, name.split("."), importlib.import_module(module))
-    except (Exception, SystemExit) as error:  # whatever a user's module does when it is imported
+    except (Exception, SystemExit) as error:  # importing a user's module may raise anything
         cause = f"{type(error).__name__}: {error}"
         raise UserError(f"{spec}: {cause}; it should be MODULE:NAME of something importable") from None
     if callable(found):
@@ -68,13 +68,8 @@ def load_object(spec: str) -> Callable:
 
 
 def resolve(value: Any) -> Any:
-    """The result of a function that may be plain, async, or a generator of either kind. Not within a running event loop."""
-
-    async def finish() -> Any:
-        return "".join([piece async for piece in value]) if inspect.isasyncgen(value) else await value
-
-    if inspect.isasyncgen(value) or inspect.isawaitable(value):
-        return asyncio.run(finish())
+    """The result of a plain, async or generator function. Not for use inside a running event loop."""
+    value = asyncio.run(value) if inspect.iscoroutine(value) else value
     return "".join(value) if inspect.isgenerator(value) else value
 
 
@@ -87,7 +82,7 @@ def call_function(function: Callable[..., Any], question: Question, seed: int) -
 
 
 def post(client: Client, path: str, prompt: str, metadata: dict) -> dict:
-    """A function for `call_function`: the text stands at `path` of the JSON that the service answers."""
+    """A function for `call_function`: takes the text at `path` of the service's JSON reply."""
     value = body = client.request("POST", "", {"prompt": prompt, "metadata": metadata})
     for key in path.split("."):
         value = value[int(key)] if isinstance(value, list) else value[key]

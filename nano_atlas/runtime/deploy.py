@@ -1,16 +1,16 @@
-"""Which student and which teacher are in service, and when the next teacher takes over.
+"""Which student and teacher are in service, and when a new teacher is promoted.
 
-A small YAML file names the pair. The runtime and the evaluation read it with --deploy, and promotion rewrites it:
+A YAML file names the pair. The runtime and the evaluation read it with --deploy, and promotion rewrites it:
 
     teacher:
       llm: {provider: huggingface, model: /models/atlas-teacher-grpo, temperature: 0.2, max_output_tokens: 512}
 
-A `student:` section has the same form. Providers: `huggingface` (model: a checkpoint directory), `openai` (a server at api_base;
-model: its name there), `http` and `python` (model: as in `agents`).
+A `student:` section has the same form. Providers: `huggingface` (model: a checkpoint directory), `openai` (a server
+at api_base; model: its name there), `http` and `python` (model: as in `agents`).
 
-With --rounds, `train_grpo.py` continues the teacher in service on the exported traces; then both teachers teach the same held-out tasks,
-greedily, on the same sketches. The new one is promoted only if it is *not worse*: the lower end of the 90 % interval of the mean
-difference (paired bootstrap, so 95 % on this one side) is above -MARGIN. `promotion.json` says why.
+With --rounds, `train_grpo.py` trains the current teacher on the exported traces. Both teachers then teach the same
+held-out tasks, greedily, on the same sketches. The new one is promoted only if it is *not worse*: the lower end of the
+90 % interval of the mean difference (paired bootstrap; one-sided 95 %) is at least -MARGIN. See `promotion.json`.
 """
 
 import argparse
@@ -43,13 +43,13 @@ from nano_atlas.text import masked
 SPECS = dict(huggingface="{model}", python="{model}", http="post+{model}", openai="{api_base}#{model}")
 LENGTHS = {"student": "--answer-tokens", "teacher": "--teaching-tokens"}
 SHARED = (*(field.name for field in fields(EpisodeConfig) if field.metadata), "device", "dtype")
-OPTIONS = ("provider", "temperature", "max_output_tokens")  # the other keys are those of a provider's spec
-HELD_OUT = 500  # nano-world problems that decide, without --held-out
+OPTIONS = ("provider", "temperature", "max_output_tokens")  # all other keys must occur in the provider's spec
+HELD_OUT = 500  # nano-world problems for the comparison, without --held-out
 MARGIN = 0.02  # largest loss of accuracy that still counts as not worse
 
 
 def with_deployment(argv: Sequence[str], is_evaluation: bool = False) -> list[str]:
-    """The command line, after what the file of --deploy says as flags. eval.py names its teachers, and has its own --temperature."""
+    """Puts the settings of the --deploy file as flags before `argv`. An evaluation ignores its temperatures."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--deploy", nargs="?")
     path = parser.parse_known_args(argv)[0].deploy
@@ -66,7 +66,7 @@ def with_deployment(argv: Sequence[str], is_evaluation: bool = False) -> list[st
 
 
 def read_deployment(path: Path | str) -> dict[str, dict[str, Any]]:
-    """The keys of each `llm` section, and its `spec` for agents.open_agent, by seat. Raises UserError for what it does not know."""
+    """By seat: the keys of its `llm` section, and its `spec` for agents.open_agent. Raises UserError."""
     seats = {}
     try:
         for name, section in yaml.safe_load(Path(path).read_text(encoding="utf-8")).items():
@@ -84,14 +84,14 @@ def read_deployment(path: Path | str) -> dict[str, dict[str, Any]]:
 
 
 def write_deployment(path: Path, teacher: str) -> None:
-    """Put another teacher checkpoint into service; what the file says of the student stays."""
+    """Replaces the teacher in the file and keeps its other content."""
     content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
     content["teacher"] = {"llm": {"provider": "huggingface", "model": teacher}}
     runs.replace_text(path, yaml.safe_dump(content, sort_keys=False))
 
 
 def compare(seats: Sequence[Seat], problems: Sequence[data.Problem], episodes: EpisodeConfig) -> dict:
-    """The paired test of a student's old and new teacher (seats: these three) -> accuracies alone, old and new, and the decision."""
+    """Paired test of two teachers; seats: student, old teacher, new teacher -> decision and accuracies."""
     student, *teachers = seats
     greedy, seed, scores = episodes.greedy(), seeds("promotion"), []
     sketches = play([sketch(problem, greedy, seed) for problem in problems], {"student": student}, "held out")
@@ -110,8 +110,7 @@ def compare(seats: Sequence[Seat], problems: Sequence[data.Problem], episodes: E
 
 
 def run_rounds(config: Config, tasks: Sequence[data.Problem], run: Callable, open_seat: Callable) -> None:
-    """Runtime, export, training and promotion, over and over; what is done of a round is not done again.
-    run, open_seat: of runtime_loop.py. Raises UserError."""
+    """Repeats runtime, export, training and promotion, except what is already done. Raises UserError."""
     cuts = [round(part * len(tasks) / config.rounds) for part in range(config.rounds + 1)]
     parts = [tasks[start:end] for start, end in zip(cuts, cuts[1:])]
     if not all(any(task.answer is not None for task in part) for part in parts):
@@ -120,7 +119,7 @@ def run_rounds(config: Config, tasks: Sequence[data.Problem], run: Callable, ope
         if not can_train(name, spec := getattr(config, name)):
             raise UserError(f"--{name} {spec}: for --rounds it must be a checkpoint {kinds}")
     if (file := config.out / "deploy.yaml").exists():
-        read_deployment(file)  # raises, and not only when the first round is done
+        read_deployment(file)  # report errors now, not after the first round
     if config.held_out:
         problems = data.load_problems(config.held_out)
     else:
@@ -130,7 +129,7 @@ def run_rounds(config: Config, tasks: Sequence[data.Problem], run: Callable, ope
         folder = config.out / f"round-{number}"
         decision = runs.read_json(folder / "promotion.json")
         training = {name: getattr(config, name) for name in ("preset", "student", "teacher", *SHARED)}
-        if not decision:  # what does not fit is said now
+        if not decision:  # report options that do not fit before the round starts
             call("train_grpo.py", f"{config.train_options} --show-layout", **training)
         print(f"round {number}: {len(part)} tasks with the teacher {config.teacher}")
         working = replace(config, out=folder / "runtime")
@@ -144,13 +143,13 @@ def run_rounds(config: Config, tasks: Sequence[data.Problem], run: Callable, ope
             decision["teacher"] = places[decision["is_promoted"]]
             write_deployment(file, decision["teacher"])
             runs.write_json(folder / "promotion.json", decision)
-        said = "{reason}; alone {alone:.1%}, old {old:.1%}, new {new:.1%}".format(**decision)
-        print(f"round {number}: {'' if decision['is_promoted'] else 'not '}promoted: {said}")
+        result = "{reason}; alone {alone:.1%}, old {old:.1%}, new {new:.1%}".format(**decision)
+        print(f"round {number}: {'' if decision['is_promoted'] else 'not '}promoted: {result}")
         config = replace(config, teacher=decision["teacher"])
 
 
 def training_command(config: Config) -> str:
-    """What trains a teacher on the file of --export as --out was run: with its preset and pair, and what else it was told."""
+    """The command that trains a teacher on the --export file, with the options of the run in --out."""
     saved = to_json(config) | runs.kept(config.out / "run.json").get("config", {})
     usual = to_json(replace(Config(), **presets("runtime_loop")[saved["preset"]].overrides))
     told = {"preset": saved["preset"]} | {name: saved[name] for name in SHARED if saved[name] != usual[name]}
@@ -162,7 +161,7 @@ def training_command(config: Config) -> str:
 
 
 def can_train(seat: str, spec: str | None) -> bool:
-    """Whether this may be the student or teacher of train_grpo.py: a directory, or the URL of a student."""
+    """Whether train_grpo.py accepts `spec` for this seat: a directory, or for the student also a URL."""
     if spec is None or ":" not in spec or Path(spec).exists():
         return spec is not None
     return seat == "student" and is_url(spec)
@@ -170,14 +169,14 @@ def can_train(seat: str, spec: str | None) -> bool:
 
 def flags_of(options: Mapping[str, object]) -> Iterator[str]:
     for name, value in options.items():
-        if name == "temperature" and not value[1]:  # a greedy teacher has no group: training samples as usual
+        if name == "temperature" and not value[1]:  # a greedy teacher's group would be equal
             continue
         flag, several = f"--{name.replace('_', '-')}", isinstance(value, list | tuple)
         yield from (flag, *map(str, value)) if several else [f"{flag}={value}"]
 
 
 def call(script: str, more: str = "", **options: object) -> None:
-    """Run one of the scripts with these options, and `more` of them with spaces between. Raises UserError where it fails."""
+    """Runs a script with `options` and the space-separated `more`. Raises UserError if it fails."""
     command = [sys.executable, str(SCRIPTS / script), *flags_of(options), *more.split()]
     if (code := subprocess.run(command).returncode) != 0:
         raise UserError(f"{shlex.join(command)} failed with exit code {code}; its message is above")

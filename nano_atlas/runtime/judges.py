@@ -1,20 +1,18 @@
-"""How good is an answer, and which one is returned? The first of these that is there decides:
+"""Scores answers and chooses the one to return. The first available of these gives the score:
 
     python    --evaluator module:function(task=, answer=, text=, ground_truth=) -> a number from 0 to 1
     exact     the task has a ground truth: 1 or 0
-    judges    --judge: each judge is asked at three temperatures; where its samples differ (standard deviation above DEVIATION) or
-              it is unsure (uncertainty above UNCERTAINTY), --large-judge sees all of them and decides
+    judges    --judge: each judge is sampled at three temperatures. If the samples differ (standard deviation above
+              DEVIATION) or one is unsure (uncertainty above UNCERTAINTY), --large-judge sees them and decides
     nobody    the answer has no score (not a score of zero), and the last answer is returned
 
-Where evaluator or judges do not reply, the session has failed: its answers are unscored, the student's own answer is returned, and the
-next start repeats it.
+If evaluator or judges do not reply, the session fails, and the next start retries it. Four judges, as published (ATLAS,
+RIM): the score is the mean of *accuracy* and *process*; *helpfulness* judges the guidance and scales positive rewards;
+*diagnostic* judges the student's approach.
 
-Four judges, as published (ATLAS, RIM): *accuracy* and *process* judge any answer, and their mean is its score. *helpfulness* judges the
-guidance and scales positive rewards. *diagnostic* judges the student's approach.
-
-Non-degradation: an answer with help is returned only if it scores at least as high as the student's own; with a verifier (python, exact)
-the result is therefore never worse. Of two judged scores the higher may be luck: it must be above by z standard errors of the
-difference, and a share (--audit) of such answers is judged again, which gives an upper bound of harm (Wilson) for the summary.
+Non-degradation: an answer with help is returned only if it scores at least as high as the student's own. With a verifier
+(python, exact) the result is therefore never worse. Judged scores are noisy: the gain must exceed z standard errors. A
+share (--audit) of such answers is judged again, which gives an upper bound of harm (Wilson) for the summary.
 """
 
 import json
@@ -33,11 +31,11 @@ from nano_atlas.schedule import Call, Fault, Script, ask
 from nano_atlas.seats import Generation, Question, Reply
 from nano_atlas.text import number
 
-TEMPERATURES, ARBITER = (0.2, 0.5, 0.8), 0.3  # of the samples of each judge; of the large judge's verdict
+TEMPERATURES, ARBITER = (0.2, 0.5, 0.8), 0.3  # of each judge's samples; of the large judge
 DEVIATION, UNCERTAINTY = 0.15, 0.3  # above one of these the large judge decides
-VERDICT_TOKENS, LONGEST_TEXT = 1024, 2000  # of a verdict; of its rationale, in characters
-MOST_SILENT, RETRY = 3, 20  # after so many sessions without a reply the judge is asked in every 20th
-ACCEPT = 0.8  # score from which a judged answer counts as valid
+VERDICT_TOKENS, LONGEST_TEXT = 1024, 2000  # of a verdict (tokens); of its rationale (characters)
+MOST_SILENT, RETRY = 3, 20  # after 3 sessions without a reply the judge is asked only in every 20th
+ACCEPT = 0.8  # least score of a judged answer that counts as valid
 ANSWER_JUDGES = ("accuracy", "process")
 JUDGES = {
     "accuracy": "Is the final answer correct? Compare it with the reference where one is given, else work it out.",
@@ -45,7 +43,7 @@ JUDGES = {
     "helpfulness": "Did the guidance lead the student to this answer? Low if it missed what mattered, or if the student ignored it.",
     "diagnostic": "Did the approach that the student stated before solving see what matters in the task?",
 }
-NEEDS = {"helpfulness": "guidance", "diagnostic": "approach"}  # without it the judge is not asked
+NEEDS = {"helpfulness": "guidance", "diagnostic": "approach"}  # a judge is not asked without this field
 REQUEST = (
     "You judge the work of a student. {question} Derive two or three principles with weights that sum to 1, then score from 0 to 1. "
     'Reply in JSON: {"principles": [{"name": "...", "weight": 0.5}], "rationale": "...", "score": 0.0, "uncertainty": 0.0}. '
@@ -56,7 +54,7 @@ NO_SAMPLE = {"score": None, "rationale": "", "principles": []}
 
 
 def judge(session: Session, trial: Trial, config: Config, *seed: Any) -> Script:
-    """The Verdict on an answer of the session, by the best means there are. seed: of the judges."""
+    """The Verdict on one answer. seed: extra parts of the judges' seeds."""
     task, answer = session.task, trial.answer
     if config.evaluator is not None:
         fields = {"task": task.question, "answer": answer, "text": trial.text, "ground_truth": task.answer}
@@ -77,7 +75,7 @@ def judge(session: Session, trial: Trial, config: Config, *seed: Any) -> Script:
 
 
 def open_evaluator(spec: str) -> Agent:
-    """The seat of a user's function, which as any agent has --timeout seconds and may raise anything."""
+    """The seat of a user's scoring function. Like any agent it has --timeout seconds and may raise anything."""
     function = load_object(spec)
 
     def reply(question: Question, seed: int) -> Reply:
@@ -91,16 +89,16 @@ def open_evaluator(spec: str) -> Agent:
 
 @dataclass
 class Line:
-    """To the judge, for all sessions of a run. While it is silent it is asked one question first, and after a while it is left alone."""
+    """Calls the judge for all sessions of a run, and less often while it does not reply."""
 
-    silent: int = 0  # sessions in a row that got no reply
+    silent: int = 0  # consecutive sessions without a reply
 
     def ask(self, calls: list[Call]) -> Script:
-        """The replies to all calls. Raises Fault where there is none: an outage of the judge."""
+        """The replies to all calls. Raises Fault if there is none: an outage of the judge."""
         if self.silent > MOST_SILENT and self.silent % RETRY:
             self.silent += 1
             raise Fault(f"judge: did not answer {MOST_SILENT} times in a row, and was not asked again")
-        replies = yield calls[:1] if self.silent else calls
+        replies = yield calls[:1] if self.silent else calls  # one test call while it is silent
         if all(isinstance(reply, Fault) for reply in replies):
             self.silent += 1
             raise replies[0]
@@ -111,7 +109,7 @@ class Line:
 
 
 def ensemble(shown: dict[str, Any], config: Config, line: Line, seed: Any) -> Script:
-    """The Verdict of all judges that apply. shown: the fields that they see. Raises Fault in an outage."""
+    """The combined Verdict of all judges. shown: the fields that they see. Raises Fault in an outage."""
     asked = [name for name in JUDGES if NEEDS.get(name, "task") in shown]
     calls = [to_judge(name, shown, t, seed, "judge", name, t) for name in asked for t in TEMPERATURES]
     judged, replies = [], iter((yield from line.ask(calls)))
@@ -133,7 +131,7 @@ def ensemble(shown: dict[str, Any], config: Config, line: Line, seed: Any) -> Sc
 
 
 def to_judge(name: str, shown: dict[str, Any], temperature: float, *seed: Any) -> Call:
-    """A question to a judge or, with the `verdicts` of earlier ones among what is shown, to the large judge."""
+    """A call to the judge or, if `shown` has the `verdicts` of earlier samples, to the large judge."""
     is_arbiter = "verdicts" in shown
     seat, kind = ("large judge", "arbiter") if is_arbiter else ("judge", "judge")
     request = REQUEST.replace("{question}", JUDGES[name]) + (ARBITRATION if is_arbiter else "")
@@ -142,7 +140,7 @@ def to_judge(name: str, shown: dict[str, Any], temperature: float, *seed: Any) -
 
 
 def decide(name: str, said: Sequence[dict | str], shown: dict, config: Config, seed: Any) -> Script:
-    """One judge's AtlasJudgeBreakdown: the mean of its samples, or the large judge's verdict where they cannot be trusted."""
+    """One judge's AtlasJudgeBreakdown: the mean of its samples, or the large judge's verdict if they disagree."""
     samples = [sample for sample in said if isinstance(sample, dict)]
     scores, reason = [sample["score"] for sample in samples], None
     uncertainty = max((sample["uncertainty"] for sample in samples), default=0.0)
@@ -166,13 +164,16 @@ def decide(name: str, said: Sequence[dict | str], shown: dict, config: Config, s
 
 
 def read_sample(reply: Sequence[Reply] | Fault, temperature: float) -> dict[str, Any] | str:
-    """A judge's reply as AtlasJudgeSample, or why it is none."""
+    """A judge's reply as AtlasJudgeSample, or an error message."""
     if isinstance(reply, Fault):
         return str(reply)
     found = answers.last_json(reply[0].text, "score") or {}
-    score, uncertainty = share(found.get("score")), share(found.get("uncertainty") or 0.0)
-    if None in (score, uncertainty):
-        return f"not the JSON that was asked for, with numbers from 0 to 1: {reply[0].text[:80]!r}"
+    try:
+        score, uncertainty = number(found.get("score")), number(found.get("uncertainty") or 0.0)
+    except ValueError:
+        score = uncertainty = math.nan
+    if not (0 <= score <= 1 and 0 <= uncertainty <= 1):
+        return f"not the requested JSON with numbers from 0 to 1: {reply[0].text[:80]!r}"
     principles, rationale = found.get("principles"), str(found.get("rationale") or "")[:LONGEST_TEXT]
     if not isinstance(principles, list) or len(json.dumps(principles)) > LONGEST_TEXT:
         principles = []
@@ -180,18 +181,8 @@ def read_sample(reply: Sequence[Reply] | Fault, temperature: float) -> dict[str,
     return kept | {"uncertainty": uncertainty, "temperature": temperature}
 
 
-def share(value: Any) -> float | None:
-    """A judge's number from 0 to 1, or None if it is something else."""
-    try:
-        found = number(value)
-    except ValueError:
-        return None
-    return found if 0 <= found <= 1 else None
-
-
 def hold_consistent(scores: dict[str, float]) -> dict[str, float]:
-    """The published guardrails, for the judges that gave a score: process is at most 0.1 above accuracy; helpfulness at most 0.5
-    where process is below that, and at most 0.1 above diagnostic."""
+    """The published limits: process <= accuracy + 0.1; helpfulness <= diagnostic + 0.1, 0.5 if process < 0.5."""
     held = dict(scores)
     if "process" in scores:
         held["process"] = min(scores["process"], scores.get("accuracy", 1.0) + 0.1)
@@ -202,7 +193,7 @@ def hold_consistent(scores: dict[str, float]) -> dict[str, float]:
 
 
 def choose_trial(trials: Sequence[Trial]) -> int:
-    """Index of the trial that is returned. Where nobody can score: the last, unless only the student's own has an answer."""
+    """Index of the trial to return. Without scores: the last, unless it lacks an answer and the first has one."""
     alone, last = trials[0], len(trials) - 1
     if alone.verdict.by == "nobody":
         return 0 if trials[last].answer is None and alone.answer is not None else last

@@ -1,10 +1,10 @@
 """Lanes: how much help one task gets.
 
     auto       the student alone
-    paired     an episode as in training: the teacher reads the student's approach and guides it; the student answers again
-    coach      the same with a plan in place of the approach: the student answers with its plan and the teacher's review of it
+    paired     as in training: the teacher reads the student's approach and guides it; the student answers again
+    coach      the teacher reviews the student's plan; the student answers with both
 
-Every answer is judged, and the best is returned (`judges`); up to --retries times more is tried while none with help is valid.
+Every answer is judged, and the best is returned (`judges`). With --retries the teacher tries again until an answer is valid.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,18 +17,18 @@ from nano_atlas.config import derive_seed
 from nano_atlas.reward import teaching_reward
 from nano_atlas.runtime import judges, learning
 from nano_atlas.runtime.options import Config
-from nano_atlas.runtime.traces import Session, Trial, Verdict, now
+from nano_atlas.runtime.traces import Session, Trial, now
 from nano_atlas.schedule import Call, Fault, Script, ask
 from nano_atlas.seats import Generation, Reply
 from nano_atlas.text import masked
 
-THRESHOLDS = {"auto": 0.85, "paired": 0.65}  # atlas-sdk's, of the student's capability; below both: coach
+THRESHOLDS = {"auto": 0.85, "paired": 0.65}  # atlas-sdk's, least capability of the student; below both: coach
 PLAN_REQUEST = 'Do not solve this yet. Plan it as JSON: {"steps": ["...", "..."]}, one step or several.'
 MOST_STEPS = 16
 
 
 def new_session(name: str, task: data.Problem, experience: learning.Experience, config: Config) -> Session:
-    """Lane and strategy by what is known about this kind of task."""
+    """Chooses lane and strategy by experience with this kind of task."""
     key = task.domain or "general"
     choice = choose_lane(experience.records[key], config.lane)
     session = Session(session_id=name, learning_key=key, created_at=now(), task=task, seed=config.seed)
@@ -41,19 +41,19 @@ def new_session(name: str, task: data.Problem, experience: learning.Experience, 
 
 
 def choose_lane(record: Sequence[float], forced: str = "adaptive") -> dict[str, Any]:
-    """{mode, confidence, by}, as it goes into the trace. record: the latest scores of the student alone on such tasks."""
+    """{mode, confidence, by} for the trace. record: latest scores of the student alone on such tasks."""
     if forced != "adaptive":
         return {"mode": forced, "confidence": None, "by": "--lane"}
     if not record:
         return {"mode": "paired", "confidence": None, "by": "no record"}
-    # the mean, with two thirds of an answer that is worth 0.5 counted in
+    # the mean, with a prior worth two thirds of an answer that scores 0.5
     capability = (sum(record) + 1 / 3) / (len(record) + 2 / 3)
     lane = next((lane for lane, least in THRESHOLDS.items() if capability >= least), "coach")
     return {"mode": lane, "confidence": capability, "by": "record"}
 
 
 def run_session(session: Session, config: Config, count_tokens: Callable[[str], int]) -> Script:
-    """Brings the session to its end and returns it; every call of it leaves an event. An error of ours ends this session alone."""
+    """Runs and returns the session; every call is recorded as an event. An internal error ends only this session."""
     script, answers = whole_session(session, config, count_tokens), None
     while True:
         try:
@@ -76,7 +76,7 @@ def event_of(call: Call, answer: list[Reply] | Fault) -> dict[str, Any]:
 
 
 def whole_session(session: Session, config: Config, count_tokens: Callable[[str], int]) -> Script:
-    """A fault ends the lane; what was reached until then counts all the same."""
+    """A fault ends the lane; the trials before it still count."""
     try:
         yield from attempts(session, config)
     except Fault as fault:
@@ -89,7 +89,7 @@ def whole_session(session: Session, config: Config, count_tokens: Callable[[str]
 
 
 def attempts(session: Session, config: Config) -> Script:
-    """The student's answer alone and, unless the lane is `auto`, with help (also where it was right alone), while none is valid."""
+    """The student's answer alone and, unless the lane is `auto`, with help, even if it was right alone."""
     task, is_coached = session.task, session.lane == "coach"
     if is_coached:
         turn = protocol.user_turn(task.question, PLAN_REQUEST)
@@ -104,7 +104,7 @@ def attempts(session: Session, config: Config) -> Script:
         alone.problem = replace(task, question=f"{task.question}\n\nYour plan: {session.approach}")
     for _ in range(0 if session.lane == "auto" else 1 + config.retries):
         if (yield from teaching(session, config, shown)) is None:
-            continue  # the student would get its own prompt again
+            continue  # the prompt would be the same as without help
         (given,) = yield from episode.guide(alone, [session.guidance], config, session.draw)
         yield from add_trial(session, config, "coached" if is_coached else "guided", given)
         if session.trials[-1].verdict.is_valid is not False:
@@ -122,7 +122,7 @@ def parse_plan(text: str) -> list[str]:
 
 
 def teaching(session: Session, config: Config, shown: str) -> Script:
-    """The teacher's guidance on what the student has `shown`, or None where its completion holds none."""
+    """The teacher's guidance on the student's text `shown`, or None if the completion is malformed."""
     question = session.task.question
     if config.skill_writer and not session.teachings:
         seed = derive_seed(session.seed, session.session_id)
@@ -141,14 +141,13 @@ def teaching(session: Session, config: Config, shown: str) -> Script:
 
 
 def add_trial(session: Session, config: Config, kind: str, given: episode.Attempt) -> Script:
-    unscored = Verdict(None, "outage", rationale="not judged")  # what it stays if the judging fails
-    trial = Trial(kind, given.text, given.answer, given.tokens, given.is_truncated, unscored)
+    trial = Trial(kind, given.text, given.answer, given.tokens, given.is_truncated)
     session.trials.append(trial)
     trial.verdict = yield from judges.judge(session, trial, config, len(session.trials) - 1)
 
 
 def reward_of(session: Session, count_tokens: Callable[[str], int]) -> float | None:
-    """The published reward of the session's teaching, or None where a score is missing or nobody was to teach."""
+    """The published reward of the session's teaching; None if a score is missing or the lane has no teacher."""
     alone, helped, gold = session.trials[0].score, session.helped, session.task.answer
     session.is_leak = gold is not None and any(reveals_answer(told, gold) for told in session.teachings)
     is_unscored = alone is None or (helped is not None and helped.score is None)
@@ -161,21 +160,21 @@ def reward_of(session: Session, count_tokens: Callable[[str], int]) -> float | N
 
 
 def audit(session: Session, config: Config) -> Script:
-    """Judges a returned answer with help and the student's own once more, for a share of the judged sessions."""
+    """For a share of the judged sessions: judges the returned answer and the student's own once more."""
     alone, returned = session.trials[0], session.trials[session.chosen]
     is_drawn = derive_seed(session.seed, session.session_id, "audit") < config.audit * 2**63
     if returned is not alone and returned.verdict.by == "judges" and is_drawn:
         try:
             own = yield from judges.judge(session, alone, config, "audit", alone.kind)
             new = yield from judges.judge(session, returned, config, "audit", returned.kind)
-        except Fault:  # the judges fell silent: it was not judged again
+        except Fault:  # no reply from the judges
             return
         if None not in (own.score, new.score):
             session.audited_gain = new.score - own.score
 
 
 def learn_skills(session: Session, config: Config) -> Script:
-    """What the skill writer makes of a session that went well; its faults are among the events, and no fault of the session."""
+    """Asks the skill writer about a session with a high reward. Its faults do not fail the session."""
     if config.skill_writer is None or (session.reward or 0.0) < learning.SKILL_REWARD:
         return
     told = {"task": session.task.question, "approach": session.approach, "guidance": session.guidance}

@@ -1,13 +1,13 @@
-"""What the runtime learns from session to session, without touching a weight: the student's record, teaching strategies, skills.
-There is no state file: `Experience` is rebuilt from the outcomes in the traces, those with an earlier teacher too.
+"""What the runtime learns across sessions without training: the student's record, teaching strategies, skills.
+There is no state file: `Experience` is rebuilt from the outcomes in all traces, including those of earlier teachers.
 
-*Strategies.* Each kind of task (its learning key, the domain) has a bandit over the ways of teaching: Thompson sampling with Gaussian
-priors (Agrawal & Goyal 2013, arXiv:1209.3353, algorithm 2). The mean reward of a strategy that earned `total` in `count` sessions is
-drawn from Normal(total / (count + 1), 1 / (count + 1)), and the highest draw wins.
+*Strategies.* Each kind of task (learning key, the domain) has a bandit over the teaching styles: Thompson sampling with
+Gaussian priors (Agrawal & Goyal 2013, arXiv:1209.3353, algorithm 2). A strategy with the sum `total` of rewards in
+`count` sessions draws from a normal with mean total / (count + 1) and variance 1 / (count + 1); the highest draw wins.
 
-*Skills.* A --skill-writer reads each session that earned at least SKILL_REWARD and proposes entries of a playbook: a cue to look for in
-task and approach, and an instruction for the teacher, a teaching strategy, or both. In one matching session of five an entry is
-withheld, so that its effect (mean reward with minus without) is known.
+*Skills.* A --skill-writer reads each session with a reward of at least SKILL_REWARD and proposes entries of a playbook:
+a cue to look for in task and approach, and an instruction for the teacher, a teaching strategy, or both. An entry is
+withheld in one of five matching sessions, to measure its effect (mean reward with minus without).
 """
 
 import json
@@ -26,10 +26,10 @@ from nano_atlas.config import derive_seed
 from nano_atlas.runtime.judges import Line
 from nano_atlas.runtime.traces import Outcome
 
-WINDOW = 50  # latest answers of the student alone that make its record
+WINDOW = 50  # latest scores of the student alone that are its record
 SKILL_REWARD = 0.8  # least session reward from which skills are learned
 SKILLS_PER_TASK = 3
-PLAYBOOK_SIZE = 50  # most entries in force; beyond it the one with the least effect goes
+PLAYBOOK_SIZE = 50  # most active entries; beyond it the one with the least effect is removed
 WITHHELD = 0.2  # share of matching sessions in which an entry is withheld
 LONGEST_TEXT = 200  # characters of a cue or an imperative
 PARTICULARS = r"\d{4}-\d\d-\d\d|\b\d{4,}\b|https?:|[\w.]*/[\w./]+|\w+@\w+|[A-Z]{2,}-\d+"  # dates, paths, ids
@@ -43,16 +43,16 @@ SKILL_REQUEST = (
 
 @dataclass
 class Entry:
-    """A skill: what to tell the teacher where a cue is found."""
+    """A skill: what to tell the teacher if a cue is found."""
 
     id: str
-    kind: str  # of the cue: "keyword"; entries of another kind, which older traces hold, are ignored
+    kind: str  # of the cue: "keyword"; other kinds in older traces are ignored
     pattern: str
     imperative: str | None
     strategy: str | None
     sessions_observed: int = 0
     hits: int = 0  # sessions whose task or approach the cue matched
-    adoptions: int = 0  # of these, the ones in which it was used
+    adoptions: int = 0  # those of the hits in which it was used
     rewards: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))  # without, with it
 
     def matches(self, text: str) -> bool:
@@ -67,12 +67,12 @@ class Entry:
 
     @property
     def effect(self) -> float | None:
-        """Mean reward with minus without, or None while one of them is unknown."""
+        """Mean reward with minus without it, or None while one is unknown."""
         without, used = self.rewards
         return fmean(used) - fmean(without) if without and used else None
 
     def is_useless(self) -> bool:
-        """By the published rules of pruning: rarely found; harmful; or mostly adopted without effect."""
+        """The published pruning rules: rarely found; harmful; or often used without effect."""
         hits, observed = self.hits, self.sessions_observed
         if (observed >= 10 and hits / observed < 0.05) or (observed >= 20 and hits < 2):
             return True
@@ -81,7 +81,7 @@ class Entry:
 
 
 def read_entries(text: str, secret: str | None) -> list[dict[str, Any]]:
-    """The first two entries in a skill writer's reply that pass the gates, as arguments of Entry. secret: the answer of the task."""
+    """The first two valid entries in a skill writer's reply, as arguments of Entry. secret: the task's answer."""
     proposals, entries = (last_json(text, "entries") or {}).get("entries"), []
     for raw in proposals if isinstance(proposals, list) else []:
         try:
@@ -91,9 +91,8 @@ def read_entries(text: str, secret: str | None) -> list[dict[str, Any]]:
             continue
         strategy = strategy if strategy in list(protocol.TEACHING_STYLES) else None
         is_short = 2 <= len(pattern) <= LONGEST_TEXT and len(told) <= LONGEST_TEXT
-        if kind != "keyword" or not is_short or not (told or strategy):
-            continue
-        if not re.search(PARTICULARS, f"{told} {pattern}") and not (secret and reveals_answer(told, secret)):
+        is_particular = re.search(PARTICULARS, f"{told} {pattern}") or secret and reveals_answer(told, secret)
+        if kind == "keyword" and is_short and (told or strategy) and not is_particular:
             action = {"imperative": told or None, "strategy": strategy}
             content = {"cue": {"type": kind, "pattern": pattern}, "action": action}
             name = runs.digest([json.dumps(content, sort_keys=True).encode()])[:12]
@@ -102,17 +101,17 @@ def read_entries(text: str, secret: str | None) -> list[dict[str, Any]]:
 
 
 class Experience:
-    """What earlier sessions taught: a function of their outcomes, in the order of learning."""
+    """What was learned from earlier sessions: a function of their outcomes, in order."""
 
     def __init__(self, strategies: Sequence[str] = ()):
         self.strategies, self.line = strategies, Line(silent=1)
         self.records = defaultdict(lambda: deque(maxlen=WINDOW))  # by learning key: scores of the student
         self.rewards = defaultdict(lambda: defaultdict(list))  # by learning key and strategy
-        self.entries: dict[str, Entry] = {}  # skills in force
-        self.known: set[str] = set()  # ids, also of entries that went: they are never learned again
+        self.entries: dict[str, Entry] = {}  # active skills by id
+        self.known: set[str] = set()  # ids, also of removed entries: they are never learned again
 
     def learn(self, *outcomes: Outcome) -> None:
-        """From sessions that ran side by side: none could use what another taught. Unscored ones teach nothing, not a zero."""
+        """Learns from one batch of sessions. Unscored rewards are left out, not counted as zero."""
         outcomes = [outcome for outcome in outcomes if outcome.status == "succeeded"]
         for outcome in outcomes:
             if outcome.reward is not None:
@@ -127,9 +126,9 @@ class Experience:
             self.add(outcome.learned)
 
     def add(self, proposals: list[dict]) -> None:
-        """Entries that sessions proposed, as `read_entries` returns them."""
-        proposals = [e for e in proposals if e["kind"] == "keyword" and e["id"] not in self.known]
-        new = {entry["id"]: Entry(**entry) for entry in proposals}
+        """Adds entries as `read_entries` returns them."""
+        is_new = lambda entry: entry["kind"] == "keyword" and entry["id"] not in self.known
+        new = {entry["id"]: Entry(**entry) for entry in filter(is_new, proposals)}
         self.entries, self.known = self.entries | new, self.known | set(new)
         while len(self.entries) > PLAYBOOK_SIZE:
             worst = min(self.entries.values(), key=lambda e: (e.effect or 0.0, -e.sessions_observed))
@@ -150,11 +149,8 @@ class Experience:
         return max(draws, key=draws.__getitem__)
 
     def history(self, learning_key: str) -> dict[str, Any]:
-        """Sessions and average reward with one kind of task, over all strategies and by strategy, as they go into a trace."""
+        """For the trace: sessions and average reward on one kind of task, in total and by strategy."""
+        average = lambda of: {"count": len(of), "average_score": fmean(of) if of else None}
         used = {name: rewards for name, rewards in sorted(self.rewards[learning_key].items()) if rewards}
-        history = _average(sum(used.values(), []))
-        return history | {"strategies": {name: _average(rewards) for name, rewards in used.items()}}
-
-
-def _average(rewards: list[float]) -> dict[str, Any]:
-    return {"count": len(rewards), "average_score": fmean(rewards) if rewards else None}
+        strategies = {name: average(rewards) for name, rewards in used.items()}
+        return average(sum(used.values(), [])) | {"strategies": strategies}

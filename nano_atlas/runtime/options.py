@@ -20,7 +20,7 @@ SELECTION = ("min_reward", "min_gain", "min_signal", "only", "since", "review_st
 
 
 def moment(text: str) -> datetime | None:
-    """A time in any form of ISO 8601, without an offset one of UTC; None where it cannot be read."""
+    """An ISO 8601 time, in UTC unless it has an offset; None if it is not valid."""
     with suppress(ValueError):
         time = datetime.fromisoformat(text.strip())
         return time if time.tzinfo else time.replace(tzinfo=timezone.utc)
@@ -85,7 +85,7 @@ class Config(EpisodeConfig, RunConfig):
 
     @property
     def interval(self) -> tuple[datetime | None, datetime | None]:
-        """The two times of --since."""
+        """Start and end of --since; None if one is not valid."""
         start, _, end = self.since.partition("..")
         return moment(start or "0001-01-01"), moment(end or "9999-12-31")
 

@@ -1,14 +1,14 @@
-"""The pair behind an OpenAI-compatible endpoint, so that any client uses it by changing its base URL.
+"""Serves student and teacher as an OpenAI-compatible endpoint.
 
     POST /v1/chat/completions    the answer that the runtime would return; with "stream": true as server-sent events
     GET  /v1/models, /v1/models/nano-atlas, /health
 
-The student gets one question: a single message as it is, several as one text, each as "role: text". `temperature` is the student's;
-`max_tokens` limits each of its answers. `model`, `user` and `seed` are ignored; what is not supported (`stop`, tools, ...) gets HTTP
-400. `usage` counts the tokens of all seats, judges included. A stream sends comments until all attempts are made, then the whole text.
+The student gets one question: a single message as it is, several as one text, each as "role: text". `temperature` is the
+student's; `max_tokens` limits each of its answers. `model`, `user` and `seed` are ignored; unsupported fields (`stop`,
+tools, ...) get HTTP 400. `usage` counts all seats, including judges. A stream sends comments, then the whole text.
 
-Clients send the key in NANO_ATLAS_API_KEY, if it is set, as bearer token; without it only this machine is answered, and web pages of
-another origin never are. SIGINT and SIGTERM let requests under way finish, for --timeout seconds at most.
+Clients send NANO_ATLAS_API_KEY as bearer token; if it is not set, only requests to localhost are answered. Web pages
+of another origin are refused. On SIGINT and SIGTERM, running requests get --timeout seconds to finish.
 """
 
 import asyncio
@@ -48,36 +48,35 @@ except ImportError:
     raise UserError("--serve needs a web server: pip install 'nano-atlas[serve]'") from None
 
 MODEL = "nano-atlas"
-MOST_REQUESTS = 16  # answered at a time; more get HTTP 429
+MOST_REQUESTS = 16  # running at a time; more get HTTP 429
 MOST_BYTES = 1_000_000  # of a request body; longer ones get HTTP 413
 PATIENCE = 5  # seconds for a body to arrive (HTTP 408)
 KEEP_ALIVE = 5.0  # seconds between two comments in a stream
 HERE = r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"  # a Host header that means this machine
-REFUSED = r"max_position_embeddings|context length|too long|HTTP (400|413|422)"  # in a fault: the request's, not ours
+REFUSED = r"max_position_embeddings|context length|too long|HTTP (400|413|422)"  # caused by the request
 ROLES = ("system", "developer", "user", "assistant")
 FREE = "messages model user seed metadata store service_tier stream_options parallel_tool_calls".split()
-FIELDS = {  # others that are supported: types, least and largest value
+FIELDS = {  # other supported fields: types, least and largest value
     "stream": ((bool,), 0, 1), "temperature": ((int, float), 0, 2),
     "max_tokens": ((int,), 1, math.inf), "max_completion_tokens": ((int,), 1, math.inf),
 }  # fmt: skip
-NEUTRAL = {  # values of unsupported fields that ask for nothing
+NEUTRAL = {  # values of unsupported fields that change nothing
     "n": 1, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0, "logprobs": False, "stop": [], "tools": [],
     "tool_choice": "none", "response_format": {"type": "text"},
 }  # fmt: skip
 
 
 def serve_pair(config: Config, seats: Mapping[str, Seat]) -> None:
-    """Answers requests as sessions, one trace each, and learns from those that can be scored, until SIGINT or SIGTERM.
-    Raises UserError where it cannot listen."""
+    """Answers each request by a session with a trace, until SIGINT or SIGTERM. Raises UserError if it cannot listen."""
     host, port = config.address
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host.strip("[]"), int(port)), family=family)
     except OSError as error:
         raise UserError(f"--serve {config.serve}: {error.strerror}; choose another port or host") from None
-    books = threading.Lock()  # of experience and journal
+    books = threading.Lock()  # for experience and journal
     has_sampler = any(getattr(seat, "is_batched", False) for seat in seats.values())
-    turn = threading.Lock() if has_sampler else contextlib.nullcontext()  # one caller at a time
+    turn = threading.Lock() if has_sampler else contextlib.nullcontext()  # one sampler call at a time
     with runs.Journal(config.out / "traces.jsonl") as journal:
         experience = learning.Experience(config.strategies)
         for past, _ in traces.read_traces(journal.path):
@@ -96,7 +95,7 @@ def serve_pair(config: Config, seats: Mapping[str, Seat]) -> None:
             with books:
                 journal.append([trace])
                 experience.learn(outcome)
-            if not session.trials:  # the fault may name addresses and paths, which are for the log
+            if not session.trials:  # the fault may name addresses and paths: only for the log
                 say(f"session {session.session_id}: {session.fault}")
                 is_refused = re.search(REFUSED, session.fault)
                 why = "refused the request, which may be too long" if is_refused else "failed"
@@ -106,11 +105,11 @@ def serve_pair(config: Config, seats: Mapping[str, Seat]) -> None:
         app = make_app(answer)
 
         async def whole_app(scope, receive, send):
-            with contextlib.suppress(asyncio.CancelledError):  # uvicorn's, --timeout seconds after the signal
+            with contextlib.suppress(asyncio.CancelledError):  # --timeout seconds after the signal
                 await app(scope, receive, send)
 
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: None)  # uvicorn stops on them, and then raises them once more
+            signal.signal(number, lambda *_: None)  # uvicorn handles them, then raises them again
         options = {"http": "h11", "ws": "none", "lifespan": "off", "access_log": False}
         options["timeout_graceful_shutdown"] = config.timeout
         say(f"running on http://{host}:{listener.getsockname()[1]}/v1")
@@ -118,7 +117,7 @@ def serve_pair(config: Config, seats: Mapping[str, Seat]) -> None:
 
 
 def make_app(answer: Callable) -> Starlette:
-    """answer(question, temperature or None, max_tokens or None) -> (Trial, Outcome) runs in a thread; it may raise HTTPException."""
+    """answer(question, temperature, max_tokens) -> (Trial, Outcome) runs in a thread; it may raise HTTPException."""
     app, places = Starlette(), threading.Semaphore(MOST_REQUESTS)
 
     def work(future: Future, part: str, *asked: Any) -> None:
@@ -126,7 +125,7 @@ def make_app(answer: Callable) -> Starlette:
             content = completion(*answer(*asked), part), 200
         except HTTPException as error:
             content = failure(error)
-        except Exception:  # a fault of this program
+        except Exception:  # an error in this program
             traceback.print_exc()
             content = failure(HTTPException(500, "internal error"))
         places.release()
@@ -138,7 +137,7 @@ def make_app(answer: Callable) -> Starlette:
         if not places.acquire(blocking=False):
             raise HTTPException(429, f"{MOST_REQUESTS} requests are being answered; try again later")
         future = Future()
-        future.set_running_or_notify_cancel()  # it goes on when its client leaves, and keeps its place
+        future.set_running_or_notify_cancel()  # not cancelled when its client disconnects
         arguments = future, "delta" if is_streamed else "message", *asked
         threading.Thread(target=work, args=arguments, daemon=True).start()
         task = asyncio.wrap_future(future)
@@ -156,7 +155,7 @@ def make_app(answer: Callable) -> Starlette:
 
 
 def check_client(request) -> None:
-    """Its key; without one, a Host of this machine, against names of others that lead here."""
+    """Raises HTTPException for a wrong key; without a key, for a foreign Host header (DNS rebinding)."""
     key, host = os.environ.get(KEY_VARIABLE), request.headers.get("host", "")
     given = request.headers.get("authorization", "").encode("latin-1")
     if key and not hmac.compare_digest(given, os.fsencode(f"Bearer {key}")):
@@ -164,11 +163,11 @@ def check_client(request) -> None:
     if not key and not re.fullmatch(HERE, host, re.IGNORECASE):
         raise HTTPException(403, f"without {KEY_VARIABLE} only requests to localhost are answered")
     if request.headers.get("origin", f"//{host}").partition("//")[2] != host:
-        raise HTTPException(403, "pages of another origin are not answered")
+        raise HTTPException(403, "pages of another origin are refused")
 
 
 async def receive(request) -> bytes:
-    """The body. Raises HTTPException as soon as it is too long or too late."""
+    """The body. Raises HTTPException if it is not JSON, too long or too slow."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(400, "the content-type must be application/json")
     content = bytearray()
@@ -184,7 +183,7 @@ async def receive(request) -> bytes:
 
 
 def read_request(content: bytes) -> tuple[bool, str, float | None, int | None]:
-    """Whether to stream, the question, temperature and max_tokens where they are given. Raises HTTPException."""
+    """Whether to stream, the question, temperature and max_tokens (None if not given). Raises HTTPException."""
     try:
         body = {name: value for name, value in parse_json(content).items() if value is not None}
         for name, value in body.items():
@@ -194,7 +193,7 @@ def read_request(content: bytes) -> tuple[bool, str, float | None, int | None]:
                 raise ValueError(f"{name[:80]} is not supported, or not with this value")
         texts = [(message["role"], read_text(message)) for message in body["messages"]]
         if not any(text.strip() for _, text in texts):
-            raise ValueError("messages: without any text")
+            raise ValueError("messages: no text")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         needed = "its messages need a role and a text as content"
         why = error if isinstance(error, ValueError) else needed
@@ -205,7 +204,7 @@ def read_request(content: bytes) -> tuple[bool, str, float | None, int | None]:
 
 
 def read_text(message: dict[str, Any]) -> str:
-    """The content of a message, or its parts joined. Raises TypeError, KeyError, ValueError."""
+    """The content of a message, parts joined. Raises TypeError, KeyError, ValueError."""
     said = message["content"]
     parts = said if isinstance(said, list) else [{"type": "text", "text": said}]
     kinds = {part["type"] for part in parts} - {"text"}
@@ -221,7 +220,7 @@ async def events(task: asyncio.Task) -> AsyncIterator[str]:
 
 
 def completion(trial: traces.Trial, outcome: traces.Outcome, part: str) -> dict[str, Any]:
-    """part: "message", or "delta" in a stream."""
+    """A response in OpenAI's form. part: "message", or "delta" in a stream."""
     choice = {"index": 0, part: {"role": "assistant", "content": clean(trial.text)}}
     choice["finish_reason"] = "length" if trial.is_truncated else "stop"
     kind = "chat.completion.chunk" if part == "delta" else "chat.completion"
@@ -230,6 +229,5 @@ def completion(trial: traces.Trial, outcome: traces.Outcome, part: str) -> dict[
 
 
 def failure(error: HTTPException) -> tuple[dict[str, Any], int]:
-    """In OpenAI's form, and the HTTP status."""
     kind = "invalid_request_error" if error.status_code < 500 else "server_error"
     return {"error": {"message": error.detail, "type": kind, "code": error.status_code}}, error.status_code

@@ -1,10 +1,10 @@
-"""A session with one task, while it runs and on file: a trace, one JSON object per line.
+"""A session with one task, while it runs and as a trace: one JSON object per line.
 
-A record has an `outcome` (what learning, selection and reports need), the `ground_truth`, the eleven keys of ATLAS' AtlasSessionTrace
-(whose `load_runtime_traces` reads the file), and what atlas-sdk adds on export. `steps` holds one step, with all attempts in its
-metadata; `session_reward` is null, not zero, where nobody could score. A failed session is done again at the next start.
+A trace has an `outcome` (for learning, selection and reports), the `ground_truth`, the eleven keys of ATLAS'
+AtlasSessionTrace (`load_runtime_traces` reads the file), and what atlas-sdk adds on export. `steps` holds one step, with
+all attempts in its metadata. Without a score `session_reward` is null, not zero. The next start repeats failed sessions.
 
-Traces are never rewritten: what people decide with --approve and --quarantine goes to `reviews.jsonl`, where the latest counts.
+Traces are never rewritten: --approve and --quarantine write to `reviews.jsonl`, where the latest decision counts.
 """
 
 import json
@@ -26,7 +26,7 @@ from nano_atlas.text import number
 
 Trace = dict[str, Any]
 INDENT = {"initial_indent": "  ", "subsequent_indent": " " * 21, "break_on_hyphens": False}
-CONFIDENCE = 0.95  # that a judged answer with help is better, before it is returned; and of the bound on harm
+CONFIDENCE = 0.95  # needed to return a judged answer with help; also of the bound on harm
 
 
 def now() -> str:
@@ -35,8 +35,8 @@ def now() -> str:
 
 @dataclass
 class Verdict:
-    score: float | None  # 0 to 1; None: nobody could say
-    by: str  # "exact" | "python" | "judges" | "nobody"; "outage": who should judge did not
+    score: float | None  # 0 to 1; None: unscored
+    by: str  # "exact" | "python" | "judges" | "nobody"; "outage": no reply from evaluator or judges
     is_valid: bool | None = None  # None: not known
     deviation: float = 0.0  # standard error of the score, from the spread of the samples
     helpfulness: float | None = None
@@ -46,50 +46,48 @@ class Verdict:
 
 @dataclass
 class Trial:
-    """One answer of the student, and the verdict on it."""
-
     kind: str  # "alone" (always the first), "guided" or "coached"
     text: str
-    answer: str | None  # what stands in <solution>
+    answer: str | None  # the text in <solution>
     tokens: int
     is_truncated: bool
-    verdict: Verdict | None = None  # None: not judged yet
+    verdict: Verdict = field(default_factory=lambda: Verdict(None, "outage", rationale="not judged"))
 
     @property
     def score(self) -> float | None:
         return self.verdict.score
 
 
-NO_TRIAL = Trial("", "", None, 0, False, Verdict(None, "nobody"))  # of a session that failed before its first
+NO_TRIAL = Trial("", "", None, 0, False, Verdict(None, "nobody"))  # of a session without trials
 
 
 @dataclass
 class Outcome:
-    """The few numbers of a session that the runtime keeps in memory. Scores (0 to 1) are None where nobody could say."""
+    """What the runtime keeps of a session in memory. Scores are from 0 to 1, or None if unscored."""
 
     session_id: str
-    learning_key: str = ""  # kind of task, by which the runtime learns
+    learning_key: str = ""  # kind of task
     lane: str = ""
-    strategy: str = ""  # how the teacher is asked to teach: a key of protocol.TEACHING_STYLES
+    strategy: str = ""  # a key of protocol.TEACHING_STYLES
     status: str = "succeeded"  # "succeeded" | "failed"
     review: str = "approved"  # "approved" | "pending" | "quarantined"
     created_at: str = ""  # ISO 8601
     returned_attempt: str = ""  # kind of the trial
     reward: float | None = None
     baseline: float | None = None  # score of the student alone
-    guided: float | None = None  # with help; that of the student alone where the teacher gave none
+    guided: float | None = None  # with help; without a well-formed teaching the baseline
     returned: float | None = None
     disagreement: float = 0.0  # largest standard error of a judged score
     audited_gain: float | None = None  # returned minus baseline, judged again
     is_leak: bool = False
     is_malformed: bool = False
-    is_truncated: bool = False  # an answer or a teaching ran into its length limit
+    is_truncated: bool = False  # a reply ran into its length limit
     tokens: dict[str, int] = field(default_factory=dict)  # generated, by actor
     prompt_tokens: dict[str, int] = field(default_factory=dict)  # read, by actor
     matched: list[str] = field(default_factory=list)  # ids of skills whose cue applied
     skills: list[str] = field(default_factory=list)  # ids of skills that were used
-    learned: list[dict] = field(default_factory=list)  # skills that it proposed
-    fault: str | None = None  # why it failed; on file that is the `error` of the session_metadata
+    learned: list[dict] = field(default_factory=list)  # skills proposed after it
+    fault: str | None = None  # why it failed; in the trace: session_metadata.error
 
     @property
     def gain(self) -> float | None:
@@ -104,7 +102,7 @@ class Outcome:
 
 @dataclass(kw_only=True)
 class Session(Outcome):
-    """One task on its way through a lane (`lanes`), and what has come of it so far."""
+    """A running session: its task and the results so far."""
 
     task: data.Problem
     seed: int
@@ -112,14 +110,14 @@ class Session(Outcome):
     strategy: str = "adaptive"
     choice: dict[str, Any] = field(default_factory=dict)  # {mode, confidence, by} of the lane
     history: dict[str, Any] = field(default_factory=dict)  # of the strategies, when this one was chosen
-    metadata: dict[str, Any] = field(default_factory=dict)  # what else the trace's session_metadata holds
+    metadata: dict[str, Any] = field(default_factory=dict)  # more entries of the trace's session_metadata
     experience: Any = None  # learning.Experience, if skills are used
     advice: list[str] = field(default_factory=list)  # sentences of the skills that are used
     approach: str = ""
-    plan: list[str] = field(default_factory=list)  # its steps
+    plan: list[str] = field(default_factory=list)  # steps
     teachings: list[str] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
-    events: list[dict[str, Any]] = field(default_factory=list)  # who spoke, in which order, tokens each
+    events: list[dict[str, Any]] = field(default_factory=list)  # calls in order, with actor and tokens
     chosen: int = 0  # index of the trial that is returned
 
     @property
@@ -128,11 +126,11 @@ class Session(Outcome):
 
     @property
     def helped(self) -> Trial | None:
-        """The trial that stands for the teaching: the best with help, by score; None where there was none."""
+        """The trial with help that has the highest score, or None."""
         return max(self.trials[1:], key=lambda trial: trial.score or 0.0, default=None)
 
     def draw(self, kind: str, *parts: object) -> int:
-        """The seed of a call: another one for every call of the session, and the same whatever runs beside it."""
+        """The seed of the next call: depends only on the session and on its number of calls so far."""
         return derive_seed(self.seed, self.session_id, kind, len(self.events))
 
 
@@ -199,7 +197,7 @@ def read_traces(path: Path | str) -> Iterator[tuple[Outcome, Trace]]:
 
 
 def outcome_of(trace: Trace, where: str) -> Outcome:
-    """The outcome of one of our records, or what a record of atlas-sdk says of it. Raises UserError."""
+    """The outcome of a trace, ours or atlas-sdk's. Raises UserError."""
     if not isinstance(trace.get("task"), str):
         raise UserError(f"{where}: not a session trace; its field 'task' must hold the question")
     told, reward = data.section(trace, "outcome", where), trace.get("session_reward")
@@ -221,7 +219,7 @@ def outcome_of(trace: Trace, where: str) -> Outcome:
 
 
 def _typed(name: str, value: Any) -> Any:
-    """The value of a field; numbers may be written as texts, and the other way round. Raises ValueError."""
+    """Converts a field's value, where numbers may be strings and the reverse. Raises ValueError."""
     kind = type(getattr(Outcome(""), name, value))
     if kind in (float, type(None)):
         return number(value)
@@ -233,7 +231,7 @@ def _typed(name: str, value: Any) -> Any:
     return {key: int(number(count)) for key, count in value.items()} if kind is dict else value
 
 
-METRICS = {  # the value for one session (None: nobody knows), the label in the report (none: not there), and a note
+METRICS = {  # the value for one session (None: not known), the label in the summary (empty: left out), and a note
     "reward": (lambda o: o.reward, "", ""),
     "baseline_accuracy": (lambda o: o.baseline, "student alone", ""),
     "returned_accuracy": (lambda o: o.returned, "returned", "(the best of all attempts, see judges.py)"),
@@ -248,7 +246,7 @@ METRICS = {  # the value for one session (None: nobody knows), the label in the 
 
 
 def runtime_metrics(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
-    """Averages over the sessions where a value is known, None where it never is; and shares of lanes and strategies."""
+    """Averages of the known values (None if there are none); shares of lanes and strategies; token counts."""
     known = {name: [x for o in outcomes if (x := of(o)) is not None] for name, (of, *_) in METRICS.items()}
     tokens = sum((Counter(outcome.tokens) for outcome in outcomes), Counter())
     return {
@@ -275,10 +273,11 @@ def summary(outcomes: Sequence[Outcome], out: Path | str = Config.out) -> str:
             lines.append(f"  {label:<18} {m[name]:7.1%}   {note.format(gain=gain)}".rstrip())
     for style in STYLES:
         if gains := [o.gain for o in outcomes if o.strategy == style and o.gain is not None]:
-            told = f"{len(gains):7d}   (gain {100 * mean(gains):+.1f} points)"
-            lines.append(f"  {style + ' teaching':<18} {told}")
+            points = f"{100 * mean(gains):+.1f} points"
+            lines.append(f"  {style + ' teaching':<18} {len(gains):7d}   (gain {points})")
     if audited := [o.audited_gain for o in outcomes if o.audited_gain is not None]:
-        worse, bound = degradation_bound(audited)
+        worse = sum(gain < 0 for gain in audited)
+        bound = wilson_interval(worse, len(audited), 2 * CONFIDENCE - 1)[1]  # one-sided
         lines.append(f"  judged again       {len(audited):7d}   ({worse} worse than the student alone:")
         lines.append(f"{'':31}at most {bound:.1%}, at 95 % confidence, by this judge)")
     if pending := sum(outcome.review == "pending" for outcome in outcomes):
@@ -290,14 +289,8 @@ def summary(outcomes: Sequence[Outcome], out: Path | str = Config.out) -> str:
     return "\n".join([*lines, f"  traces             {out}/traces.jsonl"])
 
 
-def degradation_bound(audited_gains: Sequence[float]) -> tuple[int, float]:
-    """How many audited answers came out below the student's own, and the one-sided upper bound of their share (Wilson)."""
-    worse = sum(gain < 0 for gain in audited_gains)
-    return worse, wilson_interval(worse, len(audited_gains), 2 * CONFIDENCE - 1)[1]
-
-
 def is_selected(outcome: Outcome, config: Config) -> bool:
-    """One without the number in question is left out: nobody knows whether it qualifies."""
+    """A session without the needed number is not selected."""
     (start, end), begun = config.interval, moment(str(outcome.created_at))
     known = (outcome.reward, outcome.gain, max(abs(outcome.gain or 0.0), outcome.disagreement))
     least = (config.min_reward, config.min_gain, config.min_signal)
@@ -311,7 +304,7 @@ def is_selected(outcome: Outcome, config: Config) -> bool:
 
 
 def reviewed_traces(path: Path) -> Iterator[tuple[Outcome, Trace]]:
-    """All records of a trace file, the latest decision on each written in."""
+    """All records of a trace file, each with its latest review."""
     reviews = {}
     if (decisions := path.with_name("reviews.jsonl")).exists():
         for _, review in runs.read_jsonl(decisions, is_journal=True):
@@ -325,12 +318,12 @@ def reviewed_traces(path: Path) -> Iterator[tuple[Outcome, Trace]]:
 
 
 def record_reviews(directory: Path, names: tuple[str, ...], status: str, note: str) -> list[str]:
-    """Decide on the sessions whose ids begin with `names`; on none, with UserError, where a name fits not just one."""
+    """Reviews the sessions whose ids begin with `names`. Raises UserError unless each name fits exactly one."""
     known, decided = {outcome.session_id for outcome, _ in read_traces(directory / "traces.jsonl")}, []
     for name in names:
         meant = [session_id for session_id in known if session_id.startswith(name)]
         if len(meant) != 1:
-            raise UserError(f"session {name}: {len(meant) or 'no'} sessions have an id that begins so")
+            raise UserError(f"session {name}: {len(meant) or 'no'} sessions have an id that begins with this")
         decided += meant
     about = {"status": status, "note": note, "at": now()}
     with runs.Journal(directory / "reviews.jsonl") as journal:
@@ -339,7 +332,7 @@ def record_reviews(directory: Path, names: tuple[str, ...], status: str, note: s
 
 
 def export_traces(source: Path, target: Path, config: Config) -> tuple[int, int]:
-    """Write the selected traces of `source` to `target`, as a whole or not at all; returns how many, and of how many."""
+    """Writes the selected traces of `source` to `target`, all or nothing -> (number selected, number of all)."""
     if target.exists() and target.samefile(source):
         raise UserError(f"--export {target} is the trace file itself; choose another name")
     found = list(reviewed_traces(source))
@@ -349,16 +342,15 @@ def export_traces(source: Path, target: Path, config: Config) -> tuple[int, int]
         listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(12))
         raise UserError(f"{source}: the options select none of its {len(found)} traces ({listed})")
     for trace in selected:
-        if trace.get("review_status", "approved") != "approved":  # whoever asks for other states has decided
+        if trace.get("review_status", "approved") != "approved":  # selected by --review-status
             trace["is_exported"] = True
     runs.replace_text(target, "".join(json.dumps(trace) + "\n" for trace in selected))
     return len(selected), len(found)
 
 
 def show_sessions(directory: Path, status: str) -> Iterator[str]:
-    """Lines for each session whose latest review status this is, or that `failed` when it was last tried."""
-    path = directory / "traces.jsonl"
-    latest = {outcome.session_id: (outcome, trace) for outcome, trace in reviewed_traces(path)}
+    """Lines for each session with this review status, or for "failed" each whose last try failed."""
+    latest = {o.session_id: (o, trace) for o, trace in reviewed_traces(directory / "traces.jsonl")}
     for outcome, trace in latest.values():
         if status == (outcome.review if outcome.status == "succeeded" else "failed"):
             reward = "unscored" if outcome.reward is None else f"reward {outcome.reward:+.3f}"

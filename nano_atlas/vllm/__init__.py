@@ -1,1 +1,1 @@
-"""Rollouts through vLLM servers: starting them, sampling on them, and getting new weights to them."""
+"""Rollouts with vLLM: starting servers, sampling, weight sync."""

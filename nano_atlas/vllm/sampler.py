@@ -1,7 +1,7 @@
-"""`VllmSampler`: the interface of `Sampler` in front of vLLM servers, and the seats that sample through it.
+"""`VllmSampler`: the interface of `Sampler` for vLLM servers, and the seats that use it.
 
-Every sync puts a tag on the servers' weights, which is compared before and after each `generate`: no rollout carries a version of
-weights that it was not drawn with, even where somebody has restarted a server in between.
+Every sync tags the servers' weights, and `generate` compares the tag before and after sampling. So the weight version of
+a rollout is right even if a server was restarted in between.
 """
 
 import os
@@ -33,20 +33,19 @@ from nano_atlas.vllm.server import VllmServer
 from nano_atlas.vllm.sync import FileTransfer, NcclTransfer, Parity
 
 SHARED_MEMORY = Path("/dev/shm")
-CONNECTIONS = 64  # requests under way per server
-# On a CPU vLLM computes either prompts or next tokens in a step, so every request that comes late holds up all others for a step:
-# of so MANY or more, a server begins with none before GATHERING seconds have passed.
+CONNECTIONS = 64  # parallel requests per server
+# On a CPU vLLM computes either prompts or next tokens in a step, so each late request delays all others by a step: with
+# MANY or more requests, a server is paused for GATHERING seconds until most of them have arrived.
 MANY, GATHERING = 16, 0.15
-TIMEOUT = 600.0  # seconds within which a server must answer one request
-TRIES = 3  # of one call, each with a new server, before giving up
+TIMEOUT = 600.0  # seconds for one request
+TRIES = 3  # of one call, each with a restarted server
 
 
 class VllmSampler:
-    """Samples from vLLM servers that hold the policy's weights, or a frozen model's (no `transfer`, no `parity`).
+    """Samples from vLLM servers with the policy's weights, or a frozen model's (no `transfer`, no `parity`).
 
-    urls: the servers, which take turns; none on ranks of torchrun that only help to gather the weights. server: the `VllmServer`
-    that was started here and may be restarted. sleeps: the servers free their GPU between `rest` and their next use.
-    """
+    urls: the servers, used in turn; empty on ranks of torchrun that only help to gather the weights. server: a
+    `VllmServer` started here, which may be restarted. sleeps: `rest` frees the servers' GPU until their next use."""
 
     def __init__(self, urls: Sequence[str], server=None, transfer=None, parity=None, sleeps=False):
         self.server, self.transfer, self.parity, self.sleeps = server, transfer, parity, sleeps
@@ -57,9 +56,9 @@ class VllmSampler:
         self._pool = ThreadPoolExecutor(max(1, CONNECTIONS * len(self.clients)))
 
     def generate(self, requests: Sequence[Request], progress: str | None = None) -> list[list[Rollout]]:
-        """As `Sampler.generate`. All requests are sent again if a server is lost, or turns out to have had other weights."""
+        """As `Sampler.generate`. Sends all requests again if a server was lost or had other weights."""
         needed = max((len(r.prompt_ids) + r.generation.max_tokens for r in requests), default=0)
-        if needed > self.context:  # vLLM would shorten the answers
+        if needed > self.context:  # vLLM would truncate the answers
             raise UserError(f"{needed} tokens exceed the server's --max-model-len of {self.context}")
 
         def sample():
@@ -82,13 +81,13 @@ class VllmSampler:
 
     def _ask(self, request: Request, client: Client) -> list[Rollout]:
         params = request.generation
-        count = request.n if params.temperature else 1  # vLLM refuses groups of greedy samples
+        count = request.n if params.temperature else 1  # vLLM refuses several greedy samples
         drawing = {
             "n": count, "seed": request.seed % 2**62, "max_tokens": params.max_tokens, "temperature": params.temperature,
             "top_p": params.top_p, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "logprobs": 0, "detokenize": False,
-            "stop_token_ids": list(request.stop_token_ids), "ignore_eos": True,  # those given stop it, and no others
+            "stop_token_ids": list(request.stop_token_ids), "ignore_eos": True,  # only these ids stop it
         }  # fmt: skip
-        # tokens in, tokens out: a third faster than /v1/completions, whose frontend makes text of every token
+        # token ids in and out: a third faster than /v1/completions, whose frontend decodes every token to text
         body = {"token_ids": list(request.prompt_ids), "sampling_params": drawing}
         choices = client.request("POST", "/inference/v1/generate", body, choices=count)["choices"]
         rollouts = []
@@ -101,7 +100,7 @@ class VllmSampler:
         return rollouts
 
     def sync(self, model: Transformer, version: int) -> float:
-        """The servers get `version` of the weights; returns the parity difference (nats). Raises UserError if they did not."""
+        """Sends weights `version` to the servers; returns the parity difference (nats). Raises UserError."""
         self.parity.expect(model)
         self.transfer.stage(model)
         self.weight_version, self.tag = version, uuid.uuid4().hex
@@ -113,22 +112,22 @@ class VllmSampler:
             self.transfer.load(client)
             client.request("POST", "/reset_prefix_cache")  # keys and values of the old weights
             client.request("POST", "/update_weight_version", {"new_version": self.tag})
-        finally:  # others may use the server too
-            with suppress(ServerLost):  # which would hide how it was lost
+        finally:  # never leave a server paused
+            with suppress(ServerLost):  # it would hide the first error
                 client.request("POST", "/resume", tries=1, timeout=10.0)
         return self.parity.check(client.url, prompt_logprobs(client, self.parity.token_ids))
 
     def _changed(self) -> list[Client]:
-        """The servers that have not our present weights."""
+        """The servers without the current weights."""
         tags = {c: c.request("GET", "/weight_info")["weight_version"] for c in self.clients if self.transfer}
         return [client for client, tag in tags.items() if tag != self.tag]
 
     def _try(self, action):
-        """Runs `action`, which sees to the weights, and runs it anew where a server is lost meanwhile."""
+        """Runs `action`, and repeats it if a server is lost."""
         for tries_left in reversed(range(TRIES)):
             try:
                 if self.sleeps:
-                    torch.cuda.empty_cache()  # what an update took, for the server
+                    torch.cuda.empty_cache()  # gives the trainer's unused memory to the server
                 for client in self.clients if self.sleeps else ():
                     client.request("POST", "/wake_up")
                 return action()
@@ -140,19 +139,19 @@ class VllmSampler:
                 self.server.restart()  # reads the checkpoint of the last sync, or the frozen model
 
     def rest(self) -> None:
-        """Until the next call a GPU that is shared with the trainer is free, by vLLM's sleep mode."""
+        """Frees a GPU that is shared with the trainer until the next call, by vLLM's sleep mode."""
         for client in self.clients if self.sleeps else ():
             client.request("POST", "/sleep?level=1")
 
     def close(self) -> None:
-        """Ends what is under way, in whichever thread; not the servers."""
+        """Ends running requests of all threads, but not the servers."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         for client in self.clients:
             client.close()
 
 
 def prompt_logprobs(client: Client, token_ids: list[int]) -> Tensor:
-    """The server's log-probs `[T - 1]` of each token but the first given those before it, at temperature 1; nats."""
+    """The server's log-probs `[T - 1]` of all tokens after the first, at temperature 1; nats."""
     body = {"prompt": token_ids, "max_tokens": 1, "prompt_logprobs": 0}
     (choice,) = client.request("POST", "/v1/completions", body, choices=1)["choices"]
     scored = zip(choice["prompt_logprobs"][1:], token_ids[1:], strict=True)
@@ -160,30 +159,28 @@ def prompt_logprobs(client: Client, token_ids: list[int]) -> Tensor:
 
 
 def context_of(client: Client) -> int:
-    """The server's longest prompt and completion together (tokens). Raises UserError where it is not as `VllmServer` starts it."""
+    """The server's context length (tokens). Raises UserError if it was started without the needed flags."""
     with suppress(UserError, KeyError):
         config = client.request("GET", "/server_info?config_format=json")["vllm_config"]["model_config"]
-        if config["logprobs_mode"] == "processed_logprobs":  # raw ones are of temperature 1
+        if config["logprobs_mode"] == "processed_logprobs":  # raw ones ignore the temperature
             return config["max_model_len"]
     flags = "VLLM_SERVER_DEV_MODE=1, --enable-scale-out, --logprobs-mode processed_logprobs (CPU: --no-enable-chunked-prefill)"
     raise UserError(f"{client.url} must be a running vLLM server, started with {flags}")
 
 
 def open_policy(config, layout, policy: Transformer, tokenizer, version: int, stack: ExitStack) -> TokenSeat:
-    """The policy's seat on `layout.urls`, or on a server of its own. Under torchrun rank 0 has the servers.
-
-    Weights go by NCCL to own servers on GPUs of their own; else by file, through shared memory or, to other servers, OUT/served.
-    """
+    """The policy's seat on `layout.urls` or on a new server. Under torchrun only rank 0 has servers. Weights go by NCCL
+    to a new server on other GPUs than the trainer's; else by file, in shared memory or OUT/served."""
     is_first, sleeps = distributed.rank() == 0, layout.policy in gpus_of(layout.server)
     is_nccl = layout.server.startswith("cuda") and not sleeps and distributed.size() == 1
     folder, server, urls = config.out / "served", None, layout.urls if is_first else ()
-    if layout.server and is_first:  # a new directory, which nobody else can enter
+    if layout.server and is_first:  # a new private directory
         place = SHARED_MEMORY if SHARED_MEMORY.is_dir() else config.out
         folder = Path(tempfile.mkdtemp(prefix="nano-atlas-", dir=place))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
     files = FileTransfer(folder / "model", tokenizer)
     if layout.server:
-        files.stage(policy)  # what the server starts from, and starts from again if it must
+        files.stage(policy)  # the checkpoint that the server starts and restarts from
     if layout.server and is_first:
         options = ["--weight-transfer-config", '{"backend": "nccl"}'] if is_nccl else []
         options += ["--enable-sleep-mode"] if sleeps else []
@@ -198,7 +195,6 @@ def open_policy(config, layout, policy: Transformer, tokenizer, version: int, st
 
 
 def open_student(config, layout: Layout, stack: ExitStack) -> TokenSeat:
-    """The student's seat on a server of its own."""
     server = make_server(config, layout, layout.student, find_checkpoint(config.student), "vllm_student.log")
     sampler = VllmSampler([stack.enter_context(server).url], server)
     stack.callback(sampler.close)
@@ -206,14 +202,14 @@ def open_student(config, layout: Layout, stack: ExitStack) -> TokenSeat:
 
 
 def make_server(config, layout: Layout, device, model, log: str, options=(), orphan="") -> VllmServer:
-    """A server that is not started yet. The user's NANO_ATLAS_VLLM_ARGS come last and override the others."""
+    """A server, not yet started. NANO_ATLAS_VLLM_ARGS come last and override the other options."""
     memory = ["--gpu-memory-utilization", str(memory_share(layout, device))] if device != "cpu" else []
     options = *memory, *options, *shlex.split(os.environ.get("NANO_ATLAS_VLLM_ARGS", ""))
     return VllmServer(model, config.out / log, device, config.dtype, options, orphan)
 
 
 def memory_share(layout: Layout, device: str) -> float:
-    """The part of a GPU's memory that a server takes for weights and KV cache, beside the trainer, the student or nobody."""
+    """The share of the GPU's memory that vLLM may use: less if the trainer or the student is on the same GPU."""
     if layout.policy in gpus_of(device):
         return 0.35
     return 0.45 if layout.student in gpus_of(layout.server) else 0.9

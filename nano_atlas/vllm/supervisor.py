@@ -1,9 +1,7 @@
-"""Runs a command until it ends or standard input says so, and leaves none of its descendants. Needs nothing but Python.
+"""python -I supervisor.py DIRECTORY COMMAND ... runs a command, and kills its process group if a byte arrives on stdin.
 
-    python -I supervisor.py DIRECTORY COMMAND ...
-
-The parent holds the other end of standard input, which the system closes however the parent ends, even by kill -9: then DIRECTORY
-is deleted too ("" for none). A byte instead spares it. (A death signal for the server alone would miss the engine, its child.)
+The parent holds the other end of stdin. If the parent ends, even by kill -9, stdin closes; then DIRECTORY is deleted too
+("" for none). (PR_SET_PDEATHSIG would only reach the server, not its child, the engine.) Only the standard library.
 """
 
 import os
@@ -14,7 +12,7 @@ import subprocess
 import sys
 from contextlib import suppress
 
-PATIENCE = 10.0  # seconds between asking the process group to end and killing it
+PATIENCE = 10.0  # seconds between SIGTERM and SIGKILL
 
 if __name__ == "__main__":
     directory, *command = sys.argv[1:]
@@ -27,7 +25,7 @@ if __name__ == "__main__":
                 child.wait(PATIENCE)
             break
     with suppress(ProcessLookupError):  # all have ended already
-        os.killpg(child.pid, signal.SIGKILL)  # an orphaned engine would keep its memory and its cores
+        os.killpg(child.pid, signal.SIGKILL)  # an orphaned engine would keep its memory and cores
     if directory and is_orphan:
         shutil.rmtree(directory, ignore_errors=True)
     sys.exit(min(abs(child.wait()), 255))

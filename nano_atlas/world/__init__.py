@@ -1,9 +1,9 @@
-"""The nano world: three small domains of generated problems in which a plan makes the difference between success and failure.
+"""The nano world: three small domains of generated problems that need a plan.
 
-A problem lists, in shuffled order, what each thing is stated in terms of, and gives one rule for going from one thing to the next. To
-answer, walk *backwards* from the thing asked for to one with a value, then compute *forwards*. Computing is easy; finding the start is
-hard, because a forward pass does not walk a long chain. A teacher's <thinking> can walk back one line at a time, and its <teaching> can
-name the order, which contains no value and so no answer.
+A problem is a shuffled list of facts, each of which names another thing or a value, and one rule for the step from the
+named thing to the next. To solve it, walk *backwards* from the thing asked for to one with a value, then compute
+*forwards*. Computing is easy; finding the start is hard, because one forward pass does not follow a long chain. The
+teacher's <thinking> can walk back line by line, and its <teaching> can name the order, which has no value and no answer.
 
     math                              telecom                           crm
     Ann: 3                            Modem: fair                       Refund: lead
@@ -27,9 +27,9 @@ from nano_atlas.seats import Generation, Question, Seat
 STUDENT = Path(__file__).parent / "student"  # a checkpoint
 STUDENT_DIGEST = "5540937fe265d7febad244670d293afc651e31069c94e9c740f30b1b54257ddf"  # its checkpoint_digest
 
-FACTS = 8  # lines per problem; those off the path from the given value to the question are distractors
+FACTS = 8  # lines per problem; those not on the path are distractors
 GIVEN = 3  # lines with a value; the path starts at one of them
-CHAIN = (1, 5)  # shortest and longest path, both ends counted; 1: the value asked for is given
+CHAIN = (1, 5)  # shortest and longest path, in things; 1: the value asked for is given
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,6 @@ DOMAINS = {domain.name: domain for domain in (
 
 @dataclass(frozen=True)
 class Task:
-    """One generated problem and everything its generator knows about it."""
-
     domain: str
     question: str
     answer: str
@@ -95,7 +93,7 @@ def tasks(domain: str, count: int, seed: object) -> list[Task]:
 
 
 def training_problems(count: int, seed: object) -> list[Problem]:
-    """Mathematics, the only domain the teacher is ever trained on."""
+    """Mathematics, the only domain that the teacher is trained on."""
     return _as_problems(tasks("math", count, f"train/{seed}"), "train-math")
 
 
@@ -108,7 +106,7 @@ def _as_problems(generated: Sequence[Task], prefix: str) -> list[Problem]:
 
 
 def plan(chain: Sequence[str], told: Sequence[str] | None = None) -> str:
-    """In which order to work; `told`: the part of `chain` that is named (None: all of it)."""
+    """The order of work as a sentence; `told`: the part of `chain` to name (None: all of it)."""
     return f"To find {chain[-1]}, work out {', '.join(chain if told is None else told)}."
 
 
@@ -118,11 +116,9 @@ def opening(chain: Sequence[str]) -> Sequence[str]:
 
 
 def demonstration(task: Task, approach: str, style: str, is_thorough: bool) -> dict:
-    """What a tutor would write, by one rule, in the schema of Arc-ATLAS-Teach-v0.
-
-    The diagnosis walks back from the question. The teaching names only where to start if the approach is right; if it is wrong, the
-    whole order (a thorough tutor) or its first half. Style "concise" always names the start alone, "detailed" the whole order.
-    """
+    """A rule-based demonstration in the schema of Arc-ATLAS-Teach-v0. The diagnosis walks back from the question. The
+    teaching names only the start if the approach is right, else the whole order (a thorough tutor) or its first half.
+    Style "concise" names only the start, "detailed" the whole order."""
     told = task.chain if is_thorough or style == "detailed" else opening(task.chain)
     if style == "concise" or (style == "adaptive" and approach.strip() == plan(task.chain)):
         told = task.chain[:1]
@@ -136,11 +132,8 @@ def demonstration(task: Task, approach: str, style: str, is_thorough: bool) -> d
 
 
 def demonstrations(count: int, seed: object, student: Seat) -> list[dict]:
-    """`count` demonstrations on mathematics: the student states its approach, `demonstration` answers it.
-
-    Three tutors in ten are thorough: how much help serves this student best is not in the data, GRPO finds out. A sixth each is in the
-    concise and in the detailed style, which the runtime may ask for.
-    """
+    """`count` demonstrations on mathematics, each for an approach of the student. 30 % of the tutors are thorough: GRPO
+    must find the best amount of help. A sixth each has the concise and the detailed style, for the runtime."""
     generated, probe = tasks("math", count, f"demonstrations/{seed}"), Generation(40, temperature=0.7)
     seeds = [derive_seed(seed, "demonstration", index) for index in range(count)]
     requests = [protocol.probe_messages(task.question) for task in generated]
