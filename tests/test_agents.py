@@ -78,12 +78,18 @@ def pieces(prompt, metadata):
     yield from ("4", "2")
 
 
+async def slow_pieces(prompt, metadata):
+    for piece in ("4", "2"):
+        yield piece
+
+
 def counted(prompt, metadata):
     return {"content": "42", "usage": {"prompt_tokens": 11, "completion_tokens": 7}}
 
 
 @pytest.mark.parametrize(
-    ("function", "text"), [(plain, "6 times 7? 5 0.3"), (slow, "6 times 7?"), (pieces, "42"), (counted, "42")]
+    ("function", "text"),
+    [(plain, "6 times 7? 5 0.3"), (slow, "6 times 7?"), (pieces, "42"), (slow_pieces, "42"), (counted, "42")],
 )
 def test_python_functions_of_every_kind_also_under_a_running_event_loop(function, text):
     async def main():

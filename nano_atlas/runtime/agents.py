@@ -68,8 +68,13 @@ def load_object(spec: str) -> Callable:
 
 
 def resolve(value: Any) -> Any:
-    """The result of a plain, async or generator function. Not for use inside a running event loop."""
-    value = asyncio.run(value) if inspect.iscoroutine(value) else value
+    """The result of a function: plain, async, or a generator of either kind. Not for use inside a running event loop."""
+
+    async def finish() -> Any:
+        return "".join([piece async for piece in value]) if inspect.isasyncgen(value) else await value
+
+    if inspect.isasyncgen(value) or inspect.isawaitable(value):
+        return asyncio.run(finish())
     return "".join(value) if inspect.isgenerator(value) else value
 
 
