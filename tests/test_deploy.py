@@ -108,5 +108,10 @@ def test_an_address_beyond_this_machine_needs_a_key(monkeypatch):
 
 
 def test_what_a_greedy_runtime_exports_is_trained_on_with_samples():
-    assert list(flags_of({"temperature": (0.0, 0.9), "out": "x"})) == ["--temperature", "0.0", "0.9", "--out=x"]
+    assert list(flags_of({"temperature": (0.0, 0.9), "out": "x"})) == [
+        "--temperature",
+        "0.0",
+        "0.9",
+        "--out=x",
+    ]
     assert list(flags_of({"temperature": (0.5, 0.0), "out": "x"})) == ["--out=x"]
