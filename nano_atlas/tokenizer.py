@@ -73,9 +73,6 @@ class Tokenizer:
         self._template = _compile(chat_template, source)
         self.config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         self.config |= named
-        for name, token in named.items():
-            if backend.token_to_id(token) is None:
-                raise UserError(f"{source}: {name} {token!r} is not in the vocabulary")
         self.eos_ids = tuple(eos_ids) or (backend.token_to_id(named["eos_token"]),)
         self.pad_id = backend.token_to_id(named["pad_token"]) if "pad_token" in named else self.eos_ids[0]
         added = backend.get_added_tokens_decoder()
@@ -179,10 +176,7 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
 
     def chat_ids(self, messages: Sequence[dict], add_generation_prompt: bool = True, **options) -> list[int]:
-        """Ids of a chat [{"role", "content"}, ...]. options: for the template, such as Qwen3's enable_thinking.
-
-        Raises UserError if the template fails.
-        """
+        """Ids of a chat [{"role", "content"}, ...]. options: for the template (enable_thinking). Raises UserError."""
         text, token_of = self._render(messages, add_generation_prompt, options)
         pieces = self._special.split(text)  # text, control token, text, ...
         for is_every_text_apart in (False, True):
