@@ -9,9 +9,9 @@ r"""Does the teacher help? Compares the student with and without teaching on the
 
 Every arm answers the same tasks in the same answer format, so arms are compared in pairs:
 
-    student      alone: its approach (probe) and its answer (baseline), computed once and shared by all other arms
-    <teacher>    a --teacher reads question and approach and writes a teaching; the student answers again with it
-    shuffled     control, any teaching: the last teacher's teachings, each given to *another* task of its domain
+    student      alone: its approach (probe) and its answer (baseline), computed once, shared by all arms
+    <teacher>    a --teacher reads question and approach and writes a teaching; the student answers with it
+    shuffled     control, any teaching: the last teacher's teachings, each given to *another* task
     untrained    control, a second look: the student is its own teacher
     two-votes    control, a second try: the majority of two answers of the student alone; the first wins a tie
     same-budget  control, more tokens: the majority of as many answers alone as the last teacher's pair costs

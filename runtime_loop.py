@@ -1,4 +1,4 @@
-r"""The runtime: a teacher helps a frozen student with each task; it learns which teaching works, and records traces.
+r"""The runtime: a teacher helps a frozen student with each task, learns how to teach, and records traces.
 
     try it, on a CPU   python runtime_loop.py                          (after train_grpo.py)
     your own tasks     python runtime_loop.py --preset own --tasks tasks.jsonl \
@@ -9,9 +9,9 @@ r"""The runtime: a teacher helps a frozen student with each task; it learns whic
 
 A line of the tasks file has a `question` and, if known, an `answer`. The three parts are the published ones:
 
-    task analysis     how much help (a lane), by the student's record; a teaching strategy, by past gains (`learning`)
-    experimentation   answer, teaching, answer again (`lanes`); each answer is judged, the best returned (`judges`)
-    trace export      each session is appended to traces.jsonl; --export selects those worth training on (`traces`)
+    task analysis     how much help (a lane), by the student's record; how to teach, by past gains (`learning`)
+    experimentation   answer, teaching, answer again (`lanes`); judged; the best is returned (`judges`)
+    trace export      each session goes to traces.jsonl; --export selects those worth training on (`traces`)
 
 The traces are the only state; everything else is rebuilt from them. The same command continues an interrupted run
 and repeats failed sessions. A task is identified by its content, not by its line. The teacher may change between

@@ -8,9 +8,9 @@ r"""GRPO: train the teacher on how much its teaching improves a frozen student.
 
 One step (the loop in `train`):
 
-    roll_out     P problems: the student's approach and K answers alone, G teachings by the policy, an answer with each.
-                 Reward: how much better the guided answer is (no <teaching>: -0.5). Advantage: reward - group mean
-    update       gradient on the teacher's sampled tokens, each after the prompt it was sampled from; none on prompts
+    roll_out     P problems: the student's approach and K answers alone, G teachings, an answer with each.
+                 Reward: how much better the guided answer is (no <teaching>: -0.5). Advantage: reward - mean
+    update       gradient on the teacher's sampled tokens, each after the prompt it was sampled from
     sync         the sampler gets the new weights
 
 OUT gets model (the last teacher), best (the teacher with the highest reward on held-out problems), metrics.jsonl
@@ -18,10 +18,10 @@ OUT gets model (the last teacher), best (the teacher with the highest reward on 
 state (to continue from). With two GPUs, student and reference are on the second, unless vLLM fills it. Under
 torchrun each rank holds its rows of policy, gradients and AdamW's state, and whole copies of the frozen models.
 
-Differences from the published recipe (ATLAS): gradients use the prompt that was sampled from; the sampler has the
-current weights; a group shares probe and baselines; the reward compares the guided answer with the student's own;
-advantages are not divided by their group's deviation (--advantage-scale; README, "The trap of the deviation"); the
-KL reference is the SFT checkpoint.
+Differences from the published recipe (ATLAS): gradients use the prompt that was sampled from; the sampler has
+the current weights; a group shares probe and baselines; the reward compares the guided answer with the
+student's own; advantages are not divided by their group's deviation (--advantage-scale; README, "The trap of
+the deviation"); the KL reference is the SFT checkpoint.
 """
 
 import random

@@ -6,10 +6,10 @@ r"""Supervised fine-tuning (SFT): teach a model by demonstration, before reinfor
                            --optimizer-device auto --data sft.jsonl
     your own model     python train_sft.py --preset own --model DIRECTORY --data sft.jsonl
 
-Data: JSONL files of Arc-ATLAS-Teach-v0 demonstrations, chats, or prompt/completion pairs (nano_atlas/data.py).
-A model is a directory in Hugging Face layout. Only the assistant's tokens are learned. The same command
-continues an interrupted run. OUT gets model, metrics.jsonl (also sent to Weights & Biases if WANDB_PROJECT is
-set) and state (to continue from).
+Data: JSONL files of Arc-ATLAS-Teach-v0 demonstrations, chats, or prompt/completion pairs
+(nano_atlas/data.py). A model is a directory in Hugging Face layout. Only the assistant's tokens are learned.
+The same command continues an interrupted run. OUT gets model, metrics.jsonl (also sent to Weights & Biases if
+WANDB_PROJECT is set) and state (to continue from).
 
 Differences from the published recipe (ATLAS: Qwen3-8B, 16 documents a step, 10 epochs, ZeRO-3): the target has the
 form that GRPO samples later, `<thinking>..</thinking><teaching>..</teaching>`, and the prompt has the student's

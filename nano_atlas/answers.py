@@ -1,5 +1,5 @@
-"""Reads finished texts: the final answer, whether two answers are equal, whether a text reveals one, JSON in prose.
-All in linear time, because a reply may be a megabyte of anything."""
+"""Reads finished texts: the final answer, whether two answers are equal, whether a text reveals one, JSON in
+prose. All in linear time, because a reply may be a megabyte of anything."""
 
 import json
 import re
@@ -22,8 +22,8 @@ def tagged(text: str, tag: str) -> list[str]:
 
 
 def extract_answer(completion: str, answer_format: str = "solution") -> str | None:
-    """The last <solution> of the visible text, else its last \\boxed{}, else None; in the format "last-number" (formats
-    are the keys of protocol.ANSWER_FORMATS) the last number instead of None.
+    """The last <solution> of the visible text, else its last \\boxed{}, else None; in the format
+    "last-number" (formats are the keys of protocol.ANSWER_FORMATS) the last number instead of None.
     """
     text = visible(completion)
     solution = next(reversed(tagged(text, "solution")), None)

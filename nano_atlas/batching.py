@@ -1,7 +1,7 @@
 """From sampled completions to micro-batches: where each token is predicted, and its index among the step's tokens.
 
-The prompt of a group is computed once for all its completions (`SharedPromptAttention`). Two completions [7, 8, 9] and [7, 5] of
-the prompt [1, 2, 3] become
+The prompt of a group is computed once for all its completions (`SharedPromptAttention`). Two completions [7,
+8, 9] and [7, 5] of the prompt [1, 2, 3] become
 
     input_ids   1 2 3 | 7 8 | 7         prompt, then the completions without their last tokens
     predictors  2 3 4   2 5             position in input_ids whose hidden state predicts each completion token

@@ -21,8 +21,8 @@ class ServerLost(UserError):
 class Client:
     """Keep-alive connections, shared between threads. The key comes from OPENAI_API_KEY.
 
-    url: request paths are added before its query. connections: most concurrent requests. timeout: seconds for an
-    answer, including all tries and the waits between them (doubling from 1 s).
+    url: request paths are added before its query. connections: most concurrent requests. timeout: seconds for
+    an answer, including all tries and the waits between them (doubling from 1 s).
     """
 
     def __init__(self, url: str, *, connections: int = 16, timeout: float = 600.0, tries: int = 4):

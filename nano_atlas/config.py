@@ -53,8 +53,8 @@ class Preset(NamedTuple):
 def option(default: Any, help: str, choices=(), *, group="", resumable=False, **bounds) -> Any:
     """A dataclass field that becomes `--its-name`; `group` starts a section of `--help`.
 
-    resumable: may change when an interrupted run continues (how long, how often); other options (what is computed)
-    may not. bounds: of a number, or of each number of a tuple; keys of BOUNDS.
+    resumable: may change when an interrupted run continues (how long, how often); other options (what is
+    computed) may not. bounds: of a number, or of each number of a tuple; keys of BOUNDS.
     """
     metadata = {"help": help, "choices": choices, "group": group, "resumable": resumable, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata)

@@ -1,7 +1,7 @@
 """JSONL files of problems and of training texts, and batches made of them.
 
-The teacher is trained and evaluated on *problems*. An *example* is a tokenised text with a mask of the learned tokens.
-Three kinds of lines become examples, distinguished by their fields:
+The teacher is trained and evaluated on *problems*. An *example* is a tokenised text with a mask of the
+learned tokens. Three kinds of lines become examples, distinguished by their fields:
 
     {"problem_text", "student_approach", "teacher_diagnosis", "teacher_teaching"}   a demonstration (Arc-ATLAS-Teach-v0)
     {"messages": [{"role", "content"}, ...]}                                        a chat; its assistant turns are learned
@@ -70,8 +70,8 @@ def load_problems(path: Path | str, *, needs_answer=True, skip_bad=False) -> lis
     """Problems of the usual layouts: GSM8K and AIME {question|problem, answer}, Arc's RL file {prompt, ground_truth},
     {problem_text|input, solution}, and session traces of this runtime or of atlas-sdk {task, ...}.
 
-    A problem without `id` is named after its line, `test:17`. Unusable traces are left out and counted. Raises UserError
-    for a bad line; with skip_bad the line is left out and reported.
+    A problem without `id` is named after its line, `test:17`. Unusable traces are left out and counted.
+    Raises UserError for a bad line; with skip_bad the line is left out and reported.
     """
     problems, traced, left_out, bad = {}, set(), Counter(), []
     complain = bad.append if skip_bad else refuse
@@ -214,8 +214,8 @@ def _messages(record: dict, field: str, where: str) -> protocol.Messages:
 def _chat_examples(messages, first: int, tokenizer: Tokenizer, thinking: bool) -> list[Example]:
     """Learns the assistant turns from index `first` on, each after exactly the prompt that it would be generated from.
 
-    A turn that continues the previous text (the usual case) extends the last example. If the template rewrites earlier
-    turns (Qwen3 drops their reasoning), the turn starts a new example.
+    A turn that continues the previous text (the usual case) extends the last example. If the template
+    rewrites earlier turns (Qwen3 drops their reasoning), the turn starts a new example.
     """
     examples: list[Example] = []
     for turn in [i for i, message in enumerate(messages) if i >= first and message["role"] == "assistant"]:

@@ -4,8 +4,8 @@
     teach     TEACHER   question + approach      ->  G teachings
     guide     STUDENT   question + teaching      ->  one answer for each teaching
 
-Each is a script for `schedule.play` or `schedule.drive`. A problem's G teachings share one probe and one set of
-baselines, so differences between their rewards come only from the teachings and the answers with them.
+Each is a script for `schedule.play` or `schedule.drive`. A problem's G teachings share one probe and one set
+of baselines, so differences between their rewards come only from the teachings and the answers with them.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,8 +1,8 @@
 """Speed on GPUs: compiled layers, FlexAttention for groups, decoding steps recorded as CUDA graphs.
 
-Nothing here changes what is computed. Environment: NANO_ATLAS_COMPILE=0 disables all of it, 1 compiles everything on
-any device. By default, models with a vocabulary of at least 4,096 get compiled layers and FlexAttention on a GPU and
-compiled loss kernels on any device; decoding steps are recorded on every GPU.
+Nothing here changes what is computed. Environment: NANO_ATLAS_COMPILE=0 disables all of it, 1 compiles
+everything on any device. By default, models with a vocabulary of at least 4,096 get compiled layers and
+FlexAttention on a GPU and compiled loss kernels on any device; decoding steps are recorded on every GPU.
 """
 
 import os
@@ -39,8 +39,8 @@ def is_recorded(device: torch.device) -> bool:  # whether decoding steps are CUD
 def compile_layers(model: Transformer) -> Transformer:
     """Compiles, in place, the parts of each layer before and after attention, if the model is worth it (a minute).
 
-    One compilation serves all layers and numbers of tokens. Attention is not compiled: it depends on the documents'
-    lengths, which differ in every batch, so it would be recompiled.
+    One compilation serves all layers and numbers of tokens. Attention is not compiled: it depends on the
+    documents' lengths, which differ in every batch, so it would be recompiled.
     """
     is_here = model.head_weight.is_cuda or setting() == "1"
     if is_here and is_worth_compiling(model.config.vocab_size):

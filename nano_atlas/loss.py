@@ -183,12 +183,12 @@ def fused_token_loss(
 ) -> tuple[Tensor, TokenStats]:
     """`sum_t w_t * token_loss_t` for any loss that is a function of each token's log-probability and exact KL.
 
-    hidden `[N, D]` (float32 or bfloat16), weight `[V, D]` (same dtype; may be the tied embedding), targets `[N]` int64.
-    token_loss maps (logprobs, kl, rows) of a chunk, float32 `[n]`, to losses `[n]`, element by element; `rows`: the
-    slice of the N tokens. Logits of policy and reference are divided by temperature.
+    hidden `[N, D]` (float32 or bfloat16), weight `[V, D]` (same dtype; may be the tied embedding), targets
+    `[N]` int64. token_loss maps (logprobs, kl, rows) of a chunk, float32 `[n]`, to losses `[n]`, element by
+    element; `rows`: the slice of the N tokens. Logits of policy and reference are divided by temperature.
 
-    Returns the loss, `[]` float32, differentiable once by hidden and weight, and the detached statistics of all tokens.
-    Raises ValueError for shapes or dtypes that do not match.
+    Returns the loss, `[]` float32, differentiable once by hidden and weight, and the detached statistics of
+    all tokens. Raises ValueError for shapes or dtypes that do not match.
     """
     shapes = [tuple(x.shape) for x in (hidden, weight, targets, token_weights)]
     if shapes[0] != (*shapes[2], shapes[1][-1]) or shapes[2] != shapes[3]:  # a [N, 1] would broadcast

@@ -1,9 +1,9 @@
 """The dense decoders Llama 3.x, Mistral, Qwen2.5 and Qwen3, over flat lists of `N` tokens of any documents.
 
 The caller's `attention` object decides what a token attends to. So one `Transformer` serves packed training
-(`PackedAttention`), groups of completions (`SharedPromptAttention`; on a GPU gpu.py) and cached decoding (sampler.py)
-without computing on padding. Modules and parameters have the names of Hugging Face checkpoints. Not supported, and
-refused: dropout, sliding windows, mixtures of experts.
+(`PackedAttention`), groups of completions (`SharedPromptAttention`; on a GPU gpu.py) and cached decoding
+(sampler.py) without computing on padding. Modules and parameters have the names of Hugging Face checkpoints.
+Not supported, and refused: dropout, sliding windows, mixtures of experts.
 """
 
 import math
@@ -168,8 +168,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 class PackedAttention:
     """Causal attention within each of B documents, concatenated in one flat batch of `N = sum(lengths)` tokens.
 
-    Only the attention kernel gets a padded view `[B, L_max]`. Padding is on the right and attention is causal, so no mask
-    is needed. Documents of similar length waste the least padding.
+    Only the attention kernel gets a padded view `[B, L_max]`. Padding is on the right and attention is
+    causal, so no mask is needed. Documents of similar length waste the least padding.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu"):

@@ -1,9 +1,9 @@
 """AdamW on float32 master weights, learning-rate schedules, and training states that resume exactly.
 
-A relative change of 1e-5 is below the resolution of bfloat16 (2^-8), so the optimizer updates a float32 copy of each
-weight. Bytes per parameter with bfloat16 compute: 2 (weights) + 4 (gradients, summed in float32) + 4 (masters) + 8 (two
-moments) = 18. With float32 compute a weight is its own master: 16; sharded over N ranks, 16 / N on each. Masters and
-moments may be on another device.
+A relative change of 1e-5 is below the resolution of bfloat16 (2^-8), so the optimizer updates a float32 copy
+of each weight. Bytes per parameter with bfloat16 compute: 2 (weights) + 4 (gradients, summed in float32) + 4
+(masters) + 8 (two moments) = 18. With float32 compute a weight is its own master: 16; sharded over N ranks,
+16 / N on each. Masters and moments may be on another device.
 """
 
 import math
@@ -33,8 +33,8 @@ DRY_STEP_ON = ("cuda",)  # devices whose memory is tight
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_fraction: float, schedule: str) -> float:
-    """The rate of step `step` (0 <= step < total): linear warm-up, above 0 from the first step on; then `schedule`:
-    "constant", or "cosine" decay that would reach 0 at step `total`.
+    """The rate of step `step` (0 <= step < total): linear warm-up, above 0 from the first step on; then
+    `schedule`: "constant", or "cosine" decay that would reach 0 at step `total`.
     """
     warmup = round(total * warmup_fraction)
     if step < warmup:

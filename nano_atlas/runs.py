@@ -110,8 +110,8 @@ def keep_to(config: Any, path: Path, contents: Mapping[str, str], written: Itera
 def atomic_directory(path: str | Path, has_digests=True, **about: Any) -> Iterator[Path]:
     """Yields a new directory; it replaces `path` when the block ends without an exception.
 
-    Killed at any moment, it leaves the old or the new one (the old one may be renamed until the next call). Raises
-    UserError if `path` holds files not written here. about: is added to digests.json.
+    Killed at any moment, it leaves the old or the new one (the old one may be renamed until the next call).
+    Raises UserError if `path` holds files not written here. about: is added to digests.json.
     """
     path = Path(path).resolve()
     refuse_strangers(path)
@@ -190,8 +190,8 @@ def owned(out: Path) -> Iterator[None]:
 def open_run(config: Any) -> Path | None:
     """The newest undamaged state of the run in `config.out`, or None for a new run. Changes nothing.
 
-    Raises UserError if the run has other options or only damaged states, if files that no run wrote are in the way, or
-    if an option names a directory that this run writes.
+    Raises UserError if the run has other options or only damaged states, if files that no run wrote are in
+    the way, or if an option names a directory that this run writes.
     """
     out, options = config.out, config.out / "options.json"
     states = sorted((out / "state").glob("step-*"), reverse=True)
@@ -311,8 +311,8 @@ class Journal(AbstractContextManager):
 class RunLog(ExitStack):
     """One record `{"step": 12, "loss": 1.5, ...}` per line; with a config also on Weights & Biases, if WANDB_PROJECT is set.
 
-    Records after `resumed_step` are dropped first, because a resumed run computes these steps again. Only rank 0 writes.
-    Raises UserError if the file is damaged.
+    Records after `resumed_step` are dropped first, because a resumed run computes these steps again. Only
+    rank 0 writes. Raises UserError if the file is damaged.
     """
 
     def __init__(self, path: Path, resumed_step: int = 0, config: Any = None):

@@ -1,17 +1,17 @@
 """The embedded sampler: generates with the trainer's own weights, without a copy and in the same process.
 
 1. Requests become samples in a queue; samples with the same prompt are adjacent.
-2. Samples enter free rows of the batch. A prompt runs through the model once (`RecordingAttention`) for all its samples.
-   Its keys and values are copied to each row, except those of its last token, the first input of decoding.
+2. Samples enter free rows of the batch. A prompt runs through the model once (`RecordingAttention`). Its keys
+   and values are copied to each of its rows, except those of its last token, the first input of decoding.
 3. A decoding step feeds one token per row, attends to the row's cache (`CachedAttention`) and draws the next token
-   (`draw_tokens`). It uses only buffers on the device, so on a GPU it is recorded as a CUDA graph, one for each number of
-   rows and cache length (both rounded up), and replayed.
+   (`draw_tokens`). It uses only buffers on the device, so on a GPU it is recorded as a CUDA graph, one for
+   each number of rows and cache length (both rounded up), and replayed.
 4. Finished rows leave at once, the last rows fill the gaps, waiting samples enter.
 
-A sample depends on the weights, its prompt, parameters, seed and index, not on the batch: it inverts the cumulative
-distribution at its own uniform numbers (Philox keyed by seed and index). Only rounding depends on the batch size; it can
-change a draw that is within about 1e-6 of a token's border.
-Simpler than vLLM (Kwon et al. 2023, arXiv:2309.06180): each row's cache is as long as the longest request; no pages.
+A sample depends on the weights, its prompt, parameters, seed and index, not on the batch: it inverts the
+cumulative distribution at its own uniform numbers (Philox keyed by seed and index). Only rounding depends on
+the batch size; it can change a draw that is within about 1e-6 of a token's border. Simpler than vLLM (Kwon et
+al. 2023, arXiv:2309.06180): each row's cache is as long as the longest request; no pages.
 """
 
 from bisect import bisect
@@ -106,8 +106,8 @@ class RecordingAttention(PackedAttention):
 class CachedAttention:
     """Attention of one new token per row to the row's cached keys and values: `kv [L, 2, rows, H_kv, S, D_head]`.
 
-    The query heads of a key head are passed to the kernel as positions, so keys and values are not repeated. Only slots
-    up to the longest row's last token are read.
+    The query heads of a key head are passed to the kernel as positions, so keys and values are not repeated.
+    Only slots up to the longest row's last token are read.
     """
 
     def __init__(self, config: ModelConfig, rows: int, slots: int, dtype: torch.dtype, device: torch.device):
@@ -165,9 +165,9 @@ class Sample(NamedTuple):
 class Sampler:
     """Generates with the weights that `model` has at the time of the call.
 
-    max_rows: most samples decoded together. Each needs 2 L H_kv D_head numbers per token of the longest request (0.14 MB
-    for Qwen3-8B in bf16). steps_per_sync: decoding steps between two device-host syncs (default: 8 on a GPU, else 1);
-    tokens drawn after a sample's end are dropped.
+    max_rows: most samples decoded together. Each needs 2 L H_kv D_head numbers per token of the longest
+    request (0.14 MB for Qwen3-8B in bf16). steps_per_sync: decoding steps between two device-host syncs
+    (default: 8 on a GPU, else 1); tokens drawn after a sample's end are dropped.
     """
 
     def __init__(self, model: Transformer, *, max_rows: int = 256, steps_per_sync: int | None = None):

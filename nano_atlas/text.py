@@ -40,8 +40,8 @@ def number(value: Any) -> float:
 
 
 def parse_json(text: str | bytes, read_float: Callable[[str], float] = finite) -> Any:
-    """As `json.loads`, with `clean` texts. Raises only ValueError: for invalid JSON or UTF-8, NaN, infinity, integers of
-    thousands of digits, and deep nesting. read_float: `float` allows NaN and infinity.
+    """As `json.loads`, with `clean` texts. Raises only ValueError: for invalid JSON or UTF-8, NaN, infinity,
+    integers of thousands of digits, and deep nesting. read_float: `float` allows NaN and infinity.
     """
     text = text if isinstance(text, str) else text.decode("utf-8-sig")  # with or without a byte order mark
     try:
