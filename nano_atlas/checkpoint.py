@@ -130,6 +130,8 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
     refuse_damage(place)
     config = read_config(path)
     files, found = _stored_tensors(place)
+    if config.num_hidden_layers > len(found):  # before building so many layers
+        raise UserError(f"{path} does not fit its config.json, with {config.num_hidden_layers} layers")
     with torch.device("meta"):
         model = Transformer(config)
     if config.tie_word_embeddings and {HEAD, EMBEDDING} <= found.keys():  # some store it twice

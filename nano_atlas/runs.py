@@ -89,7 +89,7 @@ def kept(path: Path) -> dict:
 
 
 def refuse_foreign(record: Path, written: Iterable[str]) -> None:
-    """Raises UserError if files that match `written` (patterns) are beside a missing `record`: no run wrote them."""
+    """Raises UserError if `record` is missing, but files that match `written` (patterns) are in its directory."""
     found = [path for pattern in written for path in sorted(record.parent.glob(pattern))]
     if found and not record.exists():
         raise UserError(f"{found[0]} belongs to no run here (no {record.name}); choose another --out")
@@ -182,7 +182,7 @@ def claim(path: Path) -> BinaryIO:
 
 @contextmanager
 def owned(out: Path) -> Iterator[None]:
-    """Within it no other run writes into the directory: that run gets a UserError."""
+    """Locks a run's directory; UserError if another process has the lock."""
     with claim(out / ".lock") if rank() == 0 else nullcontext():
         yield
 
