@@ -47,7 +47,10 @@ def teacher_messages(question: str, approach: str, style: str = "adaptive") -> M
     return user_turn(question, f"Student's approach: {approach}", request)
 
 
-def guided_messages(question: str, teaching: str, answer_format: str = "solution") -> Messages:
+def guided_messages(question: str, teaching: str | None, answer_format: str = "solution") -> Messages:
+    """Without a teaching (None) the student gets exactly its baseline prompt."""
+    if teaching is None:
+        return baseline_messages(question, answer_format)
     return user_turn(question, f"Teacher's guidance: {teaching}", ANSWER_FORMATS[answer_format])
 
 
