@@ -1,4 +1,4 @@
-r"""Does the teacher help? The student before and after teaching, task by task, with intervals and controls.
+r"""Does the teacher help? Compares the student with and without teaching on the same tasks, with controls.
 
     try it, on a CPU   python eval.py                       (after train_grpo.py)
     all controls       python eval.py --full
@@ -9,15 +9,15 @@ r"""Does the teacher help? The student before and after teaching, task by task, 
 
 Every arm answers the same tasks in the same answer format, so arms are compared in pairs:
 
-    student      alone: its approach (probe) and its answer (baseline), computed once and shared by all other arms
-    <teacher>    a --teacher reads question and approach and writes a teaching; with it the student answers again
-    shuffled     control, any teaching: the last teacher's teachings, each given to *another* task of its domain
+    student      alone: its approach (probe) and its answer (baseline), computed once, shared by all arms
+    <teacher>    a --teacher reads question and approach and writes a teaching; the student answers with it
+    shuffled     control, any teaching: the last teacher's teachings, each given to *another* task
     untrained    control, a second look: the student is its own teacher
     two-votes    control, a second try: the majority of two answers of the student alone; the first wins a tie
-    same-budget  control, more tokens: the majority of as many answers alone as the last teacher's pair costs (rounded up)
+    same-budget  control, more tokens: the majority of as many answers alone as the last teacher's pair costs
 
-OUT gets tasks.jsonl (a line per answer; the same command continues an interrupted run), run.json, results.json and tables.md. Simpler
-than leaderboards: by default one greedy answer per task (--samples for averages), compared as a number or as words.
+OUT gets tasks.jsonl (a line per answer; the same command continues an interrupted run), run.json, results.json and
+tables.md. Simplified: by default one greedy answer per task (--samples: averages), compared as a number or as words.
 """
 
 import sys
@@ -41,8 +41,8 @@ from nano_atlas.presets import announce, look_at, presets
 from nano_atlas.runtime.deploy import with_deployment
 from nano_atlas.schedule import Fault, Script, caught, play
 
-VOTE_TEMPERATURE = 0.7  # of the votes where all else is greedy: equal answers are no vote
-CHUNK = 1024  # answers per arm between two writes: what a killed run loses at most
+VOTE_TEMPERATURE = 0.7  # of the votes in a greedy evaluation, because greedy answers would all be equal
+CHUNK = 1024  # answers per arm between two writes: the most that a killed run loses
 Tasks = dict[str, list[Problem]]  # by domain
 
 
@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def run(config: Config) -> dict[str, list[str]]:
-    """Compute whatever config.out does not hold yet; by arm, why tasks have no result."""
+    """Compute the results that config.out lacks. Returns, by arm, why tasks have no result."""
     tasks, is_right = load_tasks(config), verifier(config)
     if config.dry_run:
         for domain, problems in tasks.items():
@@ -114,7 +114,7 @@ def run(config: Config) -> dict[str, list[str]]:
 
 
 def load_tasks(config: Config) -> Tasks:
-    """A file is one domain, called after the benchmark; in CRMArena each kind of task is one."""
+    """A data file is one domain with the benchmark's name; in CRMArena each kind of task is a domain."""
     if config.bench == "nano":
         return {domain: world.held_out(domain, config.limit or 500, config.seed) for domain in world.DOMAINS}
     if config.bench == "crmarena":
@@ -131,22 +131,22 @@ def verifier(config: Config) -> Callable[[str, str], bool]:
         from math_verify import parse, verify
     except ImportError:
         raise UserError("--verifier math-verify: first pip install 'math-verify[antlr4_13_2]'") from None
-    # As boxes, because bare text like "1/2" is only understood in part; verify takes the gold answer first.
+    # Boxed, because bare text like "1/2" is parsed incompletely; verify takes the gold answer first.
     return lambda answer, gold: verify(*(parse(f"\\boxed{{{text}}}") for text in (gold, answer)))
 
 
 @dataclass
 class Arms:
-    """How each arm answers one task: scripts that return its results, one per sample. is_right: of (answer, gold)."""
+    """How each arm answers a task: scripts that return its results, one per sample. is_right: takes (answer, gold)."""
 
     config: Config
     tasks: Tasks
     log: TaskLog
     is_right: Callable[[str, str], bool]
-    query: crmarena.Query | None = None  # of a student that may look things up
+    query: crmarena.Query | None = None  # for a student that may query the CRM
 
     def answer(self, jobs: arms.Jobs, seats: arms.Seats) -> Iterator[list[TaskResult]]:
-        """Some CHUNK results at a time, of all domains, so that few large calls reach a seat."""
+        """About CHUNK results at a time, of all domains, so that each seat gets few large calls."""
         if self.query:
             seats = seats | {STUDENT: crmarena.QueryingSeat(seats[STUDENT], self.query)}
         size = max(1, CHUNK // self.config.samples)
@@ -166,13 +166,13 @@ class Arms:
             yield results
 
     def alone(self, arm: str, problem: Problem) -> Script:
-        """The student's own answers. In the arms that vote each is the majority of several, at the price of all of them."""
+        """The student's own answers. In the voting arms each is the majority of several and costs the sum of them."""
         config, task, n = self.config, (arm, problem.domain, problem.id), self.config.samples
         episode, seed, votes = config.episode, seeds(config.seed), 1
         if arm != STUDENT:
             votes = 2 if arm == TWO_VOTES else self.budget[problem.domain]
             if not votes:
-                raise Fault("the last teacher has no answer yet, whose cost this arm needs")
+                raise Fault("this arm needs the cost of the last teacher's answers, and there is none yet")
             warm = config.temperature or VOTE_TEMPERATURE
             episode = replace(episode, probe_tokens=0, temperature=(warm, warm))
             seed = lambda *_: derive_seed(config.seed, *task, 0)
@@ -183,7 +183,7 @@ class Arms:
         return [result(sample=i, attempt=attempt) for i, attempt in enumerate(attempts)]
 
     def taught(self, arm: str, problem: Problem) -> Script:
-        """With a teaching. Shuffled, sample i gets the one that the last teacher wrote for sample i of the task's donor."""
+        """Answers with a teaching. Shuffled: sample i gets the last teacher's teaching for sample i of the task's donor."""
         config, seed, n = self.config.episode, seeds(self.config.seed), self.config.samples
         alone = self.log.get(STUDENT, problem, n)
         known = Sketch(problem, alone[0].approach, alone[0].approach_tokens, [own.attempt for own in alone])
@@ -192,7 +192,7 @@ class Arms:
             attempts = yield from guide(known, [one.teaching for one in given], config, seed)
             told = [(one.told, attempt) for one, attempt in zip(given, attempts)]
         else:
-            # nobody reads the rewards here, nor the lengths they depend on
+            # the rewards, and the lengths they depend on, are not used here
             made = yield from teach(known, config, reward.RewardConfig(), seed, len, n)
             told = [(episode.reply, episode.guided) for episode in made]
         return [own.taught(reply, arm=arm, attempt=attempt) for own, (reply, attempt) in zip(alone, told)]
@@ -203,7 +203,7 @@ class Arms:
 
     @cached_property
     def budget(self) -> dict[str, int]:
-        """By domain: answers of the student alone that cost at least what one of the last teacher's pair does (tokens; 0: unknown)."""
+        """By domain: how many answers alone cost at least as many tokens as the last teacher's pair (0: unknown)."""
         cost = lambda arm, own: mean([r.all_tokens for p in own for r in self.log.get(arm, p)] or [0])
         pair, tasks = self.config.last, self.tasks.items()
         return {domain: ceil(cost(pair, own) / max(cost(STUDENT, own), 1)) for domain, own in tasks}

@@ -1,4 +1,4 @@
-r"""The runtime: a teacher helps a frozen student with each task, learns which way of teaching works, and records traces.
+r"""The runtime: a teacher helps a frozen student with each task, learns how to teach, and records traces.
 
     try it, on a CPU   python runtime_loop.py                          (after train_grpo.py)
     your own tasks     python runtime_loop.py --preset own --tasks tasks.jsonl \
@@ -7,15 +7,15 @@ r"""The runtime: a teacher helps a frozen student with each task, learns which w
     improve by itself  python runtime_loop.py --rounds 3    (run, export, train, test, promote)
     serve the pair     python runtime_loop.py --serve 8080  (an OpenAI-compatible endpoint)
 
-A line of the tasks file has a `question` and, where it is known, an `answer`. The three parts are the published ones:
+A line of the tasks file has a `question` and, if known, an `answer`. The three parts are the published ones:
 
-    task analysis     how much help: a lane, by the student's record; a teaching strategy, by what has worked so far (`learning`)
-    experimentation   answer, teaching, answer again (`lanes`); each answer is judged, and the best is returned (`judges`)
-    trace export      each session is appended to traces.jsonl; --export selects those worth training on (`traces`)
+    task analysis     how much help (a lane), by the student's record; how to teach, by past gains (`learning`)
+    experimentation   answer, teaching, answer again (`lanes`); judged; the best is returned (`judges`)
+    trace export      each session goes to traces.jsonl; --export selects those worth training on (`traces`)
 
-The traces are the only state; everything else is rebuilt from them. The same command continues an interrupted run, and repeats
-failed sessions. A task is known by its content, not by its line. The teacher may change between runs of the same --out: finished
-sessions stay (each names its teacher), and what was learned from them still counts.
+The traces are the only state; everything else is rebuilt from them. The same command continues an interrupted run
+and repeats failed sessions. A task is identified by its content, not by its line. The teacher may change between
+runs of the same --out: finished sessions stay (each names its teacher), and what was learned from them still counts.
 """
 
 import json
@@ -40,11 +40,11 @@ from nano_atlas.runtime.options import Config
 from nano_atlas.seats import Seat
 from nano_atlas.terminal import Bar
 
-WRITTEN = ("traces.jsonl", "metrics.jsonl", "reviews.jsonl", "playbook.json")  # by a run, beside run.json
+WRITTEN = ("traces.jsonl", "metrics.jsonl", "reviews.jsonl", "playbook.json")  # a run's, beside run.json
 
 
 def run(config: Config, tasks, seats: dict | None = None, experience=None) -> list[traces.Outcome]:
-    """Bring every task to a trace, and return the outcome of each. experience: a `learning.Experience`, which grows by these tasks."""
+    """Run every task that has no trace yet; returns all outcomes. experience: a `learning.Experience`, updated here."""
     seats, experience = seats or open_seats(config), experience or learning.Experience(config.strategies)
     settle_options(config)
     bar = {"total": ceil(len(tasks) / config.batch), "unit": "batch", "desc": "runtime"}
@@ -55,10 +55,10 @@ def run(config: Config, tasks, seats: dict | None = None, experience=None) -> li
         done = {o.session_id: o for o, _ in traces.read_traces(journal.path) if o.status == "succeeded"}
         wanted = set(ids)
         for past in done.values():
-            if past.session_id not in wanted:  # experience with tasks that have left the file still counts
+            if past.session_id not in wanted:  # tasks no longer in the file still count as experience
                 experience.learn(past)
 
-        # Batches are fixed by position, and experience grows by whole batches: a run that was interrupted chooses as any other.
+        # Fixed batches, and experience updated once per batch: an interrupted run makes the same choices.
         for start in range(0, len(tasks), config.batch):
             batch, scripts = ids[start : start + config.batch], {}
             for name, task in zip(batch, tasks[start:]):
@@ -74,14 +74,14 @@ def run(config: Config, tasks, seats: dict | None = None, experience=None) -> li
             experience.learn(*outcomes)
             log.log(start + len(batch), **traces.runtime_metrics(outcomes), skills=len(experience.entries))
             progress.step(is_new=bool(scripts))
-    if config.skill_writer:  # to read; nothing reads it back
+    if config.skill_writer:  # for people to read; never read back
         entries = [asdict(entry) | {"effect": entry.effect} for entry in experience.entries.values()]
         runs.write_json(config.out / "playbook.json", {"entries": entries})
     return [done[name] for name in ids]
 
 
 def session_ids(tasks: Sequence[Problem]) -> list[str]:
-    """Names by the content of a task; equal tasks are told apart by their count."""
+    """Digests of the tasks' contents; equal tasks are numbered."""
     seen, names = Counter(), []
     for task in tasks:
         content = json.dumps([task.domain, task.question, task.answer])
@@ -91,25 +91,25 @@ def session_ids(tasks: Sequence[Problem]) -> list[str]:
 
 
 def forecast(config: Config, tasks: Sequence[Problem] | None) -> None:
-    """Says what one might not expect of such a run. tasks: None for requests, which come without an answer."""
+    """Warns of surprising settings. tasks: None for a server, whose requests have no known answer."""
     missing = tasks and sum(task.answer is None for task in tasks)
     if missing != 0 and not (config.evaluator or config.judge):
         what = f"{missing} of {len(tasks)} tasks" if tasks else "the answers"
-        fate = "the last answer with help is returned, better or not"
-        say(f"nobody can score {what} (no known answer, --evaluator or --judge): {fate}")
+        fate = "the last answer with help is returned, even if it is worse"
+        say(f"{what} cannot be scored (no known answer, --evaluator or --judge): {fate}")
     is_adaptive = config.lane == "adaptive" or config.skill_writer or len(config.strategies) > 1
     if tasks and is_adaptive and len(tasks) <= config.batch:
-        say(f"{len(tasks)} tasks are one batch, within which nothing adapts: lower --batch {config.batch}")
+        say(f"{len(tasks)} tasks are one batch, and within it nothing adapts: lower --batch {config.batch}")
 
 
 def settle_options(config: Config) -> None:
-    """Other options, or another student, than those that --out began with are refused."""
+    """Raises UserError if --out was started with other options or another student."""
     contents = {"weights of the student": checkpoint_digest(config.student)}
     runs.keep_to(config, config.out / "run.json", contents, WRITTEN)
 
 
 def set_aside(directory: Path) -> None:
-    """For --restart: what all else is made from is kept under other names."""
+    """For --restart: renames the files of the earlier run, to traces.jsonl.1 and so on."""
     runs.refuse_foreign(directory / "run.json", WRITTEN)
     number = next(n for n in count(1) if not Path(f"{directory}/traces.jsonl.{n}").exists())
     for path in filter(Path.exists, (directory / name for name in (*WRITTEN, "run.json"))):
@@ -117,7 +117,7 @@ def set_aside(directory: Path) -> None:
 
 
 def open_seats(config: Config) -> dict[str, Seat]:
-    """Everybody a session may talk to, by the names that its calls use; one checkpoint in several seats is loaded once."""
+    """The seats of a session, by the names that its calls use; a checkpoint in several seats is loaded once."""
     names = ("student", "teacher", "judge", "large judge", "skill writer")
     specs = {name: getattr(config, name.replace(" ", "_")) for name in names}
     opened = {spec: open_seat(config, spec) for spec in dict.fromkeys(specs.values()) if spec is not None}
@@ -130,13 +130,13 @@ def open_seat(config: Config, spec: str) -> Seat:
     if spec == presets("runtime_loop")[name].overrides.get("teacher") and not Path(spec).exists():
         sft, grpo = (f" --preset {name} --{file} FILE" * (name != "nano") for file in ("data", "problems"))
         made = f"python train_sft.py{sft} && python train_grpo.py{grpo}"
-        raise UserError(f"{spec} is not there yet; make it with: {made}")
+        raise UserError(f"{spec} does not exist yet; make it with: {made}")
     where = config.device, getattr(torch, config.dtype)
     return agents.open_agent(spec, *where, config.timeout, config.workers)
 
 
 def load_tasks(config: Config) -> list[Problem]:
-    if config.tasks is None:  # may train the next teacher, so not the tasks that eval.py holds out
+    if config.tasks is None:  # not the tasks of eval.py, because these may train the next teacher
         return world.held_out(config.domain, config.count, f"runtime/{config.seed}")
     return load_problems(config.tasks, needs_answer=False, skip_bad=config.skip_bad)
 

@@ -8,19 +8,20 @@ r"""GRPO: train the teacher on how much its teaching improves a frozen student.
 
 One step (the loop in `train`):
 
-    roll_out     P problems: the student's approach and K answers alone, G teachings by the policy, a guided answer for each.
-                 Reward: how much better the guided answer is (no <teaching>: -0.5). Advantage: reward - mean of the group
-    update       gradient on the teacher's sampled tokens, each after the prompt it was sampled from; none on the prompts
+    roll_out     P problems: the student's approach and K answers alone, G teachings, an answer with each.
+                 Reward: how much better the guided answer is (no <teaching>: -0.5). Advantage: reward - mean
+    update       gradient on the teacher's sampled tokens, each after the prompt it was sampled from
     sync         the sampler gets the new weights
 
-OUT gets model (the teacher at the end) and best (where it did best on held-out problems), metrics.jsonl (a record per step; also at
-Weights & Biases, if WANDB_PROJECT is set), episodes.jsonl (samples of whole episodes) and state (to continue from). With two GPUs the
-frozen student is on the second, and so is the reference, unless vLLM fills that GPU. Under torchrun each rank holds its rows of
-policy, gradients and AdamW's state, and whole copies of the frozen models.
+OUT gets model (the last teacher), best (the teacher with the highest reward on held-out problems), metrics.jsonl
+(a record per step; also sent to Weights & Biases if WANDB_PROJECT is set), episodes.jsonl (some whole episodes) and
+state (to continue from). With two GPUs, student and reference are on the second, unless vLLM fills it. Under
+torchrun each rank holds its rows of policy, gradients and AdamW's state, and whole copies of the frozen models.
 
-Differences from the published recipe (ATLAS): the gradient is on the prompt that was sampled from; the sampler has the current
-weights; probe and baselines are shared by a group; the reward compares the guided answer with the student's own; an advantage is not
-divided by its group's deviation (--advantage-scale; README, "The trap of the deviation"); the KL reference is the SFT checkpoint.
+Differences from the published recipe (ATLAS): gradients use the prompt that was sampled from; the sampler has
+the current weights; a group shares probe and baselines; the reward compares the guided answer with the
+student's own; advantages are not divided by their group's deviation (--advantage-scale; README, "The trap of
+the deviation"); the KL reference is the SFT checkpoint.
 """
 
 import random
@@ -54,8 +55,8 @@ from nano_atlas.seats import Seat
 from nano_atlas.terminal import Bar
 from nano_atlas.tokenizer import Tokenizer
 
-NANO_PROBLEMS = 4096  # whatever --steps is: a run that is continued for longer keeps its problems
-WARMUP = 0.03  # share of the steps over which the learning rate rises
+NANO_PROBLEMS = 4096  # independent of --steps, so that a run continued with more steps keeps its problems
+WARMUP = 0.03  # share of the steps with a rising learning rate
 ADAMW = {"betas": (0.9, 0.999), "weight_decay": 0.0, "clip_norm": 1.0}
 IMPORTANCE_CAP = 2.0  # largest weight p_trainer / p_sampler of a token
 HELD_OUT = 0.05  # largest share of the problems kept for evaluation
@@ -96,10 +97,10 @@ class GrpoConfig:
 
 @dataclass(frozen=True)
 class Config(LayoutConfig, RewardConfig, EpisodeConfig, GrpoConfig):
-    max_logp_diff: float = 0.1  # nats per token by which trainer and sampler may differ about fresh samples
+    max_logp_diff: float = 0.1  # largest mean difference of trainer and sampler, nats per fresh token
 
     @property
-    def completion_tokens(self) -> int:  # of the policy, at most
+    def completion_tokens(self) -> int:  # longest completion of the policy
         return self.answer_tokens if self.reward == "exact" else self.teaching_tokens
 
     def check(self) -> None:
@@ -113,7 +114,7 @@ class Config(LayoutConfig, RewardConfig, EpisodeConfig, GrpoConfig):
 
 
 def roll_out(config, seats: Mapping[str, Seat], problems, step) -> tuple[list[list[Episode]], dict]:
-    """One step's P groups of G episodes with rewards and advantages, and metrics. seats: "student", and the policy as "teacher"."""
+    """-> P groups of G episodes with rewards and advantages, and metrics. seats: "student"; the policy is "teacher"."""
     started, seed = time.perf_counter(), episode.seeds((config.seed, "step", step))
     chosen = problems_of_step(problems, step, config.problems_per_step, config.seed)
     if config.reward == "exact":
@@ -136,12 +137,12 @@ def roll_out(config, seats: Mapping[str, Seat], problems, step) -> tuple[list[li
 
 
 def grpo_token_loss(logprobs, old_logprobs, sampled_logprobs, advantages, kl, config: GrpoConfig) -> Tensor:
-    """The loss of each token, `[T]` float32 (DeepSeekMath, arXiv:2402.03300, equation 3); all arguments `[T]`, log-probs in nats.
+    """The loss of each token, `[T]` float32 (DeepSeekMath, arXiv:2402.03300, equation 3). Arguments `[T]`, in nats.
 
-    logprobs: of the policy, with gradient; old_logprobs: of the policy before the step's first update (in which they are the same
-    numbers); sampled_logprobs: what the sampler reported. These are never quite the trainer's (kernels, precision), and with
-    --overlap one update old; so the policy's term is weighted by p_old / p_sampler, truncated (Ionides 2008; for LLMs Yao et al.
-    2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training").
+    logprobs: of the policy, with gradient. old_logprobs: of the policy before the step's first update (equal in that
+    update). sampled_logprobs: as the sampler reported them. They differ slightly from the trainer's (kernels,
+    precision; with --overlap they are one update old), so the policy's term is weighted by p_old / p_sampler, truncated
+    (Ionides 2008; for LLMs Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training").
     """
     low, high = config.clip
     ratio = (logprobs - old_logprobs).exp()
@@ -160,11 +161,11 @@ def k3_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def token_weights(lengths: Sequence[int], mode: str, longest: int) -> list[float]:
-    """What each token of each of B completions weighs in the step's loss, however the step is cut into micro-batches.
+    """The weight of each token in the step's loss, for each of B completions; independent of the micro-batches.
 
     "sequence"  1 / (B * length)    mean over tokens, then over completions: GRPO, arXiv:2402.03300
     "token"     1 / sum(lengths)    mean over tokens: DAPO, arXiv:2503.14476
-    "constant"  1 / (B * longest)   no length in it at all: Dr. GRPO, arXiv:2503.20783; longest: what a completion may have
+    "constant"  1 / (B * longest)   independent of the lengths: Dr. GRPO, arXiv:2503.20783; longest: the token limit
     """
     if mode == "token":
         return [1 / sum(lengths)] * len(lengths)
@@ -173,19 +174,19 @@ def token_weights(lengths: Sequence[int], mode: str, longest: int) -> list[float
 
 @dataclass
 class StepTokens:
-    """The T completion tokens of a step in flat arrays, `[T]` float32 on the policy's device."""
+    """One step's T completion tokens in flat arrays, `[T]` float32 on the policy's device."""
 
     weights: Tensor  # in the step's loss
     advantages: Tensor
-    sampled_logprobs: Tensor  # what the sampler reported
+    sampled_logprobs: Tensor  # as the sampler reported them
     ref_logprobs: Tensor | None  # of the frozen reference; None without k3
     old_logprobs: Tensor | None  # of the policy before the step's first update; None in that update
 
 
 def backward(config, policy: Transformer, reference, samples, own, tokens: StepTokens) -> tuple[Tensor, ...]:
-    """Sums the gradients of the step's loss -> the loss `[]`, and log-probs, entropy and KL of all tokens, `[T]` each.
+    """Accumulates the gradient of the step's loss -> loss `[]`; log-probs, entropy and KL of all tokens, `[T]` each.
 
-    own: the samples (by index) that this rank computes; all ranks get the statistics of all tokens.
+    own: indices of the samples that this rank computes; every rank gets the statistics of all tokens.
     """
     device, is_k3 = policy.head_weight.device, tokens.ref_logprobs is not None
     loss_sum = torch.zeros((), device=device)
@@ -223,15 +224,15 @@ def backward(config, policy: Transformer, reference, samples, own, tokens: StepT
 
 
 def update(config, policy: Transformer, reference, optimizer, samples, rate, is_fresh=True) -> dict:
-    """All optimizer updates on one step's samples; returns metrics, those of the tokens from the first update.
+    """All optimizer updates on one step's samples -> metrics; token statistics are those of the first update.
 
-    is_fresh: the samples are from the present weights. Raises UserError when trainer and sampler disagree about such samples.
+    is_fresh: the current weights drew the samples. Raises UserError if trainer and sampler disagree about fresh ones.
     """
     started, device = time.perf_counter(), policy.head_weight.device
     lengths = [len(sample.rollout.completion_ids) for sample in samples]
     weights = token_weights(lengths, config.normalization, config.completion_tokens)
     kept = range(len(samples))
-    if reference is None:  # then an advantage of zero gives no gradient, and need not be computed
+    if reference is None:  # then samples with advantage zero have no gradient and are skipped
         kept = [index for index in kept if samples[index].advantage] or kept
     samples, lengths, weights = ([values[index] for index in kept] for values in (samples, lengths, weights))
 
@@ -274,8 +275,7 @@ def update(config, policy: Transformer, reference, optimizer, samples, rate, is_
 # ----------------------------------------------------------------------------------------------------------------- training
 
 
-def load_data(config: Config) -> tuple[list[Problem], list[Problem]]:
-    """(training, held-out) problems."""
+def load_data(config: Config) -> tuple[list[Problem], list[Problem]]:  # training, held out
     if config.problems is None:
         from nano_atlas import world
 
@@ -288,7 +288,7 @@ def load_data(config: Config) -> tuple[list[Problem], list[Problem]]:
 
 
 def evaluate(config: Config, seats: Mapping[str, Seat], sketches: Sequence[Sketch]) -> dict[str, float]:
-    """Metrics of the policy as a teacher of the held-out problems, everything greedy; names begin with `eval/`."""
+    """Metrics `eval/...` of the policy as a teacher of the held-out problems, with greedy decoding."""
     greedy, seed, count = config.greedy(), episode.seeds("evaluation"), seats["teacher"].count_tokens
     if config.reward == "exact":
         scripts = [episode.answer(sketch.problem, greedy, seed, 1) for sketch in sketches]
@@ -299,7 +299,7 @@ def evaluate(config: Config, seats: Mapping[str, Seat], sketches: Sequence[Sketc
 
 
 def dry_step(config: Config, policy: Transformer, reference, optimizer, teacher, problems) -> None:
-    """The longest micro-batch there can be, once, for nothing."""
+    """Forward and backward pass of the largest possible micro-batch, with zero gradients: does it fit in memory?"""
     question = max((problem.question for problem in problems), key=len)
     is_exact, length = config.reward == "exact", config.completion_tokens
     messages = protocol.baseline_messages(question) if is_exact else protocol.teacher_messages(question, "")

@@ -6,13 +6,14 @@ r"""Supervised fine-tuning (SFT): teach a model by demonstration, before reinfor
                            --optimizer-device auto --data sft.jsonl
     your own model     python train_sft.py --preset own --model DIRECTORY --data sft.jsonl
 
-Data: JSONL files of Arc-ATLAS-Teach-v0 demonstrations, chats, or prompt/completion pairs (nano_atlas/data.py). A model is a
-directory in Hugging Face layout. Only the assistant's tokens are learned. The same command continues an interrupted run.
-OUT gets model, state (to continue from) and metrics.jsonl (also at Weights & Biases, if WANDB_PROJECT is set).
+Data: JSONL files of Arc-ATLAS-Teach-v0 demonstrations, chats, or prompt/completion pairs
+(nano_atlas/data.py). A model is a directory in Hugging Face layout. Only the assistant's tokens are learned.
+The same command continues an interrupted run. OUT gets model, metrics.jsonl (also sent to Weights & Biases if
+WANDB_PROJECT is set) and state (to continue from).
 
-Differences from the published recipe (ATLAS: Qwen3-8B, 16 documents a step, 10 epochs, ZeRO-3): the target is the text that GRPO
-samples later, `<thinking>..</thinking><teaching>..</teaching>`, and the prompt has the student's approach; the size of a step is
-given in tokens; on one GPU, the optimizer's state may be on another GPU or in host memory.
+Differences from the published recipe (ATLAS: Qwen3-8B, 16 documents a step, 10 epochs, ZeRO-3): the target has the
+form that GRPO samples later, `<thinking>..</thinking><teaching>..</teaching>`, and the prompt has the student's
+approach; a step is measured in tokens; the optimizer's state may be on another GPU or in host memory.
 """
 
 import sys
@@ -36,7 +37,7 @@ from nano_atlas.runs import RunLog, checkpoint_digest, files_digest, read_json, 
 from nano_atlas.terminal import Bar
 from nano_atlas.tokenizer import Tokenizer
 
-WARMUP = 0.05  # share of the steps over which the learning rate rises; then it falls as a cosine
+WARMUP = 0.05  # share of the steps with a rising learning rate; then cosine decay
 NANO_DEMONSTRATIONS = 900
 
 
@@ -71,7 +72,7 @@ class Config:
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, 4/3 of the time")
 
     @property
-    def files(self) -> tuple[Path, ...]:  # only the nano preset may leave --data out
+    def files(self) -> tuple[Path, ...]:  # --data is optional with the nano preset only
         return self.data or (self.out / "demonstrations.jsonl",)
 
     def check(self) -> None:
@@ -79,15 +80,8 @@ class Config:
             raise UserError(f"--preset {self.preset} needs --data FILE to train on")
 
 
-def load(config: Config) -> Transformer:
-    model = load_model(config.model, getattr(torch, config.dtype), distributed.device(config.device))
-    model.recompute_activations = config.gradient_checkpointing
-    distributed.shard(model)
-    return model
-
-
 def load_data(config: Config, tokenizer: Tokenizer) -> tuple[list[Example], list[Example]]:
-    """(training, held-out) examples; which ones are held out depends on the seed and on the number of examples only."""
+    """(training, held-out) examples. The split depends only on the seed and the number of examples."""
     tokenizer.config |= {"enable_thinking": True} if config.thinking else {}
     reading = tokenizer, config.max_length, tokenizer.config.get("enable_thinking", False)
     examples = load_examples(config.files, *reading)
@@ -104,7 +98,7 @@ def load_data(config: Config, tokenizer: Tokenizer) -> tuple[list[Example], list
 
 
 def losses(model: Transformer, examples: Sequence[Example], tokens_per_batch: int) -> Iterator[Tensor]:
-    """Of each micro-batch of this rank: `[]`; over all ranks they sum to the mean -log p of the target tokens, in nats."""
+    """The loss `[]` of each of this rank's micro-batches; all ranks' sum is the mean -log p per target token (nats)."""
     total, device = count_targets(examples), model.head_weight.device
     lengths = [len(example.input_ids) - 1 for example in examples]
     share = distributed.shares(lengths)[distributed.rank()]
@@ -120,7 +114,7 @@ def evaluate(model: Transformer, examples: Sequence[Example], tokens_per_batch: 
 
 
 def dry_step(config: Config, model: Transformer, optimizer, examples: Sequence[Example]) -> None:
-    """The longest micro-batch there can be, once, for nothing."""
+    """Forward and backward pass of the largest possible micro-batch, with zero gradients: does it fit in memory?"""
     longest = max(examples, key=lambda example: len(example.input_ids))
     count = max(1, config.tokens_per_batch // (len(longest.input_ids) - 1))
     batch = collate([longest] * count, model.head_weight.device)
@@ -128,8 +122,7 @@ def dry_step(config: Config, model: Transformer, optimizer, examples: Sequence[E
         (batch_loss(model, batch, 1) * 0).backward()
 
 
-def train(config: Config, resumed: Path | None) -> None:
-    """resumed: the training state to continue from."""
+def train(config: Config, resumed: Path | None) -> None:  # resumed: the training state to continue from
     tokenizer = Tokenizer.from_directory(config.model)
     learned, held_out = load_data(config, tokenizer)
     data_digest = files_digest((*config.files, *config.eval_data))
@@ -144,7 +137,9 @@ def train(config: Config, resumed: Path | None) -> None:
         if record["step"] >= total_steps and runs.is_saved(config.out, record["step"]):
             return print(f"{config.out}/model is already trained, {record['step']} steps")
 
-    model = load(config)
+    model = load_model(config.model, getattr(torch, config.dtype), distributed.device(config.device))
+    model.recompute_activations = config.gradient_checkpointing
+    distributed.shard(model)
     where = config.optimizer_device
     optimizer = optim.MasterAdamW(model, weight_decay=config.weight_decay, state_device=where)
     first_step = optim.load_training_state(resumed, optimizer)["step"] if resumed else 0
@@ -185,7 +180,7 @@ def train(config: Config, resumed: Path | None) -> None:
 
 
 def write_nano_demonstrations(config: Config, path: Path) -> None:
-    """The student states its approach to problems of its own, and the world's rule adds diagnosis and teaching."""
+    """The student writes its approach to generated problems; the world's rule adds diagnosis and teaching."""
     from nano_atlas import world
     from nano_atlas.seats import open_seat
 

@@ -1,5 +1,5 @@
-"""Reading finished texts back: the final answer, whether two answers are equal, whether a text gives one away, and JSON in prose.
-All in linear time, because a reply may be a megabyte of anything."""
+"""Reads finished texts: the final answer, whether two answers are equal, whether a text reveals one, JSON in
+prose. All in linear time, because a reply may be a megabyte of anything."""
 
 import json
 import re
@@ -11,19 +11,19 @@ from nano_atlas.text import parse_json
 
 
 def visible(completion: str) -> str:
-    """The completion without a reasoning model's leading <think>…</think> block, and without one that never closes."""
+    """The completion without a reasoning model's leading <think>…</think> block, closed or not."""
     return completion.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def tagged(text: str, tag: str) -> list[str]:
-    """What stands in <tag>…</tag>, unless it is empty; from the nearest opening tag, as a text may speak of a tag before it uses it."""
+    """The non-empty contents of <tag>…</tag>, each from the nearest opening tag: a text may mention a tag before using it."""
     parts = (part.partition(f"</{tag}>") for part in text.split(f"<{tag}>")[1:])
     return [inside.strip() for inside, closing, _ in parts if closing and inside.strip()]
 
 
 def extract_answer(completion: str, answer_format: str = "solution") -> str | None:
-    """The last <solution> of the visible text, else its last \\boxed{}, else None. Loose numbers are not guessed from, unless the
-    format (a key of protocol.ANSWER_FORMATS) is "last-number": then the last one is the answer where there is neither.
+    """The last <solution> of the visible text, else its last \\boxed{}, else None; in the format
+    "last-number" (formats are the keys of protocol.ANSWER_FORMATS) the last number instead of None.
     """
     text = visible(completion)
     solution = next(reversed(tagged(text, "solution")), None)
@@ -56,15 +56,15 @@ DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # with thousands separators or wit
 UNSIGNED = rf"(?:{DIGITS}(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{{1,3}}(?!\w))?"
 NUMBER = rf"(?:(?<![\w)\]])[+-])?{UNSIGNED}"  # a sign right behind a word is a minus between two numbers, or a hyphen
 RATIO = r"(?:(?<![\w.,])(\d{1,20}) )?(?<![\w.,])(\d{1,20})/0*([1-9]\d{0,19})"
-# what makes another answer of a number, where other words beside it are its unit
+# words beside a number are its unit, but these change its value
 NO_UNIT = r"(?i)\b(?:and|or|not|to|plus|minus|times|pi|hundred|thousand|million|billion|dozen)\b|[,;](?!\d)|[<>≤≥≈≠!π]"
-# each failing attempt to read JSON takes time in proportion to the text, so the text is bounded
+# each failed attempt to read JSON takes time proportional to the text, so the text is bounded
 DECODER, LONGEST_JSON = json.JSONDecoder(), 20_000
 ORDINARY = {"a", "i", "no", "none", "true", "false"}  # answers that are also words of any sentence
 
 
 def plain(text: str) -> str:
-    """The text with one way to write what LaTeX and typography write in several: \\dfrac{1}{2} is 1/2, and 1{,}234 is 1,234."""
+    """The text with LaTeX and typography in one plain spelling: \\dfrac{1}{2} is 1/2, and 1{,}234 is 1,234."""
     text = text.translate(TYPOGRAPHY)
     for pattern, instead in SAME:
         text = re.sub(pattern, instead, text)
@@ -77,7 +77,7 @@ def _bare(answer: str) -> str:
 
 
 def _number(text: str, is_stated: bool = False) -> Decimal | Fraction | None:
-    """The value of a bare text that is a number: -1,234.50, 1e-5, 25%, 1/2, 2 1/2. is_stated: or states one: "x = 5", "It is 5 m"."""
+    """The value of a bare text that is a number: -1,234.50, 1e-5, 25%, 2 1/2; is_stated: or states it: "x = 5", "It is 5 m"."""
     if is_stated and not re.search(NO_UNIT, text):
         last = re.split(r"=|:\** |\b(?:is|are) ", text)[-1].strip()
         amount = re.fullmatch(r"([\W\d_]*)(?:(?:[^\W\d_]{2}|[ghlms]\b)[^\d\\=*+]*(?:\^?\{?[23]\}?)?)?", last)
@@ -90,7 +90,7 @@ def _number(text: str, is_stated: bool = False) -> Decimal | Fraction | None:
 
 
 def answer_key(answer: str) -> Decimal | Fraction | str:
-    """What two equal answers have in common: the number ("016" = 16, "1,000" = 1000), else the case-folded words."""
+    """Equal for equal answers: the number ("016" = 16, "1,000" = 1000), else the case-folded words."""
     value = _number(text := _bare(answer))
     return re.sub(r"(?<=[^\w ]) | (?=[^\w ])", "", text.casefold()) if value is None else value
 
@@ -105,13 +105,13 @@ def is_correct(answer: str | None, gold: str) -> bool:
 
 
 def reveals_answer(teaching: str, gold: str) -> bool:
-    """Whether the gold answer stands anywhere in the teaching: as a number of equal value (even one of the question), or as whole words.
+    """Whether the gold answer is in the teaching: as a number of equal value (even one of the question), or as whole words.
 
-    An answer that is also a word of any sentence (`A`) must stand before no other word, as in `A.`, or behind "answer", "option", "choice".
+    An answer that is also an ordinary word (`A`) counts only before no other word (`A.`), or after "answer", "option" or "choice".
     """
     text, words = plain(teaching), _bare(gold)
     if (value := _number(words, is_stated=True)) is not None:
-        is_whole = not re.search(r"/|\.0*[1-9]", words)  # 16/2 does not give 8 away, but 1/2 does 0.5
+        is_whole = not re.search(r"/|\.0*[1-9]", words)  # 16/2 does not reveal 8, but 1/2 reveals 0.5
         ratios = () if is_whole else (ratio[0] for ratio in re.finditer(RATIO, text))
         return any(_number(found) == value for found in {*re.findall(NUMBER, text), *ratios})
     if words.casefold() in ORDINARY:
@@ -121,12 +121,12 @@ def reveals_answer(teaching: str, gold: str) -> bool:
 
 
 def last_json(text: str, *keys: str) -> dict[str, Any] | None:
-    """The last JSON object with all `keys` in the last LONGEST_JSON characters of the visible text, in prose or code fences or not."""
+    """The last JSON object with all `keys`, in prose or code fences, in the last LONGEST_JSON visible characters."""
     text, found, start = visible(text)[-LONGEST_JSON:], None, 0
     while (start := text.find("{", start)) >= 0:
         try:
             value, end = DECODER.raw_decode(text, start)
-            # once more, for what JSON does not allow: NaN, infinity, half a character
+            # parsed again, to refuse what JSON does not allow: NaN, infinity, half a surrogate pair
             found = parse_json(text[start:end]) if all(key in value for key in keys) else found
         except (ValueError, RecursionError):
             start += 1

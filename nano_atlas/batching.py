@@ -1,11 +1,11 @@
-"""From sampled completions to micro-batches: which token is predicted from where, and where it stands among all of the step.
+"""From sampled completions to micro-batches: where each token is predicted, and its index among the step's tokens.
 
-The prompt of a group is computed once for all its completions (`SharedPromptAttention`). Two completions [7, 8, 9] and [7, 5] of
-the prompt [1, 2, 3] become
+The prompt of a group is computed once for all its completions (`SharedPromptAttention`). Two completions [7,
+8, 9] and [7, 5] of the prompt [1, 2, 3] become
 
     input_ids   1 2 3 | 7 8 | 7         prompt, then the completions without their last tokens
-    predictors  2 3 4   2 5             the place whose hidden state predicts each completion token
-    targets     7 8 9   7 5             the completion tokens: these get gradient, after the very prompt they were sampled from
+    predictors  2 3 4   2 5             position in input_ids whose hidden state predicts each completion token
+    targets     7 8 9   7 5             the completion tokens; only these get gradient
     rows        0 1 2   3 4             index into the step's flat per-token arrays
 """
 
@@ -24,27 +24,27 @@ from nano_atlas.sampler import Rollout
 
 @dataclass
 class Sample:
-    """One completion of the policy and how much better it was than its group."""
+    """One completion of the policy."""
 
     rollout: Rollout
-    advantage: float
+    advantage: float  # how much better its reward is than its group's mean
 
 
 @dataclass
 class PolicyBatch:
     """A micro-batch of N tokens with M completion tokens among them."""
 
-    input_ids: Tensor  # [N] int64: prompts, then completions, each of these without its last token (then what fills a block)
+    input_ids: Tensor  # [N] int64: prompts, completions without their last tokens, padding to a block
     attention: SharedPromptAttention | FlexAttention
-    predictors: Tensor  # [M] int64: the place whose hidden state predicts each completion token
+    predictors: Tensor  # [M] int64: position in input_ids whose hidden state predicts each completion token
     targets: Tensor  # [M] int64: the completion tokens
     rows: Tensor  # [M] int64: index into the step's flat per-token arrays
 
 
 def policy_batches(samples: Sequence[Sample], tokens_per_batch: int, model, own=None) -> list[PolicyBatch]:
-    """Cut a step's samples into micro-batches of at most `tokens_per_batch` tokens (a single longer completion is its own).
+    """Cut a step's samples into micro-batches of at most `tokens_per_batch` tokens (a longer completion is alone).
 
-    model: the one that will compute them. own: the samples (by index) to take; None takes all.
+    model: computes them. own: indices of the samples to take; None: all.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for index in range(len(samples)) if own is None else own:
@@ -67,7 +67,7 @@ def policy_batches(samples: Sequence[Sample], tokens_per_batch: int, model, own=
 
 
 def longest_samples(prompt: int, completion: int, groups: int, group_size: int, tokens_per_batch: int):
-    """-> samples that make the largest micro-batch there can be, and its tokens. prompt, completion: the longest, in tokens."""
+    """-> samples of the largest possible micro-batch, and its tokens. prompt, completion: the longest, in tokens."""
     samples: list[Sample] = []
     tokens = 0
     for group in range(groups):
@@ -112,7 +112,7 @@ def predicting_states(model: Transformer, batch: PolicyBatch) -> Tensor:
 
 @torch.no_grad()
 def completion_logprobs(model, samples, tokens_per_batch: int, temperature: float, own=None) -> Tensor:
-    """Log-probs `[M_step]` float32 of all completion tokens of a step, at the sampling temperature; 0 where not of `own`."""
+    """Log-probs `[T]` float32 of a step's completion tokens at the sampling temperature; 0 for samples not in `own`."""
     tokens = sum(len(sample.rollout.completion_ids) for sample in samples)
     logprobs = torch.zeros(tokens, device=model.head_weight.device)
     for batch in policy_batches(samples, tokens_per_batch, model, own):

@@ -1,7 +1,7 @@
 """Checkpoint directories in the Hugging Face format: `config.json`, safetensors weights, tokenizer files.
 
-Loading maps tensors by name alone, because `model.py` names its parameters as the checkpoints do. Anything in a configuration
-that `model.py` does not compute is refused by the name of its field: it would load and silently be another model.
+Tensors are loaded by name, because `model.py` names its parameters as the checkpoints do. A configuration that
+`model.py` does not compute is refused, naming the field: otherwise it would load and silently be another model.
 """
 
 import os
@@ -30,7 +30,7 @@ ONLY |= {"pretraining_tp": (1, None), "partial_rotary_factor": (1.0, None)}
 ONLY |= dict.fromkeys("""attention_bias mlp_bias quantization_config attn_logit_softcapping final_logit_softcapping logit_scale
     sliding_window use_sliding_window num_experts num_local_experts n_routed_experts num_experts_per_tok
     moe_intermediate_size""".split(), (False, None))  # fmt: skip
-FAMILIES = {  # what absent fields mean, and which of the fields above are ignored: Qwen2 always has biases
+FAMILIES = {  # values of absent fields, and fields above that are ignored: Qwen2 always has biases
     "llama": ({}, ()),
     "mistral": ({"sliding_window": 4096}, ()),
     "qwen2": ({}, ("attention_bias", "sliding_window")),
@@ -43,19 +43,19 @@ Named = Iterable[tuple[str, Tensor]]
 
 
 def _positive(field: str, value, source: str, kind: type = int):
-    """A positive number of this kind, which may be written as text."""
+    """A positive number of this kind; it may be written as text. Raises UserError."""
     try:
         found = number(value)
         if kind(found) == found and 0 < found < (2**31 if kind is int else float("inf")):
             return kind(found)
     except ValueError:
-        pass  # said as if it were negative
+        pass  # the same error as for a negative number
     what = "integer" if kind is int else "number"
     raise UserError(f"{source}: {field} should be a positive {what}, not {value!r:.60}")
 
 
 def config_from_dict(values: dict, source: str = "config.json") -> ModelConfig:
-    """What a `config.json` of transformers 4 or 5 says, or means by an absent field. Raises UserError naming a field at fault."""
+    """The ModelConfig of a `config.json` of transformers 4 or 5. Raises UserError naming the field at fault."""
     kind, use = values.get("model_type"), ", ".join(FAMILIES)
     if kind not in [*FAMILIES]:
         raise UserError(f"{source}: model_type={kind!r:.60} is not supported; use one of {use}")
@@ -79,12 +79,12 @@ def config_from_dict(values: dict, source: str = "config.json") -> ModelConfig:
 
 
 def _rope(values: dict, source: str) -> dict:
-    """`rope_theta` and `rope_scaling` from either style of configuration, or from both if they agree."""
+    """From transformers 5's rope_parameters and transformers 4's two fields, which must agree. Raises UserError."""
     new, scaling = (values.get(field) or {} for field in ("rope_parameters", "rope_scaling"))
     if not isinstance(new, dict) or not isinstance(scaling, dict):
         raise UserError(f"{source}: rope_parameters and rope_scaling should be objects, {{...}}")
-    rope = {field: v for field, v in new.items() if v is not None}
     old = {"rope_theta": values.get("rope_theta")} | scaling
+    rope = {field: v for field, v in new.items() if v is not None}
     for field, value in old.items():
         if value is not None and rope.setdefault(field, value) != value:
             raise UserError(f"{source}: rope_parameters contradict {field}={value!r:.60}; remove one of them")
@@ -101,11 +101,11 @@ def _rope(values: dict, source: str) -> dict:
 
 
 def config_to_dict(config: ModelConfig, dtype: torch.dtype, tokenizer: Tokenizer | None = None) -> dict:
-    """A `config.json` that transformers 4 and 5 and vLLM read: rope parameters and dtype are written in both styles."""
+    """A `config.json` for transformers 4 and 5 and vLLM: rope parameters and dtype are written in both styles."""
     values = asdict(config)
     del values["qk_norm"]  # follows from the model type
     if config.model_type in ("qwen2", "mistral"):
-        del values["attention_bias"]  # likewise
+        del values["attention_bias"]  # follows from the model type
     scaling = config.rope_scaling and config.rope_scaling | {"rope_type": "llama3"}
     values["rope_scaling"] = scaling
     values["rope_parameters"] = (scaling or {"rope_type": "default"}) | {"rope_theta": config.rope_theta}
@@ -128,13 +128,13 @@ def read_config(path: str | Path) -> ModelConfig:
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
-    """A checkpoint directory as a `Transformer`. Host memory holds the result and one tensor more. Raises UserError."""
+    """A checkpoint directory as a `Transformer`. Peak host memory: the model and one tensor. Raises UserError."""
     place = find_checkpoint(path)
     refuse_damage(place)
     config = read_config(path)
     files, found = _stored_tensors(place)
-    if config.num_hidden_layers > len(found):  # said at once, not after building them
-        raise UserError(f"{path} does not fit its config.json, of {config.num_hidden_layers} layers")
+    if config.num_hidden_layers > len(found):  # before building so many layers
+        raise UserError(f"{path} does not fit its config.json, with {config.num_hidden_layers} layers")
     with torch.device("meta"):
         model = Transformer(config)
     if config.tie_word_embeddings and {HEAD, EMBEDDING} <= found.keys():  # some store it twice
@@ -149,9 +149,9 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
         raise UserError(f"{path} does not fit its config.json ({len(wrong)} problems):\n  {listed}")
     state = {}
     for name, shape in shapes.items():
-        # not a view: the file may be replaced while the model lives, and training writes into its weights
+        # a copy: the file may be replaced during the run, and training writes into the weights
         state[name] = torch.empty(shape, dtype=dtype, device=device).copy_(_read(files, name))
-        if not torch.stack(state[name].aminmax()).isfinite().all():  # of one pass, without another tensor
+        if not torch.stack(state[name].aminmax()).isfinite().all():  # aminmax needs no temporary tensor
             cause = "the checkpoint is damaged or its training diverged"
             raise UserError(f"{path}: {name} contains NaN or infinity: {cause}")
     model.load_state_dict(state, assign=True)
@@ -161,7 +161,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
 
 
 def _stored_tensors(path: Path) -> tuple[dict[str, Path], dict[str, list[int]]]:
-    """The file and the shape of each tensor in one `model.safetensors`, or in the shards that the index names."""
+    """File and shape of each tensor in `model.safetensors`, or in the shards that the index names."""
     names, index = {"model.safetensors"}, path / "model.safetensors.index.json"
     if not (path / "model.safetensors").is_file():
         weight_map = read_json(index).get("weight_map") or {}
@@ -181,26 +181,26 @@ def _stored_tensors(path: Path) -> tuple[dict[str, Path], dict[str, list[int]]]:
                         raise UserError(f"{file}: {name} is {dtype}; quantized weights are not supported")
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file} is not a complete safetensors file ({error}); copy it again") from error
-    # old versions of transformers stored a buffer that means nothing
+    # old versions of transformers stored this buffer; it is not needed
     return files, {name: shape for name, shape in shapes.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
 def _read(files: dict[str, Path], name: str) -> Tensor:
-    """A view of the mapped file, which is opened anew for each, so that its pages are let go with the tensor."""
+    """A view of the mapped file. The file is opened for each tensor, so that its pages are freed with the tensor."""
     with safe_open(files[name], framework="pt") as tensors:
         return tensors.get_tensor(name)
 
 
 def with_tied_head(weights: Named, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """The named weights of a model, and once more the embedding as lm_head.weight if the two are tied."""
+    """The named weights of a model; if head and embedding are tied, also a copy of the embedding as lm_head.weight."""
     for name, weight in weights:
         yield name, weight
         if name == EMBEDDING and config.tie_word_embeddings:
-            yield HEAD, weight.clone()  # a safetensors file must not hold the same memory twice
+            yield HEAD, weight.clone()  # safetensors refuses tensors that share memory
 
 
 def in_shards(tensors: Named, max_bytes: float) -> Iterator[dict[str, Tensor]]:
-    """The named tensors in host memory, in groups of at most `max_bytes` (a larger tensor alone), one file each."""
+    """The named tensors in host memory, in groups of at most `max_bytes` (a larger tensor is alone)."""
     shard: dict[str, Tensor] = {}
     for name, tensor in tensors:
         if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > max_bytes:
@@ -211,7 +211,7 @@ def in_shards(tensors: Named, max_bytes: float) -> Iterator[dict[str, Tensor]]:
 
 
 def save_model(path, model: Transformer, tokenizer, max_shard_bytes=5e9, repeat_tied_head=False, **about):
-    """Writes what `load_model`, transformers and vLLM read, in place of an earlier one. Collective. about: for `atomic_directory`."""
+    """Writes a checkpoint, replacing an earlier one; collective. tokenizer may be None. about: for `atomic_directory`."""
     tensors = full_parameters(model)
     if repeat_tied_head:
         tensors = with_tied_head(tensors, model.config)

@@ -1,4 +1,4 @@
-"""JSON over HTTP to one server. Tries again what may pass, waits as the server asks, and shows no secret in its errors."""
+"""JSON over HTTP to one server. Retries temporary errors, waits as long as the server asks, masks secrets in errors."""
 
 import os
 import re
@@ -11,51 +11,51 @@ import httpx
 from nano_atlas.errors import UserError
 from nano_atlas.text import masked, parse_json
 
-LONGEST_WAIT = 120.0  # seconds, of those that a server asks for
+LONGEST_WAIT = 120.0  # seconds; the longest Retry-After that is followed
 
 
 class ServerLost(UserError):
-    """The server did not answer, or only with errors of its own, however often it was asked."""
+    """After all retries the server did not answer, or answered with errors of its own."""
 
 
 class Client:
-    """Kept-alive connections that threads may share. The key comes from OPENAI_API_KEY.
+    """Keep-alive connections, shared between threads. The key comes from OPENAI_API_KEY.
 
-    url: paths of requests are added before its query, if it has one. connections: most requests under way at once. timeout:
-    seconds for an answer, all tries and the waits between them (doubling from 1 s) included.
+    url: request paths are added before its query. connections: most concurrent requests. timeout: seconds for
+    an answer, including all tries and the waits between them (doubling from 1 s).
     """
 
     def __init__(self, url: str, *, connections: int = 16, timeout: float = 600.0, tries: int = 4):
         self.url, self.connections, self.timeout, self.tries = url, connections, timeout, tries
         key = os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"
         if not key.isascii() or any(map(str.isspace, key)):
-            raise UserError("OPENAI_API_KEY has characters that no key has; copy it again")
+            raise UserError("OPENAI_API_KEY has spaces or non-ASCII characters; copy it again")
         limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-        # no proxy leads back to this machine
+        # requests to this machine bypass the proxy
         direct = dict.fromkeys(("all://localhost", "all://127.0.0.1", "all://[::1]"))
         self._http = httpx.Client(limits=limits, headers={"Authorization": f"Bearer {key}"}, mounts=direct)
 
     def close(self) -> None:
-        """Ends what is under way, in whichever thread."""
+        """Aborts running requests of all threads."""
         self._http.close()
 
     def request(self, method: str, path="", body=None, choices=None, tries=None, timeout=None) -> dict:
-        """The server's JSON answer (`{}` where it is empty). choices: how many it must hold.
+        """The server's JSON answer (`{}` if it is empty). choices: how many it must hold.
 
-        Other answers, 408, 429, 5xx and transport errors are tried again, then raise ServerLost; any other status raises UserError.
-        A wait that the server asks for is no try, but must end within the timeout.
+        Malformed answers, 408, 429, 5xx and transport errors are retried, then raise ServerLost; any other status raises
+        UserError. A wait that the server asks for does not count as a try, but must end within the timeout.
         """
         base, mark, query = self.url.partition("?")
         deadline = time.monotonic() + (timeout or self.timeout)
         for attempt in count(1):
             left, told = deadline - time.monotonic(), 0.0
-            # no limit on the wait for a free connection: it says how much there is to do, not how the server is
+            # no limit on the wait for a free connection: it depends on our load, not on the server
             patience = httpx.Timeout(left, connect=min(left, 10.0), pool=None)
             try:
                 response = self._http.request(method, base + path + mark + query, json=body, timeout=patience)
             except (httpx.RequestError, httpx.InvalidURL, ValueError) as error:
                 cause = f"{type(error).__name__}: {error}"
-                # else it is a wrong address, or what cannot be sent
+                # final: a wrong address, or a body that cannot be sent
                 is_final = not isinstance(error, httpx.RequestError)
             else:
                 answer, cause = _read_answer(response, choices)
@@ -74,7 +74,7 @@ class Client:
 
 
 def _read_answer(response: httpx.Response, choices: int | None) -> tuple[dict, str | None]:
-    """The answer, and what is wrong with it."""
+    """(the answer, what is wrong with it or None)"""
     text = response.content.decode("utf-8-sig", "replace")
     shown = " ".join(masked(text).split())[:300]
     if not response.is_success:

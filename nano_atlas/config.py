@@ -7,7 +7,7 @@
 
     config = parse(Config, sys.argv[1:], {"nano": Preset("CPU, 1 GB", {"steps": 100})}, "what the script does")
 
-Flags override the preset, the preset overrides the defaults; a method `check()` may refuse values that contradict each other.
+Flags override the preset; the preset overrides the defaults. A method `check()` may refuse contradictory values.
 """
 
 import argparse
@@ -35,28 +35,26 @@ from nano_atlas.text import masked
 MEMORY_REMEDY = """
 Lower --cache-rows (sampling) or --tokens-per-batch, or use --gradient-checkpointing or --optimizer-device cpu;
 outside of training: --dtype bfloat16, shorter --answer-tokens, or a model behind a URL."""
-DISK_REMEDY = "; what was saved stays as it was, and the same command continues from there"
+DISK_REMEDY = "; saved files are unchanged, and the same command continues from them"
 METAVARS = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 BOUNDS = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le, "below": operator.lt}
 
 
 def derive_seed(*parts: Any) -> int:
-    """A 63-bit seed that depends on all parts: derived from (seed, step), randomness has no state that a resumed run must restore."""
+    """A 63-bit seed that depends on all parts. Seeds derived from (seed, step) need no saved generator state."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
 class Preset(NamedTuple):
-    """A named set of option values; `help` says for which machine, and how much memory it needs."""
-
-    help: str
+    help: str  # the machine it is for, and the memory it needs
     overrides: Mapping[str, Any]
 
 
 def option(default: Any, help: str, choices=(), *, group="", resumable=False, **bounds) -> Any:
     """A dataclass field that becomes `--its-name`; `group` starts a section of `--help`.
 
-    A `resumable` option may differ when an interrupted run is continued (how long, how often), others may not (what is computed).
-    bounds: of a number or each of several, see BOUNDS.
+    resumable: may change when an interrupted run continues (how long, how often); other options (what is
+    computed) may not. bounds: of a number, or of each number of a tuple; keys of BOUNDS.
     """
     metadata = {"help": help, "choices": choices, "group": group, "resumable": resumable, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata)
@@ -102,7 +100,7 @@ def _add_option(group: Any, field: dataclasses.Field, kind: Any, default: Any) -
 
 
 def parse(cls: Any, argv: Sequence[str], presets: Mapping[str, Preset], description: str) -> Any:
-    """A `cls` from the command line; with `presets` its first field is the name of the one to start from. Raises UserError."""
+    """A `cls` from the command line; with `presets`, its first field is the preset's name. Raises UserError."""
     if presets:  # a table, before the options
         table = [f"    {name:<19}{preset.help}" for name, preset in presets.items()]
         description += "\n".join(["\nPresets (--preset NAME --help shows the values of one):\n", *table])
@@ -136,12 +134,12 @@ def parse(cls: Any, argv: Sequence[str], presets: Mapping[str, Preset], descript
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """The fields as JSON values (paths as text, tuples as lists), without the passwords of URLs: this goes into files."""
+    """The fields as JSON values (paths as text, tuples as lists); secrets in URLs are masked, because files get this."""
     return json.loads(masked(json.dumps(dataclasses.asdict(config), default=str)))
 
 
 def refuse_changes(config: Any, saved: Mapping[str, Any], where: str) -> None:
-    """Raise UserError naming each option that is not resumable and differs from a run's `saved` JSON."""
+    """Raises UserError naming each option that is not resumable and differs from a run's `saved` JSON."""
     now, saved = to_json(config), to_json(type(config)()) | dict(saved)
     fixed = [field.name for field in _options(config) if not field.metadata["resumable"]]
     changed = [f"{flag_of(name)} {saved[name]} -> {now[name]}" for name in fixed if saved[name] != now[name]]
@@ -152,21 +150,21 @@ def refuse_changes(config: Any, saved: Mapping[str, Any], where: str) -> None:
 
 
 def run_script(main: Callable[[], None], is_parallel: bool = False) -> None:
-    """Run a script's `main`; what the user can fix ends it with one readable line. is_parallel: it may run under torchrun."""
-    # read when a GPU is first used; without it, memory falls into pieces too small for batches of other lengths
+    """Run a script's `main`; an error that the user can fix is printed as one line. is_parallel: torchrun may start it."""
+    # read at the first use of a GPU; prevents fragmentation by batches of varying lengths
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     with process_group():
         try:
             if size() > 1 and not is_parallel:
                 raise UserError("this script runs as one process: start it with python, not with torchrun")
-            if size() == 1:  # torchrun ends its processes like this, and wants no message of each
+            if size() == 1:  # torchrun stops its processes with SIGTERM; they exit silently
                 signal.signal(signal.SIGTERM, signal.default_int_handler)
             main()
         except Exception as error:
             if not is_first_failure():
-                time.sleep(1)  # torchrun ends the job at the first exit: that of the rank that reports
-                os._exit(1)  # an orderly exit would make torch report that the others are gone
-            if isinstance(error, BrokenPipeError):  # whoever read our output, such as `head`, has had enough
+                time.sleep(1)  # torchrun ends the job at the first exit; the rank that reports exits first
+                os._exit(1)  # a normal exit would print torch's errors about lost connections
+            if isinstance(error, BrokenPipeError):  # the reader of our output, such as `head`, has exited
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 sys.exit(141)
             if not isinstance(error, OutOfMemoryError | OSError | SafetensorError | UserError):

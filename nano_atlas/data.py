@@ -1,13 +1,13 @@
-"""Data as people bring it: JSONL files of problems and of training texts, and batches made of them.
+"""JSONL files of problems and of training texts, and batches made of them.
 
-A *problem* is what the teacher is trained and evaluated on. An *example* is a tokenised text with a mask of the tokens that are
-learned. Three kinds of lines become examples, told apart by their fields:
+The teacher is trained and evaluated on *problems*. An *example* is a tokenised text with a mask of the
+learned tokens. Three kinds of lines become examples, distinguished by their fields:
 
     {"problem_text", "student_approach", "teacher_diagnosis", "teacher_teaching"}   a demonstration (Arc-ATLAS-Teach-v0)
     {"messages": [{"role", "content"}, ...]}                                        a chat; its assistant turns are learned
-    {"prompt", "completion"}                                                        texts as they are, or lists of messages
+    {"prompt", "completion"}                                                        plain texts, or lists of messages
 
-Nothing is ever truncated: an example that is too long is left out, counted and reported. Every error names file and line.
+Nothing is truncated: examples that are too long are left out, counted and reported. Every error names file and line.
 """
 
 import json
@@ -45,12 +45,12 @@ def _text(record: dict, field: str, where: str) -> str:
 
 
 def present(record: dict) -> dict:
-    """Without fields that are null or an empty text."""
+    """The record without fields that are null or an empty text."""
     return {field: value for field, value in record.items() if value not in (None, "")}
 
 
 def section(record: dict, name: str, where: str) -> dict:
-    """An object within a record, or its JSON as text, as databases export it; empty where there is none. Raises UserError."""
+    """An object in a record, or its JSON as text, as databases export it; {} if absent. Raises UserError."""
     value = record.get(name) or {}
     try:
         return present(parse_json(value) if isinstance(value, str) else value)
@@ -70,8 +70,8 @@ def load_problems(path: Path | str, *, needs_answer=True, skip_bad=False) -> lis
     """Problems of the usual layouts: GSM8K and AIME {question|problem, answer}, Arc's RL file {prompt, ground_truth},
     {problem_text|input, solution}, and session traces of this runtime or of atlas-sdk {task, ...}.
 
-    Without an `id` a problem is called after its line, `test:17`. Traces that make no problem are left out and counted. Raises
-    UserError for a bad line; to `skip_bad` is to leave it out, and to print what is wrong with it.
+    A problem without `id` is named after its line, `test:17`. Unusable traces are left out and counted.
+    Raises UserError for a bad line; with skip_bad the line is left out and reported.
     """
     problems, traced, left_out, bad = {}, set(), Counter(), []
     complain = bad.append if skip_bad else refuse
@@ -90,7 +90,7 @@ def load_problems(path: Path | str, *, needs_answer=True, skip_bad=False) -> lis
             complain(str(error))
             continue
         if problem.id in problems:
-            complain(f"{where}: an earlier line has the id {problem.id!r}, too; give each its own")
+            complain(f"{where}: an earlier line also has the id {problem.id!r}; ids must be unique")
         problems.setdefault(problem.id, problem)
     if bad:
         say("\n  ".join([f"left out {len(bad)} malformed lines of {path}:", *bad]))
@@ -103,7 +103,7 @@ def load_problems(path: Path | str, *, needs_answer=True, skip_bad=False) -> lis
 
 
 def _from_trace(trace: dict, where: str, needs_answer: bool) -> tuple[dict, str | None]:
-    """(a problem's record, why it is left out if it is). atlas-sdk keeps a ground truth in the metadata only."""
+    """(a problem's record, why it is left out or None). atlas-sdk stores the ground truth in the metadata."""
     merged = section(trace, "session_metadata", where) | trace
     record = {field: merged[key] for field, key in TRACE_FIELDS.items() if key in merged}
     for what, key, good in (("session", "status", "succeeded"), ("review", "review_status", "approved")):
@@ -126,11 +126,11 @@ def _problem(record: dict, where: str, name: str, needs_answer: bool) -> Problem
 
 
 def _gold_answer(record: dict, field: str, where: str) -> str:
-    """A number as text; of a text GSM8K's last line `#### 18`, else the inside of `<solution>` or `\\boxed{}`, else all of it."""
+    """A number as text; from a text GSM8K's last line `#### 18`, else inside `<solution>` or `\\boxed{}`, else all of it."""
     if type(record[field]) in (int, float):
         return f"{Decimal(str(record[field])):f}"  # not 1e-05
     text = _text(record, field, where)
-    before, _, answer = text.rstrip().rpartition("####")  # which may also be a headline
+    before, _, answer = text.rstrip().rpartition("####")  # may also be a Markdown heading
     if isinstance(answer_key(answer), str):
         is_last_line = before[-1:] in ("", "\n") and "\n" not in answer
         answer = extract_answer(text) or (answer if is_last_line else text)
@@ -140,7 +140,7 @@ def _gold_answer(record: dict, field: str, where: str) -> str:
 
 
 def problems_of_step(problems: Sequence[Problem], step: int, per_step: int, seed: int) -> list[Problem]:
-    """The problems of a training step: every problem once per epoch, in an order given by (seed, epoch)."""
+    """The problems of a training step: each problem once per epoch, in an order that depends on (seed, epoch)."""
     chosen = []
     for index in range(step * per_step, (step + 1) * per_step):
         epoch, place = divmod(index, len(problems))
@@ -152,18 +152,18 @@ def problems_of_step(problems: Sequence[Problem], step: int, per_step: int, seed
 @dataclass(frozen=True)
 class Example:
     input_ids: list[int]
-    is_target: list[bool]  # learned tokens: what the assistant says, with the token that ends its turn
+    is_target: list[bool]  # learned tokens: the assistant's, with the token that ends its turn
 
 
 def load_examples(paths, tokenizer: Tokenizer, max_length: int, thinking: bool = False) -> list[Example]:
-    """All lines of at most `max_length` tokens, tokenised. thinking: Qwen3's switch, as for sampling later. Raises UserError."""
+    """All examples of at most `max_length` tokens. thinking: Qwen3's option, as in sampling later. Raises UserError."""
     examples = []
     for path in paths:
         made, spelled = [], []
         for number, record in read_jsonl(path):
             made += make_examples(record, tokenizer, f"{path}:{number}", thinking, spelled)
         if spelled:
-            what = f"{len(spelled)} lines, this one first, spell control tokens in prompt or completion"
+            what = f"{len(spelled)} lines, from this one on, have control tokens in prompt or completion"
             say(f"{spelled[0]}: {what}; they are learned as plain text. Write lists of messages instead")
         short = [example for example in made if len(example.input_ids) <= max_length]
         examples += short
@@ -175,7 +175,7 @@ def load_examples(paths, tokenizer: Tokenizer, max_length: int, thinking: bool =
 
 
 def make_examples(record: dict, tokenizer, where: str, thinking=False, spelled=None) -> list[Example]:
-    """The examples of one line; `spelled` gets `where` if a plain prompt or completion has the text of a control token."""
+    """The examples of one line; appends `where` to `spelled` if a plain text contains the text of a control token."""
     prompt, record = [], present(record)  # the assistant turns of the prompt are not learned
     if "messages" in record:
         messages = _messages(record, "messages", where)
@@ -212,16 +212,16 @@ def _messages(record: dict, field: str, where: str) -> protocol.Messages:
 
 
 def _chat_examples(messages, first: int, tokenizer: Tokenizer, thinking: bool) -> list[Example]:
-    """Learn the assistant turns from index `first` on, each exactly as it would be generated: after the prompt of that turn.
+    """Learns the assistant turns from index `first` on, each after exactly the prompt that it would be generated from.
 
-    A turn that continues the text before it (usually all do) extends its example; where a template rewrites earlier turns (Qwen3
-    drops their reasoning), it starts another.
+    A turn that continues the previous text (the usual case) extends the last example. If the template
+    rewrites earlier turns (Qwen3 drops their reasoning), the turn starts a new example.
     """
     examples: list[Example] = []
     for turn in [i for i, message in enumerate(messages) if i >= first and message["role"] == "assistant"]:
         prompt = tokenizer.chat_ids(messages[:turn], enable_thinking=thinking)
         text = tokenizer.chat_ids(messages[: turn + 1], False, enable_thinking=thinking)
-        # A template may write a line break after the end of the turn; it is never generated, so it is not learned either.
+        # A line break that the template adds after the end token is never generated, so it is not learned.
         end = max((i + 1 for i in range(len(prompt), len(text)) if text[i] in tokenizer.eos_ids), default=0)
         if text[: len(prompt)] != prompt or not end:
             fault = "does not continue its own generation prompt with the answer and an end token"
@@ -239,12 +239,12 @@ def _chat_examples(messages, first: int, tokenizer: Tokenizer, thinking: bool) -
 
 @dataclass(frozen=True)
 class Batch:
-    """Documents end to end, for `Transformer` and `PackedAttention(lengths)`; a document's last token is a target only."""
+    """Concatenated documents for `Transformer` and `PackedAttention(lengths)`; a document's last token is only a target."""
 
     input_ids: Tensor  # [N] int64
     lengths: list[int]  # tokens of each document in input_ids; they sum to N
-    target_positions: Tensor  # [M] int64, places in input_ids whose *next* token is learned
-    targets: Tensor  # [M] int64, those next tokens
+    target_positions: Tensor  # [M] int64, positions in input_ids whose *next* token is learned
+    targets: Tensor  # [M] int64, these next tokens
 
 
 def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
@@ -261,7 +261,7 @@ def count_targets(examples: Iterable[Example]) -> int:
 
 
 def pack(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
-    """Micro-batches (of indices), longest first: rows x longest are at most `tokens_per_batch` tokens; a longer document alone."""
+    """Micro-batches of indices, longest first: rows x longest <= `tokens_per_batch` tokens; a longer document is alone."""
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > tokens_per_batch:
@@ -275,9 +275,9 @@ def steps_per_epoch(lengths: Sequence[int], tokens_per_step: int) -> int:
 
 
 def shuffle_epoch(lengths, tokens_per_step: int, seed: int, epoch: int, is_shuffled=True) -> list[list[int]]:
-    """The documents (by index) of each optimizer step of an epoch: each once, in an order given by (seed, epoch) or in their own.
+    """Indices of the documents of each optimizer step: each once, in an order that depends on (seed, epoch), or in order.
 
-    Steps have equally many documents, `tokens_per_step` tokens on average; grouping by length happens only *within* a step.
+    Steps have equally many documents, `tokens_per_step` tokens on average; grouping by length is only *within* a step.
     """
     order = list(range(len(lengths)))
     if is_shuffled:

@@ -1,10 +1,10 @@
 """Several processes that train one model: FSDP2 under torchrun. In a single process every function here does nothing.
 
-All ranks hold the same data and share the computation: each samples its part of the conversations (`divide`) and learns from its
-part of a step's tokens (`shares`). Each stores its rows of every parameter, gradient and moment (Rajbhandari et al. 2020,
-arXiv:1910.02054, ZeRO stage 3); whole layers exist while they compute.
-Gradients are summed, because the losses are normalised by the whole step, and after each micro-batch, because waiting for the last
-would need an unsharded float32 gradient (33 GB for 8B) to save one transfer of three.
+All ranks hold the same data and share the computation: each samples part of the conversations (`divide`) and learns
+from part of a step's tokens (`shares`). Each stores its rows of every parameter, gradient and moment (Rajbhandari et
+al. 2020, arXiv:1910.02054, ZeRO stage 3); a whole layer exists only while it computes.
+Gradients are summed, not averaged, because losses are normalised by the whole step. They are reduced after each
+micro-batch: reducing once per step needs an unsharded float32 gradient (33 GB for 8B) and saves one of three transfers.
 """
 
 import os
@@ -23,7 +23,7 @@ from nano_atlas.model import Transformer
 
 CORES = torch.get_num_threads()
 ONE_THREAD = 20_000_000  # parameters; smaller models compute with one thread
-largest = 0  # parameters of a model that was loaded so far
+largest = 0  # parameters of the largest model loaded so far
 TIMEOUT = timedelta(hours=2)  # for a collective: the other ranks may be sampling long answers or evaluating
 
 
@@ -37,7 +37,7 @@ def size() -> int:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Joins the processes that torchrun started, if it did. From here on only rank 0 writes to stdout."""
+    """Under torchrun, joins its processes; within the block only rank 0 writes to stdout."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "LOCAL_RANK" not in os.environ:
         yield
         return
@@ -47,24 +47,24 @@ def process_group() -> Iterator[None]:
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
     yield
-    dist.destroy_process_group()  # not after an exception: it could wait for a rank that is gone
+    dist.destroy_process_group()  # not after an exception: it could wait for a failed rank
 
 
 def is_first_failure() -> bool:
-    """Whether this rank is the first of the job to fail. Only that one reports; the others exit silently."""
-    with suppress(RuntimeError, ValueError):  # torchrun's store has ended with it; or there is no group
+    """Whether this rank is the first of the job to fail. Only the first reports; the others exit silently."""
+    with suppress(RuntimeError, ValueError):  # torchrun's store is closed, or there is no group
         return dist.distributed_c10d._get_default_store().add("failures", 1) == 1
     return True
 
 
 def wait() -> None:
-    """Until all ranks are here: all then see what rank 0 has written."""
+    """A barrier, so that all ranks see what rank 0 has written."""
     if size() > 1:
         dist.barrier()
 
 
 def device(choice: str, gpus: int | None = None) -> str:
-    """The device that an option names; "auto" is the process's GPU, or the CPU if there is none. Raises UserError."""
+    """The device that an option names; "auto": the process's GPU, or the CPU without one. Raises UserError."""
     gpus = torch.cuda.device_count() if gpus is None else gpus
     if size() > 1 and choice.startswith("cuda"):
         raise UserError(f"{choice}: under torchrun each process has its own GPU; use auto or cpu")
@@ -80,10 +80,10 @@ def check_gpu(name: str, gpus: int) -> str:
 
 
 def settle_threads(parameters: int) -> None:
-    """One thread for models this small, all for larger ones; the largest of the process decides, and OMP_NUM_THREADS overrides it.
+    """One thread for small models, else all; the process's largest model decides, unless OMP_NUM_THREADS is set.
 
-    Two threads are worth 1.5 on an idle machine with two cores; beside one busy program they cost 2 to 9, because OpenMP's threads
-    spin while they wait for each other (benchmarks/bench_threads.py).
+    On two idle cores, two threads are 1.5 times as fast as one; beside another busy program they are 2 to 9
+    times slower, because OpenMP's threads spin while they wait (benchmarks/bench_threads.py).
     """
     global largest
     if "OMP_NUM_THREADS" in os.environ or parameters <= largest:
@@ -94,14 +94,14 @@ def settle_threads(parameters: int) -> None:
 
 
 def shares(sizes: Sequence[int]) -> list[list[int]]:
-    """Items (by index) of each rank: contiguous, and of equal total size up to one item."""
+    """Indices of each rank's items: contiguous, total sizes equal up to one item."""
     lengths = torch.tensor(sizes, dtype=torch.float64)
     owners = ((lengths.cumsum(0) - lengths / 2) * size() / lengths.sum()).int()  # of each item's middle
     return [(owners == owner).nonzero().flatten().tolist() for owner in range(size())]
 
 
 def in_step(batches: Sequence, filler) -> Iterator[tuple]:
-    """(micro-batch, whether it counts): this rank's own, then `filler` until every rank has run as many, as passes are collective."""
+    """(micro-batch, whether it counts): this rank's own, then `filler` up to the most of any rank (passes are collective)."""
     most = torch.tensor(len(batches))
     if size() > 1:
         dist.all_reduce(most, dist.ReduceOp.MAX)
@@ -110,20 +110,20 @@ def in_step(batches: Sequence, filler) -> Iterator[tuple]:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """In place."""
+    """In place; also returns the tensor."""
     if size() > 1:
         dist.all_reduce(values)
     return values
 
 
 class DividedSeat:
-    """A seat on every rank. Each asks its own a part of the questions (or rank 0 all of them), and all get all replies."""
+    """A seat on every rank. Each rank asks part of the questions (or rank 0 all of them), and all get all replies."""
 
     is_batched = True
 
     def __init__(self, seat, parts: int):
         self.seat, self.parts = seat, parts
-        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT)  # its own, so that a thread may ask
+        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT)  # separate, so that a thread may ask
 
     def ask(self, questions, progress=None) -> list[list]:
         own = questions[rank() :: self.parts] if rank() < self.parts else []
@@ -137,19 +137,19 @@ class DividedSeat:
 
 
 def divide(seat, is_first_only: bool = False):
-    """is_first_only: only rank 0's seat can answer, because the server is rank 0's."""
+    """The seat, divided over the ranks if there are several. is_first_only: only rank 0 has a server to ask."""
     return DividedSeat(seat, 1 if is_first_only else size()) if size() > 1 else seat
 
 
 def shard(model: Transformer) -> None:
-    """Cuts the parameters into rows, in place: float32 from here on, and cast to the model's dtype when they are gathered.
+    """Shards the parameters by rows, in place: stored as float32, cast to the model's dtype when they are gathered.
 
-    One group per layer, and one of embedding, final norm and head, which stays gathered in the backward pass, because the loss
-    uses `head_weight` outside of the model. FSDP2 gives each rank ceil(rows / N), the last ranks fewer or none.
+    One group per layer, and one of embedding, final norm and head. This one stays gathered in the backward pass, because
+    the loss uses `head_weight` outside of the model. Each rank gets ceil(rows / N), the last ranks fewer or none.
     """
     if size() == 1:
         return
-    from torch.distributed.device_mesh import init_device_mesh  # here: they take as long to import as torch
+    from torch.distributed.device_mesh import init_device_mesh  # lazily: both take as long to import as torch
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     model.compute_dtype = model.head_weight.dtype
@@ -176,7 +176,7 @@ def own_rows(whole: Tensor) -> Tensor:
 
 
 def gather_rows(part: Tensor, rows: int) -> Tensor:
-    """The whole tensor, of `rows` rows, from each rank's part. Collective."""
+    """The whole tensor, with `rows` rows, from each rank's part. Collective."""
     if size() == 1:
         return part
     padded = part.new_zeros(-(-rows // size()), *part.shape[1:])
@@ -188,23 +188,22 @@ def gather_rows(part: Tensor, rows: int) -> Tensor:
 
 @torch.no_grad()
 def full_parameters(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor) one at a time, in the model's dtype. Collective: all ranks must go through all of them."""
+    """(name, whole tensor) one at a time, in the model's dtype. Collective: every rank must iterate over all."""
     dtype = model.compute_dtype
     if dtype is not None:
-        model.reshard()  # a forward pass without a backward one leaves embedding and head gathered
+        model.reshard()  # a forward pass without a backward pass leaves embedding and head gathered
     for name, weight in model.named_parameters():
         weight = weight.detach()
         yield name, weight if dtype is None else gather_rows(own_part(weight).to(dtype), len(weight))
 
 
-def copy_parameters(source: Transformer, target: Transformer) -> None:
-    """`target` is whole, on any device."""
+def copy_parameters(source: Transformer, target: Transformer) -> None:  # target: not sharded, on any device
     for (_, tensor), parameter in zip(full_parameters(source), target.parameters()):
         parameter.data.copy_(tensor)
 
 
 def whole_copy(model: Transformer) -> Transformer:
-    """An unsharded model on the same device, for `copy_parameters` to fill; in a single process the model itself."""
+    """An unsharded model on the same device, to be filled by `copy_parameters`; in a single process the model itself."""
     if size() == 1:
         return model
     copy = Transformer(model.config).to(model.head_weight.device, model.compute_dtype)

@@ -4,8 +4,8 @@
     teach     TEACHER   question + approach      ->  G teachings
     guide     STUDENT   question + teaching      ->  one answer for each teaching
 
-Each is a script for `schedule.play` or `schedule.drive`. Probe and baselines are drawn once and shared by the G teachings of a
-problem, so the teachings compete from the same state and the reward carries no noise that the teacher did not cause.
+Each is a script for `schedule.play` or `schedule.drive`. A problem's G teachings share one probe and one set
+of baselines, so differences between their rewards come only from the teachings and the answers with them.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ CountTokens = Callable[[str], int]  # length of a text in the teacher's tokens
 
 @dataclass(frozen=True)
 class EpisodeConfig:
-    """How the two models talk; lengths in tokens."""
+    """How the two models are sampled; lengths in tokens."""
 
     probe_tokens: int = option(500, "longest first approach (0: none)", group="sampling (tokens)", at_least=0)
     teaching_tokens: int = option(4096, "longest reply of the teacher, with its thinking", above=0)
@@ -48,16 +48,13 @@ class EpisodeConfig:
         return Generation(self.answer_tokens, self.student_temperature, self.top_p)
 
     def greedy(self) -> Self:
-        """The same without chance."""
         return replace(self, temperature=(0.0, 0.0))
 
 
 @dataclass
-class Attempt:
-    """One answer of the student."""
-
+class Attempt:  # one answer of the student
     text: str
-    answer: str | None  # what stands in <solution>
+    answer: str | None  # extracted from the text; None: there is none
     is_correct: bool
     tokens: int
     is_truncated: bool
@@ -69,7 +66,7 @@ class Attempt:
 
 @dataclass
 class Sketch:
-    """What the student does alone; shared by every teaching of the problem."""
+    """The student's approach and answers alone; shared by all teachings of the problem."""
 
     problem: Problem
     approach: str
@@ -83,14 +80,14 @@ class Sketch:
 
 @dataclass
 class Episode:
-    """One teaching and what came of it."""
+    """One teaching, the answer with it, and the reward."""
 
     sketch: Sketch
     style: str
     reply: Reply  # the teacher's whole completion; with a rollout when the teacher is embedded
-    teaching: str | None  # None: malformed, and the student got nothing
+    teaching: str | None  # None: malformed; the student got nothing
     teaching_tokens: int
-    guided: Attempt  # of a malformed teaching the student's own answer
+    guided: Attempt  # after a malformed teaching the student's own answer
     is_leak: bool
     reward: float
     advantage: float = 0.0
@@ -101,13 +98,13 @@ class Episode:
 
 
 def episode(problem, config, rewards, seed: SeedOf, count: CountTokens, samples: int, size: int) -> Script:
-    """From the question to the rewards of `size` teachings, against `samples` answers alone -> list[Episode]."""
+    """`size` teachings of a problem, rewarded against `samples` answers alone -> list[Episode]."""
     alone = yield from sketch(problem, config, seed, samples)
     return (yield from teach(alone, config, rewards, seed, count, size))
 
 
 def sketch(problem: Problem, config: EpisodeConfig, seed: SeedOf, samples: int = 1) -> Script:
-    """The student alone -> Sketch, with `samples` answers. With `probe_tokens` 0 the approach is empty."""
+    """The student alone -> Sketch with `samples` answers. If `probe_tokens` is 0, the approach is empty."""
     probe = Generation(config.probe_tokens, config.student_temperature, config.top_p)
     calls = []
     if config.probe_tokens:
@@ -122,7 +119,7 @@ def sketch(problem: Problem, config: EpisodeConfig, seed: SeedOf, samples: int =
 
 
 def teach(sketch, config, rewards, seed, count_tokens: CountTokens, group_size=1, style="adaptive") -> Script:
-    """`group_size` teachings, the student's answer with each, and their rewards -> list[Episode]. style: of protocol, or a sentence."""
+    """`group_size` teachings, an answer with each, rewards -> list[Episode]. style: see `protocol.teacher_messages`."""
     problem = sketch.problem
     messages = protocol.teacher_messages(problem.question, sketch.approach, style)
     generation = Generation(config.teaching_tokens, config.teacher_temperature, config.top_p)
@@ -141,7 +138,7 @@ def teach(sketch, config, rewards, seed, count_tokens: CountTokens, group_size=1
 
 
 def guide(sketch: Sketch, teachings: Sequence[str | None], config: EpisodeConfig, seed: SeedOf) -> Script:
-    """The student's answer with each teaching -> list[Attempt]; without a teaching its own answer stands (that of sample i)."""
+    """The student's answer with each teaching -> list[Attempt]; for teaching None its own answer of sample i."""
     problem, own, calls = sketch.problem, sketch.baselines, []
     for i, told in enumerate(teachings):
         if told is not None:
@@ -153,7 +150,7 @@ def guide(sketch: Sketch, teachings: Sequence[str | None], config: EpisodeConfig
 
 
 def answer(problem: Problem, config: EpisodeConfig, seed: SeedOf, group_size: int) -> Script:
-    """The control without a teacher: the policy answers by itself, and is rewarded for being right -> list[Episode]."""
+    """The control without a teacher: the policy itself answers, with reward 1 if correct -> list[Episode]."""
     generation = Generation(config.answer_tokens, config.teacher_temperature, config.top_p)
     messages = protocol.baseline_messages(problem.question, config.answer_format)
     call = Call("teacher", "alone", messages, generation, seed("alone", problem.id), group_size)
@@ -164,7 +161,7 @@ def answer(problem: Problem, config: EpisodeConfig, seed: SeedOf, group_size: in
 
 
 def seeds(seed: Any) -> SeedOf:
-    """Seeds that depend on `seed` and on the call alone, so that an answer does not depend on the batch around it."""
+    """Seeds that depend only on `seed` and the call, so that an answer does not depend on the batch."""
     return lambda *call: derive_seed(seed, *call)
 
 
@@ -175,7 +172,7 @@ def attempt(reply: Reply, gold: str | None, answer_format: str = "solution") -> 
 
 
 def teaching_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
-    """The published metrics of a set of episodes (names as in ATLAS), plus the rates of leaks and malformed completions."""
+    """The published metrics (names as in ATLAS), and the rates of leaks, malformed and unreadable completions."""
     mean = lambda value: sum(map(value, episodes)) / len(episodes)
     return {
         "reward": mean(lambda e: e.reward),
@@ -197,7 +194,7 @@ def teaching_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
 
 
 def episode_record(episode: Episode) -> dict:
-    """A whole episode as JSON values, for people to read."""
+    """A whole episode as JSON values."""
     sketch, values = asdict(episode.sketch), asdict(episode)
     del values["sketch"], values["reply"]
     values |= {"baseline_accuracy": episode.sketch.baseline_accuracy, "completion": episode.reply.text}

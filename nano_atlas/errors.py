@@ -1,11 +1,11 @@
-"""What a script tells people on stderr, beside its progress bars: an error that ends it, and messages. stdout is for its result."""
+"""Messages and errors for people, on stderr beside the progress bars. stdout is for a script's result."""
 
 import os
 import sys
 
 from tqdm import tqdm
 
-IS_SILENT = os.environ.get("RANK", "0") != "0"  # of the processes that torchrun starts, only the first speaks
+IS_SILENT = os.environ.get("RANK", "0") != "0"  # under torchrun only rank 0 prints
 
 
 class UserError(Exception):
@@ -14,4 +14,4 @@ class UserError(Exception):
 
 def say(message: str) -> None:
     if not IS_SILENT:
-        (tqdm.write if sys.stderr.isatty() else print)(message, file=sys.stderr)  # above the bars
+        (tqdm.write if sys.stderr.isatty() else print)(message, file=sys.stderr)  # tqdm.write: above the bars

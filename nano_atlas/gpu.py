@@ -1,8 +1,8 @@
-"""What makes the same computation fast on a GPU: compiled layers, FlexAttention for groups, recorded decoding steps.
+"""Speed on GPUs: compiled layers, FlexAttention for groups, decoding steps recorded as CUDA graphs.
 
-Nothing here changes what is computed. Environment: NANO_ATLAS_COMPILE=0 switches all of it off, 1 compiles everything everywhere;
-unset, layers and FlexAttention's kernel are compiled for models on a GPU with a vocabulary of 4,096 and more, the loss's kernels for
-such models anywhere, and decoding steps are recorded on every GPU.
+Nothing here changes what is computed. Environment: NANO_ATLAS_COMPILE=0 disables all of it, 1 compiles
+everything on any device. By default, models with a vocabulary of at least 4,096 get compiled layers and
+FlexAttention on a GPU and compiled loss kernels on any device; decoding steps are recorded on every GPU.
 """
 
 import os
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from nano_atlas.model import Transformer
 
-MIN_COMPILED_VOCABULARY = 4096  # smaller models are done before the compiler is
-BLOCK = 128  # tokens, of FlexAttention
-# cuDNN's attention plans every new shape, for up to a second, and batches differ in theirs
+MIN_COMPILED_VOCABULARY = 4096  # smaller models finish before the compiler does
+BLOCK = 128  # tokens in a block of FlexAttention
+# cuDNN's attention needs up to a second to plan each new shape, and every batch has another shape
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -32,21 +32,20 @@ def is_worth_compiling(vocabulary: int) -> bool:
     return setting() == "1" or (setting() == "" and vocabulary >= MIN_COMPILED_VOCABULARY)
 
 
-def is_recorded(device: torch.device) -> bool:
-    """Whether decoding steps are."""
+def is_recorded(device: torch.device) -> bool:  # whether decoding steps are CUDA graphs
     return device.type == "cuda" and setting() != "0"
 
 
 def compile_layers(model: Transformer) -> Transformer:
-    """Compiles what each layer does before and after its attention, in place, where that is worth a minute.
+    """Compiles, in place, the parts of each layer before and after attention, if the model is worth it (a minute).
 
-    One compilation serves all layers and numbers of tokens. What tokens see each other stays outside: the compiler would look at
-    the lengths of the documents, which differ in every batch.
+    One compilation serves all layers and numbers of tokens. Attention is not compiled: it depends on the
+    documents' lengths, which differ in every batch, so it would be recompiled.
     """
     is_here = model.head_weight.is_cuda or setting() == "1"
     if is_here and is_worth_compiling(model.config.vocab_size):
         model.is_compiled = True
-        # teacher and student, with gradient, without, and in inference mode: 8 would not do
+        # teacher and student, with gradient, without, and in inference mode: more than the default of 8
         torch._dynamo.config.recompile_limit = 64
         for layer in model.model.layers:
             for name in ("before", "after"):
@@ -55,26 +54,25 @@ def compile_layers(model: Transformer) -> Transformer:
 
 
 class FlexAttention:
-    """What `SharedPromptAttention` computes, by one kernel over the flat tokens (Dong et al. 2024, arXiv:2412.05496).
+    """`SharedPromptAttention` as one kernel over the flat tokens (Dong et al. 2024, arXiv:2412.05496), for GPUs only.
 
-    Prompts are read where they are instead of being copied for each completion, and blocks of 128 x 128 tokens in which nobody sees
-    anybody are skipped. `positions` may be longer than the documents: whole blocks, filled up by one more document, spare the
-    compiler special cases. For GPUs: on a CPU it has no backward pass.
+    Prompts are not copied for each completion, and blocks of 128 x 128 tokens that are masked completely are skipped.
+    `positions` may be longer than the documents: padding, as one more document, fills the last block.
     """
 
     def __init__(self, prompt_lengths, completion_lengths, prompt_of: Sequence[int], device):
-        from torch.nn.attention.flex_attention import create_block_mask  # here: it takes seconds to import
+        from torch.nn.attention.flex_attention import create_block_mask  # lazily: it takes seconds to import
 
         count, lengths = len(prompt_lengths), [*prompt_lengths, *completion_lengths]
         lengths = torch.tensor([*lengths, -sum(lengths) % BLOCK])
-        documents = torch.arange(len(lengths)).repeat_interleave(lengths)  # [N] of each token
-        starts = torch.tensor([0] * count + [prompt_lengths[i] for i in prompt_of] + [0])  # positions
+        documents = torch.arange(len(lengths)).repeat_interleave(lengths)  # [N]: the document of each token
+        starts = torch.tensor([0] * count + [prompt_lengths[i] for i in prompt_of] + [0])  # first positions
         places = torch.arange(len(documents))
         self.positions = (places - (lengths.cumsum(0) - lengths - starts)[documents]).to(device)
         prompts = torch.tensor([*range(count), *prompt_of, -1])[documents].to(device)
         is_prompt, documents = (documents < count).to(device), documents.to(device)
 
-        # only tensors: a number in here would be another kernel for each of its values
+        # captures only tensors: for a number, each value would compile another kernel
         def sees(batch, head, query: Tensor, key: Tensor) -> Tensor:
             is_shared = (prompts[query] == prompts[key]) & is_prompt[key]
             return (query >= key) & (is_shared | (documents[query] == documents[key]))
@@ -95,18 +93,18 @@ def _flex_kernel(device: str) -> Callable:
 
 
 def record(step: Callable[[], None], device: torch.device, pool) -> Callable[[], None]:
-    """Runs `step` and makes a CUDA graph of its kernels. What is returned runs them again, on the same memory (of the pool)."""
+    """Runs `step` and records its kernels as a CUDA graph; returns a function that replays them on the same memory."""
     stream, graph = _recording_stream(device), torch.cuda.CUDAGraph()
     with torch.cuda.device(device):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            step()  # compiles, and loads what must not be loaded while recording
+            step()  # compiles, and loads libraries that must not be loaded while recording
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-            step()  # is not run
+            step()  # recorded, not executed
     return graph.replay
 
 
 @cache
 def _recording_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # one, because the matrix library keeps a workspace for each
+    return torch.cuda.Stream(device)  # one for all graphs, because cuBLAS keeps a workspace for each stream

@@ -1,6 +1,6 @@
 """What runs where: policy, student and reference on devices; sampling in this process or on vLLM servers.
 
-Whatever is left on "auto" is chosen for the machine, and printed.
+Options that are "auto" are chosen for the machine, and the choice is printed.
 """
 
 import re
@@ -37,11 +37,11 @@ class LayoutConfig:
 @dataclass(frozen=True)
 class Layout:
     policy: str
-    student: str  # "" where it is an endpoint or there is none
+    student: str  # "": an endpoint, or no student
     student_server: bool  # whether a vLLM server is started for the student
     reference: str
-    server: str = ""  # device or devices of the policy's vLLM server, if one is started here
-    urls: tuple[str, ...] = ()  # the policy's vLLM servers, if they are running already
+    server: str = ""  # devices of the policy's vLLM server, if one is started here
+    urls: tuple[str, ...] = ()  # the policy's vLLM servers, if they are already running
 
 
 def gpus_of(devices: str) -> list[str]:
@@ -51,7 +51,7 @@ def gpus_of(devices: str) -> list[str]:
 
 
 def choose_layout(config: LayoutConfig, student: str, kl: str, gpus: int | None = None) -> Layout:
-    """Fills in what is "auto" and prints the choice; student: checkpoint directory, URL or "". Raises UserError."""
+    """Resolves "auto" options and prints the choice; student: checkpoint directory, URL or "". Raises UserError."""
     gpus = torch.cuda.device_count() if gpus is None else gpus
     is_alone, has_vllm = distributed.size() == 1, find_spec("vllm") is not None
     policy = distributed.device(config.device, gpus)
@@ -83,7 +83,7 @@ def choose_layout(config: LayoutConfig, student: str, kl: str, gpus: int | None 
 
 
 def open_policy(config, layout, policy: Transformer, tokenizer, version: int, stack) -> TokenSeat:
-    """The policy's seat, with the weights of `policy` as `version`. stack: the ExitStack that ends what is started."""
+    """The policy's seat, with the weights of `policy` as `version`. stack: ExitStack that stops started servers."""
     if layout.server or layout.urls:
         from nano_atlas.vllm import sampler
 
@@ -104,14 +104,14 @@ def open_student(config, layout: Layout, stack) -> Seat:
 
 
 class Pipeline:
-    """The batch of each step; is_ahead: the next is sampled while this one trains, from weights that are one update old."""
+    """The batch of each step; is_ahead: it is sampled while the one before trains, from weights one update old."""
 
     def __init__(self, produce, sampler, last_step: int, is_ahead: bool):
         self.produce, self.sampler, self.last_step, self.is_ahead = produce, sampler, last_step, is_ahead
         self.thread, self.upcoming = ThreadPoolExecutor(1), None
 
     def take(self, step: int) -> tuple:
-        """-> the batch, and whether it is from the present weights."""
+        """-> the batch, and whether the current weights drew it."""
         is_fresh = self.upcoming is None
         batch = self.produce(step) if is_fresh else self.upcoming.result()
         self.upcoming = None
@@ -122,7 +122,7 @@ class Pipeline:
         return batch, is_fresh
 
     def sync(self, policy: Transformer, version: int) -> float:
-        """The sampler gets the weights, once nothing is sampled from the old ones; returns the parity difference (nats)."""
+        """Gives the sampler the weights, after any running sampling; returns the parity difference (nats)."""
         if self.upcoming is not None:
             self.upcoming.result()
         return self.sampler.sync(policy, version)

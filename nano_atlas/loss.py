@@ -1,24 +1,23 @@
-"""Fused linear -> log-softmax -> loss that never makes the `[N, V]` logits.
+"""Fused linear -> log-softmax -> loss, without the full `[N, V]` logits.
 
-For a 150k vocabulary the logits are by far the largest tensor of training, and autograd would keep several copies of them.
-Here the tokens are taken in chunks. While the logits of one chunk exist, everything that needs them is done:
+For a 150k vocabulary the logits are by far the largest tensor of training, and autograd keeps several copies of them.
+So the tokens are processed in chunks, and all that needs a chunk's logits is computed while they exist:
 
     logits = hidden @ weight.T / temperature              one buffer, overwritten by each chunk
     logprobs, entropy, kl        per-token statistics     float32, [n]
-    loss = token_loss(logprobs, kl)                       the caller's formula, [n]; autograd differentiates it (n numbers)
+    loss = token_loss(logprobs, kl)                       the caller's formula, [n]; autograd differentiates it
     d logits                     by the chain rule        written over the logits
     d hidden, d weight           two matrix products      accumulated
 
-so the *gradient is computed inside the forward pass*, and backward only hands it out. The two derivatives of the chain rule, with
+The *forward pass computes the gradient*; backward only returns it. The derivatives for the chain rule, with
 p = softmax(logits), q = softmax(reference logits) and y the target token:
 
     d log p_y / d logits_j  = [j = y] - p_j
     d KL(p||q) / d logits_j =  p_j (log p_j - log q_j - KL)
 
-Numerics: matrix products run in the dtype of `hidden` and `weight`; of bfloat16 they return float32 logits on a GPU, bfloat16
-logits on a CPU. Softmax, entropy, KL and loss are always float32. The head's gradient is summed over chunks in float32 and rounded
-to the dtype of `weight` once.
-The elementwise kernels are compiled for vocabularies of 4,096 and more (NANO_ATLAS_COMPILE, see gpu.py).
+Numerics: matrix products run in the dtype of `hidden` and `weight`; bfloat16 inputs give float32 logits on a GPU,
+bfloat16 logits on a CPU. Softmax, entropy, KL and loss are float32. The head's gradient is summed over chunks in
+float32 and rounded once. Elementwise kernels are compiled for vocabularies of at least 4,096 (gpu.py).
 """
 
 import math
@@ -33,16 +32,16 @@ from torch.autograd.function import once_differentiable
 from nano_atlas.gpu import is_worth_compiling
 from nano_atlas.model import PackedAttention, Transformer
 
-# (logprobs [n], kl [n] | None, rows) -> loss [n]; `rows` is the slice of the N tokens that the chunk holds
+# (logprobs [n], kl [n] | None, rows) -> loss [n]; `rows`: the chunk's slice of the N tokens
 TokenLoss = Callable[[Tensor, Tensor | None, slice], Tensor]
-Reference = tuple[Tensor, Tensor]  # its hidden states [N, D_ref] and head [V, D_ref]
+Reference = tuple[Tensor, Tensor]  # hidden states [N, D_ref] and head [V, D_ref]
 
-MAX_CHUNK_TOKENS = 1024  # beyond this, longer matrix products are no faster
+MAX_CHUNK_TOKENS = 1024  # longer matrix products are no faster per token
 CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**27}  # logits in one chunk: 128 MiB and 512 MiB of float32
 
 
 class TokenStats(NamedTuple):
-    """What one token's distribution says, detached; each `[N]` float32, in nats."""
+    """Statistics of each token's distribution, detached; each `[N]` float32, in nats."""
 
     logprobs: Tensor  # log-probability of the target
     entropy: Tensor
@@ -53,7 +52,7 @@ class TokenStats(NamedTuple):
 
 
 def _chunk_stats(logits, ref_logits, target_logits, inverse_temperature):
-    """-> TokenStats of the chunk, log-sum-exp [n], and the reference's log-sum-exp [n] (None without reference)."""
+    """-> TokenStats of the chunk, log-sum-exp [n], the reference's log-sum-exp [n] (None without reference)."""
     scores = logits.float() * inverse_temperature
     top = scores.amax(-1)
     shifted = scores - top[:, None]
@@ -74,7 +73,7 @@ def _chunk_stats(logits, ref_logits, target_logits, inverse_temperature):
 def _logits_gradient(
     out, logits, ref_logits, targets, inverse_temperature, stats, logsumexp, ref_logsumexp, d_logprobs, d_kl
 ):
-    """Writes d loss / d logits to `out`, which may be the logits. d_logprobs, d_kl: derivatives of the loss, [n]."""
+    """Writes d loss / d logits to `out`; it may be the logits. d_logprobs, d_kl: derivatives of the loss, [n]."""
     logprobs = logits.float() * inverse_temperature - logsumexp[:, None]  # [n, V]
     per_probability = -d_logprobs[:, None]
     if d_kl is not None:
@@ -85,7 +84,7 @@ def _logits_gradient(
     out.copy_(gradient * inverse_temperature)
 
 
-# dynamic: one compilation serves every chunk length and vocabulary (but a chunk of a single token, which is another)
+# dynamic: one compilation serves all chunk lengths and vocabularies (except chunks of a single token)
 _compiled = cache(partial(torch.compile, dynamic=True, fullgraph=True))
 
 
@@ -94,14 +93,14 @@ def _run(kernel: Callable, *arguments):
 
 
 def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
-    """`hidden @ weight.T`, `[n, V]`, in the buffer, which is resized because the compiler would recompile for a view of it."""
-    is_widened = buffer.dtype != hidden.dtype  # float32 of bfloat16, which only CUDA's mm can do
+    """`hidden @ weight.T`, `[n, V]`, in the buffer; resized, because a view of it would be compiled again."""
+    is_widened = buffer.dtype != hidden.dtype  # bfloat16 to float32, which only CUDA's mm supports
     options = {"out_dtype": buffer.dtype} if is_widened else {}
     return torch.mm(hidden, weight.T, out=buffer.resize_(len(hidden), len(weight)), **options)
 
 
 def _differentiate(token_loss: TokenLoss, weights: Tensor, stats: TokenStats, rows: slice) -> tuple:
-    """-> sum of the weighted losses [], and its derivatives by log-probs and KL, [n] (None: it does not depend on the KL)."""
+    """-> sum of the weighted losses [], its derivatives by log-probs and KL, [n] (None: independent of the KL)."""
     with torch.enable_grad():
         inputs = [None if x is None else x.detach().requires_grad_() for x in (stats.logprobs, stats.kl)]
         losses = token_loss(*inputs, rows)
@@ -116,10 +115,10 @@ def _differentiate(token_loss: TokenLoss, weights: Tensor, stats: TokenStats, ro
 
 @torch.no_grad()
 def _sweep(hidden, weight, targets, temperature, reference, token_loss=None, weights=None, needs=(0, 0)):
-    """One pass over the chunks -> loss [] float32, statistics, d loss / d hidden, d loss / d weight (None where not needed)."""
+    """One pass over the chunks -> loss [] float32, statistics, d loss / d hidden, d loss / d weight (None if not needed)."""
     device, tokens, vocabulary = hidden.device, len(hidden), len(weight)
     longest = max(1, min(MAX_CHUNK_TOKENS, CHUNK_ELEMENTS[device.type] // vocabulary))
-    length = math.ceil(tokens / math.ceil(tokens / longest)) if tokens else 1  # equal chunks but for the last
+    length = math.ceil(tokens / math.ceil(tokens / longest)) if tokens else 1  # equal, except the last chunk
     chunks = [slice(start, min(start + length, tokens)) for start in range(0, tokens, length)]
     dtype = torch.float32 if weight.is_cuda else weight.dtype
     buffer = torch.empty(min(length, tokens), vocabulary, dtype=dtype, device=device)
@@ -130,14 +129,14 @@ def _sweep(hidden, weight, targets, temperature, reference, token_loss=None, wei
     sum_dtype = torch.float32 if is_summed_apart else weight.dtype
     d_weight = torch.zeros_like(weight, dtype=sum_dtype) if needs[1] else None
     d_part = torch.empty_like(weight) if needs[1] and is_summed_apart and not weight.is_cuda else None
-    # a tensor, because the compiler would make a new kernel for each temperature that comes as a number
+    # a tensor: for a number, each temperature would compile another kernel
     inverse_temperature = torch.full((), 1.0 / temperature, device=device)
     loss, every = torch.zeros((), device=device), torch.empty(3, tokens, device=device)
 
     for rows in chunks:
         logits = _logits(hidden[rows], weight, buffer)
         ref_logits = None if reference is None else _logits(reference[0][rows], reference[1], ref_buffer)
-        # outside the kernel, because on a CPU a compiled one answers a target beyond the vocabulary by killing the process
+        # outside the kernel: on a CPU, a target beyond the vocabulary would crash the process in a compiled kernel
         target_logits = logits.gather(1, targets[rows, None]).squeeze(1)
         stats, *logsumexps = _run(_chunk_stats, logits, ref_logits, target_logits, inverse_temperature)
         every[: 2 if reference is None else 3, rows] = torch.stack([x for x in stats if x is not None])
@@ -153,11 +152,11 @@ def _sweep(hidden, weight, targets, temperature, reference, token_loss=None, wei
             torch.mm(d_logits, weight, out=d_hidden[rows])
         if d_part is not None:
             d_weight += torch.mm(d_logits.T, hidden[rows], out=d_part)
-        elif d_weight is not None and is_summed_apart:  # which only CUDA's addmm can do
+        elif d_weight is not None and is_summed_apart:  # only CUDA's addmm supports this
             torch.addmm(d_weight, d_logits.T, hidden[rows], out_dtype=torch.float32, out=d_weight)
         elif d_weight is not None:
             d_weight.addmm_(d_logits.T, hidden[rows])
-    buffer = ref_buffer = d_buffer = logits = ref_logits = d_logits = None  # before the last large tensor
+    buffer = ref_buffer = d_buffer = logits = ref_logits = d_logits = None  # frees memory for d_weight.to()
     if d_weight is not None and is_summed_apart:
         d_weight = d_weight.to(weight.dtype) if d_part is None else d_part.copy_(d_weight)
     return loss, TokenStats(every[0], every[1], None if reference is None else every[2]), d_hidden, d_weight
@@ -175,7 +174,7 @@ class _GradientInForward(torch.autograd.Function):
     def backward(ctx, d_loss: Tensor, *_):
         if ctx.gradients is None:
             raise RuntimeError("the fused loss keeps its gradient for one backward pass; compute it again")
-        gradients, ctx.gradients = ctx.gradients, None  # handed on, not copied: [V, D] is large
+        gradients, ctx.gradients = ctx.gradients, None  # returned without a copy: [V, D] is large
         return *(None if gradient is None else gradient.mul_(d_loss) for gradient in gradients), *[None] * 5
 
 
@@ -184,12 +183,12 @@ def fused_token_loss(
 ) -> tuple[Tensor, TokenStats]:
     """`sum_t w_t * token_loss_t` for any loss that is a function of each token's log-probability and exact KL.
 
-    hidden `[N, D]` (float32 or bfloat16), weight `[V, D]` (same dtype; may be the tied embedding), targets `[N]` int64, any
-    valid id where the weight is 0. token_loss maps (logprobs, kl, rows) of one chunk, float32 `[n]`, to losses `[n]`, element by
-    element; `rows` says which tokens they are. Logits of policy and reference are divided by temperature.
+    hidden `[N, D]` (float32 or bfloat16), weight `[V, D]` (same dtype; may be the tied embedding), targets
+    `[N]` int64. token_loss maps (logprobs, kl, rows) of a chunk, float32 `[n]`, to losses `[n]`, element by
+    element; `rows`: the slice of the N tokens. Logits of policy and reference are divided by temperature.
 
-    Returns the loss, `[]` float32, differentiable once by hidden and weight, and the statistics of all N tokens, detached.
-    Raises ValueError for shapes and dtypes that do not fit together.
+    Returns the loss, `[]` float32, differentiable once by hidden and weight, and the detached statistics of
+    all tokens. Raises ValueError for shapes or dtypes that do not match.
     """
     shapes = [tuple(x.shape) for x in (hidden, weight, targets, token_weights)]
     if shapes[0] != (*shapes[2], shapes[1][-1]) or shapes[2] != shapes[3]:  # a [N, 1] would broadcast
@@ -204,13 +203,12 @@ def fused_token_loss(
 
 
 def token_stats(hidden, weight, targets, temperature=1.0, reference: Reference | None = None) -> TokenStats:
-    """What each token's distribution says, without gradient; arguments as in `fused_token_loss`."""
+    """The statistics of all tokens, without gradient; arguments as in `fused_token_loss`."""
     return _sweep(hidden, weight, targets, temperature, reference)[1]
 
 
 def batch_loss(model: Transformer, batch, target_tokens: int) -> Tensor:
-    """The SFT loss `[]` of a packed batch (data.collate): -log p summed over its targets, divided by the targets of the *whole
-    step*, so that the cut into micro-batches does not matter."""
+    """The SFT loss `[]` of a `data.Batch`: -log p summed over its targets / number of targets of the *whole step*."""
     attention = PackedAttention(batch.lengths, batch.input_ids.device)
     hidden = model(batch.input_ids, attention.positions, attention)[batch.target_positions]
     weights = torch.full_like(batch.targets, 1 / target_tokens, dtype=torch.float32)

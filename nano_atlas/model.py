@@ -1,9 +1,9 @@
-"""The dense decoder family of Llama 3.x, Mistral, Qwen2.5 and Qwen3, over flat lists of `N` tokens, whichever documents they are of.
+"""The dense decoders Llama 3.x, Mistral, Qwen2.5 and Qwen3, over flat lists of `N` tokens of any documents.
 
-The `attention` object that the model is called with decides what a token may attend to. So one `Transformer` serves packed training
-(`PackedAttention`), groups of completions (`SharedPromptAttention`; on a GPU another one, gpu.py) and cached decoding (`sampler.py`),
-and no computation is spent on padding. Modules and parameters are called as in the Hugging Face checkpoints. Simplified: no dropout,
-no sliding window, no mixture of experts (these are refused).
+The caller's `attention` object decides what a token attends to. So one `Transformer` serves packed training
+(`PackedAttention`), groups of completions (`SharedPromptAttention`; on a GPU gpu.py) and cached decoding
+(sampler.py) without computing on padding. Modules and parameters have the names of Hugging Face checkpoints.
+Not supported, and refused: dropout, sliding windows, mixtures of experts.
 """
 
 import math
@@ -52,7 +52,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_inverse_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
-    """Rotation per position, in radians, of each pair of channels: `[D_head / 2]`, float32; slowed by Llama 3.1's scaling."""
+    """Rotation per position (radians) of each pair of channels, `[D_head / 2]` float32, with Llama 3.1's scaling if any."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling
@@ -66,7 +66,7 @@ def rope_inverse_frequencies(config: ModelConfig, device: torch.device | None = 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in the half-split layout of the Hugging Face checkpoints; x `[N, H, D_head]`, cos and sin `[N, 1, D_head]`."""
+    """Rotary embedding in the half-split layout of Hugging Face; x `[N, H, D_head]`, cos and sin `[N, 1, D_head]`."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -123,15 +123,12 @@ class DecoderLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder that returns final hidden states; the output head is `head_weight`, applied by the loss and the sampler.
-
-    Logits are never made here, because for a 150k vocabulary they are the largest tensor of training (see `loss.py`).
-    """
+    """A decoder that returns final hidden states; loss and sampler apply the output head, `head_weight` (see loss.py)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.model = nn.Module()  # for the prefix `model.` of the names
+        self.model = nn.Module()  # gives names the prefix `model.`
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -139,11 +136,11 @@ class Transformer(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.recompute_activations = False  # gradient checkpointing, one layer at a time
         self.is_compiled = False  # see gpu.py
-        self.compute_dtype: torch.dtype | None = None  # of a sharded model (its parameters are float32)
+        self.compute_dtype: torch.dtype | None = None  # set for a sharded model, whose parameters are float32
 
     @property
     def head_weight(self) -> Tensor:
-        """`[V, D]`; the embedding itself where `tie_word_embeddings` is set."""
+        """`[V, D]`; the embedding itself if `tie_word_embeddings` is set."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def forward(self, input_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
@@ -162,27 +159,25 @@ class Transformer(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """The attention kernel, causal unless there is a mask; q `[B, H, T, D_head]`, k and v `[B, H_kv, S, D_head]`."""
-    if (
-        mask is not None and q.is_cuda
-    ):  # with a mask no kernel shares heads, and the one that does makes the [B, H, T, S] scores
+    if mask is not None and q.is_cuda:  # CUDA's fast kernels do not support a mask together with shared heads
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     options = {"is_causal": mask is None, "enable_gqa": q.shape[1] != k.shape[1]}
     return F.scaled_dot_product_attention(q, k, v, mask, **options)
 
 
 class PackedAttention:
-    """Causal attention inside each of B documents that lie end to end in one flat batch of `N = sum(lengths)` tokens.
+    """Causal attention within each of B documents, concatenated in one flat batch of `N = sum(lengths)` tokens.
 
-    Only the attention kernel sees a padded view `[B, L_max]`. The padding is on the right and attention is causal, so no real
-    token looks at it and no mask is needed. Group documents of similar length to keep that view tight.
+    Only the attention kernel gets a padded view `[B, L_max]`. Padding is on the right and attention is
+    causal, so no mask is needed. Documents of similar length waste the least padding.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu"):
         self.lengths, self.longest = list(lengths), max(lengths)
         columns = torch.arange(self.longest)
         is_real = columns < torch.tensor(self.lengths)[:, None]  # [B, L_max], of the padded view
-        self.positions = columns.expand_as(is_real)[is_real].to(device)  # [N] of each token in its document
-        self.slots = is_real.flatten().nonzero()[:, 0].to(device)  # [N] of each token in the flat padded view
+        self.positions = columns.expand_as(is_real)[is_real].to(device)  # [N], each token's in its document
+        self.slots = is_real.flatten().nonzero()[:, 0].to(device)  # [N], each token's in the flat padded view
         self.is_real, self.is_padded = is_real.to(device), not is_real.all()
 
     def pad(self, x: Tensor) -> Tensor:
@@ -201,11 +196,11 @@ class PackedAttention:
 
 
 class SharedPromptAttention:
-    """Attention of several completions to one prompt that is computed only once, as GRPO's groups need it.
+    """Attention for GRPO's groups: several completions share one prompt, which is computed once.
 
-    The flat batch holds all prompts end to end, then all completions end to end; completion r continues prompt `prompt_of[r]`.
-    Prompts are ordinary packed documents. A completion's token attends to its whole prompt and, causally, to its own completion.
-    With G completions of a long prompt this saves (G - 1) / G of the prompt's work outside of attention.
+    The flat batch holds all prompts, then all completions; completion r continues prompt `prompt_of[r]`. Prompts are
+    ordinary packed documents. A completion's token attends to its whole prompt and, causally, to its own completion.
+    With G completions of a prompt this saves (G - 1) / G of the prompt's computation outside of attention.
     """
 
     def __init__(self, prompt_lengths, completion_lengths, prompt_of: Sequence[int], device):

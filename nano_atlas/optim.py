@@ -1,9 +1,9 @@
 """AdamW on float32 master weights, learning-rate schedules, and training states that resume exactly.
 
-A relative change of 1e-5 is below the resolution of bfloat16 (2^-8), so the optimizer updates a float32 copy of each weight. Bytes
-per parameter with bfloat16 compute: 2 (weights) + 4 (gradients, summed in float32 over the micro-batches) + 4 (masters) + 8 (the two
-moments of Adam) = 18. With float32 compute a weight is its own master and gradient sum: 16. Masters and moments may live on
-another device. Of a model sharded over N ranks, each updates its own rows: 16 / N.
+A relative change of 1e-5 is below the resolution of bfloat16 (2^-8), so the optimizer updates a float32 copy
+of each weight. Bytes per parameter with bfloat16 compute: 2 (weights) + 4 (gradients, summed in float32) + 4
+(masters) + 8 (two moments) = 18. With float32 compute a weight is its own master: 16; sharded over N ranks,
+16 / N on each. Masters and moments may be on another device.
 """
 
 import math
@@ -27,28 +27,27 @@ from nano_atlas.errors import UserError, say
 from nano_atlas.runs import atomic_directory, read_json, strangers, write_json
 
 SHARD_BYTES = 2 * 10**9  # size of a file of a training state
-KEPT_STATES = 2  # on disk: the newest, and the one before should that be damaged
+KEPT_STATES = 2  # on disk: the newest, and the one before in case the newest is damaged
 MOST_SKIPPED = 3  # steps in a row whose gradients are not finite
-DRY_STEP_ON = ("cuda",)  # devices on which memory is what runs out
+DRY_STEP_ON = ("cuda",)  # devices whose memory is tight
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_fraction: float, schedule: str) -> float:
-    """The rate of optimizer step `step` (0 <= step < total): linear warm-up, counted from 1 so that the first step already moves;
-    then constant, or cosine or linear decay that would reach 0 at step `total`.
+    """The rate of step `step` (0 <= step < total): linear warm-up, above 0 from the first step on; then
+    `schedule`: "constant", or "cosine" decay that would reach 0 at step `total`.
     """
     warmup = round(total * warmup_fraction)
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1, total - warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return peak * {"cosine": cosine, "linear": 1 - progress, "constant": 1.0}[schedule]
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    return peak * {"cosine": cosine, "constant": 1.0}[schedule]
 
 
 class MasterAdamW:
     """AdamW with decoupled weight decay (Loshchilov and Hutter 2019), float32 state, and clipping by the global norm.
 
-    Matrices decay; vectors do not. `state_device` holds masters and moments ("auto": beside each parameter). Gradients of
-    low-precision parameters are summed in float32 as soon as the backward pass has each; their `parameter.grad` stays None.
+    Only matrices decay. state_device: of masters and moments ("auto": each parameter's). Each gradient of a
+    low-precision parameter is added to a float32 sum during the backward pass; `parameter.grad` stays None.
     """
 
     def __init__(self, model, betas=(0.9, 0.95), weight_decay=1e-4, clip_norm=1.0, state_device="auto"):
@@ -60,7 +59,7 @@ class MasterAdamW:
         vectors = [master for master in self.masters.values() if master.ndim <= 1]
         groups = {"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}
         self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, fused=True)
-        for master in self.masters.values():  # now, so that what does not fit fails before the first step
+        for master in self.masters.values():  # allocated now, to run out of memory before the first step
             zeros = {kind: torch.zeros_like(master.detach()) for kind in ("exp_avg", "exp_avg_sq")}
             self.adamw.state[master] = {"step": torch.zeros((), device=master.device), **zeros}
         self.gradient_sums: dict[str, Tensor] = {}  # float32, of the low-precision parameters
@@ -77,10 +76,9 @@ class MasterAdamW:
 
     @torch.no_grad()
     def step(self, rate: float) -> float:
-        """Update with the gradients summed since the last step, clear them, and return their norm before clipping.
+        """Updates with the gradients summed since the last step, clears them, returns their norm before clipping.
 
-        A gradient that is not finite changes nothing: the step is skipped and counted in `skipped_steps`. MOST_SKIPPED in a row raise
-        UserError.
+        A step with a gradient that is not finite is skipped and counted; MOST_SKIPPED in a row raise UserError.
         """
         gradients = {name: own_part(p.grad) for name, p in self.parameters.items() if p.grad is not None}
         gradients |= self.gradient_sums
@@ -92,7 +90,7 @@ class MasterAdamW:
         self.skipped_steps += not is_finite
         self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == MOST_SKIPPED:
-            remedy = "lower --lr, or look for a damaged checkpoint or data; the last state is from before"
+            remedy = "lower --lr, or look for a damaged checkpoint or bad data; the saved state is older"
             raise UserError(f"{MOST_SKIPPED} steps in a row had gradients that are not finite; {remedy}")
         if is_finite and norm > self.clip_norm:
             torch._foreach_mul_(list(gradients.values()), self.clip_norm / norm)
@@ -100,14 +98,14 @@ class MasterAdamW:
             group["lr"] = rate
         updates = [(self.masters[name], self.weights[name], g) for name, g in gradients.items()]
         is_near = all(master.device == gradient.device for master, _, gradient in updates)
-        chunks = [updates] if is_near else [[one] for one in updates]  # one gradient at a time moves
+        chunks = [updates] if is_near else [[one] for one in updates]  # to another device one at a time
         for some in chunks if is_finite else ():
             for master, _, gradient in some:
                 master.grad = gradient.to(master.device)
             self.adamw.step()
             for master, weight, _ in some:
                 master.grad = None
-                weight.copy_(master)  # does nothing where a weight is its own master
+                weight.copy_(master)  # no effect if a weight is its own master
         self.clear_gradients()
         return norm
 
@@ -118,7 +116,7 @@ class MasterAdamW:
 
     @contextmanager
     def dry_step(self, tokens: int) -> Iterator[None]:
-        """For the largest micro-batch there can be, before step 1; drops its gradients. Raises UserError that says what to lower."""
+        """Around a pass of the largest micro-batch, before step 1; drops its gradients. UserError: it does not fit."""
         try:
             yield
         except torch.OutOfMemoryError as error:
@@ -131,7 +129,7 @@ class MasterAdamW:
             say(f"the longest micro-batch, {tokens:,} tokens, fits: {peak:.1f} GB at most so far")
 
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All that the next step depends on, whole: `{parameter name}.{master|step|exp_avg|exp_avg_sq}`, float32. Collective."""
+        """The whole state, `{parameter name}.{master|step|exp_avg|exp_avg_sq}`, float32, not sharded. Collective."""
         for name, master in self.masters.items():
             for kind, value in {"master": master.detach(), **self.adamw.state[master]}.items():
                 whole = value if kind == "step" else gather_rows(value, len(self.parameters[name]))
@@ -139,9 +137,9 @@ class MasterAdamW:
 
     @torch.no_grad()
     def load_state_tensor(self, key: str, value: Tensor) -> None:
-        """Takes over one of the `state_tensors()`; a master also sets the model's weight. Raises UserError."""
+        """Restores one of the `state_tensors()`; a master also sets the model's weight. Raises UserError."""
         name, _, kind = key.rpartition(".")
-        is_step = kind == "step"  # a number; all else is of the parameter's shape
+        is_step = kind == "step"  # a scalar; all others have the parameter's shape
         if name not in self.masters or not (is_step or value.shape == self.parameters[name].shape):
             raise UserError(f"{key} {list(value.shape)} does not fit this model")
         value = value if is_step else own_rows(value)
@@ -153,16 +151,16 @@ class MasterAdamW:
 
 
 def _master(weight: Tensor, choice: torch.device | str) -> Tensor:
-    """The weight itself if it is float32 on the chosen device ("auto": its own), else a copy that is. Raises UserError."""
+    """The weight itself if it is float32 on the chosen device ("auto": its own), else such a copy. Raises UserError."""
     device = weight.device if choice == "auto" else torch.device(distributed.device(str(choice)))
     is_master = weight.dtype == torch.float32 and weight.device == device
     return weight if is_master else nn.Parameter(weight.detach().to(device, torch.float32))
 
 
 def save_training_state(root: Path, optimizer: MasterAdamW, step: int, **extra: Any) -> None:
-    """Write `root/step-00000120/` (safetensors and state.json), atomically, and delete all older states but the last.
+    """Writes `root/step-00000120/` (safetensors, state.json) atomically; keeps the last KEPT_STATES states.
 
-    Weights are stored once, as masters. No random generator has a state to store: seeds are derived from (seed, step).
+    Weights are stored once, as masters. There is no generator state: seeds are derived from (seed, step).
     """
     tensors = optimizer.state_tensors()
     if rank() > 0:
@@ -178,7 +176,7 @@ def save_training_state(root: Path, optimizer: MasterAdamW, step: int, **extra: 
 
 
 def load_training_state(state: Path, optimizer: MasterAdamW) -> dict[str, Any]:
-    """Restore optimizer and weights bit for bit; returns state.json. Raises UserError naming the tensor or file at fault."""
+    """Restores optimizer and weights bit for bit; returns state.json. Raises UserError naming the bad tensor or file."""
     missing = {f"{name}.master" for name in optimizer.masters}
     try:
         record = read_json(state / "state.json")

@@ -1,4 +1,4 @@
-"""The presets: one table, named after model and machine, with the same names and models in every script.
+"""The presets: one table, named after model and machine, with the same names in every script.
 
 Their memory is computed by `python -m benchmarks.memory` (weights, gradients, optimizer, activations, KV cache).
 """
@@ -13,14 +13,14 @@ import torch
 from nano_atlas.config import Preset
 from nano_atlas.errors import say
 
-STUDENT = Path(__file__).parent / "world" / "student"  # it comes with the package
+STUDENT = Path(__file__).parent / "world" / "student"  # part of the package
 NANO = Path("runs/nano")
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 NANO_SAMPLING = {"student": str(STUDENT), "probe_tokens": 40, "teaching_tokens": 96, "answer_tokens": 120}
 
 
 def _preset(help: str, run: Path, train_sft: dict, train_grpo: dict, evaluation: dict, runtime: dict):
-    """The options of each script, and where it finds what the one before it has made."""
+    """The options of each script; each reads the output of the one before it."""
     sft, grpo = run / "teacher-sft", run / "teacher-grpo"
     teachers = f"sft={sft / 'model'}", f"grpo={grpo / 'model'}"
     return help, {
@@ -32,7 +32,7 @@ def _preset(help: str, run: Path, train_sft: dict, train_grpo: dict, evaluation:
 
 
 def _language_model(help: str, run: str, student, teacher, lengths: int, rows: int, gpus, **more: Any):
-    """lengths: longest teaching and answer (tokens); rows: decoded at once; gpus: number, GB of each; more: of training."""
+    """lengths: longest teaching and answer (tokens); rows: decoded at once; gpus: (number, GB each); more: for training."""
     training = {"dtype": "bfloat16", "gradient_checkpointing": True, "tokens_per_batch": 8192} | more
     sampling = {"student": student, "teaching_tokens": lengths, "answer_tokens": lengths}
     using = {"device": more.get("device", "cuda"), "dtype": training["dtype"], **sampling}
@@ -65,17 +65,17 @@ TABLE = {  # from small to large
         "train_sft": {}, "train_grpo": {}, "eval": {"bench": "gsm8k", "out": Path("runs/eval")},
         "runtime_loop": {"out": Path("runs/runtime")}}),
 }  # fmt: skip
-# on one core, with the options of the preset
+# with the preset's options, on one core
 NANO_TIMES = dict(train_sft="1 minute", train_grpo="1.5 minutes", eval="1 minute", runtime_loop="10 seconds")
 
 
 def presets(script: str) -> dict[str, Preset]:
-    """The presets of a script: "train_sft", "train_grpo", "eval" or "runtime_loop"."""
+    """script: "train_sft", "train_grpo", "eval" or "runtime_loop"."""
     return {name: Preset(help, settings[script]) for name, (help, settings, *_) in TABLE.items()}
 
 
 def announce(script: str, config: Any, work: str, time="the bar shows the time left after two steps") -> None:
-    """The first line of a script: what it will do, how long that takes, and where the result will be."""
+    """Prints a script's first line: what it does, how long that takes, and where the result will be."""
     preset = getattr(config, "preset", "")
     if preset == "nano":
         usual = type(config)(**presets(script)[preset].overrides)
@@ -85,6 +85,6 @@ def announce(script: str, config: Any, work: str, time="the bar shows the time l
 
 
 def look_at(out: Path) -> None:
-    """The last line: the command that shows the result, of a run in runs/NAME/ with those beside it."""
+    """Prints the last line: the command that shows the result, with the other runs of runs/NAME/."""
     shown = out.parent if out.parent.parent == NANO.parent else out
     say(f"look at it: python -m nano_atlas.report {shlex.quote(str(shown))}")

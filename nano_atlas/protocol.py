@@ -5,7 +5,7 @@
     teaching  teacher   question + approach             -> <thinking>diagnosis</thinking> <teaching>guidance</teaching>
     guided    student   question + guidance             -> its answer again, in the same format
 
-No function here takes the gold answer (answers.py judges finished texts by it). Texts are inserted as values: braces in them are inert.
+No function here takes the gold answer (answers.py compares finished texts with it). Braces in inserted texts are safe.
 """
 
 import json
@@ -42,7 +42,7 @@ def baseline_messages(question: str, answer_format: str = "solution") -> Message
 
 
 def teacher_messages(question: str, approach: str, style: str = "adaptive") -> Messages:
-    """The policy's prompt. `style` is a key of TEACHING_STYLES, or a sentence of your own."""
+    """The policy's prompt. style: a key of TEACHING_STYLES, or any other sentence."""
     request = TEACHER_REQUEST.replace("{style}", TEACHING_STYLES.get(style, style))
     return user_turn(question, f"Student's approach: {approach}", request)
 
@@ -55,24 +55,24 @@ def guided_messages(question: str, teaching: str | None, answer_format: str = "s
 
 
 def guided_system_prompt(system_prompt: str, teaching: str | None) -> str:
-    """The same for a student in a dialogue, whose turns are not the teacher's to write in."""
+    """For a student in a dialogue: the teaching is added to its system prompt, not to the user's turns."""
     return system_prompt if teaching is None else f"{system_prompt}\n\nTeacher's guidance: {teaching}"
 
 
 def teacher_target(diagnosis: str, teaching: str) -> str:
-    """What the teacher should write; the completion of a demonstration."""
+    """The teacher's completion in a demonstration."""
     return f"<thinking>{diagnosis.strip()}</thinking>\n<teaching>{teaching.strip()}</teaching>"
 
 
 def parse_teaching(completion: str) -> str | None:
     """The guidance for the student: the first closed, non-empty <teaching> outside <thinking>, or None.
 
-    Without one nothing is passed on: the whole text, as in the published code, would reward the teacher for leaking its reasoning.
+    The published code falls back to the whole text; that would reward the teacher for leaking its reasoning.
     """
     text = visible(completion).rpartition("</thinking>")[2].partition("<thinking>")[0]
     return next(iter(tagged(text, "teaching")), None)
 
 
 def request_json(instruction: str, **fields: Any) -> Messages:
-    """Texts of others are JSON values, so that quotes, braces and tags in them cannot end the field they stand in."""
+    """Untrusted texts are JSON values, so that quotes, braces and tags in them cannot end their field."""
     return user_turn(instruction, json.dumps(fields, indent=1, ensure_ascii=False))

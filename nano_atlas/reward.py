@@ -1,14 +1,14 @@
-"""What a teaching is worth: how much it improved the student, with a penalty for harm; and advantages within a group.
+"""The reward of a teaching: how much it improved the student, with a penalty for harm; advantages within a group.
 
-The formula is the published one before its penalty was removed (ATLAS, commit e2c00bc), which is also the one the paper
-describes: with the student's score alone b, with the teaching a, d = a - b, L teaching tokens and efficiency e = 100 / (100 + L),
+The formula is that of the paper and of the published code before its penalty was removed (ATLAS, commit e2c00bc). With
+the student's score b alone and a with the teaching, d = a - b, L teaching tokens and efficiency e = 100 / (100 + L):
 
     d < 0            -penalty |d|             harm costs more than help earns
-    d = 0, a > 0     keep a (1 + w e)         a student that was right stayed right
+    d = 0, a > 0     keep a (1 + w e)         the student was right and stays right
     d = 0, a = 0     0
-    d > 0            d (1 + w e)              help earns, and brief help earns more
-    leak             min(r, 0) - 1            a teaching with the answer in it forfeits every positive reward
-    malformed        -0.5                     no <teaching>: the student got nothing, so its own success counts for nothing
+    d > 0            d (1 + w e)              brief help earns more
+    leak             min(r, 0) - 1            a teaching that contains the answer never earns a positive reward
+    malformed        -0.5                     no <teaching>: the student got nothing, so its score does not count
 """
 
 from collections.abc import Sequence
@@ -44,17 +44,17 @@ def efficiency(teaching_tokens: int) -> float:
 
 
 def step_advantages(rewards_PG: Sequence[Sequence[float]], scale: str = "none") -> list[list[float]]:
-    """How much better each teaching was than the others of its problem: r - mean of its group, for P groups of G rewards.
+    """Reward - mean of its group, divided by a scale, for P groups of G rewards.
 
-    scale   "none"   as it is: a point of reward is worth the same everywhere (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783)
-            "batch"  over the standard deviation within groups of the whole step: one number for all
-            "std"    over the group's own standard deviation + 1e-4 (GRPO, as published)
+    scale   "none"   1: a point of reward has the same weight everywhere (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783)
+            "batch"  the standard deviation within groups, over the whole step, + 1e-4: one number for all
+            "std"    the group's own standard deviation + 1e-4 (GRPO, as published)
 
-    Deviations are unbiased. See README, "The trap of the deviation", for why "std" is not the default.
+    Deviations are unbiased. README, "The trap of the deviation", says why "std" is not the default.
     """
     centred_PG = []
     for rewards_G in rewards_PG:
-        # a rounded mean would leave 1e-16 in a group of equal rewards, which counts as a difference
+        # exact for equal rewards: rounding of the mean would leave 1e-16, which "std" would scale up
         mean = rewards_G[0] if min(rewards_G) == max(rewards_G) else sum(rewards_G) / len(rewards_G)
         centred_PG.append([reward - mean for reward in rewards_G])
     if scale == "none":

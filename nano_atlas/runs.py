@@ -1,4 +1,4 @@
-"""What a run leaves on disk: files replaced as a whole, journals that are only appended to, metrics, and digests."""
+"""A run's files: atomically replaced files and directories, append-only journals, metrics, digests."""
 
 import fcntl
 import hashlib
@@ -17,14 +17,14 @@ from nano_atlas.distributed import rank, wait
 from nano_atlas.errors import UserError, say
 from nano_atlas.text import parse_json
 
-# In every directory that `atomic_directory` wrote, the digest of each file: what is ours, and whether it is whole.
+# `atomic_directory` writes each file's digest here: it shows which files are ours and whether they are intact.
 DIGESTS = "digests.json"
-FOLDERS = "model", "best"  # of a training run, besides its states
+FOLDERS = "model", "best"  # of a training run, beside its states
 FILES = "metrics.jsonl", "episodes.jsonl"
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file, or an empty one where there is no such file. Raises UserError."""
+    """The JSON object in a file, {} if there is no such file. Raises UserError."""
     try:
         value = parse_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -40,17 +40,12 @@ def write_json(path: Path, value: dict) -> None:
     replace_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def replace_text(path: Path, text: str) -> None:
-    replace_file(path, [text.encode()])
-
-
-def replace_file(path: Path, parts: Iterable[bytes]) -> None:
-    """Writes a new file, which takes the place of `path` once it is whole."""
+def replace_text(path: Path, text: str | bytes) -> None:
+    """Writes a temporary file that replaces `path` when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("wb") as file:
-            file.writelines(parts)
+        temporary.write_bytes(text if isinstance(text, bytes) else text.encode())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -61,7 +56,7 @@ def digest(parts: Iterable[bytes]) -> str:
 
 
 def files_digest(paths: Iterable[Path]) -> str:
-    """Of names and contents, in the given order: the same files under another directory have the same digest."""
+    """Digest of file names and contents, in the given order; it does not depend on the directory."""
     parts: list[bytes] = []
     for path in paths:
         with path.open("rb") as file:
@@ -70,7 +65,7 @@ def files_digest(paths: Iterable[Path]) -> str:
 
 
 def find_checkpoint(spec: str | Path) -> Path:
-    """The directory `spec`; where there is none, that of the repository of this name in the Hugging Face Hub's cache."""
+    """The directory `spec`; if there is none, that of the repository `spec` in the Hugging Face Hub's cache."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub"), f"models--{spec}".replace("/", "--"))
     main = cache.expanduser() / "refs/main"
@@ -79,14 +74,14 @@ def find_checkpoint(spec: str | Path) -> Path:
 
 
 def checkpoint_digest(spec: str | Path) -> str:
-    """Of what makes a checkpoint directory answer as it does: weights, configuration, tokenizer and chat template."""
+    """Digest of a checkpoint's weights, configuration, tokenizer and chat template."""
     patterns = "*.safetensors config.json generation_config.json tokenizer* *.jinja special_tokens_map.json"
     found = (file for pattern in patterns.split() for file in find_checkpoint(spec).glob(pattern))
     return files_digest(sorted(found))
 
 
 def kept(path: Path) -> dict:
-    """What `keep_to` wrote to `path`; {} where there is no such file. Raises UserError."""
+    """What `keep_to` wrote to `path`; {} if there is no such file. Raises UserError."""
     saved = read_json(path)
     if saved and not all(isinstance(saved.get(part), dict) for part in ("config", "contents")):
         raise UserError(f"{path} does not hold a run's options; choose another --out")
@@ -94,14 +89,14 @@ def kept(path: Path) -> dict:
 
 
 def refuse_foreign(record: Path, written: Iterable[str]) -> None:
-    """Raises UserError where what runs write (patterns) lies in a directory in which none began: it has no `record`."""
+    """Raises UserError if `record` is missing, but files that match `written` (patterns) are in its directory."""
     found = [path for pattern in written for path in sorted(record.parent.glob(pattern))]
     if found and not record.exists():
-        raise UserError(f"{found[0]} is not of a run here (no {record.name}); choose another --out")
+        raise UserError(f"{found[0]} belongs to no run here (no {record.name}); choose another --out")
 
 
 def keep_to(config: Any, path: Path, contents: Mapping[str, str], written: Iterable[str]) -> None:
-    """Writes a run's options to `path`, and digests of what they name. Raises UserError for others than those it began with."""
+    """Writes a run's options and the digests `contents` to `path`. Raises UserError if the run began with others."""
     refuse_foreign(path, written)
     if saved := kept(path):
         refuse_changes(config, saved["config"], str(path.parent))
@@ -113,10 +108,10 @@ def keep_to(config: Any, path: Path, contents: Mapping[str, str], written: Itera
 
 @contextmanager
 def atomic_directory(path: str | Path, has_digests=True, **about: Any) -> Iterator[Path]:
-    """Yields a new directory to fill, which takes the place of `path` when the block ends without an exception.
+    """Yields a new directory; it replaces `path` when the block ends without an exception.
 
-    Killed at any moment it leaves one of the two, the old one perhaps under another name until the next call. Raises UserError if
-    `path` holds anything that was not written here. about: goes into digests.json.
+    Killed at any moment, it leaves the old or the new one (the old one may be renamed until the next call).
+    Raises UserError if `path` holds files not written here. about: is added to digests.json.
     """
     path = Path(path).resolve()
     refuse_strangers(path)
@@ -132,7 +127,7 @@ def atomic_directory(path: str | Path, has_digests=True, **about: Any) -> Iterat
         write_json(new / DIGESTS, about | {"files": digests})
         for file in (*files, new / DIGESTS):
             with file.open("rb") as opened:
-                os.fsync(opened.fileno())  # the contents reach the disk before the name does
+                os.fsync(opened.fileno())  # contents must be on the disk before the rename
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():
             path.rename(old)
@@ -143,7 +138,7 @@ def atomic_directory(path: str | Path, has_digests=True, **about: Any) -> Iterat
 
 
 def strangers(path: Path) -> list[str]:
-    """What lies at a path and was not written there by `atomic_directory`."""
+    """The names at a path that `atomic_directory` did not write."""
     entries = path.iterdir() if path.is_dir() else filter(Path.exists, [path])
     return sorted({entry.name for entry in entries} - {DIGESTS, *_digests(path)})
 
@@ -151,11 +146,11 @@ def strangers(path: Path) -> list[str]:
 def refuse_strangers(path: Path) -> None:
     if found := strangers(path):
         remedy = "move it, or choose another directory"
-        raise UserError(f"{path} holds {', '.join(found[:5])}, which no run has written; {remedy}")
+        raise UserError(f"{path} holds files that no run has written ({', '.join(found[:5])}); {remedy}")
 
 
 def refuse_damage(path: Path) -> None:
-    """Raises UserError where a file is not what `atomic_directory` wrote; a directory of somebody else passes."""
+    """Raises UserError if a file is not what `atomic_directory` wrote; directories without digests pass."""
     unreadable = {DIGESTS: "another digest"} if os.path.isfile(path / DIGESTS) else {}
     for name, known in (_digests(path) or unreadable).items():
         if not (path / name).is_file() or known and files_digest([path / name]) != known:
@@ -164,14 +159,14 @@ def refuse_damage(path: Path) -> None:
 
 
 def _digests(path: Path) -> dict[str, Any]:
-    """By file; nothing where they cannot be read."""
+    """{file: digest}; {} if it cannot be read."""
     with suppress(UserError, AttributeError):
         return dict(read_json(path / DIGESTS).get("files", {}).items())
     return {}
 
 
 def claim(path: Path) -> BinaryIO:
-    """The file, for this process alone until it is closed, however the process ends. Raises UserError where another has it."""
+    """The file, locked for this process until it is closed or the process ends. Raises UserError if it is locked."""
     if path.parent.is_file():
         raise UserError(f"{path.parent} is a file; --out must be a directory")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,7 +182,7 @@ def claim(path: Path) -> BinaryIO:
 
 @contextmanager
 def owned(out: Path) -> Iterator[None]:
-    """Within it no other run writes into the directory, or UserError; a new one is gone again if nothing was written."""
+    """Locks a run's directory (UserError if another process has the lock); removes a new one if nothing was written."""
     made, lock = [place for place in (out, *out.parents) if not place.exists()], out / ".lock"
     with claim(lock) if rank() == 0 else nullcontext():
         try:
@@ -202,8 +197,8 @@ def owned(out: Path) -> Iterator[None]:
 def open_run(config: Any) -> Path | None:
     """The newest undamaged state of the run in `config.out`, or None for a new run. Changes nothing.
 
-    Raises UserError where the run has other options or no whole state, where anything lies in its place that a run did not write,
-    and where an option names what the run itself writes.
+    Raises UserError if the run has other options or only damaged states, if files that no run wrote are in
+    the way, or if an option names a directory that this run writes.
     """
     out, options = config.out, config.out / "options.json"
     states = sorted((out / "state").glob("step-*"), reverse=True)
@@ -215,7 +210,7 @@ def open_run(config: Any) -> Path | None:
     for name, value in to_json(config).items():
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and own & {Path(text).resolve(), *Path(text).resolve().parents}:
-                raise UserError(f"{flag_of(name)} {text} is where this run writes; choose another --out")
+                raise UserError(f"{flag_of(name)} {text} is written by this run; choose another --out")
     if config.restart:
         return None
     if not states:
@@ -231,18 +226,18 @@ def open_run(config: Any) -> Path | None:
                 return state
             raise UserError(f"{state}: state.json does not name the step")
         except (UserError, OSError) as error:
-            say(f"{error}\ncontinuing from the state before it, if there is one")
+            say(f"{error}\ncontinuing from an earlier state, if there is one")
     raise UserError(f"{out}: every state is damaged; start over with --restart, or choose another --out")
 
 
 def is_saved(out: Path, step: int) -> bool:
-    """Whether the model in a run's directory is the one after `step` steps."""
+    """Whether the run's saved model is the one after `step` steps."""
     return read_json(out / "model" / DIGESTS).get("step") == step
 
 
 def begin_run(config: Any, resumed: Path | None) -> None:
-    """Called once everything is checked: a run that is not continued deletes what an earlier one wrote, and nothing else."""
-    wait()  # all ranks have read it
+    """Called after all checks: a run that is not resumed deletes the files of an earlier run, and nothing else."""
+    wait()  # until all ranks have read the state
     out = config.out
     if rank() == 0 and not resumed:
         for folder in (*(out / name for name in FOLDERS), *(out / "state").glob("step-*")):
@@ -260,10 +255,10 @@ def refuse(message: str) -> NoReturn:
 
 
 def read_jsonl(path: Path | str, complain=refuse, is_journal=False) -> Iterator[tuple[int, dict]]:
-    """Yield (line number from 1, object) for each line that is not blank. Raises UserError for a file that is missing or empty.
+    """Yields (line number from 1, object) for each line that is not blank. UserError: the file is missing or empty.
 
-    complain: is told of a line that is no JSON object, which is left out if it does not raise. is_journal: a `Journal` may be
-    writing the file, which is empty at first; a last line without its line break is not a record yet.
+    complain: called for a line that is not a JSON object; if it does not raise, the line is skipped. is_journal: a
+    `Journal` may be writing the file, so it may be empty, and a last line without line break is not a record yet.
     """
     path, is_empty = Path(path), True
     try:
@@ -289,15 +284,15 @@ def read_jsonl(path: Path | str, complain=refuse, is_journal=False) -> Iterator[
 
 
 def _to_line(record: Mapping[str, Any]) -> bytes:
-    return json.dumps(record, allow_nan=False).encode() + b"\n"  # ASCII: writable, whatever the texts are
+    return json.dumps(record, allow_nan=False).encode() + b"\n"  # ASCII: any text can be written
 
 
 def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    replace_file(path, map(_to_line, records))
+    replace_text(path, b"".join(map(_to_line, records)))
 
 
 class Journal(AbstractContextManager):
-    """A JSONL file that is only ever appended to, by one process at a time; kill -9 at any instant costs at most a torn last line."""
+    """An append-only JSONL file of one process at a time. After kill -9, at most the last line is torn; it is dropped."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -306,7 +301,7 @@ class Journal(AbstractContextManager):
         self._file.truncate(sum(len(line) for line in self._file if line.endswith(b"\n")))
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Returns when the records are on the disk."""
+        """Returns after the records are on the disk."""
         self._file.write(b"".join(map(_to_line, records)))
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -321,10 +316,10 @@ class Journal(AbstractContextManager):
 
 
 class RunLog(ExitStack):
-    """A record `{"step": 12, "loss": 1.5, ...}` per line; given the run's config, also on Weights & Biases if WANDB_PROJECT is set.
+    """One record `{"step": 12, "loss": 1.5, ...}` per line; with a config also on Weights & Biases, if WANDB_PROJECT is set.
 
-    A run that continues after `resumed_step` computes the later steps again, so their records are dropped first. Only rank 0 writes.
-    Raises UserError when the file is damaged.
+    Records after `resumed_step` are dropped first, because a resumed run computes these steps again. Only
+    rank 0 writes. Raises UserError if the file is damaged.
     """
 
     def __init__(self, path: Path, resumed_step: int = 0, config: Any = None):
@@ -340,7 +335,7 @@ class RunLog(ExitStack):
             steps.append(record["step"])
         self._journal.keep(sum(step <= resumed_step for step in steps))
         if config is not None and (project := os.environ.get("WANDB_PROJECT")):
-            id_file = path.with_name("wandb_run.txt")  # so that a continued run goes on in the same graph
+            id_file = path.with_name("wandb_run.txt")  # a resumed run continues the same W&B run
             if resumed_step == 0 or not id_file.exists():
                 id_file.write_text(uuid.uuid4().hex)
             options = {"project": project, "name": path.resolve().parent.name, "config": config}
@@ -354,7 +349,7 @@ class RunLog(ExitStack):
             self.callback(self._wandb.finish)
 
     def log(self, step: int, **metrics: Any) -> None:
-        """Write one record: floats to 6 significant digits, or null if not finite."""
+        """Writes one record: floats to 6 significant digits, or null if not finite."""
         for name, value in metrics.items():
             if isinstance(value, float):
                 metrics[name] = float(f"{value:.6g}") if math.isfinite(value) else None

@@ -1,17 +1,17 @@
-"""The embedded sampler: generation with the trainer's own live weights, no copy and no second process.
+"""The embedded sampler: generates with the trainer's own weights, without a copy and in the same process.
 
-1. Requests become samples in a waiting line; those with the same prompt stand together.
-2. Samples enter free rows of the batch. A prompt runs through the model once (`RecordingAttention`), however many samples share
-   it. Its keys and values are copied to each row, except those of its last token, which is the first input of decoding.
-3. A decoding step feeds one token per row, attends to the row's cache (`CachedAttention`), and draws the next (`draw_tokens`).
-   All it reads and writes are buffers on the device. So on a GPU, which an eager step keeps waiting, it is recorded as a CUDA graph
-   for each number of rows and cache length (rounded up, so that there are few) and replayed.
-4. Finished rows leave at once, the last rows move into the gaps, waiting samples enter.
+1. Requests become samples in a queue; samples with the same prompt are adjacent.
+2. Samples enter free rows of the batch. A prompt runs through the model once (`RecordingAttention`). Its keys
+   and values are copied to each of its rows, except those of its last token, the first input of decoding.
+3. A decoding step feeds one token per row, attends to the row's cache (`CachedAttention`) and draws the next token
+   (`draw_tokens`). It uses only buffers on the device, so on a GPU it is recorded as a CUDA graph, one for
+   each number of rows and cache length (both rounded up), and replayed.
+4. Finished rows leave at once, the last rows fill the gaps, waiting samples enter.
 
-What a request yields depends on the weights, its prompt, parameters and seed and the sample's index, not on the batch around it:
-each sample inverts the cumulative distribution at its own uniform numbers (Philox keyed by seed and index). Only float noise is
-left: products round differently at another batch size, which can flip a draw within about 1e-6 of a token's border.
-Simplified against vLLM (Kwon et al. 2023, arXiv:2309.06180): a row of cache is as long as the longest request; no pages.
+A sample depends on the weights, its prompt, parameters, seed and index, not on the batch: it inverts the
+cumulative distribution at its own uniform numbers (Philox keyed by seed and index). Only rounding depends on
+the batch size; it can change a draw that is within about 1e-6 of a token's border. Simpler than vLLM (Kwon et
+al. 2023, arXiv:2309.06180): each row's cache is as long as the longest request; no pages.
 """
 
 from bisect import bisect
@@ -32,15 +32,13 @@ from nano_atlas.errors import UserError
 from nano_atlas.model import ModelConfig, PackedAttention, Transformer
 from nano_atlas.terminal import Bar
 
-PREFILL_TOKENS = 8192  # prompt tokens that go through the model at once (a longer prompt goes alone)
+PREFILL_TOKENS = 8192  # prompt tokens in one forward pass (a longer prompt is alone)
 RECORDED_SLOTS = 256  # cache lengths of recorded steps are multiples of this
 
 
 @dataclass(frozen=True)
-class Generation:
-    """How to draw the tokens of one sample."""
-
-    max_tokens: int  # of the completion, the stop token included
+class Generation:  # how to draw the tokens of one sample
+    max_tokens: int  # of the completion, including the stop token
     temperature: float = 1.0  # 0: the most likely token
     top_p: float = 1.0  # nucleus (Holtzman et al. 2020, arXiv:1904.09751): fewest tokens with this mass
 
@@ -51,12 +49,12 @@ class Request:
     generation: Generation
     n: int = 1  # samples
     seed: int = 0
-    stop_token_ids: tuple[int, ...] = ()  # a sample ends with, and includes, the first of these
+    stop_token_ids: tuple[int, ...] = ()  # a sample ends after the first of these
 
 
 @dataclass
 class Rollout:
-    """One sample: exactly the ids the model saw and drew.
+    """One sample: the exact ids that the model read and drew.
 
     `logprobs` are in nats, float32: the log-softmax of logits / temperature (at temperature 0: of the logits), before top_p.
     """
@@ -77,13 +75,13 @@ def draw_tokens(logits, uniforms, temperature, is_greedy=None, top_p=None) -> tu
     all_logprobs = F.log_softmax(logits / temperature, dim=-1)
     probs = all_logprobs.exp()
     if top_p is not None:
-        # Tokens stay in vocabulary order, so a row with top_p = 1 draws the same token whether or not another row truncates.
-        # A token as likely as the last one of the nucleus stays in.
+        # Tokens keep their vocabulary order, so other rows' top_p does not change the draw of a row with top_p = 1.
+        # Tokens as likely as the last one of the nucleus are kept.
         sorted_probs = probs.sort(dim=-1, descending=True).values
         mass_before = sorted_probs.cumsum(-1) - sorted_probs
         threshold = sorted_probs.masked_fill(mass_before >= top_p, torch.inf).amin(-1, keepdim=True)
         probs = probs.masked_fill((probs < threshold) & (top_p < 1), 0)
-    # float64: rounding must not lead to tokens of probability zero. Only NaN logits go out of range; the caller reports them.
+    # float64, so that rounding cannot draw a token of probability 0. Only NaN logits are out of range; the caller reports.
     cumulative = probs.cumsum(-1, dtype=torch.float64)
     tokens = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)
     tokens = tokens.clamp_(max=logits.shape[-1] - 1)
@@ -108,25 +106,25 @@ class RecordingAttention(PackedAttention):
 class CachedAttention:
     """Attention of one new token per row to the row's cached keys and values: `kv [L, 2, rows, H_kv, S, D_head]`.
 
-    Queries of the heads that share a key head go to the kernel as if they were successive positions of it, so grouped-query
-    attention repeats nothing. Reads stop at the longest row's last token.
+    The query heads of a key head are passed to the kernel as positions, so keys and values are not repeated.
+    Only slots up to the longest row's last token are read.
     """
 
     def __init__(self, config: ModelConfig, rows: int, slots: int, dtype: torch.dtype, device: torch.device):
-        # Zeros, not `empty`: a masked slot still takes part in 0 * value and must be finite.
+        # zeros, not `empty`: masked slots are multiplied by 0 and must be finite
         shape = (config.num_hidden_layers, 2, rows, config.num_key_value_heads, slots, config.head_dim)
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
         self.rows, self.columns = torch.arange(rows, device=device), torch.arange(slots, device=device)
 
     def store(self, rows: slice, kv: Tensor) -> None:
-        """The keys and values of a prefix, `[L, 2, T, H_kv, D_head]`, to the start of each of these rows."""
+        """Copies the keys and values of a prefix, `[L, 2, T, H_kv, D_head]`, to the start of these rows."""
         self.kv[:, :, rows, :, : kv.shape[2]] = kv.transpose(2, 3)[:, :, None]
 
     def move(self, source: int, target: int, length: int) -> None:
         self.kv[:, :, target, :, :length] = self.kv[:, :, source, :, :length]
 
     def begin_step(self, positions: Tensor, longest: int) -> None:
-        """positions `[R]`: the slot that each of the first R rows fills now and attends up to; longest: their maximum + 1."""
+        """positions `[R]`: the last slot of each of the first R rows, filled in this step; longest: maximum + 1."""
         self.cells = self.rows[: len(positions)], slice(None), positions
         self.mask = self.kv.new_zeros(len(positions), 1, 1, longest)  # added to the scores
         self.mask.masked_fill_((self.columns[:longest] > positions[:, None])[:, None, None], -torch.inf)
@@ -140,22 +138,22 @@ class CachedAttention:
 
 
 class Sample(NamedTuple):
-    """One sample that waits or runs. Its rollout is the one that `generate` returns, and grows."""
+    """A waiting or running sample; its rollout is extended in place and returned by `generate`."""
 
     rollout: Rollout
     request: Request
     uniforms: np.ndarray  # [max_tokens] float64
 
     @property
-    def longest(self) -> int:  # tokens it may come to, the prompt included
+    def longest(self) -> int:  # most tokens it can have, including the prompt
         return len(self.rollout.prompt_ids) + self.request.generation.max_tokens
 
     @property
-    def position(self) -> int:  # of its last token; as many slots of the cache are filled
+    def position(self) -> int:  # of its last token; equals the number of filled cache slots
         return len(self.rollout.prompt_ids) + len(self.rollout.completion_ids) - 1
 
     def extend(self, ids: list[int], logprobs: list[float]) -> bool:
-        """Adds what was drawn, up to the first stop token. Returns whether the sample is finished."""
+        """Appends the drawn tokens up to the first stop token; returns whether the sample is finished."""
         end = next((i for i, token in enumerate(ids, start=1) if token in self.request.stop_token_ids), None)
         self.rollout.completion_ids += ids[:end]
         self.rollout.logprobs += logprobs[:end]
@@ -165,11 +163,11 @@ class Sample(NamedTuple):
 
 
 class Sampler:
-    """Generates from `model` as it is at the time of the call.
+    """Generates with the weights that `model` has at the time of the call.
 
-    max_rows: samples decoded together at most. Each takes 2 L H_kv D_head numbers per token of the longest request (0.14 MB for
-    Qwen3-8B in bf16). steps_per_sync: decoding steps between two looks at what was drawn (1; on a GPU, where looking means
-    waiting, 8); what a row draws past its end is cut.
+    max_rows: most samples decoded together. Each needs 2 L H_kv D_head numbers per token of the longest
+    request (0.14 MB for Qwen3-8B in bf16). steps_per_sync: decoding steps between two device-host syncs
+    (default: 8 on a GPU, else 1); tokens drawn after a sample's end are dropped.
     """
 
     def __init__(self, model: Transformer, *, max_rows: int = 256, steps_per_sync: int | None = None):
@@ -178,7 +176,7 @@ class Sampler:
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], progress: str | None = None) -> list[list[Rollout]]:
-        """`request.n` rollouts per request, in order; `progress` labels a progress bar. Raises UserError for a bad request."""
+        """`request.n` rollouts for each request, in order. progress: label of a bar. Raises UserError for a bad request."""
         results, by_prompt = [], defaultdict(list)
         for number, request in enumerate(requests):
             _check(request, number, self.model.config)
@@ -186,10 +184,10 @@ class Sampler:
             results.append([sample.rollout for sample in samples])
             by_prompt[request.prompt_ids] += samples
         groups = sorted(filter(None, by_prompt.values()), key=lambda group: -max(s.longest for s in group))
-        waiting = deque(chain(*groups))  # longest first: the shortest tail
+        waiting = deque(chain(*groups))  # longest first, so that few rows are idle at the end
         if waiting:
             batch = _Batch(self, waiting)
-            # only for calls of more than a second, and then it moves with every token
+            # shown only after a second
             shown = {"leave": False, "unit": "sample", "disable": not progress, "delay": 1}
             with Bar(None, progress, len(waiting), **shown) as bar:
                 while waiting or batch.samples:
@@ -205,20 +203,18 @@ class Sampler:
         return Sample(rollout, request, stream.random(request.generation.max_tokens))
 
     def sync(self, model: Transformer, version: int) -> float:
-        """The weights are from now on `version`; those of a sharded `model` are copied. A sampler elsewhere would return its parity
-        difference (nats); here it is 0.
-        """
+        """Sets the version; copies a sharded model's weights. Returns the parity difference (nats), which is 0 here."""
         if model is not self.model:
             copy_parameters(model, self.model)
         self.weight_version = version
         return 0.0
 
     def rest(self) -> None:
-        """Called when nothing is sampled for a while; a sampler elsewhere on this GPU then frees its memory."""
+        """Called before a pause in sampling; a vLLM sampler on the same GPU then frees its memory."""
 
 
 class _Batch:
-    """The rows being decoded: `samples[r]` and row r of the cache belong together."""
+    """The rows being decoded; row r of the cache belongs to `samples[r]`."""
 
     def __init__(self, sampler: Sampler, waiting: Sequence[Sample]):
         self.model, head = sampler.model, sampler.model.head_weight
@@ -227,7 +223,7 @@ class _Batch:
         self.max_rows = min(sampler.max_rows, len(waiting))
         size = self.max_rows, max(sample.longest for sample in waiting)
         self.attention = CachedAttention(self.model.config, *size, self.dtype, self.device)
-        # what a step reads and writes: newest token and its position, how to draw, the draw's log-prob
+        # buffers of a step: newest token and its position, sampling parameters, log-prob of the drawn token
         place = {"device": self.device}
         self.last, self.positions = torch.zeros(2, self.max_rows, dtype=torch.int64, **place)
         self.is_greedy = torch.zeros(self.max_rows, 1, dtype=torch.bool, **place)
@@ -236,13 +232,13 @@ class _Batch:
         self.logprobs = torch.zeros(self.max_rows, **place)
         self.is_recorded = gpu.is_recorded(self.device)
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
-        self.graphs: dict[tuple, Callable] = {}  # replays, by the arguments of `_step`
+        self.graphs: dict[tuple, Callable] = {}  # replays of `_step`, by its arguments
         self.samples: list[Sample] = []
         self.tokens = 0  # drawn so far
-        self.newest: tuple = (None, None)  # a prompt, some of whose samples may still wait, and its prefix
+        self.newest: tuple = (None, None)  # last prompt, which may have more waiting samples, and its prefix
 
     def admit(self, waiting: deque[Sample]) -> None:
-        """Fills free rows from the waiting line, once an eighth of all rows is free (prompts are cheaper by the batch)."""
+        """Fills free rows from the queue if at least an eighth of the rows is free (batched prompts are cheaper)."""
         row, free = len(self.samples), self.max_rows - len(self.samples)
         if not waiting or free < min(len(waiting), max(1, self.max_rows // 8)):
             return
@@ -255,14 +251,14 @@ class _Batch:
         self.newest = prompt_ids, prefix.clone()
 
     def _prefixes(self, prompts: list[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-        """Each prompt and the keys and values of its tokens but the last, `[L, 2, T - 1, H_kv, D_head]`, in the given order."""
+        """(prompt, keys and values of all its tokens but the last, `[L, 2, T - 1, H_kv, D_head]`), in order."""
         if prompts[0] == self.newest[0]:
             yield self.newest
             prompts = prompts[1:]
         while prompts:
             count = max(1, bisect(list(accumulate(map(len, prompts))), PREFILL_TOKENS))
             chunk, prompts = prompts[:count], prompts[count:]
-            prefixes = [ids[:-1] or ids for ids in chunk]  # never empty; decoding rewrites a lone token
+            prefixes = [ids[:-1] or ids for ids in chunk]  # never empty; decoding overwrites a single token
             lengths = [len(prefix) for prefix in prefixes]
             attention = RecordingAttention(lengths, self.model.config, self.dtype, self.device)
             input_ids = torch.tensor([token for prefix in prefixes for token in prefix], device=self.device)
@@ -270,11 +266,11 @@ class _Batch:
             yield from zip(chunk, attention.kv.split(lengths, dim=2))
 
     def decode(self) -> int:
-        """A few steps for every row; then the last rows move into the gaps of those that are finished. Returns their number."""
+        """Decodes a few steps; then the last rows replace finished ones. Returns the number of finished samples."""
         left = (s.request.generation.max_tokens - len(s.rollout.completion_ids) for s in self.samples)
         tokens, logprobs = self._steps(min(self.steps_per_sync, *left))
         if logprobs.isnan().any():
-            raise UserError("the model's logits are NaN, its weights are broken; use an earlier checkpoint")
+            raise UserError("the model's logits are NaN: its weights are damaged; use an earlier checkpoint")
         self.tokens += tokens.numel()
         drawn = zip(self.samples, tokens.tolist(), logprobs.tolist())
         is_finished = [sample.extend(ids, values) for sample, ids, values in drawn]
@@ -288,12 +284,12 @@ class _Batch:
         return len(is_finished) - remaining
 
     def _steps(self, steps: int) -> tuple[Tensor, Tensor]:
-        """Decoding steps without a look at the results: drawn tokens `[R, steps]` int64 and their log-probs, float32, on the CPU."""
+        """Decoding steps without a host sync -> drawn tokens `[R, steps]` int64 and log-probs float32, on the CPU."""
         params = [sample.request.generation for sample in self.samples]
         places = [sample.position for sample in self.samples]
         last = [(s.rollout.completion_ids or s.rollout.prompt_ids)[-1] for s in self.samples]
         rows, greedy, top_p = len(places), [p.temperature == 0 for p in params], [p.top_p for p in params]
-        self.positions.zero_()  # of rows beyond the samples too, which a recorded step computes for nothing
+        self.positions.zero_()  # also of the unused rows that a recorded step computes
         for buffer, values in (
             (self.last, last), (self.positions, places), (self.is_greedy, greedy), (self.top_p, top_p),
             (self.temperature, [p.temperature or 1.0 for p in params]),
@@ -309,7 +305,7 @@ class _Batch:
         return tuple(torch.stack(values, 1).cpu() for values in zip(*drawn))
 
     def _run(self, rows: int, longest: int, *kinds: bool) -> None:
-        """`_step`; on a GPU, from its second time on with about these arguments, a replay of what it did."""
+        """`_step`; on a GPU a replay of its CUDA graph for these (rounded) arguments, recorded at the first call."""
         if not self.is_recorded:
             self._step(rows, longest, *kinds)
             return
@@ -322,7 +318,7 @@ class _Batch:
             self.graphs[key] = gpu.record(lambda: self._step(*key), self.device, self.pool)
 
     def _step(self, rows: int, longest: int, has_greedy: bool, has_top_p: bool) -> None:
-        """One token for each of the first rows, whose caches have at most `longest` slots with it. The host learns nothing of it."""
+        """Draws one token for each of the first `rows` rows, without a host sync. longest: most cache slots in use."""
         tokens, positions = self.last[:rows], self.positions[:rows]
         self.attention.begin_step(positions, longest)
         hidden = self.model(tokens, positions, self.attention)

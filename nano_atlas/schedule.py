@@ -1,11 +1,11 @@
-"""Many conversations side by side. Each is a generator that yields the calls it needs and is sent the replies:
+"""Many concurrent conversations. Each is a generator that yields calls and is sent the replies:
 
     def script():
         (approach,), answers = yield from ask(Call("student", "probe", ...), Call("student", "alone", ..., n=4))
         return answers
 
-Calls of all scripts to the same checkpoint go through its sampler in one batch; calls to endpoints and agents run in threads, each
-script going on as soon as its replies are there. A call that fails gives a Fault in place of its replies to its own script alone.
+Calls of all scripts to the same checkpoint are sampled in one batch; calls to endpoints and agents run in threads, and
+each script continues when its replies are complete. A failed call sends a Fault instead of replies, to its own script.
 """
 
 import threading
@@ -24,7 +24,7 @@ from nano_atlas.text import clean, masked
 @dataclass(frozen=True)
 class Call:
     seat: str  # who is asked: "student", "teacher", "judge", ...
-    kind: str  # what for: "probe", "alone", "teaching", ...
+    kind: str  # purpose: "probe", "alone", "teaching", ...
     messages: Messages
     generation: Generation
     seed: int
@@ -37,11 +37,11 @@ class Call:
 
 class Job(NamedTuple):
     key: Any  # of its script
-    index: int  # among the calls that the script waits for
+    index: int  # in the list of calls that the script yielded
     call: Call
 
 
-Script = Generator[list[Call], list, Any]  # yields calls; is sent, for each, its list of replies or a Fault
+Script = Generator[list[Call], list, Any]  # yields calls; is sent a list of replies, or a Fault, for each
 
 
 def ask(*calls: Call) -> Script:
@@ -54,7 +54,7 @@ def ask(*calls: Call) -> Script:
 
 
 def caught(script: Script) -> Script:
-    """What the script returns, or the Fault that ends it."""
+    """A script that returns what `script` returns, or the Fault that ended it."""
     try:
         return (yield from script)
     except Fault as fault:
@@ -62,7 +62,7 @@ def caught(script: Script) -> Script:
 
 
 def play(scripts: Sequence[Script], seats: Mapping[str, Seat], progress=None) -> list[Any]:
-    """What the scripts return, in order. They run in lockstep: a seat is asked once per round for all of them. Errors are raised."""
+    """The scripts' results, in order. They run in lockstep: one call of each seat per round for all. Raises their errors."""
     results = {}
     for finished in drive(dict(enumerate(scripts)), seats, is_lockstep=True, progress=progress):
         results |= finished
@@ -70,7 +70,7 @@ def play(scripts: Sequence[Script], seats: Mapping[str, Seat], progress=None) ->
 
 
 def play_most(scripts: Sequence[Script], seats: Mapping[str, Seat], progress=None) -> list[Any]:
-    """As `play`, without those that a Fault ended; raises the first Fault where nothing is left."""
+    """As `play`, without scripts that ended with a Fault; raises the first Fault if all did."""
     results = play([caught(script) for script in scripts], seats, progress)
     kept = [result for result in results if not isinstance(result, Fault)]
     if results and not kept:
@@ -79,15 +79,15 @@ def play_most(scripts: Sequence[Script], seats: Mapping[str, Seat], progress=Non
 
 
 def drive(scripts, seats, workers=16, timeout=600.0, is_lockstep=False, progress=None):
-    """Runs all `scripts` {key: Script}; an iterator over what they return, in groups {key: result}, as soon as they are done.
+    """Runs all `scripts` {key: Script}; yields groups {key: result} as soon as scripts finish.
 
-    timeout: seconds after which a call to an endpoint or agent counts as failed. Its thread goes on, but is no worker any more.
+    timeout: seconds after which a call to an endpoint or agent fails. Its thread continues, but does not count as a worker.
     """
-    answers: dict[Any, list] = {}  # what each waiting script has got so far, None for what is still to come
+    answers: dict[Any, list] = {}  # of each waiting script, None for pending ones
     finished: dict[Any, Any] = {}
-    batched: list[Job] = []  # for checkpoints; they wait until nothing else can go on
-    queued: deque[Job] = deque()  # they wait for a thread
-    flying: dict[Future, tuple[Job, float]] = {}  # with the time at which each is given up
+    batched: list[Job] = []  # for checkpoints; wait until no other call is running
+    queued: deque[Job] = deque()  # wait for a thread
+    flying: dict[Future, tuple[Job, float]] = {}  # running, with their deadlines
 
     def advance(key: Any, received: list | None) -> None:
         try:
@@ -114,7 +114,7 @@ def drive(scripts, seats, workers=16, timeout=600.0, is_lockstep=False, progress
         while queued and len(flying) < workers:
             job, future = queued.popleft(), Future()
             flying[future] = job, time.monotonic() + timeout
-            # unlike a pool's, a daemon thread that hangs does not keep the program from ending
+            # unlike a pool's thread, a daemon thread that hangs does not block the exit of the program
             threading.Thread(target=_ask_one, args=(seats, job.call, future), daemon=True).start()
         if flying:
             first = min(deadline for _, deadline in flying.values())
@@ -135,10 +135,10 @@ def drive(scripts, seats, workers=16, timeout=600.0, is_lockstep=False, progress
 
 
 def _ask_one(seats: Mapping[str, Seat], call: Call, future: Future) -> None:
-    """One call to a seat; whatever somebody else's agent raises becomes a Fault."""
+    """One call to a seat; any exception of a user's agent becomes a Fault."""
     try:
         (replies,) = seats[call.seat].ask([call.question])
-    except BaseException as error:  # anything at all from a user's function, SystemExit too: somebody waits
+    except BaseException as error:  # even SystemExit in a user's function, because a script waits
         replies = f"{type(error).__name__}: {error}"
     if not isinstance(replies, list):
         replies = Fault(f"{call.seat}: {clean(masked(str(replies)))[:500]}")

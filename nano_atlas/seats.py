@@ -1,6 +1,6 @@
-"""A seat is a student or a teacher one can talk to: a checkpoint in this process or on vLLM, or any OpenAI-compatible endpoint.
+"""A seat is a model in a role, such as student or teacher: a checkpoint here or on vLLM, or an OpenAI-compatible endpoint.
 
-Whoever asks does not know which. Only a seat with a sampler returns the token ids and log-probabilities that training needs.
+All have the same interface. Only a seat with a sampler returns the token ids and log-probabilities that training needs.
 """
 
 import re
@@ -22,13 +22,13 @@ from nano_atlas.terminal import Bar
 from nano_atlas.text import clean, masked
 from nano_atlas.tokenizer import Tokenizer
 
-# fields of a request that a server may refuse, the names that it may want instead, and how it says so
+# request fields that a server may refuse -> the name to use instead (None: omit it); how servers word a refusal
 REFUSABLE = {"max_tokens": "max_completion_tokens", "seed": None, "top_p": None, "temperature": None}
 REFUSAL = re.compile("(un|not |n.t )support|un(known|recogni|expect)|not (permit|allow)|cannot both", re.I)
 
 
 class Question(NamedTuple):
-    messages: Messages  # a conversation that is to be continued
+    messages: Messages
     generation: Generation
     seed: int
     n: int = 1  # replies
@@ -37,21 +37,21 @@ class Question(NamedTuple):
 @dataclass
 class Reply:
     text: str
-    tokens: int  # generated tokens, the end-of-turn token included
-    is_truncated: bool  # it ran into max_tokens
+    tokens: int  # generated, including the end-of-turn token
+    is_truncated: bool  # it reached max_tokens
     rollout: Rollout | None = None  # exact ids and log-probs (None from an endpoint)
-    prompt_tokens: int = 0  # read for this reply, where the seat knows
+    prompt_tokens: int = 0  # 0: unknown
 
 
 class Fault(UserError):
-    """What went wrong with one call. It stands in place of the replies, and is raised by a script that cannot go on without."""
+    """The error of one call, returned instead of its replies; a script that needs them raises it."""
 
 
 Answers = list[list[Reply] | Fault]  # one for each question
 
 
 def read_reply(content: Any, usage: Any, prompt: str, is_truncated: bool = False) -> Reply:
-    """What an endpoint or agent said: a text, or the parts of type "text" joined; tokens by `usage`, or estimated. Raises UserError."""
+    """A Reply from a text, or joined parts of type "text"; token counts from `usage`, else estimated. Raises UserError."""
     texts = []
     for part in content if isinstance(content, list) else [content]:
         if isinstance(part, dict):
@@ -61,39 +61,38 @@ def read_reply(content: Any, usage: Any, prompt: str, is_truncated: bool = False
         texts.append(part)
     text, usage = clean("".join(texts)), usage if isinstance(usage, dict) else {}
     counts = (usage.get("completion_tokens"), text), (usage.get("prompt_tokens"), prompt)
-    is_count = lambda number: type(number) is int and 0 < number < 2**53  # of which floats can take the mean
+    is_count = lambda number: type(number) is int and 0 < number < 2**53  # exact as a float
     written, read = (number if is_count(number) else estimate_tokens(said) for number, said in counts)
     return Reply(text, written, is_truncated, None, read)
 
 
 def in_groups(replies: Iterable[Reply | Fault], questions: Sequence[Question]) -> Answers:
-    """Replies in one row, by their questions. One Fault stands for all n."""
+    """A flat sequence of replies, grouped by question. A Fault among a question's replies replaces all of them."""
     replies = iter(replies)
     groups = [list(islice(replies, question.n)) for question in questions]
     return [next((reply for reply in group if isinstance(reply, Fault)), group) for group in groups]
 
 
 def estimate_tokens(text: str) -> int:
-    """Where the tokenizer is not known: about four characters a token."""
+    """For an unknown tokenizer: about four characters per token."""
     return (len(text) + 3) // 4
 
 
 class Seat(Protocol):
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> Answers:
-        """`question.n` replies to each, or a Fault; the more at once the better, because a sampler works on full rows."""
+        """`question.n` replies to each, or a Fault. Many questions at once are faster: they fill the sampler's rows."""
 
     def count_tokens(self, text: str) -> int:
         """Length of a text in this seat's tokens."""
 
 
 class TokenSeat:
-    """A model behind a sampler (`Sampler` or `vllm.VllmSampler`) and its tokenizer, whose config may hold "enable_thinking" for Qwen3."""
+    """A model behind a sampler (`Sampler` or `VllmSampler`). The tokenizer's config may hold Qwen3's "enable_thinking"."""
 
-    is_batched = True  # its sampler wants many questions at once
+    is_batched = True  # ask many questions at once
 
     def __init__(self, sampler: Sampler, tokenizer: Tokenizer):
         self.sampler, self.tokenizer = sampler, tokenizer
-        # other templates ignore it
         self.template_options = {"enable_thinking": tokenizer.config.get("enable_thinking", False)}
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> Answers:
@@ -103,7 +102,7 @@ class TokenSeat:
             rollouts = self.sampler.generate(requests, progress=progress)
         except ServerLost:
             raise
-        except UserError as error:  # a prompt may be too long for the model: whose is it?
+        except UserError as error:  # a prompt may be too long: halve the batch to find it
             if len(questions) <= 1:
                 return [Fault(str(error)) for _ in questions]
             half = len(questions) // 2
@@ -118,23 +117,23 @@ class TokenSeat:
 
     def _reply(self, rollout: Rollout) -> Reply:
         ids, is_truncated = rollout.completion_ids, rollout.finish_reason == "length"
-        # a template may have opened the thought, and what it wrote is no part of the completion
+        # a template may end the prompt with <think>; the reply's text must contain it
         asked = self.tokenizer.decode(rollout.prompt_ids[-16:], skip_special=False).rstrip()
         text = "<think>" * asked.endswith("<think>") + self.tokenizer.decode(ids)
         return Reply(text, len(ids), is_truncated, rollout, len(rollout.prompt_ids))
 
 
 class EmbeddedSeat(TokenSeat):
-    """A model in this process. It samples with whatever weights `model` has at the moment of the call."""
+    """A model in this process; it samples with the weights that `model` has at the time of the call."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, **options):
         super().__init__(Sampler(model, **options), tokenizer)
 
 
 class EndpointSeat:
-    """A chat endpoint that speaks the OpenAI protocol, such as `vllm serve`.
+    """An endpoint with OpenAI's chat protocol, such as `vllm serve`.
 
-    url: its base as given, or .../chat/completions; without any path /v1 is meant. model: or URL#MODEL; by default the first listed.
+    url: the base, or .../chat/completions; without a path /v1 is added. model: default is URL#MODEL, else the first listed.
     """
 
     count_tokens = staticmethod(estimate_tokens)
@@ -146,7 +145,7 @@ class EndpointSeat:
         base = base + "/v1" if base.count("/") == 2 else base.removesuffix("/chat/completions")
         self.client = Client(base + mark + query, **limits)
         self.model = model or named or self._first_model()
-        self.changes: dict[str, str | None] = {}  # names of fields that this server wants, None for none
+        self.changes: dict[str, str | None] = {}  # fields that this server refused -> new name, or None
 
     def _first_model(self) -> str:
         listed = self.client.request("GET", "/models").get("data")
@@ -156,7 +155,7 @@ class EndpointSeat:
         raise UserError(masked(f"{self.client.url} lists no model; name one: URL#MODEL"))
 
     def complete(self, messages, generation: Generation, seed: int, **more) -> tuple[dict, Reply]:
-        """The server's choice, and the same as a Reply. Fields that it refuses are renamed or left out from then on."""
+        """The server's choice, raw and as a Reply. Fields that it refuses are renamed or omitted from then on."""
         body = {"model": self.model, "messages": messages, "seed": seed % 2**31, **asdict(generation), **more}
         sent = {self.changes.get(name, name): value for name, value in body.items()}
         sent.pop(None, None)
@@ -172,13 +171,13 @@ class EndpointSeat:
         (choice,) = answer["choices"]
         if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
             raise UserError(masked(f"{self.client.url}: the reply has no message: {choice}")[:300])
-        text = choice["message"].get("content")  # null beside tool calls, and where thoughts took all tokens
+        text = choice["message"].get("content")  # null with tool calls, or if reasoning used all tokens
         prompt = "".join(str(said.get("content") or "") for said in messages)
         is_truncated = choice.get("finish_reason") == "length"
         return choice, read_reply("" if text is None else text, answer.get("usage"), prompt, is_truncated)
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> Answers:
-        """A request for each reply, because not every server knows `n`. One lost `connections` times in a row is not asked again."""
+        """One request per reply, because not every server supports `n`. After `connections` lost calls in a row, no more."""
         asked = [(q.messages, q.generation, q.seed + place) for q in questions for place in range(q.n)]
         lost: list[ServerLost] = []
 
@@ -199,7 +198,7 @@ class EndpointSeat:
 
 
 def open_seat(spec: str, device="cpu", dtype=torch.float32, **options) -> EmbeddedSeat | EndpointSeat:
-    """An EndpointSeat for URL or URL#MODEL; else, with `options`, an EmbeddedSeat for a checkpoint directory. Raises UserError."""
+    """An EndpointSeat for URL or URL#MODEL, else an EmbeddedSeat (with `options`) for a checkpoint. Raises UserError."""
     if is_url(spec):
         return EndpointSeat(spec)
     return EmbeddedSeat(load_model(spec, dtype, device), Tokenizer.from_directory(spec), **options)

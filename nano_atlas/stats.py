@@ -1,4 +1,4 @@
-"""The statistics of a paired comparison, on plain numbers. Rates and differences are fractions, not percent."""
+"""Statistics of paired comparisons. Rates and differences are fractions, not percent."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import numpy as np
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
     """Confidence interval of a rate (Wilson 1927, J. Am. Stat. Assoc. 22).
 
-    Unlike p ± z·SE it stays inside [0, 1] and keeps its width at rates near 0 or 1, where leak and harm rates live.
+    Unlike p ± z·SE it stays within [0, 1] and does not collapse at rates near 0 or 1, such as leak and harm rates.
     """
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     rate, spread = successes / trials, z * z / trials
@@ -22,8 +22,8 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
 def paired_bootstrap(differences: Sequence[float], seed=0, confidence: float = 0.95) -> tuple[float, float]:
     """Percentile interval of the mean of `differences`, one per task (Efron 1979, Ann. Stat. 7).
 
-    Tasks are drawn with replacement, both arms of a task together, so what makes a task hard for both arms cancels. The mean of a
-    resample depends only on how often each *value* was drawn, and those counts are multinomial, so they are drawn directly.
+    Tasks are drawn with replacement, both arms of a task together, so a task's difficulty cancels. The mean of a resample
+    depends only on how often each *value* is drawn; these counts are multinomial and drawn directly.
     """
     values, counts = np.unique(np.asarray(differences, dtype=np.float64), return_counts=True)
     total, generator = counts.sum(), np.random.default_rng(seed)
@@ -39,7 +39,7 @@ def in_points(delta: float, interval: tuple[float, float]) -> str:
 
 
 def mcnemar(improved: int, degraded: int) -> float:
-    """Two-sided exact p-value of McNemar's test: is a task that is right in one arm only as likely to be so in either?"""
+    """Two-sided exact p-value of McNemar's test. Null hypothesis: tasks improve and degrade equally often."""
     changed = improved + degraded
     tail = sum(math.comb(changed, k) for k in range(min(improved, degraded) + 1))
     return min(1.0, 2 * tail / 2**changed)

@@ -10,9 +10,9 @@ LOG_EVERY = 60.0  # seconds between two lines of a bar in a log
 
 
 class Bar(tqdm):
-    """The time left is a mean over steps, and unknown (`?`) until there are two.
+    """The time left is estimated from the mean time per step, and `?` before the second step.
 
-    In a file or pipe a whole line now and then: a bar that draws over itself fills a log with control characters.
+    In a file or pipe it prints a line now and then, because redrawing would fill a log with control characters.
     """
 
     def __init__(self, *args, disable=False, **options):
@@ -21,7 +21,7 @@ class Bar(tqdm):
         super().__init__(*args, disable=disable or IS_SILENT, miniters=0, smoothing=0, **options | log)
 
     def step(self, count: int = 1, is_new: bool = True) -> None:
-        """So many more are done. Counter and clock start after the first new step: it also loads, compiles, allocates."""
+        """Counts steps. The clock starts after the first new one, because that also loads, compiles and allocates."""
         if self.is_cold and not self.disable:
             self.initial, self.start_t, self.is_cold = self.n + count, self._time(), not is_new
         self.update(count)

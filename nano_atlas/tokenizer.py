@@ -1,9 +1,9 @@
-"""A checkpoint's tokenizer and chat template, with one guarantee more than usual: text never turns into control tokens.
+"""A checkpoint's tokenizer and chat template, with one extra guarantee: text never turns into control tokens.
 
-If messages contain no special token, `chat_ids` gives exactly the ids of transformers' `apply_chat_template`. If they do (a user
-types `<|im_end|>`), it is encoded as ordinary text, so nobody can close a turn from inside it.
+If messages contain no special token, `chat_ids` gives exactly the ids of transformers' `apply_chat_template`.
+A special token in a message (a user types `<|im_end|>`) is encoded as plain text, so it cannot end a turn.
 
-Simplified against transformers: one template per tokenizer (the one named `default`), no tools, no multimodal messages.
+Simpler than transformers: one template per tokenizer (the one named `default`), no tools, no multimodal messages.
 """
 
 import json
@@ -25,7 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from nano_atlas.errors import UserError
 from nano_atlas.runs import find_checkpoint, read_json, refuse, replace_text, write_json
 
-# The format of OpenAI's ChatML as Qwen writes it, for checkpoints that come without a template.
+# OpenAI's ChatML as Qwen writes it, for checkpoints without a template.
 CHATML = """{%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
 {%- endfor %}
@@ -33,7 +33,7 @@ CHATML = """{%- for message in messages %}
 {{- '<|im_start|>assistant\\n' }}
 {%- endif %}"""
 
-PRIVATE_USE = range(0xF0000, 0xFFFFE)  # code points without a meaning, to stand in for special tokens
+PRIVATE_USE = range(0xF0000, 0xFFFFE)  # code points without a meaning; they stand in for special tokens
 NAMED_TOKENS = {f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")}
 LARGEST = 1_000_000  # power or repetition in a template
 WORK, LINE = 100_000_000, 100  # characters that a template may make for a chat; what an executed line counts
@@ -51,7 +51,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 @contextmanager
 def _refusing(source: str, work: float = math.inf) -> Iterator[None]:
-    """A template is a stranger's program: UserError for whatever the block raises, and when it has done so much `work`."""
+    """A template is a program that may raise anything or run for ever: both become a UserError. work: see WORK."""
     before = sys.gettrace()
 
     def trace(frame, event, result):
@@ -72,7 +72,7 @@ def _refusing(source: str, work: float = math.inf) -> Iterator[None]:
 
 
 def _compile(template: str, source: str) -> jinja2.Template:
-    """The environment of transformers' `apply_chat_template`, and within it no number of nine digits or more: a width, or a count."""
+    """In the environment of transformers' `apply_chat_template`, without numbers of nine digits: a width, or a count."""
     if re.search(r"\d{9}", template):
         raise UserError(f"{source}: the chat template has a number of nine or more digits; remove it")
     settings = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
@@ -80,24 +80,24 @@ def _compile(template: str, source: str) -> jinja2.Template:
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's own escapes HTML
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    # Some templates mark assistant text for loss masks by `{% generation %}`: here the body is simply rendered.
+    # `{% generation %}` marks assistant text for loss masks in some templates; here its body is just rendered.
     template = re.sub(r"({%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%})", r"\1with", template)
     with _refusing(source):
         return environment.from_string(template)
 
 
 class Tokenizer:
-    """Text and chats to ids and back, read from a checkpoint directory or made from a `tokenizers.Tokenizer` that knows its tokens.
+    """Text and chats to ids and back. backend: a `tokenizers.Tokenizer` whose vocabulary has all special tokens.
 
-    eos_ids: all ids that end a generation (default: that of `eos_token`). source: name for error messages. named: `eos_token` and
-    `pad_token`, which become part of `config`, the tokenizer_config.json.
+    eos_ids: all ids that end a generation (default: that of `eos_token`). source: name for error messages.
+    named: `eos_token` and `pad_token`; they become part of `config`, the tokenizer_config.json.
     """
 
     def __init__(self, backend, chat_template=CHATML, eos_ids=(), source="tokenizer", **named: str):
         self.backend, self.chat_template, self.source = backend, chat_template, source
         backend.no_truncation()  # some tokenizer.json files carry the settings of a training run
         backend.no_padding()
-        self._lock = threading.Lock()  # around `encode_special_tokens`, which is a state of the backend
+        self._lock = threading.Lock()  # around `encode_special_tokens`, which the backend stores
         self._template = _compile(chat_template, source)
         self.config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         self.config |= named
@@ -114,14 +114,14 @@ class Tokenizer:
                 raise UserError(f"{source}: the end-of-sequence id {index} is not in the vocabulary")
             backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True)])
             special[token] = index
-        unknown = getattr(backend.model, "unk_token", None) or ""  # controls nothing
+        unknown = getattr(backend.model, "unk_token", None) or ""  # not a control token
         self._special_ids = frozenset(special.values()) - {backend.token_to_id(unknown)}
         longest_first = sorted(special, key=len, reverse=True)
         self._special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
     @classmethod
     def from_directory(cls, path: str | Path) -> "Tokenizer":
-        """Reads `tokenizer.json` and, where they are there, the files that transformers reads beside it. Raises UserError."""
+        """Reads `tokenizer.json` and, if present, the other files that transformers reads. Raises UserError."""
         path = find_checkpoint(path)
         try:
             backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
@@ -130,7 +130,7 @@ class Tokenizer:
             raise UserError(f"{path}/tokenizer.json cannot be read ({error}); get one by {remedy}") from error
         names = ("generation_config.json", "config.json", "special_tokens_map.json", "tokenizer_config.json")
         *settings, special, config = (read_json(path / name) for name in names)
-        if "added_tokens_decoder" not in config:  # transformers reads the map of older files only
+        if "added_tokens_decoder" not in config:  # transformers reads the map only beside older files
             config |= {name: special[name] for name in NAMED_TOKENS if special.get(name) is not None}
         for name in NAMED_TOKENS & config.keys():  # written as its text or as an AddedToken object
             if isinstance(config[name], dict):
@@ -159,7 +159,7 @@ class Tokenizer:
             raise UserError(f"{path}: chat_template must be a text, or a list with one named 'default'")
         if template is None:
             template, end_of_turn = CHATML, backend.token_to_id("<|im_end|>")
-            if end_of_turn is None and eos_ids:  # the only end that this model knows
+            if end_of_turn is None and eos_ids:  # the only end token of this model
                 template = CHATML.replace("<|im_end|>", backend.id_to_token(eos_ids[0]) or "")
             elif end_of_turn not in (None, *eos_ids):
                 eos_ids = [*eos_ids, end_of_turn]
@@ -175,7 +175,7 @@ class Tokenizer:
         return tokenizer
 
     def save(self, path: str | Path) -> None:
-        """Writes what `from_directory`, transformers and vLLM read; generation_config.json is the place for several ends."""
+        """Writes what `from_directory`, transformers and vLLM read; generation_config.json may hold several ends."""
         path = Path(path)
         config = {key: value for key, value in self.config.items() if key != "chat_template"}
         write_json(path / "tokenizer_config.json", config)  # makes the directory
@@ -184,17 +184,17 @@ class Tokenizer:
         self.backend.save(str(path / "tokenizer.json"))
 
     def generation_config(self) -> dict:
-        """The fields of that file, which `config.json` has too."""
+        """The fields of generation_config.json; `config.json` has them too."""
         ends = list(self.eos_ids)
         return {"eos_token_id": ends[0] if len(ends) == 1 else ends, "pad_token_id": self.pad_id}
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id, added tokens included; a model's embedding may have more rows, never fewer."""
+        """Largest id + 1, added tokens included; a model's embedding may have more rows, never fewer."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text: no token is added, and special tokens that occur in it stay text."""
+        """Ids of plain text: no token is added, and special tokens in it are encoded as text."""
         ids = self._encode(text, specials_are_text=True)
         if not self._special_ids.isdisjoint(ids):
             raise UserError(f"{self.source}: the plain text {text[:200]!r} is encoded as a special token")
@@ -207,7 +207,7 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
 
     def chat_ids(self, messages: Sequence[dict], add_generation_prompt: bool = True, **options) -> list[int]:
-        """Ids of a chat [{"role", "content"}, ...]. options: of the template, as Qwen3's enable_thinking. Raises UserError if it refuses."""
+        """Ids of a chat [{"role", "content"}, ...]. options: for the template (enable_thinking). Raises UserError."""
         text, token_of = self._render(messages, add_generation_prompt, options)
         pieces = self._special.split(text)  # text, control token, text, ...
         for is_every_text_apart in (False, True):
@@ -218,14 +218,14 @@ class Tokenizer:
                     run += piece
                     continue
                 ids += self._encode(run, specials_are_text=False)
-                # SentencePiece-like tokenizers put a space before a beginning: encode what follows something as such
+                # SentencePiece-like tokenizers add a space at the start of a text, so encode the rest behind a newline
                 newline, after = self.encode("\n"), self.encode("\n" + plain)
                 is_split = ids and after[: len(newline)] == newline
                 ids += after[len(newline) :] if is_split else self.encode(plain)
                 run = ""
             ids += self._encode(run, specials_are_text=False)
             if sum(index in self._special_ids for index in ids) <= len(pieces) // 2:
-                break  # else a normalizer made control tokens of other spellings
+                break  # else a normalizer turned other spellings into control tokens
         return ids
 
     def _encode(self, text: str, specials_are_text: bool) -> list[int]:
@@ -237,7 +237,7 @@ class Tokenizer:
                 raise UserError(f"{self.source}: {text[:80]!r} cannot be encoded: {error}") from error
 
     def _render(self, messages: Sequence[dict], add_generation_prompt, options) -> tuple[str, dict[int, str]]:
-        """The chat as text, and {private-use code point: the special token of the input that it stands for}."""
+        """The chat as text, and {private-use code point: the special token of the input that it replaces}."""
 
         def neutral(value):
             if isinstance(value, str):

@@ -135,7 +135,7 @@ def test_the_usual_layouts_of_problems_are_read(tmp_path, record, problem):
         ),
         (
             [{"question": "x?", "answer": "1", "id": 1}, {"question": "y?", "answer": "1", "id": "1"}],
-            r"p.jsonl:2: an earlier line has the id '1', too",
+            r"p.jsonl:2: an earlier line also has the id '1'",
         ),
     ],
 )

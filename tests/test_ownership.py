@@ -89,7 +89,7 @@ def test_what_lies_in_a_runs_place_and_is_not_its_own_is_refused_at_the_start(tm
         shutil.rmtree(tmp_path / place)
     (tmp_path / place).parent.mkdir(exist_ok=True)
     (tmp_path / place).write_text("mine")
-    with pytest.raises(UserError, match="which no run has written; move it"):
+    with pytest.raises(UserError, match="holds files that no run has written .*; move it"):
         open_run(config)
     assert (tmp_path / place).read_text() == "mine"
 
@@ -100,14 +100,14 @@ def test_a_directory_in_which_no_run_began_is_left_alone(tmp_path, name, restart
     a_run(tmp_path / "other", 1)
     (tmp_path / "mine").mkdir()
     (tmp_path / "other" / name).rename(tmp_path / "mine" / name)
-    with pytest.raises(UserError, match=f"{name} is not of a run here"):
+    with pytest.raises(UserError, match=f"{name} belongs to no run here"):
         open_run(RunConfig(tmp_path / "mine", restart=restart))
 
 
 @pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("place", ["model", "best", "state/step-00000001", "model/../model"])
 def test_a_run_does_not_read_what_it_writes(tmp_path, place, restart):
-    with pytest.raises(UserError, match=r"--teacher .* is where this run writes"):
+    with pytest.raises(UserError, match=r"--teacher .* is written by this run"):
         open_run(RunConfig(tmp_path, teacher=tmp_path / place, restart=restart))
 
 
@@ -270,7 +270,7 @@ def test_the_runtime_leaves_files_of_others_alone(tmp_path, name):
             RuntimeConfig(out=tmp_path, student="a", teacher="b"), [], {"student": None}
         ),
     ):
-        with pytest.raises(UserError, match=f"{name} is not of a run here"):
+        with pytest.raises(UserError, match=f"{name} belongs to no run here"):
             action()
     assert [path.name for path in tmp_path.iterdir()] == [name] and (
         tmp_path / name
@@ -282,7 +282,7 @@ def test_the_runtime_leaves_files_of_others_alone(tmp_path, name):
 def test_an_evaluation_leaves_files_of_others_alone(tmp_path, name, restart):
     (tmp_path / name).write_text("mine")
     config = evaluation.Config(student=str(world.STUDENT), out=tmp_path, restart=restart)
-    with pytest.raises(UserError, match=f"{name} is not of a run here"):
+    with pytest.raises(UserError, match=f"{name} belongs to no run here"):
         arms.start_or_continue(config, {})
     assert (tmp_path / name).read_text() == "mine"
 

@@ -88,10 +88,10 @@ def test_a_run_of_which_every_session_failed_ends_with_status_1(healthy, code, t
     ("changes", "unanswered", "said"),
     [
         ({}, 0, ""),
-        ({}, 7, "nobody can score 7 of 23 tasks (no known answer, --evaluator or --judge)"),
+        ({}, 7, "7 of 23 tasks cannot be scored (no known answer, --evaluator or --judge)"),
         ({"judge": "http://j"}, 7, ""),
         ({"evaluator": "m:f"}, 23, ""),
-        ({"batch": 23}, 0, "23 tasks are one batch, within which nothing adapts: lower --batch 23"),
+        ({"batch": 23}, 0, "23 tasks are one batch, and within it nothing adapts: lower --batch 23"),
         ({"batch": 32, "strategies": ("concise",), "lane": "adaptive"}, 0, "nothing adapts"),
         ({"batch": 32, "strategies": ("concise",)}, 0, ""),
     ],
@@ -108,7 +108,7 @@ def test_a_service_without_a_judge_says_so(capsys):
     runtime_loop.forecast(replace(config, judge="j"), None)
     assert not capsys.readouterr().err
     runtime_loop.forecast(config, None)
-    assert "nobody can score the answers" in capsys.readouterr().err
+    assert "the answers cannot be scored" in capsys.readouterr().err
 
 
 def test_unscored_sessions_are_counted_in_the_summary(config):
