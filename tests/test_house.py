@@ -117,8 +117,9 @@ def lines_of(path: Path) -> int:
 def test_every_file_and_the_whole_stay_short():
     sizes = {str(path.relative_to(ROOT)): lines_of(path) for path in FILES}
     assert {name: size for name, size in sizes.items() if size > 400} == {}
-    # 7,410 before odd files, replies, clients and directories were answered with one line each
-    assert sum(sizes.values()) <= 8_155
+    # 7,410 before odd files, replies, clients and directories were answered with one line each; 8,155 before the
+    # page to look at (report.py), the commands of a wheel and the terminal's bars
+    assert sum(sizes.values()) <= 8_175
 
 
 def test_the_reading_path_is_an_evening():
