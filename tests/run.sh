@@ -24,7 +24,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the models are so small that more
 run_tests() { "$VENV/bin/python" -m pytest -q --durations=10 "$@"; }
 [ $# -eq 0 ] || { run_tests "$@"; exit; }
 # Two halves of about the same length side by side: the files that take longest, and all others.
-LONG=(tests/test_vllm.py tests/test_headline.py)
+LONG=(tests/test_vllm.py tests/test_headline.py tests/test_docs.py tests/test_wheel.py tests/test_compounding.py)
 REPORT=$(mktemp)
 trap 'kill $(jobs -p) 2>/dev/null || true; rm -f "$REPORT"' EXIT
 run_tests "${LONG[@]}" >"$REPORT" 2>&1 &
