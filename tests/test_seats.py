@@ -189,7 +189,7 @@ def test_a_key_that_is_cut_off_within_a_message_is_not_shown_in_part(server):
 @pytest.mark.parametrize("key", ["schlüssel", "sk 1", "a\nb"])
 def test_a_key_that_cannot_be_sent_is_refused(key, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(UserError, match="OPENAI_API_KEY has characters"):
+    with pytest.raises(UserError, match="OPENAI_API_KEY has spaces or non-ASCII"):
         EndpointSeat("http://localhost:9", "m")
 
 
