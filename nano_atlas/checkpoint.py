@@ -79,12 +79,15 @@ def config_from_dict(values: dict, source: str = "config.json") -> ModelConfig:
 
 
 def _rope(values: dict, source: str) -> dict:
-    """`rope_theta` and `rope_scaling` from transformers 5's rope_parameters or from transformers 4's two fields."""
+    """From transformers 5's rope_parameters and transformers 4's two fields, which must agree. Raises UserError."""
     new, scaling = (values.get(field) or {} for field in ("rope_parameters", "rope_scaling"))
     if not isinstance(new, dict) or not isinstance(scaling, dict):
         raise UserError(f"{source}: rope_parameters and rope_scaling should be objects, {{...}}")
     old = {"rope_theta": values.get("rope_theta")} | scaling
-    rope = {field: v for style in (old, new) for field, v in style.items() if v is not None}
+    rope = {field: v for field, v in new.items() if v is not None}
+    for field, value in old.items():
+        if value is not None and rope.setdefault(field, value) != value:
+            raise UserError(f"{source}: rope_parameters contradict {field}={value!r:.60}; remove one of them")
     theta, old_type = rope.pop("rope_theta", 10_000.0), rope.pop("type", "default")
     rope_type = rope.pop("rope_type", old_type)
     if rope.get("partial_rotary_factor") == 1.0:

@@ -47,7 +47,9 @@ def teacher_messages(question: str, approach: str, style: str = "adaptive") -> M
     return user_turn(question, f"Student's approach: {approach}", request)
 
 
-def guided_messages(question: str, teaching: str, answer_format: str = "solution") -> Messages:
+def guided_messages(question: str, teaching: str | None, answer_format: str = "solution") -> Messages:
+    if teaching is None:  # exactly the baseline prompt
+        return baseline_messages(question, answer_format)
     return user_turn(question, f"Teacher's guidance: {teaching}", ANSWER_FORMATS[answer_format])
 
 

@@ -182,9 +182,16 @@ def claim(path: Path) -> BinaryIO:
 
 @contextmanager
 def owned(out: Path) -> Iterator[None]:
-    """Locks a run's directory; UserError if another process has the lock."""
-    with claim(out / ".lock") if rank() == 0 else nullcontext():
-        yield
+    """Locks a run's directory (UserError if another process has the lock); removes a new one if nothing was written."""
+    made, lock = [place for place in (out, *out.parents) if not place.exists()], out / ".lock"
+    with claim(lock) if rank() == 0 else nullcontext():
+        try:
+            yield
+        finally:
+            if made and rank() == 0 and list(out.iterdir()) == [lock]:
+                lock.unlink()
+                with suppress(OSError):  # a parent may hold something else by now
+                    [place.rmdir() for place in made]
 
 
 def open_run(config: Any) -> Path | None:

@@ -7,7 +7,9 @@ Simpler than transformers: one template per tokenizer (the one named `default`),
 """
 
 import json
+import math
 import re
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -33,22 +35,48 @@ CHATML = """{%- for message in messages %}
 
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # code points without a meaning; they stand in for special tokens
 NAMED_TOKENS = {f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")}
+LARGEST = 1_000_000  # power or repetition in a template
+WORK, LINE = 100_000_000, 100  # characters that a template may make for a chat; what an executed line counts
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset(("*", "**", "+"))  # "+" is only counted, see `trace`
+
+    def call_binop(self, context, operator: str, left, right):
+        a, b = (len(side) if hasattr(side, "__len__") else abs(side) for side in (left, right))
+        if (operator == "*" and a * b > LARGEST) or (operator == "**" and math.pow(a, b) > LARGEST):
+            raise OverflowError(f"the result of {operator} is too large")
+        return super().call_binop(context, operator, left, right)
 
 
 @contextmanager
-def _refusing(source: str) -> Iterator[None]:
-    """A template is a program and may raise anything; here it becomes a UserError."""
+def _refusing(source: str, work: float = math.inf) -> Iterator[None]:
+    """A template is a program that may raise anything or run for ever: both become a UserError. work: see WORK."""
+    before = sys.gettrace()
+
+    def trace(frame, event, result):
+        nonlocal work
+        work -= LINE + (len(result) if isinstance(result, str | list) else 0)
+        if work < 0:
+            raise OverflowError("it computes or writes too much")
+        return trace
+
     try:
+        sys.settrace(before if work == math.inf else trace)  # of this thread
         yield
     except Exception as error:
         cause = f"{type(error).__name__} in line {getattr(error, 'lineno', '?')}: {error}"
         raise UserError(f"{source}: the chat template cannot render this chat: {cause}"[:600]) from error
+    finally:
+        sys.settrace(before)
 
 
 def _compile(template: str, source: str) -> jinja2.Template:
-    """In the environment of transformers' `apply_chat_template`."""
+    """In the environment of transformers' `apply_chat_template`, without numbers of nine digits: a width, or a count."""
+    if re.search(r"\d{9}", template):
+        raise UserError(f"{source}: the chat template has a number of nine or more digits; remove it")
     settings = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
-    environment = ImmutableSandboxedEnvironment(**settings)
+    environment = _Environment(**settings)
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's own escapes HTML
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
@@ -217,7 +245,7 @@ class Tokenizer:
 
         variables = {name: self.config[name] for name in NAMED_TOKENS if self.config.get(name) is not None}
         variables |= {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
-        with _refusing(self.source):
+        with _refusing(self.source, WORK):
             given = json.dumps([*messages, options], ensure_ascii=False, default=str) + self.chat_template
             free = (character for character in map(chr, PRIVATE_USE) if character not in given)
             character_of = defaultdict(lambda: next(free))

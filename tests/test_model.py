@@ -198,6 +198,7 @@ REFUSED = [
         "low_freq_factor",
         {"rope_parameters": {k: v for k, v in LLAMA3_ROPE.items() if k != "low_freq_factor"}},
     ),
+    ("rope_theta", {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}),
     ("hidden_size", {"hidden_size": None}),
     ("vocab_size", {"vocab_size": "many"}),
     ("num_key_value_heads", {"num_key_value_heads": 3}),

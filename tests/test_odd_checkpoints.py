@@ -1,12 +1,14 @@
 """Checkpoint directories as strangers make them: tokenizer files, templates, configurations and weights that are odd or hostile."""
 
 import json
+import time
 
 import pytest
 import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 from test_checkpoint import tiny_model
+from test_data import byte_tokenizer
 from test_model import QWEN3
 from test_tokenizer import byte_level_backend, ids_of, theirs
 from test_tokenizer import write as write_tokenizer
@@ -125,21 +127,37 @@ def test_an_unknown_character_is_no_control_token():
 
 # ------------------------------------------------------------------------------------------------------------- templates
 
-FAILING = [
-    "{{ 1 // 0 }}", "{{ 1 % 0 }}", "{{ range(10**9) | list }}", "{% macro m(n) %}{{ m(n) }}{% endmacro %}{{ m(1) }}",
+DOUBLING = "{% set ns = namespace(x='xx') %}{% for i in range(60) %}{% set ns.x = TWICE %}{% endfor %}"
+HOSTILE = [
+    "{{ 'x' * 10**10 }}", "{{ [0] * 10000000000 }}", "{{ 10**10**10 }}", "{{ 99999 ** 99999 }}", "{{ 1 // 0 }}", "{{ 1 % 0 }}",
+    "{{ 'x'.ljust(10000000000) }}", "{{ 'x' | center(10000000000) }}", "{{ '%10000000000d' % 1 }}", "{{ '{:10000000000}'.format(1) }}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{% set l = range(9999) | list %}{% for a in l %}{% for b in l %}{% endfor %}{% endfor %}",
+    "{% for a in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", "{{ range(10**9) | list }}", "{{ lipsum(n=900000) }}",
+    "{% macro m(n) %}{{ m(n) }}{% endmacro %}{{ m(1) }}",
+    "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+    *(DOUBLING.replace("TWICE", twice) for twice in ("ns.x + ns.x", "ns.x ~ ns.x", "[ns.x, ns.x] | join", "ns.x * 2")),
     "{{ messages[9].content.x }}", "{{ messages[0]['x'].y }}", "{{ {}['a'].b }}", "{{ 'a' | int('x').y }}", "{{ 'é'.encode('ascii') }}",
     "{{ [3, 'a'] | sort }}", "{% include 'x' %}", "{% extends 'x' %}", "{{ namespace(x=1).y.z }}", "{{ " + "(" * 999 + ")" * 999 + " }}",
-    "{% for a in b %}" * 99 + "{% endfor %}" * 99, "{% endfor %}", "{{ none() }}",
+    "{% for a in b %}" * 99 + "{% endfor %}" * 99, "{{ 1" + "0" * 5000 + " }}", "{% endfor %}", "{{ none() }}",
     "{{ ''.join(messages) }}", "{{ strftime_now(5) }}", "{{ messages.append(1) }}", "{{ raise_exception('no') }}", "{{ messages | sum }}",
     "{% if x is nothing %}{% endif %}", "{{ x | nothing }}",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("template", FAILING, ids=lambda text: text[:40])
-def test_a_template_that_fails_is_a_readable_error(template):
+@pytest.mark.parametrize("template", HOSTILE, ids=lambda text: text[:40])
+def test_a_template_that_fails_or_takes_everything_is_refused_soon(template):
+    started = time.perf_counter()
     with pytest.raises(UserError, match="^here: the chat template ") as caught:
         Tokenizer(byte_level_backend(), template, source="here", eos_token="<|im_end|>").chat_ids([USER])
-    assert len(str(caught.value)) < 500
+    assert time.perf_counter() - started < 5 and len(str(caught.value)) < 500
+
+
+def test_long_chats_are_within_the_bounds_of_a_template():
+    tokenizer = byte_tokenizer()
+    messages = [{"role": "user", "content": "x" * 200}, {"role": "assistant", "content": "y"}] * 2_000
+    assert len(tokenizer.chat_ids(messages)) > 400_000
+    assert len(tokenizer.chat_ids([{"role": "user", "content": "x" * 2_000_000}])) > 2_000_000
 
 
 # ------------------------------------------------------------------------------------------------------------- checkpoints

@@ -16,6 +16,10 @@ def prompt(messages) -> str:
 # ----------------------------------------------------------------------------------------------------------- the prompts
 
 
+def test_without_a_teaching_the_student_gets_exactly_its_baseline_prompt():
+    assert protocol.guided_messages(QUESTION, None) == protocol.baseline_messages(QUESTION)
+
+
 @pytest.mark.parametrize(
     ("answer_format", "words"),
     [("solution", "<solution>"), ("boxed", "\\boxed{}"), ("last-number", "a number.")],
