@@ -23,9 +23,7 @@ from nano_atlas.sampler import Rollout
 
 
 @dataclass
-class Sample:
-    """One completion of the policy."""
-
+class Sample:  # one completion of the policy
     rollout: Rollout
     advantage: float  # how much better its reward is than its group's mean
 

@@ -25,9 +25,7 @@ CountTokens = Callable[[str], int]  # length of a text in the teacher's tokens
 
 
 @dataclass(frozen=True)
-class EpisodeConfig:
-    """How the two models are sampled; lengths in tokens."""
-
+class EpisodeConfig:  # how the two models are sampled; lengths in tokens
     probe_tokens: int = option(500, "longest first approach (0: none)", group="sampling (tokens)", at_least=0)
     teaching_tokens: int = option(4096, "longest reply of the teacher, with its thinking", above=0)
     answer_tokens: int = option(4096, "longest answer of the student", above=0)

@@ -308,5 +308,3 @@ def test_errors_name_the_file_and_the_fault(tmp_path):
         chat_like(QWEN3_LIKE).chat_ids([{"role": "tool", "content": "x"}])
     with pytest.raises(UserError, match="cannot render"):
         chat_like("{{ ''.__class__.__mro__ }}").chat_ids([{"role": "user", "content": "x"}])  # the sandbox
-    with pytest.raises(UserError, match="eos_token '<none>'"):
-        Tokenizer(byte_level_backend(), CHATML, eos_token="<none>")
