@@ -30,8 +30,9 @@ from nano_atlas.config import option, parse, run_script
 from nano_atlas.presets import NANO, presets
 from nano_atlas.reward import RewardConfig
 from nano_atlas.runs import read_json, read_jsonl, write_json, write_jsonl
+from nano_atlas.sampler import Sampler
 from nano_atlas.schedule import play
-from nano_atlas.seats import EmbeddedSeat, open_seat
+from nano_atlas.seats import open_seat
 
 TASKS = {"math": 500, "telecom": 150, "crm": 150}
 
@@ -55,12 +56,12 @@ def gradient_on_the_bare_question() -> AbstractContextManager:
 def sampler_never_updated() -> AbstractContextManager:
     """The sampler keeps the weights it started with."""
 
-    class StaleSeat(EmbeddedSeat):
-        def __init__(self, model, *arguments, **options):
-            super().__init__(copy.deepcopy(model), *arguments, **options)
-            self.sampler.sync = lambda model, version: 0.0
+    class StaleSampler(Sampler):
+        def __init__(self, model, **options):
+            super().__init__(copy.deepcopy(model), **options)
+            self.sync = lambda model, version: 0.0
 
-    return patch.object(layout, "EmbeddedSeat", StaleSeat)
+    return patch.object(layout, "Sampler", StaleSampler)
 
 
 def whole_text_without_a_tag() -> AbstractContextManager:

@@ -26,7 +26,8 @@ from nano_atlas.checkpoint import load_model
 from nano_atlas.config import option, parse, run_script
 from nano_atlas.data import Problem
 from nano_atlas.protocol import baseline_messages
-from nano_atlas.seats import EmbeddedSeat
+from nano_atlas.sampler import Sampler
+from nano_atlas.seats import TokenSeat
 from nano_atlas.tokenizer import Tokenizer
 
 RATE = 1e-5
@@ -61,7 +62,7 @@ class Ours:
         self.policy, self.reference = (load_model(config.model, dtype, config.device) for _ in range(2))
         tokenizer = Tokenizer.from_directory(config.model)
         tokenizer.eos_ids = ()  # every completion has its full length
-        self.seats = {"teacher": EmbeddedSeat(self.policy, tokenizer)}
+        self.seats = {"teacher": TokenSeat(Sampler(self.policy), tokenizer)}
         self.optimizer = optim.MasterAdamW(self.policy, **train_grpo.ADAMW)
         self.problems = [Problem(str(i), text, "1") for i, text in enumerate(questions(config))]
         self.config = train_grpo.Config(

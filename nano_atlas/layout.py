@@ -14,7 +14,8 @@ from nano_atlas import distributed
 from nano_atlas.config import option
 from nano_atlas.errors import UserError, say
 from nano_atlas.model import Transformer
-from nano_atlas.seats import EmbeddedSeat, Seat, TokenSeat, is_url, open_seat
+from nano_atlas.sampler import Sampler
+from nano_atlas.seats import Seat, TokenSeat, is_url, open_seat
 
 ROLLOUT = re.compile(r"embedded|vllm(?::(cpu|cuda:\d+(?:,\d+)*))?")
 ROLLOUT_HELP = """who samples the policy. embedded: this process; vllm: a server started on the last GPU (NANO_ATLAS_VLLM_ARGS: more options for it);
@@ -88,9 +89,9 @@ def open_policy(config, layout, policy: Transformer, tokenizer, version: int, st
         from nano_atlas.vllm import sampler
 
         return sampler.open_policy(config, layout, policy, tokenizer, version, stack)
-    seat = EmbeddedSeat(distributed.whole_copy(policy), tokenizer, max_rows=config.cache_rows)
-    seat.sampler.sync(policy, version)
-    return distributed.divide(seat)
+    sampler = Sampler(distributed.whole_copy(policy), max_rows=config.cache_rows)
+    sampler.sync(policy, version)
+    return distributed.divide(TokenSeat(sampler, tokenizer))
 
 
 def open_student(config, layout: Layout, stack) -> Seat:

@@ -39,8 +39,8 @@ def learning_rate(step: int, total: int, peak: float, warmup_fraction: float, sc
     warmup = round(total * warmup_fraction)
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
-    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-    return peak * {"cosine": cosine, "constant": 1.0}[schedule]
+    progress = (step - warmup) / max(1, total - warmup)
+    return peak * {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}[schedule]
 
 
 class MasterAdamW:

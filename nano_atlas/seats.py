@@ -15,7 +15,6 @@ import torch
 from nano_atlas.checkpoint import load_model
 from nano_atlas.client import Client, ServerLost, is_url
 from nano_atlas.errors import UserError, say
-from nano_atlas.model import Transformer
 from nano_atlas.protocol import Messages
 from nano_atlas.sampler import Generation, Request, Rollout, Sampler
 from nano_atlas.terminal import Bar
@@ -123,13 +122,6 @@ class TokenSeat:
         return Reply(text, len(ids), is_truncated, rollout, len(rollout.prompt_ids))
 
 
-class EmbeddedSeat(TokenSeat):
-    """A model in this process; it samples with the weights that `model` has at the time of the call."""
-
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, **options):
-        super().__init__(Sampler(model, **options), tokenizer)
-
-
 class EndpointSeat:
     """An endpoint with OpenAI's chat protocol, such as `vllm serve`.
 
@@ -197,8 +189,9 @@ class EndpointSeat:
             return in_groups(answers, questions)
 
 
-def open_seat(spec: str, device="cpu", dtype=torch.float32, **options) -> EmbeddedSeat | EndpointSeat:
-    """An EndpointSeat for URL or URL#MODEL, else an EmbeddedSeat (with `options`) for a checkpoint. Raises UserError."""
+def open_seat(spec: str, device="cpu", dtype=torch.float32, **options) -> TokenSeat | EndpointSeat:
+    """An EndpointSeat for URL or URL#MODEL, else a TokenSeat for a checkpoint; options: for Sampler. Raises UserError."""
     if is_url(spec):
         return EndpointSeat(spec)
-    return EmbeddedSeat(load_model(spec, dtype, device), Tokenizer.from_directory(spec), **options)
+    sampler = Sampler(load_model(spec, dtype, device), **options)
+    return TokenSeat(sampler, Tokenizer.from_directory(spec))

@@ -14,8 +14,9 @@ from conftest import STUDENT_WORDS, byte_tokenizer, lively_model
 
 from nano_atlas.errors import UserError
 from nano_atlas.runtime.agents import Agent, call_function, open_agent
+from nano_atlas.sampler import Sampler
 from nano_atlas.schedule import Call, Fault, drive
-from nano_atlas.seats import EmbeddedSeat, Generation, Question, Reply
+from nano_atlas.seats import Generation, Question, Reply, TokenSeat
 
 MESSAGES = [{"role": "user", "content": "6 times 7?"}]
 GENERATION = Generation(20, 0.3)
@@ -235,7 +236,7 @@ def test_workers_bound_how_many_calls_run_at_a_time_and_sessions_do_not_wait_for
 
 
 def test_calls_to_a_checkpoint_go_together_and_a_prompt_it_cannot_take_fails_alone():
-    class Counted(EmbeddedSeat):
+    class Counted(TokenSeat):
         batches = []
 
         def ask(self, questions, progress=None):
@@ -247,7 +248,7 @@ def test_calls_to_a_checkpoint_go_together_and_a_prompt_it_cannot_take_fails_alo
         return str(replies) if isinstance(replies, Fault) else replies[0].text
 
     tokenizer = byte_tokenizer()
-    seat = Counted(lively_model(0, STUDENT_WORDS, tokenizer), tokenizer)
+    seat = Counted(Sampler(lively_model(0, STUDENT_WORDS, tokenizer)), tokenizer)
     scripts = {i: script("too long" * 200 if i == 1 else f"fine {i}", i) for i in range(4)}
     results = {key: value for group in drive(scripts, {"s": seat}) for key, value in group.items()}
     assert seat.batches == [4, 2, 1, 1, 2]

@@ -8,8 +8,8 @@ from conftest import STUDENT_WORDS, byte_tokenizer, lively_model
 from nano_atlas import answers, protocol
 from nano_atlas.data import load_problems
 from nano_atlas.errors import UserError
-from nano_atlas.sampler import Rollout
-from nano_atlas.seats import EmbeddedSeat
+from nano_atlas.sampler import Rollout, Sampler
+from nano_atlas.seats import TokenSeat
 
 # ---------------------------------------------------------------------------------------------------------- equal answers
 
@@ -127,7 +127,7 @@ def test_the_gold_answer_is_a_plain_number_or_what_the_text_ends_with(tmp_path, 
 ])  # fmt: skip
 def test_a_thought_that_the_template_opened_is_no_teaching_and_no_answer(prompt, completion, text):
     tokenizer = byte_tokenizer()
-    seat = EmbeddedSeat(lively_model(0, STUDENT_WORDS, tokenizer), tokenizer)
+    seat = TokenSeat(Sampler(lively_model(0, STUDENT_WORDS, tokenizer)), tokenizer)
     prompt_ids, ids = tokenizer.encode(prompt), tokenizer.encode(completion)
     reply = seat._reply(Rollout(prompt_ids, ids, [0.0] * len(ids), "length", 0))
     assert reply.text == text and reply.tokens == len(ids)

@@ -21,8 +21,9 @@ from nano_atlas.data import Problem
 from nano_atlas.episode import EpisodeConfig, seeds, sketch, teach
 from nano_atlas.errors import UserError
 from nano_atlas.reward import RewardConfig, teaching_reward
+from nano_atlas.sampler import Sampler
 from nano_atlas.schedule import play
-from nano_atlas.seats import EmbeddedSeat
+from nano_atlas.seats import TokenSeat
 
 PROBLEM = Problem("p", "What is 6 times 3?", "18")
 
@@ -83,12 +84,12 @@ def test_fault_2_the_gradient_is_taken_on_another_prompt_than_was_sampled_from(p
 def test_fault_3_the_sampler_keeps_the_weights_it_started_with(place, tmp_path, monkeypatch):
     """The server that sampled was never told of an update in 250 steps. Here such a run stops, and says why."""
 
-    class StaleSeat(EmbeddedSeat):
-        def __init__(self, model, *arguments, **options):
-            super().__init__(copy.deepcopy(model), *arguments, **options)
-            self.sampler.sync = lambda model, version: 0.0
+    class StaleSampler(Sampler):
+        def __init__(self, model, **options):
+            super().__init__(copy.deepcopy(model), **options)
+            self.sync = lambda model, version: 0.0
 
-    monkeypatch.setattr(layout, "EmbeddedSeat", StaleSeat)
+    monkeypatch.setattr(layout, "Sampler", StaleSampler)
     with pytest.raises(UserError, match="trainer and sampler disagree .* the sampler has other weights"):
         run_grpo(place, tmp_path / "out", lr=5e-2, steps=8, eval_every=0)
     assert (
@@ -168,13 +169,13 @@ def test_the_gold_answer_is_in_the_prompt(place, tmp_path, monkeypatch):
         "".join(json.dumps({"question": f"Pick {i}.", "answer": f"canary{i}"}) + "\n" for i in range(20))
     )
     prompts = []
-    real = EmbeddedSeat.ask
+    real = TokenSeat.ask
 
     def listening(self, questions, *arguments, **options):
         prompts.extend(self.tokenizer.decode(self.prompt_ids(question.messages)) for question in questions)
         return real(self, questions, *arguments, **options)
 
-    monkeypatch.setattr(EmbeddedSeat, "ask", listening)
+    monkeypatch.setattr(TokenSeat, "ask", listening)
     for reward in ("teaching", "exact"):
         run_grpo(place, tmp_path / reward, problems=problems, steps=2, reward=reward)
     assert len(prompts) > 20 and not any("canary" in prompt for prompt in prompts)

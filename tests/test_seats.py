@@ -15,7 +15,8 @@ from nano_atlas import client
 from nano_atlas.checkpoint import save_model
 from nano_atlas.errors import UserError
 from nano_atlas.runtime.agents import open_agent
-from nano_atlas.seats import EmbeddedSeat, EndpointSeat, Fault, Generation, Question, is_url, open_seat
+from nano_atlas.sampler import Sampler
+from nano_atlas.seats import EndpointSeat, Fault, Generation, Question, TokenSeat, is_url, open_seat
 
 KEY = "sk-very-secret-key"
 HELLO = [[{"role": "user", "content": "Hello"}]]
@@ -285,7 +286,7 @@ def test_without_a_key_the_one_that_vllm_ignores_is_sent(server, monkeypatch):
 
 def test_an_embedded_reply_ends_at_the_end_of_turn_which_counts_as_a_token_but_is_no_text():
     tokenizer = byte_tokenizer()
-    seat = EmbeddedSeat(lively_model(0, STUDENT_WORDS, tokenizer), tokenizer)
+    seat = TokenSeat(Sampler(lively_model(0, STUDENT_WORDS, tokenizer)), tokenizer)
     (replies,) = seat.ask([Question(HELLO[0], Generation(12, 1.0), 3, n=40)])
     (end,) = tokenizer.eos_ids
     assert {reply.is_truncated for reply in replies} == {True, False}
@@ -301,7 +302,7 @@ def test_an_embedded_reply_ends_at_the_end_of_turn_which_counts_as_a_token_but_i
 def test_an_embedded_seat_follows_the_weights_of_its_model():
     tokenizer = byte_tokenizer()
     model = lively_model(0, STUDENT_WORDS, tokenizer)
-    seat = EmbeddedSeat(model, tokenizer)
+    seat = TokenSeat(Sampler(model), tokenizer)
     before = seat.ask([Question(HELLO[0], Generation(12, 0.0), 0)])[0][0].text
     model.load_state_dict(lively_model(0, ("x", "y", "<|im_end|>"), tokenizer).state_dict())
     after = seat.ask([Question(HELLO[0], Generation(12, 0.0), 0)])[0][0].text
@@ -324,6 +325,6 @@ def test_a_seat_opens_from_a_directory_or_a_url(server, tmp_path):
     assert is_url("http://host") and is_url("https://host") and not is_url("runs/http")
     assert (open_seat(server.url).model, open_seat(f"{server.url}#other/one").model) == ("first", "other/one")
     seat = open_seat(str(lively_checkpoint(tmp_path / "model", 0, STUDENT_WORDS)))
-    assert isinstance(seat, EmbeddedSeat) and seat.count_tokens("héllo") == 6
+    assert isinstance(seat, TokenSeat) and seat.count_tokens("héllo") == 6
     with pytest.raises(UserError, match="nowhere"):
         open_seat(str(tmp_path / "nowhere"))

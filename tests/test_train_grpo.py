@@ -20,7 +20,8 @@ from nano_atlas.config import parse, run_script
 from nano_atlas.data import Problem, problems_of_step
 from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
-from nano_atlas.seats import EmbeddedSeat, Generation, Question
+from nano_atlas.sampler import Sampler
+from nano_atlas.seats import Generation, Question, TokenSeat
 from nano_atlas.tokenizer import Tokenizer
 from train_grpo import Config, update
 
@@ -184,7 +185,7 @@ def config_of(place: Path, **options) -> Config:
 @pytest.fixture(scope="module")
 def sampled(place) -> list[Sample]:
     """Completions of the policy, of 1 to 6 tokens, with the log-probs it gave them, and made-up advantages."""
-    seat = EmbeddedSeat(load_model(place / "teacher"), Tokenizer.from_directory(place / "teacher"))
+    seat = TokenSeat(Sampler(load_model(place / "teacher")), Tokenizer.from_directory(place / "teacher"))
     conversations = [
         protocol.teacher_messages(f"Pick {word}.", "None.") for word in ("one", "any of the two")
     ]

@@ -17,7 +17,8 @@ from nano_atlas.answers import extract_answer, is_correct, reveals_answer
 from nano_atlas.checkpoint import load_model
 from nano_atlas.data import load_examples
 from nano_atlas.runs import checkpoint_digest, digest
-from nano_atlas.seats import EmbeddedSeat
+from nano_atlas.sampler import Sampler
+from nano_atlas.seats import TokenSeat
 from nano_atlas.tokenizer import Tokenizer
 
 COUNT = 200
@@ -153,8 +154,8 @@ def test_demonstrations_teach_the_order_and_never_a_value(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def student() -> EmbeddedSeat:
-    return EmbeddedSeat(load_model(world.STUDENT), Tokenizer.from_directory(world.STUDENT))
+def student() -> TokenSeat:
+    return TokenSeat(Sampler(load_model(world.STUDENT)), Tokenizer.from_directory(world.STUDENT))
 
 
 def test_the_shipped_student_is_the_one_that_all_numbers_are_about(student):
