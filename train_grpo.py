@@ -378,7 +378,7 @@ def train(config: Config) -> None:
                 optim.save_training_state(config.out / "state", optimizer, step + 1, best=best)
 
     save_model(config.out / "model", policy, tokenizer, step=max(first_step, config.steps))
-    print(f"{config.out}: model, best, metrics.jsonl, episodes.jsonl, state")
+    print(f"{config.out}: model, {'best, ' * (best is not None)}metrics.jsonl, episodes.jsonl, state")
     if best is not None and (ahead := best - metrics.get("eval/reward", best)) > 0:
         print(f"held-out problems: best is {ahead:.3f} (reward) above model; --teacher {config.out / 'best'}")
     look_at(config.out)
