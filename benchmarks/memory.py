@@ -23,7 +23,6 @@ import torch
 
 from benchmarks.jobs import markdown
 from nano_atlas import distributed
-from nano_atlas.benches.scores import WIDTH
 from nano_atlas.benches.scores import table as aligned
 from nano_atlas.checkpoint import is_checkpoint, read_config
 from nano_atlas.config import option, parse, run_script
@@ -31,6 +30,7 @@ from nano_atlas.layout import Layout, choose_layout, gpus_of
 from nano_atlas.loss import CHUNK_ELEMENTS, MAX_CHUNK_TOKENS
 from nano_atlas.model import ModelConfig
 from nano_atlas.presets import SMOLLM2, presets
+from nano_atlas.terminal import WIDTH
 from nano_atlas.vllm.sampler import SHARED_MEMORY, memory_share
 
 QWEN3 = {  # hidden and intermediate size, layers, heads, tied embedding; from their config.json
@@ -230,15 +230,15 @@ def layout_table(config, gpus: int | None = None, cards: Mapping[str, float] | N
     rows += [[name, *(gigabytes(items[name]) for items in columns.values())] for name in names]
     rows += [["**peak**", *(f"**{gigabytes(peak(items, config.overlap))}**" for items in columns.values())]]
     rows += [["the device has", *(gigabytes(cards[device]) for device in columns)]]
-    verdicts = {name: verdict(config, name, items, cards[name]) for name, items in columns.items()}
-    rows += [["fits", *(said.partition(":")[0] for said in verdicts.values())]]
-    remedies = [f"{name} does not fit: try {said[4:]}" for name, said in verdicts.items() if said != "yes"]
+    remedies = {name: remedy(config, name, items, cards[name]) for name, items in columns.items()}
+    rows += [["fits", *("no" if found else "yes" for found in remedies.values())]]
+    said = [f"{name} does not fit: try {found}" for name, found in remedies.items() if found]
     checkpointing = "with" if config.gradient_checkpointing else "without"
     notes = (
         f"By formula (benchmarks/memory.py), not measured. Weights in {config.dtype}; activations of {config.tokens_per_batch:,} tokens "
         f"{checkpointing} gradient checkpointing. The peak is the larger of rollout and update; CUDA's context ({gigabytes(CONTEXT)} GB) is not in it."
     )
-    lines = [line for text in (*remedies, notes) for line in wrap(text, WIDTH, break_on_hyphens=False)]
+    lines = [line for text in (*said, notes) for line in wrap(text, WIDTH, break_on_hyphens=False)]
     return "\n".join([*aligned(rows), *lines])
 
 
@@ -249,21 +249,21 @@ def start_of(config) -> Path | str:
     return sft["model"] if start == grpo.get("teacher") and not is_checkpoint(start) else start
 
 
-def verdict(config, device: str, items: Counter, card: float) -> str:
-    """Whether the peak is below `card` bytes, and if not, the first option that would make it so."""
+def remedy(config, device: str, items: Counter, card: float) -> str:
+    """The first option that would bring the peak below `card` bytes; "" where it is there already."""
     is_torch = "policy" in items or "KV cache" in items  # vLLM's share has its context in it
     room = card - CONTEXT * (is_torch and device != "cpu")
     if VLLM_CACHE in items and items[VLLM_CACHE] < CONTEXT:
-        return "no: more GPUs for vLLM (--rollout vllm:cuda:I,J), or more memory (--gpu-memory-utilization in NANO_ATLAS_VLLM_ARGS)"
+        return "more GPUs for vLLM (--rollout vllm:cuda:I,J), or more memory (--gpu-memory-utilization in NANO_ATLAS_VLLM_ARGS)"
     checkpointing = "" if config.gradient_checkpointing else "--gradient-checkpointing or "
     remedies = {"": (), "a lower --cache-rows": ("KV cache",)}
     remedies |= {} if device == "cpu" else {"--optimizer-device cpu": ("masters, moments",)}
     remedies |= {f"{checkpointing}a lower --tokens-per-batch": ("activations", "fused loss")}
-    for remedy, smaller in remedies.items():
+    for found, smaller in remedies.items():
         left = {name: size for name, size in items.items() if name not in smaller}
         if peak(left, config.overlap) <= room:
-            return f"no: {remedy}" if remedy else "yes"
-    return "no: --dtype bfloat16" if config.dtype == "float32" else "no: more GPUs, or smaller models"
+            return found
+    return "--dtype bfloat16" if config.dtype == "float32" else "more GPUs, or smaller models"
 
 
 def gigabytes(size: float) -> str:

@@ -113,7 +113,7 @@ def whole_plan(student: Path, count: int) -> dict[str, float]:
     """Per domain the student's accuracy (0 to 1) by the whole plan, on the tasks of eval.py."""
     seat, shares = open_seat(str(student)), {}
     for domain in world.DOMAINS:
-        tasks = world.tasks(domain, count, "held-out/0")
+        tasks = world.held_out_tasks(domain, count, 0)
         shares[domain] = sum(is_right(seat, [(task, world.plan(task.chain)) for task in tasks])) / count
     return shares
 

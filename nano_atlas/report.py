@@ -14,7 +14,7 @@ from nano_atlas.config import run_script
 from nano_atlas.errors import UserError
 from nano_atlas.runs import read_json, read_jsonl, replace_text
 
-ALONE = "student", "two-votes", "same-budget"  # arms of eval.py without a teaching
+SHOWN = "id source facts question approach completion teaching is_leak before after".split()
 FILES = "results.json", "metrics.jsonl", "tasks.jsonl", "episodes.jsonl", "traces.jsonl"
 
 
@@ -45,9 +45,11 @@ def sessions(path: Path, where: str) -> Iterator[dict]:
 
 def evaluation(path: Path, where: str) -> Iterator[dict]:
     """The results of each teacher, beside the student's own on the same task."""
+    from nano_atlas.benches.arms import ALONE, STUDENT
+
     found = [record for record in records(path) if "arm" in record]  # others are tasks, not results
     key = lambda record: (record["domain"], record["id"], record["sample"])
-    alone = {key(record): record["attempt"] for record in found if record["arm"] == ALONE[0]}
+    alone = {key(record): record["attempt"] for record in found if record["arm"] == STUDENT}
     for one in found:
         if one["arm"] not in ALONE and key(one) in alone:
             source = f"{where}/{one['arm']}"
@@ -64,14 +66,14 @@ def collect(directories: Sequence[Path]) -> dict:
         found = [path for name in FILES for path in sorted(directory.rglob(name))]
         for path in found:
             try:
-                name = str(path.parent)
                 if path.name in readers:
-                    report["episodes"] += readers[path.name](path, name)
+                    read = readers[path.name](path, str(path.parent))
+                    report["episodes"] += [{field: one.get(field) for field in SHOWN} for one in read]
                 elif path.name == "metrics.jsonl":  # only GRPO has teachings: not SFT's, nor the runtime's
                     rows = [row for row in records(path) if "teaching_length_mean" in row]
-                    report["curves"] += [{"name": name, "records": rows}] * bool(rows)
+                    report["curves"] += [{"name": str(path.parent), "records": rows}] * bool(rows)
                 elif "scores" in (results := read_json(path)):
-                    report["tables"].append({"name": name} | results)
+                    report["tables"].append({"name": str(path.parent)} | results)
             except (AttributeError, LookupError, TypeError) as error:
                 raise UserError(f"{path}: not of this version ({error!r}); move it elsewhere") from error
         if not found:

@@ -1,4 +1,4 @@
-"""Progress bars, on stderr."""
+"""How wide results are, and progress bars, on stderr."""
 
 import sys
 
@@ -6,6 +6,7 @@ from tqdm import tqdm
 
 from nano_atlas.errors import IS_SILENT
 
+WIDTH = 100  # columns of what is printed without --full
 LOG_EVERY = 60.0  # seconds between two lines of a bar in a log
 
 

@@ -6,7 +6,7 @@ import runtime_loop
 from nano_atlas.config import parse
 from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
-from nano_atlas.runtime.deploy import flags_of, read_deployment, with_deployment, write_deployment
+from nano_atlas.runtime.deploy import read_deployment, shared, with_deployment, write_deployment
 
 EXCERPT = """# atlas-sdk runtime config excerpt
 teacher:
@@ -108,10 +108,7 @@ def test_an_address_beyond_this_machine_needs_a_key(monkeypatch):
 
 
 def test_what_a_greedy_runtime_exports_is_trained_on_with_samples():
-    assert list(flags_of({"temperature": (0.0, 0.9), "out": "x"})) == [
-        "--temperature",
-        "0.0",
-        "0.9",
-        "--out=x",
-    ]
-    assert list(flags_of({"temperature": (0.5, 0.0), "out": "x"})) == ["--out=x"]
+    config = parse(runtime_loop.Config, ["--temperature", "0", "0.9"], presets("runtime_loop"), "")
+    assert shared(vars(config))["temperature"] == (0.0, 0.9)
+    greedy = parse(runtime_loop.Config, ["--temperature", "0.5", "0"], presets("runtime_loop"), "")
+    assert shared(vars(config)).keys() - shared(vars(greedy)).keys() == {"temperature"}

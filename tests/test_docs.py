@@ -40,7 +40,7 @@ NOT_RUN = r"\b(URL|DIR|DIRECTORY|FILE|NAME)\b|--preset|--rollout|--serve|--bench
 def commands(page: Path) -> list[str]:
     """Each command of a page's indented blocks and code spans that starts one of our programs."""
     text = page.read_text().replace("\\\n", " ")
-    blocks = re.findall(r"^(?: {4}|- .*?`)(.*)$", text, re.MULTILINE)
+    blocks = re.findall(r"^ {4}(.*)$", text, re.MULTILINE)
     spans = re.findall(r"`(python [^`]+|torchrun [^`]+)`", text)
     found = []
     for line in [*blocks, *spans]:
@@ -102,7 +102,7 @@ def run(line: str, monkeypatch) -> str:
     with contextlib.redirect_stdout(shown):
         if words[0] == "-m":
             sys.argv = words[1:]
-            runpy.run_module(words[1], run_name="__main__")
+            importlib.import_module(words[1]).main()
         else:
             sys.argv += shlex.split(SMALL[words[0]])
             runpy.run_path(str(ROOT / words[0]), run_name="__main__")

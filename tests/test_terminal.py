@@ -1,5 +1,6 @@
 """What the scripts say while they work: first and last lines, bars, and what goes to stdout and to stderr."""
 
+import importlib
 import io
 import os
 import re
@@ -103,14 +104,10 @@ def test_of_several_processes_the_first_speaks(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-class Config:
+def options(script: str, *argv: str):
     """The options of a script, as its preset has them."""
-
-    def __new__(cls, script: str, *argv: str):
-        module = __import__(
-            "nano_atlas.runtime.options" if script == "runtime_loop" else script, fromlist="x"
-        )
-        return parse(module.Config, argv, presets(script), "")
+    module = importlib.import_module("nano_atlas.runtime.options" if script == "runtime_loop" else script)
+    return parse(module.Config, argv, presets(script), "")
 
 
 @pytest.mark.parametrize(("script", "argv", "said"), [
@@ -122,7 +119,7 @@ class Config:
     ("train_sft", ("--preset", "own", "--data", "f"), "train_sft: preset own, WORK, the bar shows the time left"),
 ])  # fmt: skip
 def test_the_first_line_says_what_how_long_and_where(script, argv, said, capsys):
-    announce(script, Config(script, *argv), "WORK")
+    announce(script, options(script, *argv), "WORK")
     out, err = capsys.readouterr()
     assert said in err and not out and len(err.splitlines()) == 1
 

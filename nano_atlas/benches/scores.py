@@ -10,9 +10,9 @@ from nano_atlas.benches import arms
 from nano_atlas.benches.arms import ALONE, CONTROLS, SHUFFLED, STUDENT, ArmsConfig, TaskResult
 from nano_atlas.errors import UserError
 from nano_atlas.runs import read_json, replace_text, write_json
+from nano_atlas.terminal import WIDTH
 
 Tasks = dict[str, list[TaskResult]]  # the samples of each task, by its id
-WIDTH = 100  # columns of what is printed without --full
 Report = dict[str, list[dict]]  # "scores" of each arm, "differences" of the last teacher to each earlier one
 NOTE = """\
 Rates in %, differences in percentage points with their 95 % interval (paired bootstrap over tasks). *Not worse*: tasks on which the

@@ -128,7 +128,7 @@ def run_rounds(config: Config, tasks: Sequence[data.Problem], run: Callable, ope
     for number, part in enumerate(parts, start=1):
         folder = config.out / f"round-{number}"
         decision = runs.read_json(folder / "promotion.json")
-        training = {name: getattr(config, name) for name in ("preset", "student", "teacher", *SHARED)}
+        training = {n: getattr(config, n) for n in ("preset", "student", "teacher")} | shared(vars(config))
         if not decision:  # report options that do not fit before the round starts
             call("train_grpo.py", f"{config.train_options} --show-layout", **training)
         print(f"round {number}: {len(part)} tasks with the teacher {config.teacher}")
@@ -148,11 +148,16 @@ def run_rounds(config: Config, tasks: Sequence[data.Problem], run: Callable, ope
         config = replace(config, teacher=decision["teacher"])
 
 
+def shared(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The runtime's options that training takes over; not a greedy teacher's temperature, which samples no group."""
+    return {name: options[name] for name in SHARED if name != "temperature" or options[name][1]}
+
+
 def training_command(config: Config) -> str:
     """The command that trains a teacher on the --export file, with the options of the run in --out."""
     saved = to_json(config) | runs.kept(config.out / "run.json").get("config", {})
     usual = to_json(replace(Config(), **presets("runtime_loop")[saved["preset"]].overrides))
-    told = {"preset": saved["preset"]} | {name: saved[name] for name in SHARED if saved[name] != usual[name]}
+    told = {"preset": saved["preset"]} | {n: value for n, value in shared(saved).items() if value != usual[n]}
     for name in ("student", "teacher"):
         told[name] = saved[name] if can_train(name, saved[name]) else "DIRECTORY"
     outs = (config.out.parent / f"teacher-grpo-{number}" for number in count(2))
@@ -169,8 +174,6 @@ def can_train(seat: str, spec: str | None) -> bool:
 
 def flags_of(options: Mapping[str, object]) -> Iterator[str]:
     for name, value in options.items():
-        if name == "temperature" and not value[1]:  # a greedy teacher's group would be equal
-            continue
         flag, several = f"--{name.replace('_', '-')}", isinstance(value, list | tuple)
         yield from (flag, *map(str, value)) if several else [f"{flag}={value}"]
 

@@ -127,8 +127,8 @@ class Experience:
 
     def add(self, proposals: list[dict]) -> None:
         """Adds entries as `read_entries` returns them."""
-        is_new = lambda entry: entry["kind"] == "keyword" and entry["id"] not in self.known
-        new = {entry["id"]: Entry(**entry) for entry in filter(is_new, proposals)}
+        keywords = [entry for entry in proposals if entry["kind"] == "keyword"]
+        new = {entry["id"]: Entry(**entry) for entry in keywords if entry["id"] not in self.known}
         self.entries, self.known = self.entries | new, self.known | set(new)
         while len(self.entries) > PLAYBOOK_SIZE:
             worst = min(self.entries.values(), key=lambda e: (e.effect or 0.0, -e.sessions_observed))

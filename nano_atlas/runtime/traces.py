@@ -22,6 +22,7 @@ from nano_atlas.config import derive_seed
 from nano_atlas.errors import UserError
 from nano_atlas.runtime.options import LANES, STYLES, Config, moment
 from nano_atlas.stats import wilson_interval
+from nano_atlas.terminal import WIDTH
 from nano_atlas.text import number
 
 Trace = dict[str, Any]
@@ -285,7 +286,7 @@ def summary(outcomes: Sequence[Outcome], out: Path | str = Config.out) -> str:
         lines.append(f"  to list them       --out {out} --show pending")
     lanes = ", ".join(f"{lane} {m[f'lane/{lane}']:.0%}" for lane in LANES if m[f"lane/{lane}"])
     tokens = ", ".join(f"{name[7:]} {count:,}" for name, count in m.items() if name.startswith("tokens/"))
-    lines += [f"  lanes              {lanes}", *wrap(f"tokens generated   {tokens}", 100, **INDENT)]
+    lines += [f"  lanes              {lanes}", *wrap(f"tokens generated   {tokens}", WIDTH, **INDENT)]
     return "\n".join([*lines, f"  traces             {out}/traces.jsonl"])
 
 
@@ -355,5 +356,5 @@ def show_sessions(directory: Path, status: str) -> Iterator[str]:
         if status == (outcome.review if outcome.status == "succeeded" else "failed"):
             reward = "unscored" if outcome.reward is None else f"reward {outcome.reward:+.3f}"
             task = " ".join(trace["task"].split())
-            yield f"{outcome.session_id}  {reward}  {outcome.lane}  {task}"[:100].rstrip()
-            yield from wrap(str(outcome.fault or trace.get("review_notes") or ""), 100, **INDENT)
+            yield f"{outcome.session_id}  {reward}  {outcome.lane}  {task}"[:WIDTH].rstrip()
+            yield from wrap(str(outcome.fault or trace.get("review_notes") or ""), WIDTH, **INDENT)

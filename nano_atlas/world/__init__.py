@@ -97,8 +97,12 @@ def training_problems(count: int, seed: object) -> list[Problem]:
     return _as_problems(tasks("math", count, f"train/{seed}"), "train-math")
 
 
+def held_out_tasks(domain: str, count: int, seed: object) -> list[Task]:
+    return tasks(domain, count, f"held-out/{seed}")
+
+
 def held_out(domain: str, count: int, seed: object) -> list[Problem]:
-    return _as_problems(tasks(domain, count, f"held-out/{seed}"), f"held-out-{domain}")
+    return _as_problems(held_out_tasks(domain, count, seed), f"held-out-{domain}")
 
 
 def _as_problems(generated: Sequence[Task], prefix: str) -> list[Problem]:
@@ -136,8 +140,7 @@ def demonstrations(count: int, seed: object, student: Seat) -> list[dict]:
     must find the best amount of help. A sixth each has the concise and the detailed style, for the runtime."""
     generated, probe = tasks("math", count, f"demonstrations/{seed}"), Generation(40, temperature=0.7)
     seeds = [derive_seed(seed, "demonstration", index) for index in range(count)]
-    requests = [protocol.probe_messages(task.question) for task in generated]
-    questions = [Question(request, probe, seed) for request, seed in zip(requests, seeds)]
+    questions = [Question(protocol.probe_messages(t.question), probe, s) for t, s in zip(generated, seeds)]
     approaches = [reply.text or "None." for (reply,) in student.ask(questions, progress="approaches")]
     rng = random.Random(f"styles/{seed}")
     styles = rng.choices(list(protocol.TEACHING_STYLES), weights=(4, 1, 1), k=count)
