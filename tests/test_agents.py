@@ -204,12 +204,14 @@ def test_faults_stay_with_the_call_that_had_them(server):
 
 def test_workers_bound_how_many_calls_run_at_a_time_and_sessions_do_not_wait_for_each_other():
     running, most, lock, gate = 0, 0, threading.Lock(), threading.Event()
+    three = threading.Barrier(3, timeout=60)  # on a busy machine a call could be over before the next begins
 
     def count(prompt, metadata):
         nonlocal running, most
         with lock:
             running += 1
             most = max(most, running)
+        three.wait()
         time.sleep(0.01)
         with lock:
             running -= 1
