@@ -21,7 +21,7 @@ tables.md. Simplified: by default one greedy answer per task (--samples: average
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -30,13 +30,14 @@ from math import ceil
 from pathlib import Path
 from statistics import mean
 
-from nano_atlas import answers, protocol, reward, runs, world
+from nano_atlas import protocol, reward, runs, world
 from nano_atlas.benches import arms, crmarena, scores, tau2
 from nano_atlas.benches.arms import SHUFFLED, STUDENT, TWO_VOTES, TaskLog, TaskResult
 from nano_atlas.config import derive_seed, option, parse, run_script
 from nano_atlas.data import Problem, load_problems
-from nano_atlas.episode import Sketch, guide, seeds, sketch, teach
+from nano_atlas.episode import Attempt, EpisodeConfig, Sketch, guide, seeds, sketch, teach, verify
 from nano_atlas.errors import UserError
+from nano_atlas.functions import verifier_seat
 from nano_atlas.presets import announce, look_at, presets
 from nano_atlas.runtime.deploy import with_deployment
 from nano_atlas.schedule import Fault, Script, caught, play
@@ -58,13 +59,18 @@ class Config(arms.ArmsConfig, Benchmark):
     full: bool = option(False, "run all controls, and print all columns", resumable=True)
     samples: int = option(1, "answers per task (avg@n, pass@n, maj@n)", group="answers", at_least=1)
     answer_format: str = option("solution", "how the student marks its answer", protocol.ANSWER_FORMATS)
-    verifier: str = option("exact", "compare numbers and words, or by algebra", ("exact", "math-verify"))
+    verifier: str = option("exact", "exact, or function MODULE:NAME that scores answers, 0 to 1")
     dry_run: bool = option(False, "print what would run, and the score of the answer None", resumable=True)
     deploy: Path | None = option(None, "YAML file that names student and teacher", resumable=True)
 
     @property
     def arms(self) -> list[str]:
         return [STUDENT, *self.teachers, *arms.CONTROLS] if self.full and self.teacher else super().arms
+
+    @property
+    def episode(self) -> EpisodeConfig:
+        is_own = self.bench == "crmarena" and self.verifier == "exact"
+        return replace(super().episode, verifier=f"{crmarena.__name__}:verify" if is_own else self.verifier)
 
     def check(self) -> None:
         if self.tables:
@@ -98,17 +104,19 @@ def main() -> None:
 
 def run(config: Config) -> dict[str, list[str]]:
     """Compute the results that config.out lacks. Returns, by arm, why tasks have no result."""
-    tasks, is_right = load_tasks(config), verifier(config)
+    tasks = load_tasks(config)
     if config.dry_run:
+        seats, nothing = verifier_seat(config.episode.verifier), [Attempt("None", "None", 0.0, 0, False)]
         for domain, problems in tasks.items():
-            floor = mean(is_right("None", problem.answer) for problem in problems)
+            scripts = [verify(problem, nothing, config.episode) for problem in problems]
+            floor = mean(score or 0.0 for (score,) in play(scripts, seats))
             print(f"{domain}: {len(problems)} tasks; None as the answer to each scores {floor:.1%}")
         sys.exit()
     query = crmarena.salesforce() if config.bench == "crmarena" else None
     contents = {f"tasks {name}": runs.digest(repr(p).encode() for p in tasks[name]) for name in tasks}
     arms.start_or_continue(config, contents)
     with TaskLog(config.out / "tasks.jsonl") as log:
-        problems, how = list(chain(*tasks.values())), Arms(config, tasks, log, is_right, query)
+        problems, how = list(chain(*tasks.values())), Arms(config, tasks, log, query)
         arms.fill(log, config, problems, how.answer)
         return log.faults
 
@@ -123,26 +131,13 @@ def load_tasks(config: Config) -> Tasks:
     return {config.bench: [replace(problem, domain=config.bench) for problem in problems]}
 
 
-def verifier(config: Config) -> Callable[[str, str], bool]:
-    """Whether an extracted answer and the gold one are equal."""
-    if config.verifier == "exact":
-        return crmarena.is_correct if config.bench == "crmarena" else answers.is_correct
-    try:
-        from math_verify import parse, verify
-    except ImportError:
-        raise UserError("--verifier math-verify: first pip install 'math-verify[antlr4_13_2]'") from None
-    # Boxed, because bare text like "1/2" is parsed incompletely; verify takes the gold answer first.
-    return lambda answer, gold: verify(*(parse(f"\\boxed{{{text}}}") for text in (gold, answer)))
-
-
 @dataclass
 class Arms:
-    """How each arm answers a task: scripts that return its results, one per sample. is_right: takes (answer, gold)."""
+    """How each arm answers a task: scripts that return its results, one per sample."""
 
     config: Config
     tasks: Tasks
     log: TaskLog
-    is_right: Callable[[str, str], bool]
     query: crmarena.Query | None = None  # for a student that may query the CRM
 
     def answer(self, jobs: arms.Jobs, seats: arms.Seats) -> Iterator[list[TaskResult]]:
@@ -160,9 +155,6 @@ class Arms:
                     self.log.faults.setdefault(arm, []).append(f"{problem.domain} {problem.id}: {found}")
                 else:
                     results += found
-            for result in results:
-                answer = result.attempt.answer
-                result.attempt.is_correct = answer is not None and self.is_right(answer, result.gold)
             yield results
 
     def alone(self, arm: str, problem: Problem) -> Script:

@@ -29,13 +29,13 @@ from pathlib import Path
 
 import torch
 
-from nano_atlas import runs, schedule, world
+from nano_atlas import functions, runs, schedule, world
 from nano_atlas.config import parse, run_script
 from nano_atlas.data import Problem, load_problems
 from nano_atlas.errors import UserError, say
 from nano_atlas.presets import announce, look_at, presets
 from nano_atlas.runs import Journal, RunLog, checkpoint_digest, digest
-from nano_atlas.runtime import agents, deploy, judges, lanes, learning, traces
+from nano_atlas.runtime import agents, deploy, lanes, learning, traces
 from nano_atlas.runtime.options import Config
 from nano_atlas.seats import Seat
 from nano_atlas.terminal import Bar
@@ -93,10 +93,10 @@ def session_ids(tasks: Sequence[Problem]) -> list[str]:
 def forecast(config: Config, tasks: Sequence[Problem] | None) -> None:
     """Warns of surprising settings. tasks: None for a server, whose requests have no known answer."""
     missing = tasks and sum(task.answer is None for task in tasks)
-    if missing != 0 and not (config.evaluator or config.judge):
+    if missing != 0 and config.verifier == "exact" and not config.judge:
         what = f"{missing} of {len(tasks)} tasks" if tasks else "the answers"
         fate = "the last answer with help is returned, even if it is worse"
-        say(f"{what} cannot be scored (no known answer, --evaluator or --judge): {fate}")
+        say(f"{what} cannot be scored (no known answer, --verifier or --judge): {fate}")
     is_adaptive = config.lane == "adaptive" or config.skill_writer or len(config.strategies) > 1
     if tasks and is_adaptive and len(tasks) <= config.batch:
         say(f"{len(tasks)} tasks are one batch, and within it nothing adapts: lower --batch {config.batch}")
@@ -122,7 +122,7 @@ def open_seats(config: Config) -> dict[str, Seat]:
     specs = {name: getattr(config, name.replace(" ", "_")) for name in names}
     opened = {spec: open_seat(config, spec) for spec in dict.fromkeys(specs.values()) if spec is not None}
     seats = {name: opened[spec] for name, spec in specs.items() if spec is not None}
-    return seats | ({"evaluator": judges.open_evaluator(config.evaluator)} if config.evaluator else {})
+    return seats | functions.verifier_seat(config.verifier)
 
 
 def open_seat(config: Config, spec: str) -> Seat:

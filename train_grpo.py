@@ -5,6 +5,7 @@ r"""GRPO: train the teacher on how much its teaching improves a frozen student.
     on eight GPUs      torchrun --nproc-per-node 8 train_grpo.py --preset qwen3-8b-2gpu \
                            --optimizer-device auto --problems gsm8k.jsonl
     will it fit?       python train_grpo.py --preset qwen3-8b-2gpu --show-layout     (loads nothing)
+    distillation       python train_grpo.py --reward none --kl exact --reference DIR  (docs/distillation.md)
 
 One step (the loop in `train`):
 
@@ -24,57 +25,60 @@ student's own; advantages are not divided by their group's deviation (--advantag
 the deviation"); the KL reference is the SFT checkpoint.
 """
 
-import random
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import stdev
 
 import torch
 from torch import Tensor
 
-from nano_atlas import batching, distributed, episode, optim, protocol, runs
-from nano_atlas.batching import Sample, completion_logprobs, policy_batches, predicting_states
+from nano_atlas import batching, distributed, episode, functions, optim, protocol, runs
+from nano_atlas.batching import Sample, StepTokens, policy_batches, predicting_states, reference_values
 from nano_atlas.checkpoint import load_model, save_model
-from nano_atlas.config import derive_seed, option, parse, run_script, to_json
-from nano_atlas.data import Problem, load_problems, problems_of_step
+from nano_atlas.config import option, parse, run_script, to_json
+from nano_atlas.data import problems_of_step, training_data
 from nano_atlas.episode import Episode, EpisodeConfig, Sketch
 from nano_atlas.errors import UserError, say
-from nano_atlas.layout import LayoutConfig, Pipeline, choose_layout, open_policy, open_student
+from nano_atlas.layout import LayoutConfig, Pipeline, choose_layout, open_others, open_policy, open_reference
 from nano_atlas.loss import fused_token_loss
 from nano_atlas.model import Transformer
 from nano_atlas.presets import announce, look_at, presets
 from nano_atlas.reward import RewardConfig, step_advantages
 from nano_atlas.runs import RunLog, read_json
 from nano_atlas.schedule import play_most
-from nano_atlas.seats import Seat
+from nano_atlas.seats import Seat, TokenSeat
 from nano_atlas.terminal import Bar
 from nano_atlas.tokenizer import Tokenizer
 
-NANO_PROBLEMS = 4096  # independent of --steps, so that a run continued with more steps keeps its problems
 WARMUP = 0.03  # share of the steps with a rising learning rate
 ADAMW = {"betas": (0.9, 0.999), "weight_decay": 0.0, "clip_norm": 1.0}
 IMPORTANCE_CAP = 2.0  # largest weight p_trainer / p_sampler of a token
-HELD_OUT = 0.05  # largest share of the problems kept for evaluation
 EPISODES_PER_STEP = 2  # written to episodes.jsonl
-REWARDS, SCALES = ("teaching", "exact"), ("none", "batch", "std")
-NORMALIZATIONS = ("sequence", "token", "constant")
+REWARDS, SCALES = ("teaching", "exact", "none"), ("none", "batch", "std")
+NORMALIZATIONS, KLS = ("sequence", "token", "constant"), ("k3", "exact", "privileged")
+REWARD_HELP = "the student's gain (teaching), the policy's own answer (exact), none, or function MODULE:NAME"
+KL_HELP = (
+    "estimated from sampled tokens (k3), exact, or exact and the reference sees the solution (privileged)"
+)
 
 
 @dataclass(frozen=True)
 class GrpoConfig:
     preset: str = option("nano", "", group="run")
-    teacher: Path = option(Path("runs/sft/model"), "checkpoint to start from, and KL reference")
+    teacher: Path = option(Path("runs/sft/model"), "checkpoint to start from")
+    reference: Path | None = option(None, "KL reference, any model with this tokenizer (none: the start)")
     student: str = option("Qwen/Qwen3-0.6B", "frozen student: checkpoint, or URL[#MODEL] of a server")
     problems: Path | None = option(None, "JSONL of problems with answers, or of traces")
     out: Path = option(Path("runs/grpo"), "output: models, metrics, episodes, state", resumable=True)
     restart: bool = option(False, "delete the earlier run in --out, and start over", resumable=True)
     seed: int = option(42, "random seed: order of the problems, all samples")
-    reward: str = option("teaching", "for the student's gain, or exact: for the policy's own answer", REWARDS)
+    reward: str = option("teaching", REWARD_HELP)
     steps: int = option(250, "optimizer steps", above=0, resumable=True)
     eval_every: int = option(25, "steps between two evaluations (0: never)", at_least=0, resumable=True)
     eval_problems: int = option(200, "most problems held out for evaluation", at_least=0)
@@ -86,7 +90,7 @@ class GrpoConfig:
     baseline_samples: int = option(4, "answers of the student alone (K); their mean is the baseline", above=0)
     advantage_scale: str = option("none", "divide by: none, std of the step (batch) or group", SCALES)
     beta: float = option(0.04, "weight of the KL to the reference", at_least=0)
-    kl: str = option("k3", "estimated from sampled tokens (k3), or exact", ["k3", "exact"])
+    kl: str = option("k3", KL_HELP, KLS)
     clip: tuple[float, float] = option((0.2, 0.2), "clip the ratio to [1 - LOW, 1 + HIGH]", at_least=0)
     normalization: str = option("sequence", "mean of token losses, see token_weights", NORMALIZATIONS)
     updates_per_batch: int = option(1, "optimizer updates on each step's samples", above=0)
@@ -104,6 +108,11 @@ class Config(LayoutConfig, RewardConfig, EpisodeConfig, GrpoConfig):
         return self.answer_tokens if self.reward == "exact" else self.teaching_tokens
 
     def check(self) -> None:
+        if self.reward not in REWARDS:
+            functions.load_object(self.reward)
+        is_pulled = self.beta and (self.kl == "privileged" or self.kl == "exact" and self.reference)
+        if self.reward == "none" and not is_pulled:
+            raise UserError("--reward none needs --kl exact --reference DIRECTORY, or --kl privileged")
         if self.teacher_temperature <= 0:
             raise UserError("--temperature: the teacher's must be above 0, so that its teachings differ")
         if not self.problems and self.preset != "nano" and not self.show_layout:
@@ -121,16 +130,27 @@ def roll_out(config, seats: Mapping[str, Seat], problems, step) -> tuple[list[li
         scripts = [episode.answer(problem, config, seed, config.group_size) for problem in chosen]
     else:
         counts = seats["teacher"].count_tokens, config.baseline_samples, config.group_size
-        scripts = [episode.episode(problem, config, config, seed, *counts) for problem in chosen]
-    groups = play_most(scripts, seats, None if distributed.rank() else f"step {step + 1}")
+        rewards = None if config.reward == "none" else config
+        scripts = [episode.episode(problem, config, rewards, seed, *counts) for problem in chosen]
+    groups, metrics = play(config, scripts, seats, None if distributed.rank() else f"step {step + 1}")
     rewards_PG = [[one.reward for one in group] for group in groups]
     for group, advantages_G in zip(groups, step_advantages(rewards_PG, config.advantage_scale)):
         for one, advantage in zip(group, advantages_G):
             one.advantage = advantage
-    metrics = episode.teaching_metrics(sum(groups, [])) | {"unanswered": len(scripts) - len(groups)}
     metrics["reward_std"] = sum(map(stdev, rewards_PG)) / len(rewards_PG)
     metrics["zero_variance_ratio"] = sum(min(r_G) == max(r_G) for r_G in rewards_PG) / len(rewards_PG)
     return groups, metrics | {"seconds/rollout": time.perf_counter() - started}
+
+
+def play(config, scripts, seats, label=None) -> tuple[list[list[Episode]], dict]:
+    """The groups of the scripts that no fault of student or verifier ended, with rewards, and their metrics."""
+    groups = play_most(scripts, seats, label)
+    if ":" in config.reward:
+        rewarded = functions.open_reward(config.reward)
+        for one in chain(*groups):
+            one.reward = rewarded(one)
+    unanswered = {"unanswered": len(scripts) - len(groups)}
+    return groups, episode.teaching_metrics(list(chain(*groups))) | unanswered
 
 
 # ----------------------------------------------------------------------------------------------------------------- the loss
@@ -172,37 +192,25 @@ def token_weights(lengths: Sequence[int], mode: str, longest: int) -> list[float
     return [1 / (len(lengths) * (length if mode == "sequence" else longest)) for length in lengths]
 
 
-@dataclass
-class StepTokens:
-    """One step's T completion tokens in flat arrays, `[T]` float32 on the policy's device."""
-
-    weights: Tensor  # in the step's loss
-    advantages: Tensor
-    sampled_logprobs: Tensor  # as the sampler reported them
-    ref_logprobs: Tensor | None  # of the frozen reference; None without k3
-    old_logprobs: Tensor | None  # of the policy before the step's first update; None in that update
-
-
 def backward(config, policy: Transformer, reference, samples, own, tokens: StepTokens) -> tuple[Tensor, ...]:
     """Accumulates the gradient of the step's loss -> loss `[]`; log-probs, entropy and KL of all tokens, `[T]` each.
 
     own: indices of the samples that this rank computes; every rank gets the statistics of all tokens.
     """
-    device, is_k3 = policy.head_weight.device, tokens.ref_logprobs is not None
+    device, is_k3 = policy.head_weight.device, config.kl == "k3" and tokens.reference is not None
     loss_sum = torch.zeros((), device=device)
     logprobs_T, entropy_T, kl_T = torch.zeros(3, len(tokens.weights), device=device)
     batches = policy_batches(samples, config.tokens_per_batch, policy, own)
     filler = batches[0] if batches else policy_batches(samples, config.tokens_per_batch, policy, [0])[0]
     for batch, is_own in distributed.in_step(batches, filler):
         exact = None
-        if reference is not None and not is_k3:
-            with torch.no_grad():
-                exact = predicting_states(reference, batch), reference.head_weight
+        if tokens.reference is not None and not is_k3:  # a larger head has only more padding
+            exact = tokens.reference[batch.rows], reference.head_weight[: len(policy.head_weight)]
 
         def token_loss(logprobs: Tensor, exact_kl: Tensor | None, chunk: slice) -> Tensor:
             t = batch.rows[chunk]
             old = logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs[t]
-            kl = k3_kl(logprobs, tokens.ref_logprobs[t]) if is_k3 else exact_kl
+            kl = k3_kl(logprobs, tokens.reference[t]) if is_k3 else exact_kl
             sampled, advantages = tokens.sampled_logprobs[t], tokens.advantages[t]
             return grpo_token_loss(logprobs, old, sampled, advantages, kl, config)
 
@@ -215,7 +223,7 @@ def backward(config, policy: Transformer, reference, samples, own, tokens: StepT
         if is_own:
             logprobs_T[batch.rows], entropy_T[batch.rows] = stats.logprobs, stats.entropy
             if is_k3:
-                kl_T[batch.rows] = k3_kl(stats.logprobs, tokens.ref_logprobs[batch.rows])
+                kl_T[batch.rows] = k3_kl(stats.logprobs, tokens.reference[batch.rows])
             elif exact is not None:
                 kl_T[batch.rows] = stats.kl
     for values in (loss_sum, logprobs_T, entropy_T, kl_T):
@@ -239,13 +247,11 @@ def update(config, policy: Transformer, reference, optimizer, samples, rate, is_
     def per_token(values: Sequence[float]) -> Tensor:
         return torch.tensor(values).repeat_interleave(torch.tensor(lengths)).to(device)
 
-    own, ref_logprobs = distributed.shares(lengths)[distributed.rank()], None
-    if reference is not None and config.kl == "k3":
-        batching = config.tokens_per_batch, config.teacher_temperature, own
-        ref_logprobs = completion_logprobs(reference, samples, *batching).to(device)
+    own = distributed.shares(lengths)[distributed.rank()]
+    frozen = reference_values(reference, samples, config, own, device)
     sampled = torch.tensor([x for sample in samples for x in sample.rollout.logprobs], device=device)
     advantages = per_token([sample.advantage for sample in samples])
-    tokens = StepTokens(per_token(weights), advantages, sampled, ref_logprobs, old_logprobs=None)
+    tokens = StepTokens(per_token(weights), advantages, sampled, frozen, old_logprobs=None)
 
     metrics, (low, high) = {}, config.clip
     for _ in range(config.updates_per_batch):
@@ -275,16 +281,12 @@ def update(config, policy: Transformer, reference, optimizer, samples, rate, is_
 # ----------------------------------------------------------------------------------------------------------------- training
 
 
-def load_data(config: Config) -> tuple[list[Problem], list[Problem]]:  # training, held out
-    if config.problems is None:
-        from nano_atlas import world
-
-        held_out = world.held_out("math", config.eval_problems, "validation")
-        return world.training_problems(NANO_PROBLEMS, config.seed), held_out
-    problems = load_problems(config.problems)
-    order = random.Random(derive_seed(config.seed, "held out")).sample(problems, len(problems))
-    count = min(round(HELD_OUT * len(problems)), config.eval_problems)
-    return order[count:], order[:count]
+def to_sample(config: Config, one: Episode, teacher: TokenSeat) -> Sample:
+    prompt, problem = (), one.sketch.problem
+    if config.kl == "privileged":
+        messages = protocol.privileged_messages(one.messages, problem.solution or problem.answer)
+        prompt = tuple(teacher.prompt_ids(messages))
+    return Sample(one.reply.rollout, one.advantage, prompt)
 
 
 def evaluate(config: Config, seats: Mapping[str, Seat], sketches: Sequence[Sketch]) -> dict[str, float]:
@@ -294,8 +296,7 @@ def evaluate(config: Config, seats: Mapping[str, Seat], sketches: Sequence[Sketc
         scripts = [episode.answer(sketch.problem, greedy, seed, 1) for sketch in sketches]
     else:
         scripts = [episode.teach(sketch, greedy, config, seed, count) for sketch in sketches]
-    metrics = episode.teaching_metrics(sum(play_most(scripts, seats), []))
-    return {f"eval/{name}": value for name, value in metrics.items()}
+    return {f"eval/{name}": value for name, value in play(config, scripts, seats)[1].items()}
 
 
 def dry_step(config: Config, policy: Transformer, reference, optimizer, teacher, problems) -> None:
@@ -306,11 +307,10 @@ def dry_step(config: Config, policy: Transformer, reference, optimizer, teacher,
     prompt = len(teacher.prompt_ids(messages)) + (0 if is_exact else config.probe_tokens)
     sizes = config.problems_per_step, config.group_size, config.tokens_per_batch
     samples, tokens = batching.longest_samples(prompt, length, *sizes)
-    zeros = torch.zeros(len(samples) * length, device=policy.head_weight.device)
-    is_k3 = reference is not None and config.kl == "k3"
+    zeros, own = torch.zeros(len(samples) * length, device=policy.head_weight.device), range(len(samples))
     with optimizer.dry_step(tokens):
-        arrays = StepTokens(zeros, zeros, zeros, zeros if is_k3 else None, None)
-        backward(config, policy, reference, samples, range(len(samples)), arrays)
+        frozen = reference_values(reference, samples, config, own, zeros.device)
+        backward(config, policy, reference, samples, own, StepTokens(zeros, zeros, zeros, frozen, None))
 
 
 def train(config: Config) -> None:
@@ -318,15 +318,14 @@ def train(config: Config) -> None:
     done = read_json(resumed / "state.json")["step"] if resumed else 0
     if done >= config.steps and runs.is_saved(config.out, done):
         return print(f"{config.out}/model is already trained, {done} steps; more: --steps, anew: --restart")
-    problems, held_out = load_data(config)
-    is_taught = config.reward == "teaching"
-    start = config.teacher if is_taught else config.student
-    layout = choose_layout(config, config.student if is_taught else "", config.kl)
+    problems, held_out = training_data(config)
+    start = config.student if config.reward == "exact" else config.teacher
+    layout = choose_layout(config, "" if config.reward == "exact" else config.student, config.kl)
     policy = load_model(start, getattr(torch, config.dtype), layout.policy)
     policy.recompute_activations = config.gradient_checkpointing
     distributed.shard(policy)
-    reference = load_model(start, getattr(torch, config.dtype), layout.reference) if config.beta else None
     tokenizer = Tokenizer.from_directory(start)
+    reference = open_reference(config, layout, config.reference or start, policy, tokenizer)
     tokenizer.config |= {"enable_thinking": True} if config.thinking else {}
     optimizer = optim.MasterAdamW(policy, **ADAMW, state_device=config.optimizer_device)
     record = optim.load_training_state(resumed, optimizer) if resumed else {"step": 0, "best": None}
@@ -341,14 +340,12 @@ def train(config: Config) -> None:
         Bar(desc=config.out.name, total=config.steps, initial=first_step, unit="step") as progress,
     ):
         teacher = open_policy(config, layout, policy, tokenizer, first_step, servers)
-        seats: dict[str, Seat] = {"teacher": teacher}
+        seats = {"teacher": teacher} | open_others(config, layout, servers)
         sketches = [Sketch(problem, "", 0, []) for problem in held_out]
-        if is_taught:
-            seats["student"] = open_student(config, layout, servers)
-            if config.eval_every:
-                greedy, seed = config.greedy(), episode.seeds("evaluation")
-                sketches = play_most([episode.sketch(problem, greedy, seed) for problem in held_out], seats)
-        if config.dry_step and policy.head_weight.device.type in optim.DRY_STEP_ON:
+        if "student" in seats and config.eval_every:
+            greedy, seed = config.greedy(), episode.seeds("evaluation")
+            sketches = play_most([episode.sketch(problem, greedy, seed) for problem in held_out], seats)
+        if policy.head_weight.device.type in optim.DRY_STEP_ON:
             teacher.sampler.rest()
             dry_step(config, policy, reference, optimizer, teacher, problems)
         produce = partial(roll_out, config, seats, problems)
@@ -358,7 +355,7 @@ def train(config: Config) -> None:
             is_last = step + 1 == config.steps
             rate = optim.learning_rate(step, config.steps, config.lr, WARMUP, config.schedule)
             (groups, metrics), is_fresh = rollouts.take(step)
-            samples = [Sample(one.reply.rollout, one.advantage) for group in groups for one in group]
+            samples = [to_sample(config, one, teacher) for one in chain(*groups)]
             metrics |= update(config, policy, reference, optimizer, samples, rate, is_fresh)
             metrics["sampling/parity"] = rollouts.sync(policy, step + 1)
 
@@ -367,7 +364,7 @@ def train(config: Config) -> None:
                 if best is None or metrics["eval/reward"] > best:
                     best = metrics["eval/reward"]
                     save_model(config.out / "best", policy, tokenizer)
-            if step == first_step and metrics["unreadable_rate"] > 0.2:
+            if step == first_step and metrics.get("unreadable_rate", 0) > 0.2:
                 say("many answers could not be read; another --answer-format, or more --answer-tokens?")
             for group in groups[:EPISODES_PER_STEP]:
                 episodes.log(step + 1, **episode.episode_record(group[0]))

@@ -21,10 +21,11 @@ from statistics import fmean
 
 from benchmarks.jobs import mean_in_points
 from nano_atlas import world
+from nano_atlas.answers import extract_answer, is_correct
 from nano_atlas.checkpoint import is_checkpoint
 from nano_atlas.config import derive_seed, option, parse, run_script, to_json
 from nano_atlas.data import Problem
-from nano_atlas.episode import EpisodeConfig, attempt, seeds, sketch, teach
+from nano_atlas.episode import EpisodeConfig, seeds, sketch, teach
 from nano_atlas.errors import UserError
 from nano_atlas.presets import NANO_SAMPLING
 from nano_atlas.protocol import Messages, baseline_messages
@@ -110,7 +111,9 @@ def measure(config: Config, arm: str, number: int, problems: Sequence[Problem], 
         asked = [(shots + baseline_messages(p.question), derive_seed("compounding", p.id)) for p in problems]
         answering = Generation(LENGTHS["answer_tokens"], 0.0)
         replies = student.ask([Question(messages, answering, seed) for messages, seed in asked])
-        return [int(attempt(reply, p.answer).is_correct) for (reply,), p in zip(replies, problems)]
+        return [
+            int(is_correct(extract_answer(reply.text), p.answer)) for (reply,), p in zip(replies, problems)
+        ]
     place = config.teacher
     if number and arm != "online":
         offline = str(config.out / f"offline-{number}/model")

@@ -17,6 +17,7 @@ from statistics import fmean
 import train_grpo
 from nano_atlas import episode
 from nano_atlas.config import parse, run_script
+from nano_atlas.data import training_data
 from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
 from nano_atlas.runs import read_jsonl, replace_text
@@ -58,7 +59,7 @@ def before_training(run: Path) -> dict[str, float]:
         train_grpo.Config, ["--teacher", str(run / "teacher-sft/model")], presets("train_grpo"), ""
     )
     seats = {"student": open_seat(config.student), "teacher": open_seat(str(config.teacher))}
-    (_, held_out), seed = train_grpo.load_data(config), episode.seeds("evaluation")
+    (_, held_out), seed = training_data(config), episode.seeds("evaluation")
     sketches = play([episode.sketch(problem, config.greedy(), seed) for problem in held_out], seats)
     return train_grpo.evaluate(config, seats, sketches)
 

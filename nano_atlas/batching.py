@@ -10,8 +10,9 @@ The prompt of a group is computed once for all its completions (`SharedPromptAtt
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -28,6 +29,23 @@ class Sample:
 
     rollout: Rollout
     advantage: float  # how much better its reward is than its group's mean
+    reference_prompt: tuple[int, ...] = ()  # of the KL reference; (): the prompt that it was drawn after
+
+    @property
+    def of_reference(self) -> Self:
+        prompt = self.reference_prompt or self.rollout.prompt_ids
+        return replace(self, rollout=replace(self.rollout, prompt_ids=prompt))
+
+
+@dataclass
+class StepTokens:
+    """One step's T completion tokens in flat arrays, `[T]` float32 on the policy's device."""
+
+    weights: Tensor  # in the step's loss
+    advantages: Tensor
+    sampled_logprobs: Tensor  # as the sampler reported them
+    reference: Tensor | None  # the frozen reference's log-probs (k3), or its hidden states [T, D] (exact)
+    old_logprobs: Tensor | None  # of the policy before the step's first update; None in that update
 
 
 @dataclass
@@ -119,3 +137,22 @@ def completion_logprobs(model, samples, tokens_per_batch: int, temperature: floa
         hidden = predicting_states(model, batch)
         logprobs[batch.rows] = token_stats(hidden, model.head_weight, batch.targets, temperature).logprobs
     return logprobs
+
+
+@torch.no_grad()
+def reference_values(reference, samples: Sequence[Sample], config, own, device) -> Tensor | None:
+    """What the KL needs of the frozen reference for a step's T completion tokens; 0 for samples not in `own`.
+
+    config.kl "k3": log-probs, `[T]` float32. Otherwise the hidden states that predict the tokens, `[T, D]` in the
+    reference's dtype, from which the loss computes the logits. None without a reference.
+    """
+    if reference is None:
+        return None
+    samples, limit = [sample.of_reference for sample in samples], config.tokens_per_batch
+    if config.kl == "k3":
+        return completion_logprobs(reference, samples, limit, config.teacher_temperature, own).to(device)
+    tokens, head = sum(len(sample.rollout.completion_ids) for sample in samples), reference.head_weight
+    states = torch.zeros(tokens, head.shape[1], dtype=head.dtype, device=head.device)
+    for batch in policy_batches(samples, limit, reference, own):
+        states[batch.rows] = predicting_states(reference, batch)
+    return states.to(device)

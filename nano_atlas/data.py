@@ -15,7 +15,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -30,6 +30,8 @@ from nano_atlas.runs import read_jsonl, refuse
 from nano_atlas.text import parse_json
 from nano_atlas.tokenizer import Tokenizer
 
+NANO_PROBLEMS = 4096  # independent of --steps, so that a run continued with more steps keeps its problems
+HELD_OUT = 0.05  # largest share of the problems kept for evaluation in training
 QUESTION_FIELDS = ("problem_text", "question", "problem", "prompt", "input")
 ANSWER_FIELDS = ("ground_truth", "answer", "solution")
 TRACE_FIELDS = {"question": "task", "answer": "ground_truth", "id": "session_id", "domain": "learning_key"}
@@ -62,8 +64,9 @@ def section(record: dict, name: str, where: str) -> dict:
 class Problem:
     id: str
     question: str
-    answer: str | None  # gold; never part of a prompt
+    answer: str | None  # gold; in no prompt, but see protocol.privileged_messages
     domain: str = ""
+    solution: str = field(default="", compare=False, repr=False)  # the way to the answer, if the data have it
 
 
 def load_problems(path: Path | str, *, needs_answer=True, skip_bad=False) -> list[Problem]:
@@ -121,8 +124,8 @@ def _problem(record: dict, where: str, name: str, needs_answer: bool) -> Problem
     if field is None and needs_answer:
         raise UserError(f"{where}: no gold answer; one of the fields {', '.join(ANSWER_FIELDS)} must hold it")
     answer = None if field is None else _gold_answer(record, field, where)
-    name, domain = record.get("id", name), record.get("domain", "")
-    return Problem(str(name), _text(record, question, where), answer, str(domain))
+    name, domain, solution = record.get("id", name), record.get("domain", ""), record.get(field, "")
+    return Problem(str(name), _text(record, question, where), answer, str(domain), str(solution))
 
 
 def _gold_answer(record: dict, field: str, where: str) -> str:
@@ -137,6 +140,19 @@ def _gold_answer(record: dict, field: str, where: str) -> str:
     if not answer.strip():
         raise UserError(f"{where}: the field {field!r} has no answer after its last ####")
     return answer.strip()
+
+
+def training_data(config) -> tuple[list[Problem], list[Problem]]:
+    """(training, held-out) problems of train_grpo.py's config."""
+    if config.problems is None:
+        from nano_atlas import world
+
+        held_out = world.held_out("math", config.eval_problems, "validation")
+        return world.training_problems(NANO_PROBLEMS, config.seed), held_out
+    problems = load_problems(config.problems, needs_answer=config.verifier == "exact")
+    order = random.Random(derive_seed(config.seed, "held out")).sample(problems, len(problems))
+    count = min(round(HELD_OUT * len(problems)), config.eval_problems)
+    return order[count:], order[:count]
 
 
 def problems_of_step(problems: Sequence[Problem], step: int, per_step: int, seed: int) -> list[Problem]:

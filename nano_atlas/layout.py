@@ -10,12 +10,14 @@ from importlib.util import find_spec
 
 import torch
 
-from nano_atlas import distributed
+from nano_atlas import distributed, functions
+from nano_atlas.checkpoint import load_model
 from nano_atlas.config import option
 from nano_atlas.errors import UserError, say
 from nano_atlas.model import Transformer
 from nano_atlas.sampler import Sampler
 from nano_atlas.seats import Seat, TokenSeat, is_url, open_seat
+from nano_atlas.tokenizer import Tokenizer
 
 ROLLOUT = re.compile(r"embedded|vllm(?::(cpu|cuda:\d+(?:,\d+)*))?")
 ROLLOUT_HELP = """who samples the policy. embedded: this process; vllm: a server started on the last GPU (NANO_ATLAS_VLLM_ARGS: more options for it);
@@ -28,7 +30,6 @@ class LayoutConfig:
     optimizer_device: str = option("auto", "device of AdamW's state (12 bytes a parameter)", resumable=True)
     dtype: str = option("float32", "compute precision; AdamW's state is float32", ["float32", "bfloat16"])
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, 4/3 of the time")
-    dry_step: bool = option(True, "on a GPU, try the largest micro-batch before step 1", resumable=True)
     thinking: bool = option(False, "use Qwen3's thinking mode, and record it in the checkpoint")
     cache_rows: int = option(256, "most sequences decoded at once, in this process", above=0, resumable=True)
     rollout: tuple[str, ...] = option(("auto",), ROLLOUT_HELP, group="vLLM", resumable=True)
@@ -74,7 +75,7 @@ def choose_layout(config: LayoutConfig, student: str, kl: str, gpus: int | None 
         raise UserError("--overlap needs --rollout vllm; the embedded sampler shares the policy's weights")
 
     has_full_gpu = bool(server or urls) and gpus > 1 and is_alone  # vLLM preallocates its GPU's memory
-    reference = policy if kl == "exact" or has_full_gpu else spare
+    reference = policy if kl != "k3" or has_full_gpu else spare
     place = (spare, has_full_gpu and has_vllm) if student and not is_url(student) else ("", False)
     layout = Layout(policy, *place, reference, server, urls)
     sampling = f"vLLM on {server}" if server else "running vLLM servers" if urls else "this process"
@@ -94,14 +95,30 @@ def open_policy(config, layout, policy: Transformer, tokenizer, version: int, st
     return distributed.divide(TokenSeat(sampler, tokenizer))
 
 
-def open_student(config, layout: Layout, stack) -> Seat:
-    """The frozen student's seat. Raises UserError."""
+def open_others(config, layout: Layout, stack) -> dict[str, Seat]:
+    """The seats that are not trained: the frozen student, unless there is none, and a verifier. Raises UserError."""
+    seats = functions.verifier_seat(config.verifier)
     if layout.student_server:
         from nano_atlas.vllm import sampler
 
-        return sampler.open_student(config, layout, stack)
-    where = layout.student, getattr(torch, config.dtype)
-    return distributed.divide(open_seat(config.student, *where, max_rows=config.cache_rows))
+        return seats | {"student": sampler.open_student(config, layout, stack)}
+    if config.reward != "exact":
+        where = layout.student, getattr(torch, config.dtype)
+        seats["student"] = open_seat(config.student, *where, max_rows=config.cache_rows)
+    return {name: distributed.divide(seat) for name, seat in seats.items()}
+
+
+def open_reference(config, layout, path, policy: Transformer, tokenizer: Tokenizer) -> Transformer | None:
+    """The frozen model of the KL, None if its weight is 0. Raises UserError if its token ids mean something else."""
+    if not config.beta:
+        return None
+    reference = load_model(path, getattr(torch, config.dtype), layout.reference)
+    own, other = (set(one.backend.get_vocab().items()) for one in (tokenizer, Tokenizer.from_directory(path)))
+    rows, needed = len(reference.head_weight), policy.config.vocab_size
+    if own != other or rows < needed:
+        what = f"{len(own ^ other)} tokens differ, {rows:,} logits for the policy's {needed:,}"
+        raise UserError(f"--reference {path} needs the policy's tokenizer ({what}): choose one of its family")
+    return reference
 
 
 class Pipeline:

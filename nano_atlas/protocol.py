@@ -5,7 +5,8 @@
     teaching  teacher   question + approach             -> <thinking>diagnosis</thinking> <teaching>guidance</teaching>
     guided    student   question + guidance             -> its answer again, in the same format
 
-No function here takes the gold answer (answers.py compares finished texts with it). Braces in inserted texts are safe.
+No prompt that is sampled from holds the gold answer (answers.py compares finished texts with it); only the reference of
+`--kl privileged`, which is never sampled, reads the solution. Braces in inserted texts are safe.
 """
 
 import json
@@ -45,6 +46,12 @@ def teacher_messages(question: str, approach: str, style: str = "adaptive") -> M
     """The policy's prompt. style: a key of TEACHING_STYLES, or any other sentence."""
     request = TEACHER_REQUEST.replace("{style}", TEACHING_STYLES.get(style, style))
     return user_turn(question, f"Student's approach: {approach}", request)
+
+
+def privileged_messages(messages: Messages, solution: str) -> Messages:
+    """A prompt with the solution in it, for a reference that only scores what the policy wrote without it."""
+    (turn,) = messages
+    return user_turn(f"Solution, for you only: {solution}", turn["content"])
 
 
 def guided_messages(question: str, teaching: str | None, answer_format: str = "solution") -> Messages:

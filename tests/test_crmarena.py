@@ -209,7 +209,7 @@ def test_a_dry_run_needs_no_account_and_prints_the_floor(tasks_file, tmp_path, m
     ("none.", "None", True), ("", "None", False), ("a; b", "b, a", True),
 ])  # fmt: skip
 def test_answers_are_compared_as_sets(answer, gold, expected):
-    assert crmarena.is_correct(answer, gold) == expected
+    assert crmarena.verify("", answer, "", gold) == expected
 
 
 def test_tasks_are_read_by_kind_and_what_cannot_be_scored_is_counted(tasks_file, tmp_path, capsys):

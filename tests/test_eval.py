@@ -11,7 +11,7 @@ from test_checkpoint import tiny_model
 
 import eval as evaluation
 from eval import Arms, Config
-from nano_atlas import answers, protocol
+from nano_atlas import functions, protocol
 from nano_atlas.benches import arms
 from nano_atlas.benches.arms import SAME_BUDGET, SHUFFLED, STUDENT, TWO_VOTES, UNTRAINED, TaskLog
 from nano_atlas.checkpoint import save_model
@@ -109,15 +109,15 @@ def config_for(path, **changes) -> Config:
     return Config(**options | {"teacher": ("sft=http://sft", "grpo=http://grpo")} | changes)
 
 
-def fill(config, tasks, log, is_right, open_seat):
+def fill(config, tasks, log, open_seat):
     """open_seat(name of a seat), as in config_for's URLs"""
     problems = [problem for of_domain in tasks.values() for problem in of_domain]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Config, "open", lambda _, spec: open_seat(spec.rpartition("/")[2]))
-        arms.fill(log, config, problems, Arms(config, tasks, log, is_right).answer)
+        arms.fill(log, config, problems, Arms(config, tasks, log).answer)
 
 
-def run(config, tasks=TASKS, student=None, teachers=None, is_right=answers.is_correct, chunk=8):
+def run(config, tasks=TASKS, student=None, teachers=None, chunk=8):
     """The middle of `eval.main`, with seats of our own and a few tasks per chunk: its results, and the seats."""
     seats = {STUDENT: student or Seat(student_rule)}
     seats |= {name: Seat(rule) for name, rule in TEACHERS.items()} if teachers is None else teachers
@@ -125,7 +125,7 @@ def run(config, tasks=TASKS, student=None, teachers=None, is_right=answers.is_co
     arms.start_or_continue(config, tasks_now)
     with TaskLog(config.out / "tasks.jsonl") as log, pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "CHUNK", chunk * config.samples)
-        fill(config, tasks, log, is_right, seats.__getitem__)
+        fill(config, tasks, log, seats.__getitem__)
     return log.results, seats
 
 
@@ -220,9 +220,15 @@ def test_votes_are_fresh_answers(tmp_path):
         assert 0.1 < sum(result.attempt.is_correct for result in of_arm) / 42 < 0.9
 
 
-def test_a_verifier_judges_every_arm(tmp_path):
-    controls = (UNTRAINED, TWO_VOTES)
-    results, _ = run(config_for(tmp_path, control=controls), is_right=lambda answer, gold: answer == "wrong")
+def test_a_verifier_judges_every_arm(tmp_path, monkeypatch):
+    controls, given = (UNTRAINED, TWO_VOTES), {problem.question: problem.answer for problem in TASKS["math"]}
+
+    def by_the_user(question, answer, text, gold):
+        assert given.get(question, gold) == gold and answer in text
+        return answer == "wrong"
+
+    monkeypatch.setattr(functions, "load_object", {"mine:verify": by_the_user}.__getitem__)
+    results, _ = run(config_for(tmp_path, control=controls, verifier="mine:verify"))
     assert all(r.attempt.is_correct == (r.attempt.answer == "wrong") for r in results.values())
     found = {result.arm for result in results.values() if result.attempt.is_correct}
     assert found == {STUDENT, "sft", "grpo", *controls}
@@ -239,7 +245,7 @@ def test_a_teacher_is_let_go_before_the_next_is_opened(tmp_path):
         return seat
 
     with TaskLog(tmp_path / "tasks.jsonl") as log:
-        fill(config_for(tmp_path), TASKS, log, answers.is_correct, open_seat)
+        fill(config_for(tmp_path), TASKS, log, open_seat)
     assert len(opened) == 2
 
 

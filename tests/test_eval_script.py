@@ -14,10 +14,12 @@ import eval as evaluation
 from eval import Config
 from nano_atlas.benches.arms import SAME_BUDGET, SHUFFLED, STUDENT, TWO_VOTES, UNTRAINED
 from nano_atlas.config import parse, run_script
-from nano_atlas.episode import attempt
-from nano_atlas.errors import UserError
+from nano_atlas.data import Problem
+from nano_atlas.episode import Attempt, EpisodeConfig, attempts, verify
+from nano_atlas.functions import verifier_seat
 from nano_atlas.presets import NANO, presets
 from nano_atlas.protocol import ANSWER_FORMATS
+from nano_atlas.schedule import play
 from nano_atlas.seats import Reply
 
 
@@ -27,20 +29,22 @@ from nano_atlas.seats import Reply
     ("<think>\\boxed{5}</think> five", None, "5", False), ("it is 5", None, "5", False), ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}", "0.5", True),
 ])  # fmt: skip
 def test_the_last_box_after_the_thoughts_is_the_answer(reply, answer, gold, expected):
-    tried = attempt(Reply(reply, 1, False), gold)
+    (tried,) = play([attempts([Reply(reply, 1, False)], Problem("1", "", gold), EpisodeConfig())], {})[0]
     assert (tried.answer, tried.is_correct) == (answer, expected)
 
 
-def test_math_verify_compares_by_algebra_where_a_data_set_needs_it(monkeypatch):
-    config = Config(bench="gsm8k", verifier="math-verify")
-    monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(UserError, match="pip install 'math-verify"):
-        evaluation.verifier(config)
-    monkeypatch.undo()
+def test_math_verify_compares_by_algebra_where_a_data_set_needs_it():
     pytest.importorskip("math_verify")
-    is_right = evaluation.verifier(config)
+    spec = "benchmarks.math_verifier:verify"
+    config, seats = EpisodeConfig(verifier=spec), verifier_seat(spec)
+
+    def is_right(answer, gold):  # many answers at once: in threads
+        tried = [Attempt(f"so {answer}", answer, 0.0, 1, False)] * 3
+        (scores,) = play([verify(Problem("1", "", gold), tried, config)], seats)
+        return set(scores) == {1.0}
+
     assert is_right("\\frac{1}{2}", "0.5") and is_right("x+1", "1+x") and is_right("016", "16")
-    assert not is_right("2", "3")
+    assert not is_right("2", "3") and not is_right(None, "3")
 
 
 def test_aime_answers_are_compared_as_integers_from_the_last_box(tmp_path):

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from scripted import TASK, Seat, answer, finish, run, student, teacher, verdict_json, words
 
+from nano_atlas import functions
 from nano_atlas.config import derive_seed
+from nano_atlas.functions import verifier_seat
 from nano_atlas.protocol import PROBE_REQUEST
 from nano_atlas.runtime import judges
-from nano_atlas.runtime.judges import choose_trial, hold_consistent, open_evaluator, read_sample
+from nano_atlas.runtime.judges import choose_trial, hold_consistent, read_sample
 from nano_atlas.runtime.lanes import new_session, run_session
 from nano_atlas.runtime.learning import Experience
 from nano_atlas.runtime.options import Config
@@ -216,16 +218,14 @@ def test_texts_of_the_student_cannot_end_their_field_in_a_judges_prompt():
     assert fields["reply"] == hostile and fields["task"] == OPEN.question
 
 
-def test_an_evaluator_of_the_users_is_called_and_its_faults_are_the_sessions(monkeypatch):
-    async def grade(task, answer, text, ground_truth):
+def test_a_verifier_of_the_users_is_called_and_its_faults_are_the_sessions(monkeypatch):
+    async def grade(question, answer, text, gold):
         return {"42": 1.0, "41": 0.25}[answer]
 
     def graded(function, **seats):
-        monkeypatch.setattr(judges, "load_object", lambda spec: function)
+        monkeypatch.setattr(functions, "load_object", lambda spec: function)
         seats = {"student": student(["HELP"]), "teacher": teacher("<teaching>HELP</teaching>"), **seats}
-        return run(
-            "paired", OPEN, Config(evaluator="mine:grade"), **seats, evaluator=open_evaluator("mine:grade")
-        )
+        return run("paired", OPEN, Config(verifier="mine:grade"), **seats, **verifier_seat("mine:grade"))
 
     session = graded(grade)
     assert [(t.verdict.by, t.verdict.score) for t in session.trials] == [
@@ -239,21 +239,21 @@ def test_an_evaluator_of_the_users_is_called_and_its_faults_are_the_sessions(mon
     ]
     for odd in (7, math.nan, math.inf, "0.5", b"1", [1], {}, 10**400, np.zeros(3), 1j, object()):
         session = graded(lambda **fields: odd)
-        assert session.fault.startswith("evaluator: ") and session.reward is None
+        assert session.fault.startswith("verifier: ") and session.reward is None
     session = graded(lambda **fields: sys.exit(3))
-    assert session.fault == "evaluator: SystemExit: 3" and session.trials[0].answer == "41"
+    assert session.fault == "verifier: SystemExit: 3" and session.trials[0].answer == "41"
 
 
-def test_an_evaluator_that_hangs_ends_its_session_after_the_timeout(monkeypatch):
-    monkeypatch.setattr(judges, "load_object", lambda spec: lambda **fields: threading.Event().wait())
-    seats = {"student": student(), "teacher": teacher(), "evaluator": open_evaluator("mine:grade")}
+def test_a_verifier_that_hangs_ends_its_session_after_the_timeout(monkeypatch):
+    monkeypatch.setattr(functions, "load_object", lambda spec: lambda **fields: threading.Event().wait())
+    seats = {"student": student(), "teacher": teacher(), **verifier_seat("mine:grade")}
     scripts = {
-        i: run_session(Session(session_id="s", task=OPEN, seed=i), Config(evaluator="mine:grade"), words)
+        i: run_session(Session(session_id="s", task=OPEN, seed=i), Config(verifier="mine:grade"), words)
         for i in range(8)
     }
     start = time.monotonic()
     for group in drive(scripts, seats, timeout=0.3):
-        assert {session.fault for session in group.values()} == {"evaluator: no reply within 0.3 seconds"}
+        assert {session.fault for session in group.values()} == {"verifier: no reply within 0.3 seconds"}
     assert time.monotonic() - start < 2
 
 

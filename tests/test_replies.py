@@ -15,7 +15,7 @@ from nano_atlas import episode
 from nano_atlas.benches.arms import STUDENT, read_results
 from nano_atlas.client import Client
 from nano_atlas.config import parse, run_script
-from nano_atlas.data import Problem, problems_of_step
+from nano_atlas.data import Problem, problems_of_step, training_data
 from nano_atlas.errors import UserError
 from nano_atlas.presets import presets
 from nano_atlas.runtime.agents import open_agent
@@ -205,7 +205,7 @@ def test_training_leaves_out_a_problem_that_the_students_server_refuses(place, t
     """One of two groups is left; where none is, the run ends with the server's words. Held-out problems, too."""
     options = {"student": "http://s#m", "steps": 3}
     config = parse(train_grpo.Config, grpo_flags(place, tmp_path, **options), presets("train_grpo"), "")
-    training, held_out = train_grpo.load_data(config)
+    training, held_out = training_data(config)
     refused = held_out[0], problems_of_step(training, 1, config.problems_per_step, config.seed)[0]
     Picky(monkeypatch, *(problem.question for problem in refused))
     train_grpo.main(grpo_flags(place, tmp_path / "some", **options))

@@ -122,7 +122,7 @@ def test_a_malformed_teaching_is_worth_the_same_in_training_evaluation_and_runti
     with TaskLog(tmp_path / "tasks.jsonl") as log:
         by_url = {"http://s": seats["student"], "http://t": seats["teacher"]}
         monkeypatch.setattr(evaluation.Config, "open", lambda _, url: by_url[url])
-        how = evaluation.Arms(config, {"math": [problem]}, log, evaluation.verifier(config))
+        how = evaluation.Arms(config, {"math": [problem]}, log)
         arms.fill(log, config, [problem], how.answer)
         alone, taught = (log.get(arm, problem)[0] for arm in ("student", "t"))
     assert (

@@ -88,9 +88,9 @@ def test_a_run_of_which_every_session_failed_ends_with_status_1(healthy, code, t
     ("changes", "unanswered", "said"),
     [
         ({}, 0, ""),
-        ({}, 7, "7 of 23 tasks cannot be scored (no known answer, --evaluator or --judge)"),
+        ({}, 7, "7 of 23 tasks cannot be scored (no known answer, --verifier or --judge)"),
         ({"judge": "http://j"}, 7, ""),
-        ({"evaluator": "m:f"}, 23, ""),
+        ({"verifier": "m:f"}, 23, ""),
         ({"batch": 23}, 0, "23 tasks are one batch, and within it nothing adapts: lower --batch 23"),
         ({"batch": 32, "strategies": ("concise",), "lane": "adaptive"}, 0, "nothing adapts"),
         ({"batch": 32, "strategies": ("concise",)}, 0, ""),

@@ -17,6 +17,7 @@ from nano_atlas.config import derive_seed, option
 from nano_atlas.data import Problem
 from nano_atlas.episode import Attempt, EpisodeConfig
 from nano_atlas.errors import UserError
+from nano_atlas.functions import verifier_seat
 from nano_atlas.runs import Journal, checkpoint_digest, keep_to, read_jsonl, refuse_foreign
 from nano_atlas.seats import Fault, Reply, Seat, is_url, open_seat
 from nano_atlas.terminal import Bar
@@ -46,7 +47,8 @@ class ArmsConfig:
     teaching_tokens: int = option(4096, "longest reply of the teacher, with thinking (tokens)", at_least=1)
     answer_tokens: int = option(4096, "longest answer of the student (tokens)", at_least=1)
 
-    answer_format: str = "solution"  # an option only in eval.Config
+    answer_format: str = "solution"  # an option only in eval.Config, as the next
+    verifier: str = "exact"
 
     device: str = option("cpu", "device of the checkpoints, such as cpu or cuda", group="run")
     dtype: str = option("float32", "precision of the checkpoints", ("float32", "bfloat16"))
@@ -81,7 +83,8 @@ class ArmsConfig:
     @property
     def episode(self) -> EpisodeConfig:
         lengths = self.probe_tokens, self.teaching_tokens, self.answer_tokens
-        return EpisodeConfig(*lengths, (self.temperature, self.temperature), self.answer_format, self.top_p)
+        temperatures = self.temperature, self.temperature
+        return EpisodeConfig(*lengths, temperatures, self.answer_format, self.verifier, self.top_p)
 
     def open(self, spec: str) -> Seat:
         return open_seat(spec, device=self.device, dtype=getattr(torch, self.dtype))
@@ -169,6 +172,7 @@ def fill(log: TaskLog, config: ArmsConfig, problems: Sequence[Problem], answer: 
                 seats[STUDENT] = seats.get(STUDENT) or config.open(config.student)
                 teacher = config.teachers.get(stage[0])
                 seats["teacher"] = config.open(teacher) if teacher else seats[STUDENT]
+                seats |= verifier_seat(config.episode.verifier)
                 for results in answer(jobs, seats):
                     log.append(results)
                     progress.step(len(results))

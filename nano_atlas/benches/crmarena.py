@@ -58,9 +58,11 @@ def load_tasks(path: Path, limit: int | None) -> dict[str, list[Problem]]:
     return {kind: problems[:limit] for kind, problems in kinds.items()}
 
 
-def is_correct(answer: str, gold: str) -> bool:
+def verify(question: str, answer: str | None, text: str, gold: str) -> bool:
     """Whether both list the same items, ignoring order, case, quotes and brackets."""
-    given, wanted = (re.split(r"[,;\n]", text.strip(" .[]").casefold()) for text in (answer, gold))
+    if answer is None:
+        return False
+    given, wanted = (re.split(r"[,;\n]", side.strip(" .[]").casefold()) for side in (answer, gold))
     return {item.strip(" .'\"") for item in given} - {""} == {item.strip(" .'\"") for item in wanted} - {""}
 
 

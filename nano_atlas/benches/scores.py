@@ -49,7 +49,7 @@ MEANS: list[tuple[str, str, Callable, Callable[[TaskResult], float | None]]] = [
     ("all tokens", "all_tokens", "{:.0f}".format, lambda r: r.all_tokens),
     ("leaks", "leak", percent, lambda r: r.is_leak if r.gold and r.arm not in ALONE else None),
     ("without", "leak_free_accuracy", percent,
-     lambda r: r.attempt.is_correct if r.gold and r.arm not in ALONE and not r.is_leak else None),
+     lambda r: r.attempt.score if r.gold and r.arm not in ALONE and not r.is_leak else None),
     ("malformed", "malformed", percent, lambda r: r.teaching is None if r.arm not in ALONE else None),
 ]  # fmt: skip
 
@@ -78,14 +78,16 @@ def score(tasks: Tasks) -> dict:
     answers = [result for task in tasks.values() for result in task]
     count, samples = len(tasks), len(answers) // len(tasks)
     right = [sum(result.attempt.is_correct for result in task) for task in tasks.values()]
-    means = [number / samples for number in right]
+    means = [fmean(result.attempt.score for result in task) for task in tasks.values()]
     row = {"domain": answers[0].domain, "arm": answers[0].arm, "tasks": count, "accuracy": fmean(means)}
     row["error"] = stdev(means) / sqrt(count) if count > 1 else None  # standard error, over tasks
-    row["interval"] = stats.wilson_interval(sum(right), count) if samples == 1 else None
+    row["interval"] = (
+        stats.wilson_interval(sum(right), count) if samples == 1 and {*means} <= {0, 1} else None
+    )
     for estimate in stats.pass_at_k, stats.pass_hat_k:
         rates = {k: fmean(estimate(samples, c, k) for c in right) for k in range(1, samples + 1)}
         row[estimate.__name__] = rates
-    row["majority"] = fmean(arms.majority([r.attempt for r in task]).is_correct for task in tasks.values())
+    row["majority"] = fmean(arms.majority([r.attempt for r in task]).score for task in tasks.values())
     for _, name, _, value in MEANS:
         values = [number for result in answers if (number := value(result)) is not None]
         row[name] = fmean(values) if values else None
@@ -97,7 +99,7 @@ def compare(tasks: Tasks, others: Tasks, seed: int = 0) -> dict | None:
     shared = [name for name in tasks if name in others]
     if not shared:
         return None
-    pairs = [[fmean(r.attempt.is_correct for r in arm[name]) for arm in (others, tasks)] for name in shared]
+    pairs = [[fmean(r.attempt.score for r in arm[name]) for arm in (others, tasks)] for name in shared]
     changes = [after - before for before, after in pairs]
     improved, degraded = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
     could_degrade = sum(before > 0 for before, _ in pairs)

@@ -31,6 +31,7 @@ from nano_atlas.commands import SCRIPTS
 from nano_atlas.config import to_json
 from nano_atlas.episode import EpisodeConfig, seeds, sketch, teach
 from nano_atlas.errors import UserError
+from nano_atlas.functions import verifier_seat
 from nano_atlas.presets import presets
 from nano_atlas.reward import RewardConfig
 from nano_atlas.runtime import learning, traces
@@ -94,10 +95,11 @@ def compare(seats: Sequence[Seat], problems: Sequence[data.Problem], episodes: E
     """Paired test of two teachers; seats: student, old teacher, new teacher -> decision and accuracies."""
     student, *teachers = seats
     greedy, seed, scores = episodes.greedy(), seeds("promotion"), []
-    sketches = play([sketch(problem, greedy, seed) for problem in problems], {"student": student}, "held out")
+    known = {"student": student, **verifier_seat(episodes.verifier)}
+    sketches = play([sketch(problem, greedy, seed) for problem in problems], known, "held out")
     for teacher in teachers:
         scripts = [teach(alone, greedy, RewardConfig(), seed, teacher.count_tokens) for alone in sketches]
-        taught = play(scripts, {"student": student, "teacher": teacher}, "held out")
+        taught = play(scripts, known | {"teacher": teacher}, "held out")
         scores.append([episode.guided.score for (episode,) in taught])
     old, new = scores
     gains = [after - before for before, after in zip(old, new)]

@@ -1,12 +1,12 @@
 """Scores answers and chooses the one to return. The first available of these gives the score:
 
-    python    --evaluator module:function(task=, answer=, text=, ground_truth=) -> a number from 0 to 1
+    python    --verifier module:function(question=, answer=, text=, gold=) -> a number from 0 to 1, or None: not scored
     exact     the task has a ground truth: 1 or 0
     judges    --judge: each judge is sampled at three temperatures. If the samples differ (standard deviation above
               DEVIATION) or one is unsure (uncertainty above UNCERTAINTY), --large-judge sees them and decides
     nobody    the answer has no score (not a score of zero), and the last answer is returned
 
-If evaluator or judges do not reply, the session fails, and the next start retries it. Four judges, as published (ATLAS,
+If verifier or judges do not reply, the session fails, and the next start retries it. Four judges, as published (ATLAS,
 RIM): the score is the mean of *accuracy* and *process*; *helpfulness* judges the guidance and scales positive rewards;
 *diagnostic* judges the student's approach.
 
@@ -24,11 +24,11 @@ from typing import Any
 
 from nano_atlas import answers, protocol
 from nano_atlas.config import derive_seed
-from nano_atlas.runtime.agents import Agent, load_object, resolve
+from nano_atlas.episode import verify
 from nano_atlas.runtime.options import Config
 from nano_atlas.runtime.traces import CONFIDENCE, Session, Trial, Verdict
-from nano_atlas.schedule import Call, Fault, Script, ask
-from nano_atlas.seats import Generation, Question, Reply
+from nano_atlas.schedule import Call, Fault, Script
+from nano_atlas.seats import Generation, Reply
 from nano_atlas.text import number
 
 TEMPERATURES, ARBITER = (0.2, 0.5, 0.8), 0.3  # of each judge's samples; of the large judge
@@ -56,35 +56,20 @@ NO_SAMPLE = {"score": None, "rationale": "", "principles": []}
 def judge(session: Session, trial: Trial, config: Config, *seed: Any) -> Script:
     """The Verdict on one answer. seed: extra parts of the judges' seeds."""
     task, answer = session.task, trial.answer
-    if config.evaluator is not None:
-        fields = {"task": task.question, "answer": answer, "text": trial.text, "ground_truth": task.answer}
-        ((reply,),) = yield from ask(Call("evaluator", "evaluator", [fields], Generation(1), session.seed))
-        score = json.loads(reply.text)
-        return Verdict(score, "python", None if score is None else score >= 1, rationale="by the evaluator")
-    if task.answer is not None:
-        is_right = answers.is_correct(answer, task.answer)
-        return Verdict(float(is_right), "exact", is_right, rationale="compared with the ground truth")
+    if task.answer is not None or config.verifier != "exact":
+        (score,) = yield from verify(task, [trial], config)
+        is_valid = None if score is None else score >= 1
+        if config.verifier == "exact":
+            return Verdict(score, "exact", is_valid, rationale="compared with the ground truth")
+        return Verdict(score, "python", is_valid, rationale="by the verifier")
     if config.judge is None:
-        return Verdict(None, "nobody", rationale="no ground truth, no evaluator, no judge")
+        return Verdict(None, "nobody", rationale="no ground truth, no verifier, no judge")
     guidance = "" if trial.kind == "alone" else session.guidance
     shown = {"task": task.question, "approach": session.approach, "guidance": guidance}
     shown |= {"reply": trial.text, "answer": answer}
     shown = {name: value for name, value in shown.items() if value}
     line = session.experience.line if session.experience else Line()
     return (yield from ensemble(shown, config, line, (session.seed, session.session_id, *seed)))
-
-
-def open_evaluator(spec: str) -> Agent:
-    """The seat of a user's scoring function. Like any agent it has --timeout seconds and may raise anything."""
-    function = load_object(spec)
-
-    def reply(question: Question, seed: int) -> Reply:
-        value = resolve(function(**question.messages[0]))
-        if isinstance(value, str | bytes) or not (value is None or 0 <= float(value) <= 1):
-            raise ValueError(f"the score must be a number between 0 and 1, not {value!r:.80}")
-        return Reply(json.dumps(None if value is None else float(value)), 0, False)
-
-    return Agent(reply)
 
 
 @dataclass

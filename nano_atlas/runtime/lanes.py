@@ -96,7 +96,8 @@ def attempts(session: Session, config: Config) -> Script:
         ((reply,),) = yield from ask(Call("student", "plan", turn, config.answering, session.draw("plan")))
         session.plan = parse_plan(reply.text)
         session.approach = "\n".join(f"{number}. {step}" for number, step in enumerate(session.plan, start=1))
-    probing = config if session.lane == "paired" else replace(config, probe_tokens=0)
+    asking = replace(config, verifier="exact")  # no verifier is asked: `add_trial` has the answers judged
+    probing = asking if session.lane == "paired" else replace(asking, probe_tokens=0)
     alone = yield from episode.sketch(task, probing, session.draw)
     shown = session.approach = session.approach or alone.approach
     yield from add_trial(session, config, "alone", alone.baselines[0])
@@ -105,7 +106,7 @@ def attempts(session: Session, config: Config) -> Script:
     for _ in range(0 if session.lane == "auto" else 1 + config.retries):
         if (yield from teaching(session, config, shown)) is None:
             continue  # the prompt would be the same as without help
-        (given,) = yield from episode.guide(alone, [session.guidance], config, session.draw)
+        (given,) = yield from episode.guide(alone, [session.guidance], asking, session.draw)
         yield from add_trial(session, config, "coached" if is_coached else "guided", given)
         if session.trials[-1].verdict.is_valid is not False:
             return

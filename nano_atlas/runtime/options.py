@@ -46,8 +46,9 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Config(EpisodeConfig, RunConfig):
-    evaluator: str | None = option(None, "function MODULE:NAME that scores answers, 0 to 1", group="judges")
-    judge: str | None = option(None, "checkpoint, URL or function that scores answers without gold")
+    judge: str | None = option(
+        None, "checkpoint, URL or function that scores answers without gold", group="judges"
+    )
     large_judge: str | None = option(None, "a larger model that decides where judgements differ")
     audit: float = option(0.2, "share of the judged answers to judge again", at_least=0, at_most=1)
 

@@ -37,7 +37,7 @@ def now() -> str:
 @dataclass
 class Verdict:
     score: float | None  # 0 to 1; None: unscored
-    by: str  # "exact" | "python" | "judges" | "nobody"; "outage": no reply from evaluator or judges
+    by: str  # "exact" | "python" | "judges" | "nobody"; "outage": no reply from verifier or judges
     is_valid: bool | None = None  # None: not known
     deviation: float = 0.0  # standard error of the score, from the spread of the samples
     helpfulness: float | None = None

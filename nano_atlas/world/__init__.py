@@ -106,7 +106,8 @@ def held_out(domain: str, count: int, seed: object) -> list[Problem]:
 
 
 def _as_problems(generated: Sequence[Task], prefix: str) -> list[Problem]:
-    return [Problem(f"{prefix}-{index}", t.question, t.answer, t.domain) for index, t in enumerate(generated)]
+    fields = ((t.question, t.answer, t.domain, t.solution) for t in generated)
+    return [Problem(f"{prefix}-{index}", *of) for index, of in enumerate(fields)]
 
 
 def plan(chain: Sequence[str], told: Sequence[str] | None = None) -> str:

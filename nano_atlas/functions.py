@@ -1,0 +1,104 @@
+"""A user's Python functions, `MODULE:NAME` of something importable, also from the current directory.
+
+    verifier   function(question=, answer=, text=, gold=) -> a score from 0 to 1, or None: unknown
+    reward     function(episode) -> a number, in place of reward.py's; episode: an `episode.Episode`, with that reward in it
+    agent      see runtime/agents.py
+
+Each may be plain or async. Verifiers and agents run in threads with a time limit; what they raise is a Fault of that call.
+"""
+
+import asyncio
+import importlib
+import inspect
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+from nano_atlas.errors import UserError
+from nano_atlas.schedule import Call, ask, caught, drive
+from nano_atlas.seats import Answers, Question, Reply, estimate_tokens
+
+SECONDS = 60.0  # for a call of a verifier in training and evaluation
+
+
+@dataclass
+class Agent:
+    """A seat that calls `reply(question, seed)` for one question at a time. `reply` may raise anything."""
+
+    reply: Callable[[Question, int], Reply]
+    is_batched = False
+    count_tokens = staticmethod(estimate_tokens)
+
+    def ask(self, questions: Sequence[Question], progress: str | None = None) -> Answers:
+        """One question at once, many in threads of SECONDS each; then a fault is the answer to its own question."""
+        if len(questions) == 1:
+            (question,) = questions
+            return [[self.reply(question, question.seed + place) for place in range(question.n)]]
+        answers = {}
+        scripts = {i: caught(ask(Call("agent", "", *question))) for i, question in enumerate(questions)}
+        for finished in drive(scripts, {"agent": self}, timeout=SECONDS):
+            answers |= finished
+        return [
+            answer if isinstance(answer := answers[i], UserError) else answer[0]
+            for i in range(len(questions))
+        ]
+
+
+def load_object(spec: str) -> Callable:
+    """Imports the function. Raises UserError."""
+    module, _, name = spec.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        found = reduce(getattr, name.split("."), importlib.import_module(module))
+    except (Exception, SystemExit) as error:  # importing a user's module may raise anything
+        cause = f"{type(error).__name__}: {error}"
+        raise UserError(f"{spec}: {cause}; it should be MODULE:NAME of something importable") from None
+    if callable(found):
+        return found
+    raise UserError(f"{spec} is a {type(found).__name__}, not a function")
+
+
+def resolve(value: Any) -> Any:
+    """The result of a function: plain, async, or a generator of either kind. Not for use inside a running event loop."""
+
+    async def finish() -> Any:
+        return "".join([piece async for piece in value]) if inspect.isasyncgen(value) else await value
+
+    if inspect.isasyncgen(value) or inspect.isawaitable(value):
+        return asyncio.run(finish())
+    return "".join(value) if inspect.isgenerator(value) else value
+
+
+def verifier_seat(spec: str) -> dict[str, Agent]:
+    """{"verifier": seat} of a --verifier for `episode.verify`, which reads scores as JSON; {}: exact. Raises UserError."""
+    if spec == "exact":
+        return {}
+    function = load_object(spec)
+
+    def reply(question: Question, seed: int) -> Reply:
+        value = resolve(function(**question.messages[0]))
+        if isinstance(value, str | bytes) or not (value is None or 0 <= float(value) <= 1):
+            raise ValueError(f"the score must be a number between 0 and 1, not {value!r:.80}")
+        return Reply(json.dumps(None if value is None else float(value)), 0, False)
+
+    return {"verifier": Agent(reply)}
+
+
+def open_reward(spec: str) -> Callable[[Any], float]:
+    """The function, with a UserError that names it for whatever it raises, and for what is no finite number."""
+    function = load_object(spec)
+
+    def reward(episode: Any) -> float:
+        try:
+            if math.isfinite(value := float(resolve(function(episode)))):
+                return value
+            raise ValueError(f"it returned {value}, not a finite number")
+        except Exception as error:  # a user's function may raise anything
+            raise UserError(f"--reward {spec}: {type(error).__name__}: {error}") from error
+
+    return reward
