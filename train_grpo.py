@@ -108,6 +108,7 @@ class Config(LayoutConfig, RewardConfig, EpisodeConfig, GrpoConfig):
         return self.answer_tokens if self.reward == "exact" else self.teaching_tokens
 
     def check(self) -> None:
+        functions.verifier_seat(self.verifier)  # not there? then now, before anything is loaded
         if self.reward not in REWARDS:
             functions.load_object(self.reward)
         is_pulled = self.beta and (self.kl == "privileged" or self.kl == "exact" and self.reference)
@@ -388,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         return print(memory.layout_table(config))
     work = f"{config.steps} steps of {config.problems_per_step} problems x {config.group_size}"
-    announce("train_grpo", config, f"{work} {'teachings' if config.reward == 'teaching' else 'answers'}")
+    announce("train_grpo", config, f"{work} {'answers' if config.reward == 'exact' else 'teachings'}")
     with runs.owned(config.out):
         train(config)
 

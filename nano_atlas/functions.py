@@ -30,6 +30,7 @@ class Agent:
     """A seat that calls `reply(question, seed)` for one question at a time. `reply` may raise anything."""
 
     reply: Callable[[Question, int], Reply]
+    name: str = "agent"  # in its faults
     is_batched = False
     count_tokens = staticmethod(estimate_tokens)
 
@@ -39,8 +40,8 @@ class Agent:
             (question,) = questions
             return [[self.reply(question, question.seed + place) for place in range(question.n)]]
         answers = {}
-        scripts = {i: caught(ask(Call("agent", "", *question))) for i, question in enumerate(questions)}
-        for finished in drive(scripts, {"agent": self}, timeout=SECONDS):
+        scripts = {i: caught(ask(Call(self.name, "", *question))) for i, question in enumerate(questions)}
+        for finished in drive(scripts, {self.name: self}, timeout=SECONDS):
             answers |= finished
         return [
             answer if isinstance(answer := answers[i], UserError) else answer[0]
@@ -86,7 +87,7 @@ def verifier_seat(spec: str) -> dict[str, Agent]:
             raise ValueError(f"the score must be a number between 0 and 1, not {value!r:.80}")
         return Reply(json.dumps(None if value is None else float(value)), 0, False)
 
-    return {"verifier": Agent(reply)}
+    return {"verifier": Agent(reply, "verifier")}
 
 
 def open_reward(spec: str) -> Callable[[Any], float]:
