@@ -290,6 +290,15 @@ def test_a_run_that_dies_while_asking_loses_one_chunk(tmp_path, deaths):
     assert results == run(config_for(tmp_path / "whole"))[0]
 
 
+def test_results_of_another_version_are_named_instead_of_read_wrongly(tmp_path, unbroken):
+    text = (unbroken[1] / "tasks.jsonl").read_text().replace('"score":', '"is_correct":')
+    (tmp_path / "tasks.jsonl").write_text(text)
+    with pytest.raises(
+        UserError, match="tasks.jsonl: not of this version .*; use --restart, or another --out"
+    ):
+        arms.read_results(tmp_path / "tasks.jsonl")
+
+
 def test_a_finished_run_asks_nobody(tmp_path):
     first, _ = run(config_for(tmp_path))
     again, seats = run(config_for(tmp_path), teachers={})

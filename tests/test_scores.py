@@ -58,6 +58,9 @@ def test_every_number_of_the_tables_follows_from_the_rules(tmp_path):
         assert grpo["all_tokens"] == pytest.approx(
             20 + 7 + (40 * (count - 1) + 30) / count
         )  # answer, probe, teacher
+        thousands = (40 * (count - 1) + 30) / count / 1000  # TES = gain * completion / thousands of tokens
+        efficiency = grpo["versus_student"]["delta"] * grpo["completion"] / thousands
+        assert grpo["versus_student"]["teaching_efficiency"] == pytest.approx(efficiency)
         without_leak = (sum(right["grpo"]) - right["grpo"][6]) / (count - 1)
         assert grpo["leak_free_accuracy"] == pytest.approx(without_leak)
         assert (difference["arm"], difference["other"]) == ("grpo", "sft")
@@ -76,7 +79,7 @@ def test_every_number_of_the_tables_follows_from_the_rules(tmp_path):
 
     text = tables(report)
     table = cells_of(text)
-    assert {len(row) for row in table} == {15} and len(table) == 2 * (2 + 5)
+    assert {len(row) for row in table} == {16} and len(table) == 2 * (2 + 5)
     controls = ["shuffled", "untrained"]
     assert [row[0] for row in table[2:7]] == ["student", "sft", "grpo", *controls]
     grpo = dict(zip(table[0], table[4]))

@@ -135,7 +135,10 @@ def read_results(path: Path) -> dict[Key, TaskResult]:
     """The results in a tasks.jsonl. Raises UserError for a damaged line."""
     lines = read_jsonl(path, is_journal=True) if path.exists() else ()
     found = (TaskResult(**record | {"attempt": Attempt(**record["attempt"])}) for _, record in lines)
-    return {result.key: result for result in found}
+    try:
+        return {result.key: result for result in found}
+    except (LookupError, TypeError) as error:
+        raise UserError(f"{path}: not of this version ({error}); use --restart, or another --out") from None
 
 
 class TaskLog(Journal):

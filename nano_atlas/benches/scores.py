@@ -16,10 +16,10 @@ Tasks = dict[str, list[TaskResult]]  # the samples of each task, by its id
 Report = dict[str, list[dict]]  # "scores" of each arm, "differences" of the last teacher to each earlier one
 NOTE = """\
 Rates in %, differences in percentage points with their 95 % interval (paired bootstrap over tasks). *Not worse*: tasks on which the
-student with teaching is at least as good as alone, of all tasks and of those it gets right alone. *Answered*: an answer could be
-extracted; *cut off*: it ran into the limit of tokens. Tokens are generated tokens per answer: the student's answer, and answer + probe
-+ teacher. *Leaks*: teachings that hold the gold answer; *without*: accuracy where the teaching holds none; *malformed*: no teaching
-could be extracted, and the student's own answer counts.
+student with teaching is at least as good as alone, of all tasks and of those it gets right alone. *TES*: gain x share answered, per
+1,000 tokens of the teacher. *Answered*: an answer could be extracted; *cut off*: it ran into the limit of tokens. Tokens are generated
+tokens per answer: the student's answer, and answer + probe + teacher. *Leaks*: teachings that hold the gold answer; *without*:
+accuracy where the teaching holds none; *malformed*: no teaching could be extracted, and the student's own answer counts.
 """
 
 
@@ -41,6 +41,7 @@ def points(versus: dict) -> str:
 VERSUS_STUDENT = [
     ("McNemar p", "p_value", p_value), ("improved", "improved", str), ("degraded", "degraded", str),
     ("not worse", "non_degradation", percent), ("…of right", "non_degradation_correct", percent),
+    ("TES", "teaching_efficiency", lambda score: "–" if score is None else f"{score:.2f}"),
 ]  # fmt: skip
 MEANS: list[tuple[str, str, Callable, Callable[[TaskResult], float | None]]] = [
     ("answered", "completion", percent, lambda r: r.attempt.answer is not None),
@@ -107,6 +108,10 @@ def compare(tasks: Tasks, others: Tasks, seed: int = 0) -> dict | None:
     row = {"domain": first.domain, "arm": first.arm, "other": others[shared[0]][0].arm, "tasks": len(shared)}
     row |= {"delta": fmean(changes), "interval": stats.paired_bootstrap(changes, seed)}
     row["p_value"] = None if more else stats.mcnemar(improved, degraded)  # a test of single answers
+    taught = [result for name in shared for result in tasks[name]]
+    tokens = sum(result.teacher_tokens for result in taught)
+    answered = sum(result.attempt.answer is not None for result in taught)
+    row["teaching_efficiency"] = 1000 * fmean(changes) * answered / tokens if tokens else None
     row |= {"improved": improved, "degraded": degraded, "non_degradation": 1 - degraded / len(shared)}
     return row | {"non_degradation_correct": 1 - degraded / could_degrade if could_degrade else None}
 
