@@ -9,7 +9,7 @@ The prompt of a group is computed once for all its completions (`SharedPromptAtt
     rows        0 1 2   3 4             index into the step's flat per-token arrays
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Self
@@ -17,6 +17,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from nano_atlas import distributed
 from nano_atlas.gpu import FlexAttention
 from nano_atlas.loss import token_stats
 from nano_atlas.model import SharedPromptAttention, Transformer
@@ -128,14 +129,23 @@ def predicting_states(model: Transformer, batch: PolicyBatch) -> Tensor:
     return hidden.index_select(0, batch.predictors)
 
 
+def own_states(model, samples, tokens_per_batch: int, own=None) -> Iterator[tuple[PolicyBatch, Tensor]]:
+    """(micro-batch, its `predicting_states`) of the samples in `own`. Collective: the model may be sharded."""
+    batches = policy_batches(samples, tokens_per_batch, model, own)
+    filler = batches or policy_batches(samples, tokens_per_batch, model, [0])
+    for batch, is_own in distributed.in_step(batches, filler[0]):
+        states = predicting_states(model, batch)
+        if is_own:
+            yield batch, states
+
+
 @torch.no_grad()
 def completion_logprobs(model, samples, tokens_per_batch: int, temperature: float, own=None) -> Tensor:
     """Log-probs `[T]` float32 of a step's completion tokens at the sampling temperature; 0 for samples not in `own`."""
     tokens = sum(len(sample.rollout.completion_ids) for sample in samples)
     logprobs = torch.zeros(tokens, device=model.head_weight.device)
-    for batch in policy_batches(samples, tokens_per_batch, model, own):
-        hidden = predicting_states(model, batch)
-        logprobs[batch.rows] = token_stats(hidden, model.head_weight, batch.targets, temperature).logprobs
+    for batch, states in own_states(model, samples, tokens_per_batch, own):
+        logprobs[batch.rows] = token_stats(states, model.head_weight, batch.targets, temperature).logprobs
     return logprobs
 
 
@@ -152,7 +162,7 @@ def reference_values(reference, samples: Sequence[Sample], config, own, device) 
     if config.kl == "k3":
         return completion_logprobs(reference, samples, limit, config.teacher_temperature, own).to(device)
     tokens, head = sum(len(sample.rollout.completion_ids) for sample in samples), reference.head_weight
-    states = torch.zeros(tokens, head.shape[1], dtype=head.dtype, device=head.device)
-    for batch in policy_batches(samples, limit, reference, own):
-        states[batch.rows] = predicting_states(reference, batch)
-    return states.to(device)
+    values = torch.zeros(tokens, head.shape[1], dtype=reference.compute_dtype or head.dtype, device=device)
+    for batch, states in own_states(reference, samples, limit, own):
+        values[batch.rows] = states
+    return values
