@@ -122,7 +122,7 @@ def open_seats(config: Config) -> dict[str, Seat]:
     specs = {name: getattr(config, name.replace(" ", "_")) for name in names}
     opened = {spec: open_seat(config, spec) for spec in dict.fromkeys(specs.values()) if spec is not None}
     seats = {name: opened[spec] for name, spec in specs.items() if spec is not None}
-    return seats | functions.verifier_seat(config.verifier)
+    return seats | functions.verifier_seat(config.verifier, is_lockstep=False)
 
 
 def open_seat(config: Config, spec: str) -> Seat:

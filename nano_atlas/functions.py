@@ -20,7 +20,7 @@ from typing import Any
 
 from nano_atlas.errors import UserError
 from nano_atlas.schedule import Call, ask, caught, drive
-from nano_atlas.seats import Answers, Question, Reply, estimate_tokens
+from nano_atlas.seats import Answers, Fault, Question, Reply, estimate_tokens
 
 SECONDS = 60.0  # for a call of a verifier in training and evaluation
 
@@ -30,23 +30,27 @@ class Agent:
     """A seat that calls `reply(question, seed)` for one question at a time. `reply` may raise anything."""
 
     reply: Callable[[Question, int], Reply]
-    name: str = "agent"  # in its faults
     is_batched = False
     count_tokens = staticmethod(estimate_tokens)
 
+    def ask(self, questions: Sequence[Question], progress: str | None = None) -> list[list[Reply]]:
+        return [[self.reply(q, q.seed + place) for place in range(q.n)] for q in questions]
+
+
+@dataclass
+class SideBySide:
+    """A verifier's seat for `play`: its calls run in threads, of SECONDS each, and a fault answers its own question."""
+
+    seat: Agent
+
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> Answers:
-        """One question at once, many in threads of SECONDS each; then a fault is the answer to its own question."""
-        if len(questions) == 1:
-            (question,) = questions
-            return [[self.reply(question, question.seed + place) for place in range(question.n)]]
+        calls = [Call("verifier", "verifier", *question) for question in questions]
         answers = {}
-        scripts = {i: caught(ask(Call(self.name, "", *question))) for i, question in enumerate(questions)}
-        for finished in drive(scripts, {self.name: self}, timeout=SECONDS):
-            answers |= finished
-        return [
-            answer if isinstance(answer := answers[i], UserError) else answer[0]
-            for i in range(len(questions))
-        ]
+        for done in drive(
+            {i: caught(ask(c)) for i, c in enumerate(calls)}, {"verifier": self.seat}, timeout=SECONDS
+        ):
+            answers |= done
+        return [one if isinstance(one, Fault) else one[0] for _, one in sorted(answers.items())]
 
 
 def load_object(spec: str) -> Callable:
@@ -75,8 +79,8 @@ def resolve(value: Any) -> Any:
     return "".join(value) if inspect.isgenerator(value) else value
 
 
-def verifier_seat(spec: str) -> dict[str, Agent]:
-    """{"verifier": seat} of a --verifier for `episode.verify`, which reads scores as JSON; {}: exact. Raises UserError."""
+def verifier_seat(spec: str, is_lockstep=True) -> dict[str, Agent | SideBySide]:
+    """{"verifier": seat} of a --verifier, for `episode.verify`; {} for exact. is_lockstep: for `play`. Raises UserError."""
     if spec == "exact":
         return {}
     function = load_object(spec)
@@ -87,7 +91,7 @@ def verifier_seat(spec: str) -> dict[str, Agent]:
             raise ValueError(f"the score must be a number between 0 and 1, not {value!r:.80}")
         return Reply(json.dumps(None if value is None else float(value)), 0, False)
 
-    return {"verifier": Agent(reply, "verifier")}
+    return {"verifier": SideBySide(Agent(reply)) if is_lockstep else Agent(reply)}
 
 
 def open_reward(spec: str) -> Callable[[Any], float]:

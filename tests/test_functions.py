@@ -1,9 +1,11 @@
 """A user's own verifier and reward: the same one in training, runtime and evaluation, with faults that are counted."""
 
 import json
+import re
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from conftest import grpo_flags, records, run_grpo
@@ -15,7 +17,7 @@ from nano_atlas import functions, reward
 from nano_atlas.data import Problem
 from nano_atlas.episode import EpisodeConfig, attempts
 from nano_atlas.errors import UserError
-from nano_atlas.functions import Agent, verifier_seat
+from nano_atlas.functions import verifier_seat
 from nano_atlas.presets import presets
 from nano_atlas.runtime.options import Config as RuntimeConfig
 from nano_atlas.schedule import Fault, play
@@ -94,7 +96,8 @@ def test_training_runtime_and_evaluation_score_an_answer_alike(mine, monkeypatch
     replies = [Reply(f"<solution>{answer}</solution>", 1, False) for answer in ("41", "42")]
     (found,) = play([attempts(replies, problem, config)], seats)
     session = run_session("paired", problem, RuntimeConfig(verifier="mine:grade"), student=student(["HELP"]),
-                          teacher=teacher("<teaching>HELP</teaching>"), **seats)  # fmt: skip
+                          teacher=teacher("<teaching>HELP</teaching>"),
+                          **verifier_seat("mine:grade", is_lockstep=False))  # fmt: skip
     assert [one.score for one in found] == [trial.score for trial in session.trials] == [0.25, 1.0]
     settings = {"bench": "gsm8k", "student": "s", "verifier": "mine:grade"}
     assert evaluation.Config(**settings).episode.verifier == "mine:grade"
@@ -128,12 +131,15 @@ def test_many_answers_are_verified_side_by_side_and_each_fault_is_its_own(monkey
     assert "must be a number between 0 and 1" in str(answers[5]) and "must be a number" in str(answers[6])
 
 
-def test_several_replies_to_many_questions_of_an_agent_keep_their_places():
-    agent = Agent(lambda question, seed: Reply(f"{question.messages[0]} {seed}", 1, False))
-    answers = agent.ask([Question([f"q{i}"], Generation(1), 10 * i, 2) for i in range(5)])
-    assert [[reply.text for reply in group] for group in answers] == [
-        [f"q{i} {10 * i}", f"q{i} {10 * i + 1}"] for i in range(5)
-    ]
+def test_a_single_answer_that_hangs_or_raises_is_a_fault_too(monkeypatch):
+    monkeypatch.setattr(functions, "SECONDS", 0.2)
+    for grade, fault in (
+        (lambda **_: threading.Event().wait(), "no reply within 0.2"),
+        (lambda **_: 1 / 0, "ZeroDivision"),
+    ):
+        monkeypatch.setattr(functions, "load_object", lambda spec: grade)
+        (answer,) = verifier_seat("mine:grade")["verifier"].ask([Question([{}], Generation(1), 0, 1)])
+        assert isinstance(answer, Fault) and fault in str(answer)
 
 
 def test_a_reward_of_ones_own_replaces_the_published_one_in_steps_and_in_the_choice_of_the_best(
@@ -152,6 +158,18 @@ def test_a_reward_of_ones_own_replaces_the_published_one_in_steps_and_in_the_cho
         UserError, match="--reward mine:odd: ValueError: it returned nan, not a finite number"
     ):
         run_grpo(place, tmp_path / "odd", reward="mine:odd", steps=1)
+
+
+def test_the_functions_of_the_docs_train(place, tmp_path, mine):
+    page = Path(__file__).parents[1] / "docs/rewards.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    Path("mine.py").write_text("\n".join(blocks))
+    names = {"verifier": "mine:verify", "reward": "mine:gain_without_leaks"}
+    metrics = run_grpo(place, tmp_path / "out", steps=2, **names)
+    assert len(blocks) == 2 and all(record["unanswered"] == 0 for record in metrics)
+    for one in records(tmp_path / "out/episodes.jsonl"):
+        gain = one["guided"]["score"] - one["baseline_accuracy"] - one["is_leak"]
+        assert one["reward"] == pytest.approx(-0.5 if one["teaching"] is None else gain)
 
 
 @pytest.mark.parametrize("options, message", [

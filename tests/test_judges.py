@@ -225,7 +225,13 @@ def test_a_verifier_of_the_users_is_called_and_its_faults_are_the_sessions(monke
     def graded(function, **seats):
         monkeypatch.setattr(functions, "load_object", lambda spec: function)
         seats = {"student": student(["HELP"]), "teacher": teacher("<teaching>HELP</teaching>"), **seats}
-        return run("paired", OPEN, Config(verifier="mine:grade"), **seats, **verifier_seat("mine:grade"))
+        return run(
+            "paired",
+            OPEN,
+            Config(verifier="mine:grade"),
+            **seats,
+            **verifier_seat("mine:grade", is_lockstep=False),
+        )
 
     session = graded(grade)
     assert [(t.verdict.by, t.verdict.score) for t in session.trials] == [
@@ -246,7 +252,7 @@ def test_a_verifier_of_the_users_is_called_and_its_faults_are_the_sessions(monke
 
 def test_a_verifier_that_hangs_ends_its_session_after_the_timeout(monkeypatch):
     monkeypatch.setattr(functions, "load_object", lambda spec: lambda **fields: threading.Event().wait())
-    seats = {"student": student(), "teacher": teacher(), **verifier_seat("mine:grade")}
+    seats = {"student": student(), "teacher": teacher(), **verifier_seat("mine:grade", is_lockstep=False)}
     scripts = {
         i: run_session(Session(session_id="s", task=OPEN, seed=i), Config(verifier="mine:grade"), words)
         for i in range(8)
