@@ -108,9 +108,8 @@ class Config(LayoutConfig, RewardConfig, EpisodeConfig, GrpoConfig):
         return self.answer_tokens if self.reward == "exact" else self.teaching_tokens
 
     def check(self) -> None:
-        functions.verifier_seat(self.verifier)  # not there? then now, before anything is loaded
-        if self.reward not in REWARDS:
-            functions.load_object(self.reward)
+        if self.reward not in REWARDS and ":" not in self.reward:
+            raise UserError(f"--reward {self.reward}: use {', '.join(REWARDS)}, or a function MODULE:NAME")
         is_pulled = self.beta and (self.kl == "privileged" or self.kl == "exact" and self.reference)
         if self.reward == "none" and not is_pulled:
             raise UserError("--reward none needs --kl exact --reference DIRECTORY, or --kl privileged")
@@ -319,6 +318,8 @@ def train(config: Config) -> None:
     done = read_json(resumed / "state.json")["step"] if resumed else 0
     if done >= config.steps and runs.is_saved(config.out, done):
         return print(f"{config.out}/model is already trained, {done} steps; more: --steps, anew: --restart")
+    for spec in {config.verifier, config.reward} - {"exact", *REWARDS}:
+        functions.load_object(spec)  # a missing one is named now, not after the models are loaded
     problems, held_out = training_data(config)
     start = config.student if config.reward == "exact" else config.teacher
     layout = choose_layout(config, "" if config.reward == "exact" else config.student, config.kl)
