@@ -37,9 +37,9 @@ from statistics import stdev
 import torch
 from torch import Tensor
 
-from nano_atlas import batching, distributed, episode, optim, protocol, runs
+from nano_atlas import batching, distributed, episode, lora, optim, protocol, runs
 from nano_atlas.batching import Sample, completion_logprobs, policy_batches, predicting_states
-from nano_atlas.checkpoint import load_model, save_model
+from nano_atlas.checkpoint import load_model, save_adapter, save_model
 from nano_atlas.config import derive_seed, option, parse, run_script, to_json
 from nano_atlas.data import Problem, load_problems, problems_of_step
 from nano_atlas.episode import Episode, EpisodeConfig, Sketch
@@ -324,8 +324,11 @@ def train(config: Config) -> None:
     layout = choose_layout(config, config.student if is_taught else "", config.kl)
     policy = load_model(start, getattr(torch, config.dtype), layout.policy)
     policy.recompute_activations = config.gradient_checkpointing
+    lora.adapt(policy, config.lora_rank, config.seed)
     distributed.shard(policy)
-    reference = load_model(start, getattr(torch, config.dtype), layout.reference) if config.beta else None
+    reference = lora.WithoutAdapters(policy) if config.beta else None
+    if config.beta and not config.lora_rank:
+        reference = load_model(start, getattr(torch, config.dtype), layout.reference)
     tokenizer = Tokenizer.from_directory(start)
     tokenizer.config |= {"enable_thinking": True} if config.thinking else {}
     optimizer = optim.MasterAdamW(policy, **ADAMW, state_device=config.optimizer_device)
@@ -377,6 +380,8 @@ def train(config: Config) -> None:
             if (step + 1) % config.save_every == 0 or is_last:
                 optim.save_training_state(config.out / "state", optimizer, step + 1, best=best)
 
+    if config.lora_rank:
+        save_adapter(config.out / "adapter", policy, start)
     save_model(config.out / "model", policy, tokenizer, step=max(first_step, config.steps))
     print(f"{config.out}: model, {'best, ' * (best is not None)}metrics.jsonl, episodes.jsonl, state")
     if best is not None and (ahead := best - metrics.get("eval/reward", best)) > 0:

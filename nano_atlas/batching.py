@@ -16,6 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from nano_atlas import distributed
 from nano_atlas.gpu import FlexAttention
 from nano_atlas.loss import token_stats
 from nano_atlas.model import SharedPromptAttention, Transformer
@@ -112,10 +113,17 @@ def predicting_states(model: Transformer, batch: PolicyBatch) -> Tensor:
 
 @torch.no_grad()
 def completion_logprobs(model, samples, tokens_per_batch: int, temperature: float, own=None) -> Tensor:
-    """Log-probs `[T]` float32 of a step's completion tokens at the sampling temperature; 0 for samples not in `own`."""
+    """Log-probs `[T]` float32 of a step's completion tokens at the sampling temperature; 0 for samples not in `own`.
+
+    Collective, because an adapted policy without its adapters, as the reference, is sharded.
+    """
     tokens = sum(len(sample.rollout.completion_ids) for sample in samples)
     logprobs = torch.zeros(tokens, device=model.head_weight.device)
-    for batch in policy_batches(samples, tokens_per_batch, model, own):
+    batches = policy_batches(samples, tokens_per_batch, model, own)
+    filler = batches or policy_batches(samples, tokens_per_batch, model, [0])
+    for batch, is_own in distributed.in_step(batches, filler[0]):
         hidden = predicting_states(model, batch)
-        logprobs[batch.rows] = token_stats(hidden, model.head_weight, batch.targets, temperature).logprobs
+        if is_own:
+            stats = token_stats(hidden, model.head_weight, batch.targets, temperature)
+            logprobs[batch.rows] = stats.logprobs
     return logprobs

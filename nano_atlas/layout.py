@@ -28,6 +28,7 @@ class LayoutConfig:
     optimizer_device: str = option("auto", "device of AdamW's state (12 bytes a parameter)", resumable=True)
     dtype: str = option("float32", "compute precision; AdamW's state is float32", ["float32", "bfloat16"])
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, 4/3 of the time")
+    lora_rank: int = option(0, "train adapters of this rank (LoRA, ten times --lr); 0: all", at_least=0)
     dry_step: bool = option(True, "on a GPU, try the largest micro-batch before step 1", resumable=True)
     thinking: bool = option(False, "use Qwen3's thinking mode, and record it in the checkpoint")
     cache_rows: int = option(256, "most sequences decoded at once, in this process", above=0, resumable=True)
@@ -74,7 +75,8 @@ def choose_layout(config: LayoutConfig, student: str, kl: str, gpus: int | None 
         raise UserError("--overlap needs --rollout vllm; the embedded sampler shares the policy's weights")
 
     has_full_gpu = bool(server or urls) and gpus > 1 and is_alone  # vLLM preallocates its GPU's memory
-    reference = policy if kl == "exact" or has_full_gpu else spare
+    # an adapted policy is its own reference
+    reference = policy if kl == "exact" or has_full_gpu or config.lora_rank else spare
     place = (spare, has_full_gpu and has_vllm) if student and not is_url(student) else ("", False)
     layout = Layout(policy, *place, reference, server, urls)
     sampling = f"vLLM on {server}" if server else "running vLLM servers" if urls else "this process"
