@@ -122,16 +122,16 @@ def test_every_preset_is_where_its_layout_says_and_fits_its_card(monkeypatch, pr
     is_small = preset == "smollm2" and gpus > 0  # its options depend on whether this machine has a GPU
     config = grpo_config("--preset", preset, *("--device auto --dtype bfloat16".split() if is_small else ()))
     found, fits = on_devices(config, monkeypatch, gpus, has_vllm, CARDS[preset])
-    learning, host = LEARNING, set()
+    learning, host, frozen = LEARNING, set(), FROZEN - ({"reference"} if config.lora_rank else set())
     if preset == "qwen3-8b-2gpu" and gpus:
         learning, host = LEARNING - {"masters, moments"}, {"masters, moments"}
     if gpus < 2:
-        expected = {"cuda:0" if gpus else "cpu": learning | FROZEN | SAMPLING}
+        expected = {"cuda:0" if gpus else "cpu": learning | frozen | SAMPLING}
     elif has_vllm and preset != "nano":
-        expected = {"cuda:0": learning | FROZEN, "cuda:1": SERVED}
+        expected = {"cuda:0": learning | frozen, "cuda:1": SERVED}
         host = host | {"weights in shared memory"}
     else:
-        expected = {"cuda:0": learning | {"KV cache"}, "cuda:1": FROZEN | SAMPLING}
+        expected = {"cuda:0": learning | {"KV cache"}, "cuda:1": frozen | SAMPLING}
     assert found == expected | ({"cpu": host} if host else {})
     if gpus >= (2 if preset == "qwen3-8b-2gpu" else 1):
         assert set(fits.values()) == {"yes"}
