@@ -332,7 +332,8 @@ def train(config: Config) -> None:
     tokenizer = Tokenizer.from_directory(start)
     tokenizer.config |= {"enable_thinking": True} if config.thinking else {}
     optimizer = optim.MasterAdamW(policy, **ADAMW, state_device=config.optimizer_device)
-    record = optim.load_training_state(resumed, optimizer) if resumed else {"step": 0, "best": None}
+    base = runs.checkpoint_digest(start) if config.lora_rank else None
+    record = optim.load_training_state(resumed, optimizer, base) if resumed else {"step": 0, "best": None}
     first_step, best, metrics = record["step"], record.get("best"), {}
     runs.begin_run(config, resumed)
     say(f"{len(problems)} problems; {len(held_out)} held out")
@@ -378,7 +379,7 @@ def train(config: Config) -> None:
             progress.set_postfix_str(f"reward {metrics['reward']:.2f}, kl {metrics['kl']:.3f}", refresh=False)
             progress.step()
             if (step + 1) % config.save_every == 0 or is_last:
-                optim.save_training_state(config.out / "state", optimizer, step + 1, best=best)
+                optim.save_training_state(config.out / "state", optimizer, step + 1, best=best, base=base)
 
     if config.lora_rank:
         save_adapter(config.out / "adapter", policy, start)

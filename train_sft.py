@@ -144,7 +144,8 @@ def train(config: Config, resumed: Path | None) -> None:  # resumed: the trainin
     distributed.shard(model)
     where = config.optimizer_device
     optimizer = optim.MasterAdamW(model, weight_decay=config.weight_decay, state_device=where)
-    first_step = optim.load_training_state(resumed, optimizer)["step"] if resumed else 0
+    base = checkpoint_digest(config.model) if config.lora_rank else None
+    first_step = optim.load_training_state(resumed, optimizer, base)["step"] if resumed else 0
     if config.dry_step and model.head_weight.device.type in optim.DRY_STEP_ON:
         dry_step(config, model, optimizer, learned)
     runs.begin_run(config, resumed)
@@ -175,7 +176,7 @@ def train(config: Config, resumed: Path | None) -> None:  # resumed: the trainin
             progress.set_postfix_str(f"loss {metrics['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
             progress.step()
             if (step + 1) % config.save_every == 0 or is_last:
-                optim.save_training_state(config.out / "state", optimizer, step + 1, data=data_digest)
+                optim.save_training_state(config.out / "state", optimizer, step + 1, data=data_digest, base=base)
 
     if config.lora_rank:
         save_adapter(config.out / "adapter", model, config.model)

@@ -287,7 +287,8 @@ def remedy(config, device: str, items: Counter, card: float) -> str:
         left = {name: size for name, size in items.items() if name not in smaller}
         if peak(left, config.overlap) <= room:
             return found
-    return "--dtype bfloat16" if config.dtype == "float32" else "more GPUs, or smaller models"
+    adapters = "" if config.lora_rank else "--lora-rank 32, "
+    return "--dtype bfloat16" if config.dtype == "float32" else f"{adapters}more GPUs, or smaller models"
 
 
 def gigabytes(size: float) -> str:

@@ -143,7 +143,7 @@ def divide(seat, is_first_only: bool = False):
 
 
 def shard(model: Transformer) -> None:
-    """Shards the parameters by rows, in place: stored as float32, cast to the model's dtype when they are gathered.
+    """Shards the parameters by rows, in place: what is trained is stored as float32, and cast when it is gathered.
 
     One group per layer, and one of embedding, final norm and head. This one stays gathered in the backward pass, because
     the loss uses `head_weight` outside of the model. Each rank gets ceil(rows / N), the last ranks fewer or none.

@@ -173,7 +173,8 @@ def test_the_table_says_which_option_to_lower(monkeypatch):
     assert said(options, 12e9)[0] == "a lower --tokens-per-batch"
     plain = said(options + "--no-gradient-checkpointing", 12e9)[0]
     assert plain == "--gradient-checkpointing or a lower --tokens-per-batch"
-    assert said(small, 8e9) == ["more GPUs, or smaller models"]
+    assert said(small, 8e9) == ["--lora-rank 32, more GPUs, or smaller models"]
+    assert said(small + "--lora-rank 32", 3e9) == ["more GPUs, or smaller models"]
     assert said(small + "--dtype float32", 8e9) == ["--dtype bfloat16"]
     assert "more GPUs for vLLM" in said("--preset qwen3-8b-2gpu", 24e9, 2, True)[1]
     monkeypatch.setenv("NANO_ATLAS_VLLM_ARGS", "--gpu-memory-utilization=0.04")
