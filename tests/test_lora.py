@@ -153,7 +153,6 @@ def test_without_adapters_is_the_start_and_adapters_are_on_again_even_after_an_e
     assert torch.equal(our_logits(frozen, documents(9))[0], our_logits(base, documents(9))[0])
     assert not our_logits(frozen, documents(9))[0].requires_grad
     assert frozen.config is model.config and frozen.is_compiled is False
-    assert torch.equal(our_logits(model, documents(9))[0], before)
 
     def fails(*_):
         raise KeyboardInterrupt
