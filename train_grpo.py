@@ -14,15 +14,15 @@ One step (the loop in `train`):
     update       gradient on the teacher's sampled tokens, each after the prompt it was sampled from
     sync         the sampler gets the new weights
 
-OUT gets model (the last teacher), best (the teacher with the highest reward on held-out problems), metrics.jsonl
-(a record per step; also sent to Weights & Biases if WANDB_PROJECT is set), episodes.jsonl (some whole episodes) and
-state (to continue from). With two GPUs, student and reference are on the second, unless vLLM fills it. Under
-torchrun each rank holds its rows of policy, gradients and AdamW's state, and whole copies of the frozen models.
+OUT gets model (the last teacher; with --lora-rank also adapter), best (the teacher with the highest reward on
+held-out problems), metrics.jsonl (a record per step; also sent to Weights & Biases if WANDB_PROJECT is set),
+episodes.jsonl (some whole episodes) and state (to continue from). With two GPUs, student and reference are on
+the second, unless vLLM fills it. Under torchrun each rank holds its rows of policy, gradients and AdamW's state,
+and whole copies of the frozen models.
 
-Differences from the published recipe (ATLAS): gradients use the prompt that was sampled from; the sampler has
-the current weights; a group shares probe and baselines; the reward compares the guided answer with the
-student's own; advantages are not divided by their group's deviation (--advantage-scale; README, "The trap of
-the deviation"); the KL reference is the SFT checkpoint.
+Differences from the published recipe: gradients use the prompt that was sampled from; the sampler has the current
+weights; a group shares probe and baselines; the reward compares the guided answer with the student's own;
+advantages are not divided by their group's deviation (README: the trap); the KL reference is the SFT checkpoint.
 """
 
 import sys
@@ -38,9 +38,9 @@ from statistics import stdev
 import torch
 from torch import Tensor
 
-from nano_atlas import batching, distributed, episode, functions, optim, protocol, runs
+from nano_atlas import batching, distributed, episode, functions, lora, optim, protocol, runs
 from nano_atlas.batching import Sample, StepTokens, policy_batches, predicting_states, reference_values
-from nano_atlas.checkpoint import load_model, save_model
+from nano_atlas.checkpoint import load_model, save_adapter, save_model
 from nano_atlas.config import option, parse, run_script, to_json
 from nano_atlas.data import problems_of_step, training_data
 from nano_atlas.episode import Episode, EpisodeConfig, Sketch
@@ -149,8 +149,8 @@ def play(config, scripts, seats, label=None) -> tuple[list[list[Episode]], dict]
         rewarded = functions.open_reward(config.reward)
         for one in chain(*groups):
             one.reward = rewarded(one)
-    unanswered = {"unanswered": len(scripts) - len(groups)}
-    return groups, episode.teaching_metrics(list(chain(*groups))) | unanswered
+    metrics = episode.teaching_metrics([*chain(*groups)])
+    return groups, metrics | {"unanswered": len(scripts) - len(groups)}
 
 
 # ----------------------------------------------------------------------------------------------------------------- the loss
@@ -282,11 +282,10 @@ def update(config, policy: Transformer, reference, optimizer, samples, rate, is_
 
 
 def to_sample(config: Config, one: Episode, teacher: TokenSeat) -> Sample:
-    prompt, problem = (), one.sketch.problem
-    if config.kl == "privileged":
-        messages = protocol.privileged_messages(one.messages, problem.solution or problem.answer)
-        prompt = tuple(teacher.prompt_ids(messages))
-    return Sample(one.reply.rollout, one.advantage, prompt)
+    """With --kl privileged, the reference's prompt has the solution."""
+    messages = protocol.privileged_messages(one.messages, one.sketch.problem.solution)
+    prompt = teacher.prompt_ids(messages) if config.kl == "privileged" else ()
+    return Sample(one.reply.rollout, one.advantage, tuple(prompt))
 
 
 def evaluate(config: Config, seats: Mapping[str, Seat], sketches: Sequence[Sketch]) -> dict[str, float]:
@@ -325,12 +324,14 @@ def train(config: Config) -> None:
     layout = choose_layout(config, "" if config.reward == "exact" else config.student, config.kl)
     policy = load_model(start, getattr(torch, config.dtype), layout.policy)
     policy.recompute_activations = config.gradient_checkpointing
+    lora.adapt(policy, config.lora_rank, config.seed)
     distributed.shard(policy)
     tokenizer = Tokenizer.from_directory(start)
     reference = open_reference(config, layout, config.reference or start, policy, tokenizer)
     tokenizer.config |= {"enable_thinking": True} if config.thinking else {}
     optimizer = optim.MasterAdamW(policy, **ADAMW, state_device=config.optimizer_device)
-    record = optim.load_training_state(resumed, optimizer) if resumed else {"step": 0, "best": None}
+    base = runs.checkpoint_digest(start) if config.lora_rank else None
+    record = optim.load_training_state(resumed, optimizer, base) if resumed else {"step": 0, "best": None}
     first_step, best, metrics = record["step"], record.get("best"), {}
     runs.begin_run(config, resumed)
     say(f"{len(problems)} problems; {len(held_out)} held out")
@@ -374,8 +375,9 @@ def train(config: Config) -> None:
             progress.set_postfix_str(f"reward {metrics['reward']:.2f}, kl {metrics['kl']:.3f}", refresh=False)
             progress.step()
             if (step + 1) % config.save_every == 0 or is_last:
-                optim.save_training_state(config.out / "state", optimizer, step + 1, best=best)
+                optim.save_training_state(config.out / "state", optimizer, step + 1, best=best, base=base)
 
+    save_adapter(config.out / "adapter", policy, start)
     save_model(config.out / "model", policy, tokenizer, step=max(first_step, config.steps))
     print(f"{config.out}: model, {'best, ' * (best is not None)}metrics.jsonl, episodes.jsonl, state")
     if best is not None and (ahead := best - metrics.get("eval/reward", best)) > 0:

@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nano_atlas import data, distributed, optim, runs
-from nano_atlas.checkpoint import load_model, save_model
+from nano_atlas import data, distributed, lora, optim, runs
+from nano_atlas.checkpoint import load_model, save_adapter, save_model
 from nano_atlas.config import derive_seed, option, parse, run_script, to_json
 from nano_atlas.data import Example, collate, count_targets, load_examples
 from nano_atlas.errors import UserError, say
@@ -70,6 +70,7 @@ class Config:
     dry_step: bool = option(True, "on a GPU, try the largest micro-batch before step 1", resumable=True)
     dtype: str = option("float32", "compute precision; AdamW's state is float32", ["float32", "bfloat16"])
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, 4/3 of the time")
+    lora_rank: int = option(0, "train adapters of this rank (LoRA, ten times --lr); 0: all", at_least=0)
 
     @property
     def files(self) -> tuple[Path, ...]:  # --data is optional with the nano preset only
@@ -139,10 +140,12 @@ def train(config: Config, resumed: Path | None) -> None:  # resumed: the trainin
 
     model = load_model(config.model, getattr(torch, config.dtype), distributed.device(config.device))
     model.recompute_activations = config.gradient_checkpointing
+    lora.adapt(model, config.lora_rank, config.seed)
     distributed.shard(model)
     where = config.optimizer_device
     optimizer = optim.MasterAdamW(model, weight_decay=config.weight_decay, state_device=where)
-    first_step = optim.load_training_state(resumed, optimizer)["step"] if resumed else 0
+    base = checkpoint_digest(config.model) if config.lora_rank else None
+    first_step = optim.load_training_state(resumed, optimizer, base)["step"] if resumed else 0
     if config.dry_step and model.head_weight.device.type in optim.DRY_STEP_ON:
         dry_step(config, model, optimizer, learned)
     runs.begin_run(config, resumed)
@@ -173,8 +176,10 @@ def train(config: Config, resumed: Path | None) -> None:  # resumed: the trainin
             progress.set_postfix_str(f"loss {metrics['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
             progress.step()
             if (step + 1) % config.save_every == 0 or is_last:
-                optim.save_training_state(config.out / "state", optimizer, step + 1, data=data_digest)
+                told = {"data": data_digest, "base": base}
+                optim.save_training_state(config.out / "state", optimizer, step + 1, **told)
 
+    save_adapter(config.out / "adapter", model, config.model)
     save_model(config.out / "model", model, tokenizer, step=max(first_step, total_steps))
     print(f"{config.out}: model, metrics.jsonl, state")
 

@@ -7,7 +7,7 @@ The first is of a fixed scheme: one GPU trains and samples; of two, the second s
 host; of more, each holds 1/N of the policy (FSDP2), the whole frozen models and a copy to sample from. The second follows what
 `choose_layout` chooses. The KV cache is gone when gradients come. Not counted: CUDA's context (about 1 GB) and what the allocator
 cannot reuse. tests/test_memory.py compares with real tensors, except the fused loss on a GPU and FSDP2's buffers. c: the model; b:
-bytes of a number (2: bfloat16).
+bytes of a number (2: bfloat16); rank: of the adapters (LoRA), 0 where all weights are trained.
 """
 
 import os
@@ -77,18 +77,33 @@ def parameters(c: ModelConfig) -> int:
     return c.num_hidden_layers * layer_parameters(c) + root_parameters(c)
 
 
-def layer_activations(c: ModelConfig, b: int = 2) -> int:
+def layer_adapters(c: ModelConfig, rank: int) -> int:
+    """Parameters of the adapters of a layer: `rank` for each input and output of its seven matrices."""
+    q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    return rank * (7 * c.hidden_size + 2 * (q + k) + 3 * c.intermediate_size)
+
+
+def trained_parameters(c: ModelConfig, rank: int) -> int:
+    return c.num_hidden_layers * layer_adapters(c, rank) if rank else parameters(c)
+
+
+def layer_activations(c: ModelConfig, b: int = 2, rank: int = 0) -> int:
     """Per token, what autograd keeps of a layer of `model.py` (documents of one length; others add padding)."""
     q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    norms = 2 * c.hidden_size * (NORM_INPUT[b] + b + b) + c.qk_norm * (q + k) * (NORM_INPUT[b] + b)
-    return norms + b * 2 * (q + k) + 4 * b * c.intermediate_size  # q, k, v, attended; gate, silu, up, product
+    normalized = 0 if rank else b  # for the gradient of a norm's weight
+    norms = 2 * c.hidden_size * (NORM_INPUT[b] + normalized + b) + c.qk_norm * (q + k) * (
+        NORM_INPUT[b] + normalized
+    )
+    # q, k, v, attended; gate, silu, up, product; what the seven A give
+    return norms + b * 2 * (q + k) + 4 * b * c.intermediate_size + 7 * b * rank
 
 
-def activations(c: ModelConfig, tokens: int, is_checkpointed: bool, b: int = 2) -> int:
+def activations(c: ModelConfig, tokens: int, is_checkpointed: bool, b: int = 2, rank: int = 0) -> int:
     """Every layer's, or, checkpointed, every layer's input and one whole layer's; the final norm's; cosines and sines."""
-    layers, one = c.num_hidden_layers, layer_activations(c, b)
-    kept = layers * b * c.hidden_size + one if is_checkpointed else layers * one
-    return tokens * (kept + c.hidden_size * (NORM_INPUT[b] + 2 * b) + 2 * c.head_dim * b)
+    layers, one = c.num_hidden_layers, layer_activations(c, b, rank)
+    free = c.hidden_size * NORM_INPUT[b] if rank else 0  # the first norm, between frozen weights
+    kept = layers * b * c.hidden_size + one if is_checkpointed else layers * one - free
+    return tokens * (kept + c.hidden_size * (NORM_INPUT[b] + (1 if rank else 2) * b) + 2 * c.head_dim * b)
 
 
 def kv_cache(c: ModelConfig, rows: int, slots: int, b: int = 2) -> int:
@@ -105,32 +120,40 @@ def training(
     is_checkpointed=True,
     kind="cuda",
     references=0,
+    rank=0,
 ) -> dict[str, int]:
     """{item: bytes} on each rank; tokens: of a micro-batch; references: 1 if there is a reference's logits in the loss."""
-    total, layer, root = parameters(c), layer_parameters(c), root_parameters(c)
+    adapters, root, trained = layer_adapters(c, rank), root_parameters(c), trained_parameters(c, rank)
+    layer, total = layer_parameters(c) + adapters, parameters(c) + c.num_hidden_layers * adapters
     chunk = max(1, min(tokens, MAX_CHUNK_TOKENS, CHUNK_ELEMENTS[kind] // c.vocab_size))
     logits, buffer = (LOGITS[b], 4) if kind == "cuda" else (b, b)
     head, masters = c.vocab_size * c.hidden_size, 12 if b == 2 and ranks == 1 else 8
     # a GPU frees the logits before it rounds the head's gradient
+    head = 0 if rank else head  # frozen: it needs no gradient
     fused = chunk * c.vocab_size * (logits + references * buffer) + head * (
         4 if kind == "cuda" else LOGITS[b]
     )
+    sharded = 4 * trained + b * (total - trained)  # what is trained are the float32 masters
     items = {
-        "policy": (b if ranks == 1 else 4) * total // ranks,  # sharded they are the float32 masters
-        "masters, moments": 0 if is_offloaded else masters * total // ranks,
-        "gradients": 4 * total // ranks,  # summed in float32 over the micro-batches
-        "activations": activations(c, tokens, is_checkpointed, b),
+        "policy": b * total if ranks == 1 else sharded // ranks,
+        "masters, moments": 0 if is_offloaded else masters * trained // ranks,
+        "gradients": 4 * trained // ranks,  # summed in float32 over the micro-batches
+        "activations": activations(c, tokens, is_checkpointed, b, rank),
         "fused loss": max(fused, head * LOGITS[b]) + tokens * c.hidden_size * b * (1 + references),
     }
     if ranks > 1:  # weights and gradients of the root and of two layers, input of the largest reduce-scatter
-        items["gathered by FSDP2"] = b * (root + 2 * layer) + b * (root + layer) + 4 * max(root, layer)
+        reduced = (adapters, adapters) if rank else (root + layer, max(root, layer))
+        items["gathered by FSDP2"] = b * (root + 2 * layer) + b * reduced[0] + 4 * reduced[1]
     return items
 
 
-def grpo(policy: ModelConfig, student: ModelConfig, gpus: int, rows: int, slots: int, tokens: int) -> dict:
+def grpo(
+    policy: ModelConfig, student: ModelConfig, gpus: int, rows: int, slots: int, tokens: int, rank=0
+) -> dict:
     """-> {kind of GPU: {item: bytes}}; rows x slots: of the embedded sampler's cache."""
-    train = training(policy, tokens, ranks=gpus if gpus > 2 else 1, is_offloaded=gpus == 2)
+    train = training(policy, tokens, ranks=gpus if gpus > 2 else 1, is_offloaded=gpus == 2, rank=rank)
     copy, reference = {"sampler's copy": 2 * parameters(policy)}, {"reference": 2 * parameters(policy)}
+    reference = {} if rank else reference  # the policy without its adapters
     learner = {"student": 2 * parameters(student)}
     if gpus == 2:
         rest = {"KV cache": int(VLLM_SHARE * CARD) - sum((copy | learner).values())}
@@ -183,11 +206,12 @@ def of_layout(config, layout: Layout, policy, student, cards: Mapping[str, float
     state = device if state == "auto" else distributed.device(state, gpus)
     references = int(config.beta > 0 and config.kl == "exact")
     options = state != device, config.gradient_checkpointing, device.split(":")[0], references
-    items = training(policy, config.tokens_per_batch, b, ranks, *options)
+    items = training(policy, config.tokens_per_batch, b, ranks, *options, config.lora_rank)
     columns[device].update({name: size * per_rank(device) for name, size in items.items()})
     if state != device:
-        columns[state]["masters, moments"] += 12 * parameters(policy) // ranks * per_rank(state)
-    if config.beta:
+        trained = trained_parameters(policy, config.lora_rank)
+        columns[state]["masters, moments"] += 12 * trained // ranks * per_rank(state)
+    if config.beta and not config.lora_rank:
         columns[layout.reference]["reference"] += b * parameters(policy) * per_rank(layout.reference)
 
     asked = 0 if config.reward == "exact" else config.probe_tokens
@@ -263,7 +287,8 @@ def remedy(config, device: str, items: Counter, card: float) -> str:
         left = {name: size for name, size in items.items() if name not in smaller}
         if peak(left, config.overlap) <= room:
             return found
-    return "--dtype bfloat16" if config.dtype == "float32" else "more GPUs, or smaller models"
+    adapters = "" if config.lora_rank else "--lora-rank 32, "
+    return "--dtype bfloat16" if config.dtype == "float32" else f"{adapters}more GPUs, or smaller models"
 
 
 def gigabytes(size: float) -> str:

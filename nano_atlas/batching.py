@@ -130,7 +130,7 @@ def predicting_states(model: Transformer, batch: PolicyBatch) -> Tensor:
 
 
 def own_states(model, samples, tokens_per_batch: int, own=None) -> Iterator[tuple[PolicyBatch, Tensor]]:
-    """(micro-batch, its `predicting_states`) of the samples in `own`. Collective: the model may be sharded."""
+    """(micro-batch, its `predicting_states`) of the samples in `own`. Collective: an adapted policy is its own reference, and sharded."""
     batches = policy_batches(samples, tokens_per_batch, model, own)
     filler = batches or policy_batches(samples, tokens_per_batch, model, [0])
     for batch, is_own in distributed.in_step(batches, filler[0]):

@@ -16,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nano_atlas.distributed import full_parameters, rank, settle_threads
+from nano_atlas.distributed import full_parameters, rank, settle_threads, whole_parameters
 from nano_atlas.errors import UserError
 from nano_atlas.gpu import compile_layers
+from nano_atlas.lora import ALPHA
 from nano_atlas.model import ModelConfig, Transformer
 from nano_atlas.runs import atomic_directory, find_checkpoint, read_json, refuse_damage, write_json
 from nano_atlas.text import number
@@ -232,3 +233,22 @@ def save_model(path, model: Transformer, tokenizer, max_shard_bytes=5e9, repeat_
             tokenizer.save(folder)
         dtype = model.compute_dtype or model.head_weight.dtype
         write_json(folder / "config.json", config_to_dict(model.config, dtype, tokenizer))
+
+
+def save_adapter(path: Path, model: Transformer, start: Path | str) -> None:
+    """Writes the adapters, if there are any, as PEFT and vLLM load them onto the checkpoint `start`; collective."""
+    tensors = {
+        f"base_model.model.{name}.weight": tensor.cpu().contiguous()
+        for name, tensor in whole_parameters(model)
+        if "lora_" in name
+    }
+    if rank() > 0 or not tensors:
+        return
+    modules = sorted({name.split(".")[-3] for name in tensors})
+    r = len(next(iter(tensors.values())))  # of the first A
+    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(start)}
+    about |= {"r": r, "lora_alpha": ALPHA, "lora_dropout": 0.0, "bias": "none"}
+    about |= {"target_modules": modules, "inference_mode": True}
+    with atomic_directory(path) as folder:
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_json(folder / "adapter_config.json", about)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nano_atlas.errors import UserError, say
 from nano_atlas.gpu import compile_layers
+from nano_atlas.lora import merged
 from nano_atlas.model import Transformer
 
 CORES = torch.get_num_threads()
@@ -142,7 +143,7 @@ def divide(seat, is_first_only: bool = False):
 
 
 def shard(model: Transformer) -> None:
-    """Shards the parameters by rows, in place: stored as float32, cast to the model's dtype when they are gathered.
+    """Shards the parameters by rows, in place: what is trained is stored as float32, and cast when it is gathered.
 
     One group per layer, and one of embedding, final norm and head. This one stays gathered in the backward pass, because
     the loss uses `head_weight` outside of the model. Each rank gets ceil(rows / N), the last ranks fewer or none.
@@ -157,7 +158,7 @@ def shard(model: Transformer) -> None:
     precision = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32)
     for module in (*model.model.layers, model):
         for parameter in module.parameters():
-            if own_part(parameter) is parameter:  # not sharded yet
+            if parameter.requires_grad and own_part(parameter) is parameter:  # not sharded yet
                 parameter.data = parameter.data.float()
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=module is not model)
         module.set_gradient_divide_factor(1.0)
@@ -187,7 +188,7 @@ def gather_rows(part: Tensor, rows: int) -> Tensor:
 
 
 @torch.no_grad()
-def full_parameters(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+def whole_parameters(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     """(name, whole tensor) one at a time, in the model's dtype. Collective: every rank must iterate over all."""
     dtype = model.compute_dtype
     if dtype is not None:
@@ -197,13 +198,20 @@ def full_parameters(model: Transformer) -> Iterator[tuple[str, Tensor]]:
         yield name, weight if dtype is None else gather_rows(own_part(weight).to(dtype), len(weight))
 
 
+@torch.no_grad()
+def full_parameters(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """`whole_parameters` of the model without adapters that computes the same."""
+    yield from merged(whole_parameters(model))
+
+
 def copy_parameters(source: Transformer, target: Transformer) -> None:  # target: not sharded, on any device
     for (_, tensor), parameter in zip(full_parameters(source), target.parameters()):
         parameter.data.copy_(tensor)
 
 
 def whole_copy(model: Transformer) -> Transformer:
-    """An unsharded model on the same device, to be filled by `copy_parameters`; in a single process the model itself."""
+    """An unsharded model on the same device, to be filled by `copy_parameters`; in a single process the model itself,
+    with its adapters, if it has any."""
     if size() == 1:
         return model
     copy = Transformer(model.config).to(model.head_weight.device, model.compute_dtype)

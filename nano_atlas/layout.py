@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import torch
 
-from nano_atlas import distributed, functions
+from nano_atlas import distributed, functions, lora
 from nano_atlas.checkpoint import load_model
 from nano_atlas.config import option
 from nano_atlas.errors import UserError, say
@@ -30,6 +30,7 @@ class LayoutConfig:
     optimizer_device: str = option("auto", "device of AdamW's state (12 bytes a parameter)", resumable=True)
     dtype: str = option("float32", "compute precision; AdamW's state is float32", ["float32", "bfloat16"])
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, 4/3 of the time")
+    lora_rank: int = option(0, "train adapters of this rank (LoRA, ten times --lr); 0: all", at_least=0)
     thinking: bool = option(False, "use Qwen3's thinking mode, and record it in the checkpoint")
     cache_rows: int = option(256, "most sequences decoded at once, in this process", above=0, resumable=True)
     rollout: tuple[str, ...] = option(("auto",), ROLLOUT_HELP, group="vLLM", resumable=True)
@@ -75,7 +76,8 @@ def choose_layout(config: LayoutConfig, student: str, kl: str, gpus: int | None 
         raise UserError("--overlap needs --rollout vllm; the embedded sampler shares the policy's weights")
 
     has_full_gpu = bool(server or urls) and gpus > 1 and is_alone  # vLLM preallocates its GPU's memory
-    reference = policy if kl != "k3" or has_full_gpu else spare
+    is_near = kl != "k3" or has_full_gpu or config.lora_rank  # an adapted policy is its own reference
+    reference = policy if is_near else spare
     place = (spare, has_full_gpu and has_vllm) if student and not is_url(student) else ("", False)
     layout = Layout(policy, *place, reference, server, urls)
     sampling = f"vLLM on {server}" if server else "running vLLM servers" if urls else "this process"
@@ -112,6 +114,8 @@ def open_reference(config, layout, path, policy: Transformer, tokenizer: Tokeniz
     """The frozen model of the KL, None if its weight is 0. Raises UserError if its token ids mean something else."""
     if not config.beta:
         return None
+    if config.lora_rank and not config.reference:
+        return lora.WithoutAdapters(policy)
     reference = load_model(path, getattr(torch, config.dtype), layout.reference)
     own, other = (set(one.backend.get_vocab().items()) for one in (tokenizer, Tokenizer.from_directory(path)))
     rows, needed = len(reference.head_weight), policy.config.vocab_size

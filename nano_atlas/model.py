@@ -136,7 +136,7 @@ class Transformer(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.recompute_activations = False  # gradient checkpointing, one layer at a time
         self.is_compiled = False  # see gpu.py
-        self.compute_dtype: torch.dtype | None = None  # set for a sharded model, whose parameters are float32
+        self.compute_dtype: torch.dtype | None = None  # set for a sharded model; what it trains is float32
 
     @property
     def head_weight(self) -> Tensor:

@@ -175,11 +175,16 @@ def save_training_state(root: Path, optimizer: MasterAdamW, step: int, **extra: 
             shutil.rmtree(old)
 
 
-def load_training_state(state: Path, optimizer: MasterAdamW) -> dict[str, Any]:
-    """Restores optimizer and weights bit for bit; returns state.json. Raises UserError naming the bad tensor or file."""
+def load_training_state(state: Path, optimizer: MasterAdamW, base: str | None = None) -> dict[str, Any]:
+    """Restores optimizer and weights bit for bit; returns state.json. Raises UserError naming the bad tensor or file.
+
+    base: digest of the frozen checkpoint under adapters, which the state does not hold; None without adapters.
+    """
     missing = {f"{name}.master" for name in optimizer.masters}
     try:
         record = read_json(state / "state.json")
+        if record.get("base") != base:
+            raise UserError("its adapters were trained on another checkpoint than the one to start from")
         for path in sorted(state.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():

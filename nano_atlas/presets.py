@@ -36,8 +36,9 @@ def _language_model(help: str, run: str, student, teacher, lengths: int, rows: i
     training = {"dtype": "bfloat16", "gradient_checkpointing": True, "tokens_per_batch": 8192} | more
     sampling = {"student": student, "teaching_tokens": lengths, "answer_tokens": lengths}
     using = {"device": more.get("device", "cuda"), "dtype": training["dtype"], **sampling}
-    sft = {"model": Path(teacher), **training}
-    grpo = {"cache_rows": rows, **sampling, **training}
+    lr = ({"lr": 1e-4}, {"lr": 1e-5}) if "lora_rank" in more else ({}, {})  # ten times those of all weights
+    sft = {"model": Path(teacher), **training, **lr[0]}
+    grpo = {"cache_rows": rows, **sampling, **training, **lr[1]}
     return *_preset(help, Path("runs") / run, sft, grpo, {"bench": "gsm8k", **using}, using), gpus
 
 
@@ -58,6 +59,8 @@ TABLE = {  # from small to large
         "Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", 1024, 32, (1, 24)),
     "qwen3-1.7b-80gb": _language_model("Qwen3-1.7B teaches Qwen3-4B; one 80 GB GPU", "qwen3-1.7b",
         "Qwen/Qwen3-4B", "Qwen/Qwen3-1.7B", 2048, 48, (1, 80)),
+    "qwen3-8b-80gb": _language_model("Qwen3-8B teaches Qwen3-4B, by LoRA; one 80 GB GPU", "qwen3-8b-lora",
+        "Qwen/Qwen3-4B", "Qwen/Qwen3-8B", 4096, 32, (1, 80), lora_rank=32),
     "qwen3-8b-2gpu": _language_model(
         "Qwen3-8B teaches Qwen3-4B; two 80 GB GPUs, 98 GB of host memory", "qwen3-8b",
         "Qwen/Qwen3-4B", "Qwen/Qwen3-8B", 4096, 16, (2, 80), optimizer_device="cpu"),

@@ -19,7 +19,7 @@ from nano_atlas.text import parse_json
 
 # `atomic_directory` writes each file's digest here: it shows which files are ours and whether they are intact.
 DIGESTS = "digests.json"
-FOLDERS = "model", "best"  # of a training run, beside its states
+FOLDERS = "model", "best", "adapter"  # of a training run, beside its states
 FILES = "metrics.jsonl", "episodes.jsonl"
 
 

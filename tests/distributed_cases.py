@@ -79,6 +79,11 @@ CASES = {
     "grpo": grpo,
     "grpo-exact-kl": lambda place, out: grpo(place, out, kl="exact", steps=2),
     "grpo-exact-reward": lambda place, out: grpo(place, out, reward="exact", normalization="token", steps=2),
+    "sft-lora-bfloat16": lambda place, out: sft(
+        place, out, "untied", "--lora-rank", "2", "--dtype", "bfloat16"
+    ),
+    "grpo-lora": lambda place, out: grpo(place, out, lora_rank=2),
+    "grpo-lora-exact-kl": lambda place, out: grpo(place, out, lora_rank=2, kl="exact", steps=2),
     "relay-1": lambda place, out: relay(place, out, 1),
     "relay-2": lambda place, out: relay(place, out, 2),
     "relay-3": lambda place, out: relay(place, out, 3),

@@ -122,16 +122,16 @@ def test_every_preset_is_where_its_layout_says_and_fits_its_card(monkeypatch, pr
     is_small = preset == "smollm2" and gpus > 0  # its options depend on whether this machine has a GPU
     config = grpo_config("--preset", preset, *("--device auto --dtype bfloat16".split() if is_small else ()))
     found, fits = on_devices(config, monkeypatch, gpus, has_vllm, CARDS[preset])
-    learning, host = LEARNING, set()
+    learning, host, frozen = LEARNING, set(), FROZEN - ({"reference"} if config.lora_rank else set())
     if preset == "qwen3-8b-2gpu" and gpus:
         learning, host = LEARNING - {"masters, moments"}, {"masters, moments"}
     if gpus < 2:
-        expected = {"cuda:0" if gpus else "cpu": learning | FROZEN | SAMPLING}
+        expected = {"cuda:0" if gpus else "cpu": learning | frozen | SAMPLING}
     elif has_vllm and preset != "nano":
-        expected = {"cuda:0": learning | FROZEN, "cuda:1": SERVED}
+        expected = {"cuda:0": learning | frozen, "cuda:1": SERVED}
         host = host | {"weights in shared memory"}
     else:
-        expected = {"cuda:0": learning | {"KV cache"}, "cuda:1": FROZEN | SAMPLING}
+        expected = {"cuda:0": learning | {"KV cache"}, "cuda:1": frozen | SAMPLING}
     assert found == expected | ({"cpu": host} if host else {})
     if gpus >= (2 if preset == "qwen3-8b-2gpu" else 1):
         assert set(fits.values()) == {"yes"}
@@ -173,7 +173,8 @@ def test_the_table_says_which_option_to_lower(monkeypatch):
     assert said(options, 12e9)[0] == "a lower --tokens-per-batch"
     plain = said(options + "--no-gradient-checkpointing", 12e9)[0]
     assert plain == "--gradient-checkpointing or a lower --tokens-per-batch"
-    assert said(small, 8e9) == ["more GPUs, or smaller models"]
+    assert said(small, 8e9) == ["--lora-rank 32, more GPUs, or smaller models"]
+    assert said(small + "--lora-rank 32", 3e9) == ["more GPUs, or smaller models"]
     assert said(small + "--dtype float32", 8e9) == ["--dtype bfloat16"]
     assert "more GPUs for vLLM" in said("--preset qwen3-8b-2gpu", 24e9, 2, True)[1]
     monkeypatch.setenv("NANO_ATLAS_VLLM_ARGS", "--gpu-memory-utilization=0.04")

@@ -5,6 +5,7 @@ import torch
 
 from benchmarks import memory
 from benchmarks.pretrain import initialize
+from nano_atlas import lora
 from nano_atlas.errors import UserError
 from nano_atlas.model import ModelConfig, PackedAttention, Transformer
 from nano_atlas.optim import MasterAdamW
@@ -16,6 +17,7 @@ SHAPES = [
     ModelConfig("qwen2", 101, 96, 160, 3, 6, 3, 16, attention_bias=True, tie_word_embeddings=True),
 ]
 DTYPES = [torch.float32, torch.bfloat16]
+RANKS = [0, 16]  # of the adapters; 0: all weights are trained
 
 
 def run(model: Transformer, lengths: list[int]) -> torch.Tensor:
@@ -29,14 +31,15 @@ def bytes_of(tensors) -> int:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.model_type)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_weights_gradients_and_optimizer_state_to_the_byte(shape, dtype):
+@pytest.mark.parametrize("rank", RANKS)
+def test_weights_gradients_and_optimizer_state_to_the_byte(shape, dtype, rank):
     model = initialize(Transformer(shape), 0).to(dtype)
+    assert memory.parameters(shape) == sum(p.numel() for p in model.parameters())
+    lora.adapt(model, rank, 0)
     optimizer = MasterAdamW(model)
     hidden = run(model, [5])
     (hidden @ model.head_weight.T).float().sum().backward()
-    b = dtype.itemsize
-    assert memory.parameters(shape) == sum(p.numel() for p in model.parameters())
-    items = memory.training(shape, 5, b)
+    items = memory.training(shape, 5, dtype.itemsize, rank=rank)
     gradients = optimizer.gradient_sums or {name: p.grad for name, p in optimizer.parameters.items()}
     assert items["policy"] == bytes_of(model.parameters())
     assert items["gradients"] == bytes_of(gradients.values())
@@ -68,8 +71,10 @@ def test_the_cache_to_the_byte(dtype):
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.model_type)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("is_checkpointed", [False, True])
-def test_activations_to_five_percent_of_what_autograd_keeps(shape, dtype, is_checkpointed):
+@pytest.mark.parametrize("rank", RANKS)
+def test_activations_to_five_percent_of_what_autograd_keeps(shape, dtype, is_checkpointed, rank):
     model = initialize(Transformer(shape), 0).to(dtype)
+    lora.adapt(model, rank, 0)
     model.recompute_activations = is_checkpointed
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}  # by storage: views of one tensor count once
@@ -84,9 +89,9 @@ def test_activations_to_five_percent_of_what_autograd_keeps(shape, dtype, is_che
         hidden = run(model, lengths)
         keep(hidden)  # the loss does
     counted = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    expected = memory.activations(shape, sum(lengths), is_checkpointed, dtype.itemsize)
+    expected = memory.activations(shape, sum(lengths), is_checkpointed, dtype.itemsize, rank)
     if is_checkpointed:  # the layer that is recomputed exists in the backward pass only
-        expected -= sum(lengths) * memory.layer_activations(shape, dtype.itemsize)
+        expected -= sum(lengths) * memory.layer_activations(shape, dtype.itemsize, rank)
     assert counted == pytest.approx(expected, rel=0.05)
 
 
@@ -103,7 +108,8 @@ def test_8b_teacher_and_4b_student_fit_on_two_eight_and_sixteen_cards():
 
 
 @pytest.mark.parametrize(("name", "gpus", "card"), [
-    ("qwen3-0.6b-24gb", 1, 24e9), ("qwen3-1.7b-80gb", 1, memory.CARD), ("qwen3-8b-2gpu", 2, memory.CARD),
+    ("qwen3-0.6b-24gb", 1, 24e9), ("qwen3-1.7b-80gb", 1, memory.CARD), ("qwen3-8b-80gb", 1, memory.CARD),
+    ("qwen3-8b-2gpu", 2, memory.CARD),
 ])  # fmt: skip
 def test_the_presets_fit_on_the_cards_that_their_names_state(name, gpus, card):
     sft, grpo = (presets(script)[name].overrides for script in ("train_sft", "train_grpo"))
@@ -111,9 +117,26 @@ def test_the_presets_fit_on_the_cards_that_their_names_state(name, gpus, card):
     lengths = (
         512 + grpo["teaching_tokens"] + grpo["answer_tokens"]
     )  # a guided prompt holds question and teaching
-    found = memory.grpo(teacher, student, gpus, grpo["cache_rows"], lengths, grpo["tokens_per_batch"])
-    for items in (*found.values(), memory.training(teacher, sft["tokens_per_batch"], is_offloaded=gpus == 2)):
+    rank, tokens = grpo.get("lora_rank", 0), grpo["tokens_per_batch"]
+    found = memory.grpo(teacher, student, gpus, grpo["cache_rows"], lengths, tokens, rank)
+    tuning = memory.training(teacher, sft["tokens_per_batch"], is_offloaded=gpus == 2, rank=rank)
+    for items in (*found.values(), tuning):
         assert memory.peak(items) < card - 1e9  # for CUDA's context
     for settings in (sft, grpo):
         assert settings["gradient_checkpointing"] and settings["dtype"] == "bfloat16"
         assert (settings.get("optimizer_device") == "cpu") == (gpus == 2)
+        assert settings.get("lora_rank", 0) == rank
+
+
+def test_adapters_need_no_reference_no_head_gradient_and_state_of_their_own_only():
+    """8B with its 4B student on one GPU: 181 GB if all weights are trained, 67 GB with adapters (docs/real-models.md)."""
+    models = [memory.known_config(name) for name in ("Qwen/Qwen3-8B", "Qwen/Qwen3-4B")]
+    (whole,), (adapted,) = (memory.grpo(*models, 1, 32, 8704, 8192, rank).values() for rank in (0, 32))
+    assert [memory.gigabytes(memory.peak(items)) for items in (whole, adapted)] == ["181", "67"]
+    trained, head = memory.trained_parameters(models[0], 32), 4 * 151936 * 4096
+    assert trained == 87_293_952 and "reference" in whole and "reference" not in adapted
+    assert adapted["gradients"] == 4 * trained and adapted["masters, moments"] == 12 * trained
+    assert adapted["policy"] - whole["policy"] == 2 * trained
+    assert whole["fused loss"] - adapted["fused loss"] >= head
+    sharded = memory.training(models[0], 8192, ranks=8, rank=32)
+    assert sharded["policy"] == (2 * memory.parameters(models[0]) + 4 * trained) // 8

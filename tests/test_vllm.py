@@ -19,6 +19,7 @@ from conftest import TEACHER_WORDS, byte_tokenizer, grpo_flags, records, run_grp
 from test_vllm_parts import gone, random_model, wait_for
 
 import train_grpo
+from nano_atlas import lora
 from nano_atlas.checkpoint import save_model, with_tied_head
 from nano_atlas.errors import UserError
 from nano_atlas.model import PackedAttention, Transformer
@@ -190,6 +191,19 @@ def test_new_weights_arrive_also_under_a_tied_head_and_rollouts_carry_their_vers
     assert (before.weight_version, after.weight_version) == (0, 1)
     assert before.completion_ids != after.completion_ids
     assert is_exact(random_model(2), before) and is_exact(random_model(3), after)
+
+
+def test_adapters_arrive_merged_by_file(server):
+    """The trainer computes with its adapters; the server has a checkpoint without them."""
+    model = random_model(2)
+    lora.adapt(model, 4, 0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
+    (group,) = sampler_at(server, model).generate(requests_of(1.0, count=1))
+    assert all(is_exact(model, rollout) for rollout in group)
+    assert not any(is_exact(random_model(2), rollout) for rollout in group)
 
 
 def test_new_weights_go_by_broadcast_as_well(server, monkeypatch):
