@@ -149,8 +149,7 @@ def play(config, scripts, seats, label=None) -> tuple[list[list[Episode]], dict]
         rewarded = functions.open_reward(config.reward)
         for one in chain(*groups):
             one.reward = rewarded(one)
-    metrics = episode.teaching_metrics([*chain(*groups)])
-    return groups, metrics | {"unanswered": len(scripts) - len(groups)}
+    return groups, episode.teaching_metrics([*chain(*groups)]) | {"unanswered": len(scripts) - len(groups)}
 
 
 # ----------------------------------------------------------------------------------------------------------------- the loss

@@ -204,18 +204,25 @@ def of_layout(config, layout: Layout, policy, student, cards: Mapping[str, float
     device, state = layout.policy, config.optimizer_device
     gpus = sum(name.startswith("cuda") for name in cards)
     state = device if state == "auto" else distributed.device(state, gpus)
-    references = int(config.beta > 0 and config.kl == "exact")
+    references = int(config.beta > 0 and config.kl != "k3")
+    is_loaded = config.beta and (
+        config.reference or not config.lora_rank
+    )  # not the policy without its adapters
+    reference = known_config(str(config.reference)) if config.reference else policy
     options = state != device, config.gradient_checkpointing, device.split(":")[0], references
     items = training(policy, config.tokens_per_batch, b, ranks, *options, config.lora_rank)
     columns[device].update({name: size * per_rank(device) for name, size in items.items()})
     if state != device:
         trained = trained_parameters(policy, config.lora_rank)
         columns[state]["masters, moments"] += 12 * trained // ranks * per_rank(state)
-    if config.beta and not config.lora_rank:
-        columns[layout.reference]["reference"] += b * parameters(policy) * per_rank(layout.reference)
+    if is_loaded:
+        columns[layout.reference]["reference"] += b * parameters(reference) * per_rank(layout.reference)
 
     asked = 0 if config.reward == "exact" else config.probe_tokens
     longest = config.answer_tokens if config.reward == "exact" else config.teaching_tokens
+    if references:  # a hidden state of each of the step's tokens
+        tokens = config.problems_per_step * config.group_size * longest
+        columns[device]["reference"] += b * tokens * reference.hidden_size * per_rank(device)
     if layout.server:
         serve(layout.server, "sampler's copy", policy)
         if SHARED_MEMORY.is_dir():  # a tied head is there twice
@@ -243,7 +250,7 @@ def layout_table(config, gpus: int | None = None, cards: Mapping[str, float] | N
         found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
         cards = {f"cuda:{index}": gpu.total_memory for index, gpu in enumerate(found)}
         cards["cpu"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    layout = choose_layout(config, config.student if config.reward == "teaching" else "", config.kl, gpus)
+    layout = choose_layout(config, "" if config.reward == "exact" else config.student, config.kl, gpus)
     student = known_config(config.student) if layout.student else None
     columns = of_layout(config, layout, known_config(str(start_of(config))), student, cards)
     ranks = distributed.size()
@@ -268,7 +275,7 @@ def layout_table(config, gpus: int | None = None, cards: Mapping[str, float] | N
 
 def start_of(config) -> Path | str:
     """The checkpoint that the policy starts from; or, until SFT has made it, the one that the preset's SFT starts from."""
-    start = config.teacher if config.reward == "teaching" else config.student
+    start = config.student if config.reward == "exact" else config.teacher
     sft, grpo = (presets(script)[config.preset].overrides for script in ("train_sft", "train_grpo"))
     return sft["model"] if start == grpo.get("teacher") and not is_checkpoint(start) else start
 
