@@ -53,7 +53,6 @@ class Config:
     save_every: int = option(100, "steps between two states to continue from", above=0, resumable=True)
 
     max_length: int = option(4096, "longest example (tokens); skips longer ones", group="data", above=0)
-    shuffle: bool = option(True, "random order; --no-shuffle: order of the files, as a curriculum")
     held_out: float = option(0.02, "share of the examples held out for eval_loss", at_least=0, below=1)
     eval_data: tuple[Path, ...] = option((), "more JSONL files for eval_loss")
     thinking: bool = option(False, "use Qwen3's thinking mode, and record it in the checkpoint")
@@ -63,11 +62,10 @@ class Config:
     tokens_per_step: int = option(32768, "tokens per optimizer step, on average", above=0)
     tokens_per_batch: int = option(8192, "most tokens in a micro-batch; lower it to save memory", above=0)
     lr: float = option(1e-5, "peak learning rate", above=0)
-    weight_decay: float = option(1e-4, "AdamW's weight decay, of matrices only", at_least=0)
+    weight_decay: float = 1e-4  # AdamW's, of matrices only
 
     device: str = option("auto", "device of the model: cpu, cuda:1, ...", group="layout", resumable=True)
     optimizer_device: str = option("auto", "device of AdamW's state (12 bytes a parameter)", resumable=True)
-    dry_step: bool = option(True, "on a GPU, try the largest micro-batch before step 1", resumable=True)
     dtype: str = option("float32", "compute precision; AdamW's state is float32", ["float32", "bfloat16"])
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, 4/3 of the time")
 
@@ -143,7 +141,7 @@ def train(config: Config, resumed: Path | None) -> None:  # resumed: the trainin
     where = config.optimizer_device
     optimizer = optim.MasterAdamW(model, weight_decay=config.weight_decay, state_device=where)
     first_step = optim.load_training_state(resumed, optimizer)["step"] if resumed else 0
-    if config.dry_step and model.head_weight.device.type in optim.DRY_STEP_ON:
+    if model.head_weight.device.type in optim.DRY_STEP_ON:
         dry_step(config, model, optimizer, learned)
     runs.begin_run(config, resumed)
     bar = {"total": total_steps, "initial": first_step, "unit": "step"}
@@ -153,7 +151,7 @@ def train(config: Config, resumed: Path | None) -> None:  # resumed: the trainin
             started, is_last = time.perf_counter(), step + 1 == total_steps
             epoch, index = divmod(step, epoch_steps)
             if index == 0 or step == first_step:
-                plan = data.shuffle_epoch(lengths, config.tokens_per_step, config.seed, epoch, config.shuffle)
+                plan = data.shuffle_epoch(lengths, config.tokens_per_step, config.seed, epoch)
             examples = [learned[i] for i in plan[index]]
             loss = torch.zeros((), device=model.head_weight.device)
             for part in losses(model, examples, config.tokens_per_batch):

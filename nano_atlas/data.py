@@ -274,14 +274,13 @@ def steps_per_epoch(lengths: Sequence[int], tokens_per_step: int) -> int:
     return min(len(lengths), math.ceil(sum(lengths) / tokens_per_step))
 
 
-def shuffle_epoch(lengths, tokens_per_step: int, seed: int, epoch: int, is_shuffled=True) -> list[list[int]]:
-    """Indices of the documents of each optimizer step: each once, in an order that depends on (seed, epoch), or in order.
+def shuffle_epoch(lengths, tokens_per_step: int, seed: int, epoch: int) -> list[list[int]]:
+    """Indices of the documents of each optimizer step: each once, in an order that depends on (seed, epoch).
 
     Steps have equally many documents, `tokens_per_step` tokens on average; grouping by length is only *within* a step.
     """
     order = list(range(len(lengths)))
-    if is_shuffled:
-        random.Random(derive_seed(seed, "epoch", epoch)).shuffle(order)
+    random.Random(derive_seed(seed, "epoch", epoch)).shuffle(order)
     steps = steps_per_epoch(lengths, tokens_per_step)
     cuts = [round(step * len(order) / steps) for step in range(steps + 1)]
     return [order[start:end] for start, end in zip(cuts, cuts[1:])]
