@@ -6,10 +6,10 @@ r"""Supervised fine-tuning (SFT): teach a model by demonstration, before reinfor
                            --optimizer-device auto --data sft.jsonl
     your own model     python train_sft.py --preset own --model DIRECTORY --data sft.jsonl
 
-Data: JSONL files of Arc-ATLAS-Teach-v0 demonstrations, chats, or prompt/completion pairs
-(nano_atlas/data.py). A model is a directory in Hugging Face layout. Only the assistant's tokens are learned.
-The same command continues an interrupted run. OUT gets model, metrics.jsonl (also sent to Weights & Biases if
-WANDB_PROJECT is set) and state (to continue from).
+Data: JSONL files of Arc-ATLAS-Teach-v0 demonstrations, chats, or prompt/completion pairs (nano_atlas/data.py), or
+session traces, whose teachings that helped are learned (docs/traces.md). A model is a directory in Hugging Face
+layout. Only the assistant's tokens are learned. The same command continues an interrupted run. OUT gets model,
+metrics.jsonl (also sent to Weights & Biases if WANDB_PROJECT is set) and state (to continue from).
 
 Differences from the published recipe (ATLAS: Qwen3-8B, 16 documents a step, 10 epochs, ZeRO-3): the target has the
 form that GRPO samples later, `<thinking>..</thinking><teaching>..</teaching>`, and the prompt has the student's
@@ -18,7 +18,7 @@ approach; a step is measured in tokens; the optimizer's state may be on another 
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,12 +28,12 @@ from torch import Tensor
 from nano_atlas import data, distributed, optim, runs
 from nano_atlas.checkpoint import load_model, save_model
 from nano_atlas.config import derive_seed, option, parse, run_script, to_json
-from nano_atlas.data import Example, collate, count_targets, load_examples
+from nano_atlas.data import STATUSES, Example, collate, count_targets, load_examples
 from nano_atlas.errors import UserError, say
 from nano_atlas.loss import batch_loss
 from nano_atlas.model import Transformer
 from nano_atlas.presets import announce, presets
-from nano_atlas.runs import RunLog, checkpoint_digest, files_digest, read_json, write_jsonl
+from nano_atlas.runs import RunLog, checkpoint_digest, digest, read_json, read_jsonl, write_jsonl
 from nano_atlas.terminal import Bar
 from nano_atlas.tokenizer import Tokenizer
 
@@ -56,6 +56,9 @@ class Config:
     held_out: float = option(0.02, "share of the examples held out for eval_loss", at_least=0, below=1)
     eval_data: tuple[Path, ...] = option((), "more JSONL files for eval_loss")
     thinking: bool = option(False, "use Qwen3's thinking mode, and record it in the checkpoint")
+    min_reward: float | None = option(0.1, "of traces: least reward of a session (0: it did not help)")
+    min_gain: float | None = option(None, "of traces: least gain, score with help minus alone (-1 to 1)")
+    review_status: tuple[str, ...] = option(("approved",), "of traces: only these states", STATUSES)
 
     epochs: int = option(3, "passes over the data", group="optimization", above=0, resumable=True)
     steps: int | None = option(None, "optimizer steps, instead of --epochs", above=0, resumable=True)
@@ -77,11 +80,22 @@ class Config:
         if not self.data and self.preset != "nano":
             raise UserError(f"--preset {self.preset} needs --data FILE to train on")
 
+    def read(self, path: Path) -> Iterable[tuple[int | str, dict]]:
+        """The lines of a data file; of session traces the teachings that helped, as chats."""
+        first = next(read_jsonl(path))[1]
+        if "task" not in first or first.keys() & set(data.QUESTION_FIELDS):
+            return read_jsonl(path)
+        from nano_atlas.runtime import options, traces
+
+        selection = {name: getattr(self, name) for name in ("min_reward", "min_gain", "review_status")}
+        return traces.teachings(path, options.Config(**selection))
+
 
 def load_data(config: Config, tokenizer: Tokenizer) -> tuple[list[Example], list[Example]]:
     """(training, held-out) examples. The split depends only on the seed and the number of examples."""
     tokenizer.config |= {"enable_thinking": True} if config.thinking else {}
-    reading = tokenizer, config.max_length, tokenizer.config.get("enable_thinking", False)
+    thinking = tokenizer.config.get("enable_thinking", False)
+    reading = tokenizer, config.max_length, thinking, config.read
     examples = load_examples(config.files, *reading)
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "held out"))
     order = torch.randperm(len(examples), generator=generator).tolist()
@@ -123,7 +137,7 @@ def dry_step(config: Config, model: Transformer, optimizer, examples: Sequence[E
 def train(config: Config, resumed: Path | None) -> None:  # resumed: the training state to continue from
     tokenizer = Tokenizer.from_directory(config.model)
     learned, held_out = load_data(config, tokenizer)
-    data_digest = files_digest((*config.files, *config.eval_data))
+    data_digest = digest(str(text).encode() for text in (*learned, *held_out))  # also notices reviews
     lengths = [len(example.input_ids) - 1 for example in learned]
     epoch_steps = data.steps_per_epoch(lengths, config.tokens_per_step)
     total_steps = config.steps or config.epochs * epoch_steps
