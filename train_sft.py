@@ -6,10 +6,10 @@ r"""Supervised fine-tuning (SFT): teach a model by demonstration, before reinfor
                            --optimizer-device auto --data sft.jsonl
     your own model     python train_sft.py --preset own --model DIRECTORY --data sft.jsonl
 
-Data: JSONL files of Arc-ATLAS-Teach-v0 demonstrations, chats, or prompt/completion pairs
-(nano_atlas/data.py). A model is a directory in Hugging Face layout. Only the assistant's tokens are learned.
-The same command continues an interrupted run. OUT gets model, metrics.jsonl (also sent to Weights & Biases if
-WANDB_PROJECT is set) and state (to continue from).
+Data: JSONL files of Arc-ATLAS-Teach-v0 demonstrations, chats, or prompt/completion pairs (nano_atlas/data.py), or
+session traces, whose teachings that helped are learned (docs/traces.md). A model is a directory in Hugging Face
+layout. Only the assistant's tokens are learned. The same command continues an interrupted run. OUT gets model,
+metrics.jsonl (also sent to Weights & Biases if WANDB_PROJECT is set) and state (to continue from).
 
 Differences from the published recipe (ATLAS: Qwen3-8B, 16 documents a step, 10 epochs, ZeRO-3): the target has the
 form that GRPO samples later, `<thinking>..</thinking><teaching>..</teaching>`, and the prompt has the student's
@@ -18,7 +18,7 @@ approach; a step is measured in tokens; the optimizer's state may be on another 
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,12 +28,12 @@ from torch import Tensor
 from nano_atlas import data, distributed, lora, optim, runs
 from nano_atlas.checkpoint import load_model, save_adapter, save_model
 from nano_atlas.config import derive_seed, option, parse, run_script, to_json
-from nano_atlas.data import Example, collate, count_targets, load_examples
+from nano_atlas.data import STATUSES, Example, collate, count_targets, load_examples
 from nano_atlas.errors import UserError, say
 from nano_atlas.loss import batch_loss
 from nano_atlas.model import Transformer
 from nano_atlas.presets import announce, presets
-from nano_atlas.runs import RunLog, checkpoint_digest, files_digest, read_json, write_jsonl
+from nano_atlas.runs import RunLog, checkpoint_digest, digest, read_json, read_jsonl, write_jsonl
 from nano_atlas.terminal import Bar
 from nano_atlas.tokenizer import Tokenizer
 
@@ -53,21 +53,22 @@ class Config:
     save_every: int = option(100, "steps between two states to continue from", above=0, resumable=True)
 
     max_length: int = option(4096, "longest example (tokens); skips longer ones", group="data", above=0)
-    shuffle: bool = option(True, "random order; --no-shuffle: order of the files, as a curriculum")
     held_out: float = option(0.02, "share of the examples held out for eval_loss", at_least=0, below=1)
     eval_data: tuple[Path, ...] = option((), "more JSONL files for eval_loss")
     thinking: bool = option(False, "use Qwen3's thinking mode, and record it in the checkpoint")
+    min_reward: float | None = option(0.1, "of traces: least reward of a session (0: it did not help)")
+    min_gain: float | None = option(None, "of traces: least gain, score with help minus alone (-1 to 1)")
+    review_status: tuple[str, ...] = option(("approved",), "of traces: only these states", STATUSES)
 
     epochs: int = option(3, "passes over the data", group="optimization", above=0, resumable=True)
     steps: int | None = option(None, "optimizer steps, instead of --epochs", above=0, resumable=True)
     tokens_per_step: int = option(32768, "tokens per optimizer step, on average", above=0)
     tokens_per_batch: int = option(8192, "most tokens in a micro-batch; lower it to save memory", above=0)
     lr: float = option(1e-5, "peak learning rate", above=0)
-    weight_decay: float = option(1e-4, "AdamW's weight decay, of matrices only", at_least=0)
+    weight_decay: float = 1e-4  # AdamW's, of matrices only
 
     device: str = option("auto", "device of the model: cpu, cuda:1, ...", group="layout", resumable=True)
     optimizer_device: str = option("auto", "device of AdamW's state (12 bytes a parameter)", resumable=True)
-    dry_step: bool = option(True, "on a GPU, try the largest micro-batch before step 1", resumable=True)
     dtype: str = option("float32", "compute precision; AdamW's state is float32", ["float32", "bfloat16"])
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, 4/3 of the time")
     lora_rank: int = option(0, "train adapters of this rank (LoRA, ten times --lr); 0: all", at_least=0)
@@ -80,11 +81,22 @@ class Config:
         if not self.data and self.preset != "nano":
             raise UserError(f"--preset {self.preset} needs --data FILE to train on")
 
+    def read(self, path: Path) -> Iterable[tuple[int | str, dict]]:
+        """The lines of a data file; of session traces the teachings that helped, as chats."""
+        first = next(read_jsonl(path))[1]
+        if "task" not in first or first.keys() & set(data.QUESTION_FIELDS):
+            return read_jsonl(path)
+        from nano_atlas.runtime import options, traces
+
+        selection = {name: getattr(self, name) for name in ("min_reward", "min_gain", "review_status")}
+        return traces.teachings(path, options.Config(**selection))
+
 
 def load_data(config: Config, tokenizer: Tokenizer) -> tuple[list[Example], list[Example]]:
     """(training, held-out) examples. The split depends only on the seed and the number of examples."""
     tokenizer.config |= {"enable_thinking": True} if config.thinking else {}
-    reading = tokenizer, config.max_length, tokenizer.config.get("enable_thinking", False)
+    thinking = tokenizer.config.get("enable_thinking", False)
+    reading = tokenizer, config.max_length, thinking, config.read
     examples = load_examples(config.files, *reading)
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "held out"))
     order = torch.randperm(len(examples), generator=generator).tolist()
@@ -126,7 +138,7 @@ def dry_step(config: Config, model: Transformer, optimizer, examples: Sequence[E
 def train(config: Config, resumed: Path | None) -> None:  # resumed: the training state to continue from
     tokenizer = Tokenizer.from_directory(config.model)
     learned, held_out = load_data(config, tokenizer)
-    data_digest = files_digest((*config.files, *config.eval_data))
+    data_digest = digest(str(text).encode() for text in (*learned, *held_out))  # also notices reviews
     lengths = [len(example.input_ids) - 1 for example in learned]
     epoch_steps = data.steps_per_epoch(lengths, config.tokens_per_step)
     total_steps = config.steps or config.epochs * epoch_steps
@@ -146,7 +158,7 @@ def train(config: Config, resumed: Path | None) -> None:  # resumed: the trainin
     optimizer = optim.MasterAdamW(model, weight_decay=config.weight_decay, state_device=where)
     base = checkpoint_digest(config.model) if config.lora_rank else None
     first_step = optim.load_training_state(resumed, optimizer, base)["step"] if resumed else 0
-    if config.dry_step and model.head_weight.device.type in optim.DRY_STEP_ON:
+    if model.head_weight.device.type in optim.DRY_STEP_ON:
         dry_step(config, model, optimizer, learned)
     runs.begin_run(config, resumed)
     bar = {"total": total_steps, "initial": first_step, "unit": "step"}
@@ -156,7 +168,7 @@ def train(config: Config, resumed: Path | None) -> None:  # resumed: the trainin
             started, is_last = time.perf_counter(), step + 1 == total_steps
             epoch, index = divmod(step, epoch_steps)
             if index == 0 or step == first_step:
-                plan = data.shuffle_epoch(lengths, config.tokens_per_step, config.seed, epoch, config.shuffle)
+                plan = data.shuffle_epoch(lengths, config.tokens_per_step, config.seed, epoch)
             examples = [learned[i] for i in plan[index]]
             loss = torch.zeros((), device=model.head_weight.device)
             for part in losses(model, examples, config.tokens_per_batch):

@@ -35,6 +35,8 @@ HELD_OUT = 0.05  # largest share of the problems kept for evaluation in training
 QUESTION_FIELDS = ("problem_text", "question", "problem", "prompt", "input")
 ANSWER_FIELDS = ("ground_truth", "answer", "solution")
 TRACE_FIELDS = {"question": "task", "answer": "ground_truth", "id": "session_id", "domain": "learning_key"}
+SHAPES = {dict: "an object, {...}", list: "a list, [...]"}
+STATUSES = ("pending", "approved", "quarantined")  # of a session's review
 DEMONSTRATION_FIELDS = ("problem_text", "student_approach", "teacher_diagnosis", "teacher_teaching")
 
 
@@ -51,13 +53,14 @@ def present(record: dict) -> dict:
     return {field: value for field, value in record.items() if value not in (None, "")}
 
 
-def section(record: dict, name: str, where: str) -> dict:
-    """An object in a record, or its JSON as text, as databases export it; {} if absent. Raises UserError."""
-    value = record.get(name) or {}
+def section(record: dict, name: str, where: str, kind=dict):
+    """An object or list in a record, or its JSON as text, as databases export it; empty if absent. Raises UserError."""
+    value = record.get(name) or kind()
     try:
-        return present(parse_json(value) if isinstance(value, str) else value)
-    except (ValueError, AttributeError):
-        raise UserError(f"{where}: the field {name!r} must hold an object, {{...}}") from None
+        value = parse_json(value) if isinstance(value, str) else value
+        return present(value) if kind is dict else list.copy(value)
+    except (ValueError, AttributeError, TypeError):
+        raise UserError(f"{where}: the field {name!r} must hold {SHAPES[kind]}") from None
 
 
 @dataclass(frozen=True)
@@ -97,12 +100,44 @@ def load_problems(path: Path | str, *, needs_answer=True, skip_bad=False) -> lis
         problems.setdefault(problem.id, problem)
     if bad:
         say("\n  ".join([f"left out {len(bad)} malformed lines of {path}:", *bad]))
-    said = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
     if not problems:
-        raise UserError(f"{path}: no problem to train on; traces left out: {said or 'none'}")
+        raise UserError(f"{path}: no problem to train on; traces left out: {in_words(left_out)}")
     if left_out:
-        say(f"{path}: {len(problems)} problems; traces left out: {said}")
+        say(f"{path}: {len(problems)} problems; traces left out: {in_words(left_out)}")
     return list(problems.values())
+
+
+def in_words(reasons: Counter) -> str:
+    return ", ".join(f"{count} {reason[:80]}" for reason, count in reasons.most_common(12)) or "none"
+
+
+def teaching_of(trace: dict, where: str) -> dict | str:
+    """{"messages"} of a session trace: what the teacher was asked and its reply before the best trial; or why it is not
+    learned. Earlier replies had trials of their own, which scored less. Without a stored prompt (atlas-sdk) it is made
+    from the plan, and the reply from the last guidance of each step. Raises UserError.
+    """
+    try:
+        events, steps = (section(trace, name, where, list) for name in ("trajectory_events", "steps"))
+        replies = [
+            e for e in events if {"messages", "text"} <= e.keys() and protocol.parse_teaching(e["text"])
+        ]
+        if replies:  # each was tried once
+            trials = section(steps[0], "metadata", where)["attempt_history"][1:]
+            best = max(zip(replies, trials), key=lambda pair: pair[1]["verdict"]["score"] or 0.0)[0]
+            messages, text, is_whole = best["messages"], best["text"], not best["is_truncated"]
+        else:
+            plan = section(section(trace, "plan", where), "steps", where, list) or steps
+            numbered = [f"{number}. {step['description']}" for number, step in enumerate(plan, start=1)]
+            approach = "\n".join(numbered) if len(plan) != 1 else plan[0]["description"]  # as in our lanes
+            style = section(trace, "outcome", where).get("strategy", "adaptive")
+            given = [section(step, "guidance", where, list) for step in steps]
+            messages = protocol.teacher_messages(trace["task"], approach, style)
+            text = protocol.teacher_target(None, "\n".join(texts[-1] or "" for texts in given if texts))
+            is_whole = protocol.parse_teaching(text)
+        chat = {"messages": [*messages, {"role": "assistant", "content": text}]}
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: not a trace of this version ({error!r:.80}); remove the line") from None
+    return chat if is_whole else "no complete teaching"
 
 
 def _from_trace(trace: dict, where: str, needs_answer: bool) -> tuple[dict, str | None]:
@@ -171,12 +206,12 @@ class Example:
     is_target: list[bool]  # learned tokens: the assistant's, with the token that ends its turn
 
 
-def load_examples(paths, tokenizer: Tokenizer, max_length: int, thinking: bool = False) -> list[Example]:
+def load_examples(paths, tokenizer, max_length: int, thinking=False, read=read_jsonl) -> list[Example]:
     """All examples of at most `max_length` tokens. thinking: Qwen3's option, as in sampling later. Raises UserError."""
     examples = []
     for path in paths:
         made, spelled = [], []
-        for number, record in read_jsonl(path):
+        for number, record in read(path):
             made += make_examples(record, tokenizer, f"{path}:{number}", thinking, spelled)
         if spelled:
             what = f"{len(spelled)} lines, from this one on, have control tokens in prompt or completion"
@@ -290,14 +325,13 @@ def steps_per_epoch(lengths: Sequence[int], tokens_per_step: int) -> int:
     return min(len(lengths), math.ceil(sum(lengths) / tokens_per_step))
 
 
-def shuffle_epoch(lengths, tokens_per_step: int, seed: int, epoch: int, is_shuffled=True) -> list[list[int]]:
-    """Indices of the documents of each optimizer step: each once, in an order that depends on (seed, epoch), or in order.
+def shuffle_epoch(lengths, tokens_per_step: int, seed: int, epoch: int) -> list[list[int]]:
+    """Indices of the documents of each optimizer step: each once, in an order that depends on (seed, epoch).
 
     Steps have equally many documents, `tokens_per_step` tokens on average; grouping by length is only *within* a step.
     """
     order = list(range(len(lengths)))
-    if is_shuffled:
-        random.Random(derive_seed(seed, "epoch", epoch)).shuffle(order)
+    random.Random(derive_seed(seed, "epoch", epoch)).shuffle(order)
     steps = steps_per_epoch(lengths, tokens_per_step)
     cuts = [round(step * len(order) / steps) for step in range(steps + 1)]
     return [order[start:end] for start, end in zip(cuts, cuts[1:])]

@@ -66,9 +66,10 @@ def guided_system_prompt(system_prompt: str, teaching: str | None) -> str:
     return system_prompt if teaching is None else f"{system_prompt}\n\nTeacher's guidance: {teaching}"
 
 
-def teacher_target(diagnosis: str, teaching: str) -> str:
-    """The teacher's completion in a demonstration."""
-    return f"<thinking>{diagnosis.strip()}</thinking>\n<teaching>{teaching.strip()}</teaching>"
+def teacher_target(diagnosis: str | None, teaching: str) -> str:
+    """The teacher's completion in a demonstration; without <thinking> where its diagnosis is not known (None)."""
+    thinking = "" if diagnosis is None else f"<thinking>{diagnosis.strip()}</thinking>\n"
+    return f"{thinking}<teaching>{teaching.strip()}</teaching>"
 
 
 def parse_teaching(completion: str) -> str | None:

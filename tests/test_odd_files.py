@@ -13,7 +13,8 @@ from nano_atlas.checkpoint import config_from_dict
 from nano_atlas.data import Problem, load_examples, load_problems, make_examples
 from nano_atlas.errors import UserError
 from nano_atlas.runs import read_json, read_jsonl
-from nano_atlas.runtime.traces import outcome_of, read_traces
+from nano_atlas.runtime.options import STATUSES, Config
+from nano_atlas.runtime.traces import outcome_of, read_traces, teachings
 from nano_atlas.tokenizer import Tokenizer
 
 GOOD = {"question": "x?", "answer": "1"}
@@ -261,7 +262,24 @@ SDK = trace("x?") | {"adaptive_summary": {"adaptive_mode": "coach"}, "reward_sta
 OURS = SDK | {
     "outcome": {"session_id": "a", "reward": 0.5, "tokens": {"student": 1}, "skills": ["s"], "is_leak": False}
 }
+STEP = {"description": "Add.", "guidance": ["No.", "Multiply."]}
+GUIDED = SDK | {"plan": {"steps": [{"description": "Add."}]}, "steps": [STEP], "session_reward": 1}
+EVENT = {
+    "event": "teaching",
+    "actor": "teacher",
+    "messages": [USER],
+    "text": "<teaching>Multiply.</teaching>",
+}
+TRIALS = {"attempt_history": [{}, {"verdict": {"score": 1.0}}]}
+TAUGHT = OURS | {
+    "trajectory_events": [EVENT | {"is_truncated": False}],
+    "steps": [STEP | {"metadata": TRIALS}],
+}
 TOKENS = {"eos_token": "<|im_end|>", "bos_token": {"content": "<|im_start|>"}, "chat_template": TEMPLATES[:1]}
+
+
+def taught(path):
+    return teachings(path, Config(review_status=STATUSES))
 
 
 @pytest.mark.parametrize(
@@ -277,6 +295,8 @@ TOKENS = {"eos_token": "<|im_end|>", "bos_token": {"content": "<|im_start|>"}, "
         ),
         ("s.jsonl", SDK, lambda path: (load_problems(path), list(read_traces(path)))),
         ("t.jsonl", OURS, lambda path: (load_problems(path), list(read_traces(path)))),
+        ("g.jsonl", GUIDED, lambda path: load_examples([path], TOKENIZER, 10_000, read=taught)),
+        ("e.jsonl", TAUGHT, lambda path: load_examples([path], TOKENIZER, 10_000, read=taught)),
         ("config.json", QWEN3 | {"rope_parameters": ROPE, "eos_token_id": END}, None),
         ("tokenizer_config.json", TOKENS, None),
     ],

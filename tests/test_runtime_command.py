@@ -94,7 +94,7 @@ def test_an_export_that_selects_nothing_or_overwrites_its_source_is_refused(comm
     command()
     with pytest.raises(UserError, match="select none of its 23 traces"):
         command("--export", "none.jsonl", "--min-reward", "99")
-    with pytest.raises(UserError, match="select none of its 23 traces .23 succeeded, 23 approved, 23 paired"):
+    with pytest.raises(UserError, match="its 23 traces .left out: 23 not in --only: paired general"):
         command("--export", "none.jsonl", "--only", "piared")
     assert not Path("none.jsonl").exists()
     with pytest.raises(UserError, match="is the trace file itself"):

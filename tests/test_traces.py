@@ -14,10 +14,10 @@ from nano_atlas.runtime.traces import (
     Session,
     Trial,
     Verdict,
-    is_selected,
     outcome_of,
     read_traces,
     session_record,
+    why_left_out,
 )
 
 ATLAS_KEYS = {  # the fields of AtlasSessionTrace
@@ -216,7 +216,7 @@ OUTCOMES = {
     ],
 )
 def test_selection(selection, expected):
-    assert [name for name, outcome in OUTCOMES.items() if is_selected(outcome, selection)] == expected
+    assert [name for name, outcome in OUTCOMES.items() if not why_left_out(outcome, selection)] == expected
 
 
 def test_a_time_that_is_none_is_refused():
@@ -239,7 +239,7 @@ def test_since_compares_times_however_they_are_written(begun):
         "2026-11-28T01:30+02:00",
         "2026-11-27T23:30Z..20261128",
     ):
-        assert is_selected(outcome, Config(since=since)), since
+        assert not why_left_out(outcome, Config(since=since)), since
     for since in (
         "2026-11-27 23:31",
         "20261128",
@@ -247,13 +247,13 @@ def test_since_compares_times_however_they_are_written(begun):
         "2026-11-28T01:31+02:00",
         "..2026-11-27T23:30Z",
     ):
-        assert not is_selected(outcome, Config(since=since)), since
+        assert why_left_out(outcome, Config(since=since)) == "not in --since", since
 
 
 @pytest.mark.parametrize("begun", ["", "yesterday", "1764286200", "2026-11"])
 def test_a_session_of_which_nobody_knows_when_it_began_is_not_selected_by_time(begun):
-    assert is_selected(Outcome("a", created_at=begun), Config())
-    assert not is_selected(Outcome("a", created_at=begun), Config(since="2020-01-01"))
+    assert not why_left_out(Outcome("a", created_at=begun), Config())
+    assert why_left_out(Outcome("a", created_at=begun), Config(since="2020-01-01"))
 
 
 def test_files_of_atlas_sdk_are_read_and_selected(tmp_path):
@@ -285,7 +285,8 @@ def test_files_of_atlas_sdk_are_read_and_selected(tmp_path):
     write(path, session, session | {"session_reward": {"score": 0.2}}, failed, sample)
     selection = Config(min_reward=0.5, min_signal=0.1, only=("coach",))
     outcomes = [outcome for outcome, _ in read_traces(path)]
-    assert [is_selected(outcome, selection) for outcome in outcomes] == [True, False, False, False]
+    reasons = [None, "reward below 0.5", "session failed", "no reward"]
+    assert [why_left_out(outcome, selection) for outcome in outcomes] == reasons
     assert (outcomes[0].session_id, outcomes[0].learning_key) == ("7", "k")
     assert outcomes[3].session_id == f"{path}:4"
 

@@ -72,7 +72,7 @@ def event_of(call: Call, answer: list[Reply] | Fault) -> dict[str, Any]:
     if isinstance(answer, Fault):
         return event | {"tokens": 0, "fault": str(answer)}
     event |= {name: getattr(answer[0], name) for name in ("tokens", "prompt_tokens", "is_truncated")}
-    return event | {"text": answer[0].text} if call.seat == "teacher" else event
+    return event | {"messages": call.messages, "text": answer[0].text} if call.seat == "teacher" else event
 
 
 def whole_session(session: Session, config: Config, count_tokens: Callable[[str], int]) -> Script:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from nano_atlas import world
 from nano_atlas.config import option
+from nano_atlas.data import STATUSES
 from nano_atlas.episode import EpisodeConfig
 from nano_atlas.errors import UserError
 from nano_atlas.protocol import TEACHING_STYLES
 
 LANES = ("auto", "paired", "coach")
-STATUSES = ("pending", "approved", "quarantined")  # of a session's review
 KEY_VARIABLE = "NANO_ATLAS_API_KEY"  # environment variable with the key of the endpoint's clients
 STYLES = tuple(TEACHING_STYLES)
 SELECTION = ("min_reward", "min_gain", "min_signal", "only", "since", "review_status")

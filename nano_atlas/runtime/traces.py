@@ -9,7 +9,7 @@ Traces are never rewritten: --approve and --quarantine write to `reviews.jsonl`,
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 from nano_atlas import data, runs
 from nano_atlas.config import derive_seed
-from nano_atlas.errors import UserError
+from nano_atlas.errors import UserError, say
 from nano_atlas.runtime.options import LANES, STYLES, Config, moment
 from nano_atlas.stats import wilson_interval
 from nano_atlas.terminal import WIDTH
@@ -290,18 +290,19 @@ def summary(outcomes: Sequence[Outcome], out: Path | str = Config.out) -> str:
     return "\n".join([*lines, f"  traces             {out}/traces.jsonl"])
 
 
-def is_selected(outcome: Outcome, config: Config) -> bool:
-    """A session without the needed number is not selected."""
+def why_left_out(outcome: Outcome, config: Config) -> str | None:
+    """Why the selection leaves a session out; None: it is selected. One without the needed number is left out."""
     (start, end), begun = config.interval, moment(str(outcome.created_at))
-    known = (outcome.reward, outcome.gain, max(abs(outcome.gain or 0.0), outcome.disagreement))
-    least = (config.min_reward, config.min_gain, config.min_signal)
-    return (
-        outcome.status == "succeeded"
-        and outcome.review in config.review_status
-        and all(bound is None or (x is not None and x >= bound) for x, bound in zip(known, least))
-        and (not config.only or outcome.lane in config.only or outcome.learning_key in config.only)
-        and (not config.since or (begun is not None and start <= begun < end))
-    )
+    signal = max(abs(outcome.gain or 0.0), outcome.disagreement)
+    if outcome.status != "succeeded" or outcome.review not in config.review_status:
+        return "session failed" if outcome.status != "succeeded" else f"review {outcome.review[:40]}"
+    for name, value in {"reward": outcome.reward, "gain": outcome.gain, "signal": signal}.items():
+        least = getattr(config, f"min_{name}")
+        if least is not None and (value is None or value < least):
+            return f"no {name}" if value is None else f"{name} below {least:g}"
+    if config.only and not {outcome.lane, outcome.learning_key} & set(config.only):
+        return f"not in --only: {outcome.lane} {outcome.learning_key}"
+    return "not in --since" if config.since and (begun is None or not start <= begun < end) else None
 
 
 def reviewed_traces(path: Path) -> Iterator[tuple[Outcome, Trace]]:
@@ -316,6 +317,22 @@ def reviewed_traces(path: Path) -> Iterator[tuple[Outcome, Trace]]:
             trace |= {"outcome": asdict(outcome), "review_status": outcome.review}
             trace["review_notes"] = review.get("note", "")
         yield outcome, trace
+
+
+def teachings(path: Path, config: Config) -> Iterable[tuple[str, Trace]]:
+    """(name, chat) of each selected session: the teaching that helped. Says what is left out, and why. Raises UserError."""
+    found: dict[str, Trace | str] = {}  # of a repeated session the latest record counts
+    for outcome, trace in reviewed_traces(path):
+        name = f"session {outcome.session_id}"
+        reason = why_left_out(outcome, config) or ("leak" if outcome.is_leak else None)
+        found[name] = reason or data.teaching_of(trace, f"{path}: {name}")
+    chats = {name: chat for name, chat in found.items() if isinstance(chat, dict)}
+    left_out = data.in_words(Counter(reason for reason in found.values() if isinstance(reason, str)))
+    said = f"{path}: {len(chats)} teachings of {len(found)} sessions; left out: {left_out}"
+    if not chats:
+        raise UserError(f"{said}; lower --min-reward, or runtime_loop.py --approve sessions")
+    say(said)
+    return chats.items()
 
 
 def record_reviews(directory: Path, names: tuple[str, ...], status: str, note: str) -> list[str]:
@@ -337,11 +354,11 @@ def export_traces(source: Path, target: Path, config: Config) -> tuple[int, int]
     if target.exists() and target.samefile(source):
         raise UserError(f"--export {target} is the trace file itself; choose another name")
     found = list(reviewed_traces(source))
-    selected = [trace for outcome, trace in found if is_selected(outcome, config)]
+    reasons = [why_left_out(outcome, config) for outcome, _ in found]
+    selected = [trace for (_, trace), reason in zip(found, reasons) if reason is None]
     if not selected:
-        kinds = Counter(kind for o, _ in found for kind in (o.status, o.review, o.lane, o.learning_key))
-        listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(12))
-        raise UserError(f"{source}: the options select none of its {len(found)} traces ({listed})")
+        what = f"the options select none of its {len(found)} traces"
+        raise UserError(f"{source}: {what} (left out: {data.in_words(Counter(reasons))})")
     for trace in selected:
         if trace.get("review_status", "approved") != "approved":  # selected by --review-status
             trace["is_exported"] = True
