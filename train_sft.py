@@ -18,7 +18,7 @@ approach; a step is measured in tokens; the optimizer's state may be on another 
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from nano_atlas.errors import UserError, say
 from nano_atlas.loss import batch_loss
 from nano_atlas.model import Transformer
 from nano_atlas.presets import announce, presets
-from nano_atlas.runs import RunLog, checkpoint_digest, digest, read_json, read_jsonl, write_jsonl
+from nano_atlas.runs import RunLog, checkpoint_digest, digest, read_json, write_jsonl
 from nano_atlas.terminal import Bar
 from nano_atlas.tokenizer import Tokenizer
 
@@ -81,22 +81,11 @@ class Config:
         if not self.data and self.preset != "nano":
             raise UserError(f"--preset {self.preset} needs --data FILE to train on")
 
-    def read(self, path: Path) -> Iterable[tuple[int | str, dict]]:
-        """The lines of a data file; of session traces the teachings that helped, as chats."""
-        first = next(read_jsonl(path))[1]
-        if "task" not in first or first.keys() & set(data.QUESTION_FIELDS):
-            return read_jsonl(path)
-        from nano_atlas.runtime import options, traces
-
-        selection = {name: getattr(self, name) for name in ("min_reward", "min_gain", "review_status")}
-        return traces.teachings(path, options.Config(**selection))
-
 
 def load_data(config: Config, tokenizer: Tokenizer) -> tuple[list[Example], list[Example]]:
     """(training, held-out) examples. The split depends only on the seed and the number of examples."""
     tokenizer.config |= {"enable_thinking": True} if config.thinking else {}
-    thinking = tokenizer.config.get("enable_thinking", False)
-    reading = tokenizer, config.max_length, thinking, config.read
+    reading = tokenizer, config.max_length, tokenizer.config.get("enable_thinking", False), config
     examples = load_examples(config.files, *reading)
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "held out"))
     order = torch.randperm(len(examples), generator=generator).tolist()

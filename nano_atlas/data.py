@@ -159,7 +159,8 @@ def _problem(record: dict, where: str, name: str, needs_answer: bool) -> Problem
     if field is None and needs_answer:
         raise UserError(f"{where}: no gold answer; one of the fields {', '.join(ANSWER_FIELDS)} must hold it")
     answer = None if field is None else _gold_answer(record, field, where)
-    name, domain, solution = record.get("id", name), record.get("domain", ""), record.get(field, "")
+    name, domain = record.get("id", name), record.get("domain", "")
+    solution = record.get("solution", record.get(field, ""))
     return Problem(str(name), _text(record, question, where), answer, str(domain), str(solution))
 
 
@@ -206,12 +207,14 @@ class Example:
     is_target: list[bool]  # learned tokens: the assistant's, with the token that ends its turn
 
 
-def load_examples(paths, tokenizer, max_length: int, thinking=False, read=read_jsonl) -> list[Example]:
-    """All examples of at most `max_length` tokens. thinking: Qwen3's option, as in sampling later. Raises UserError."""
+def load_examples(paths, tokenizer, max_length: int, thinking=False, selection=None) -> list[Example]:
+    """All examples of at most `max_length` tokens. thinking: Qwen3's option, as in sampling later. selection: has
+    `min_reward`, `min_gain` and `review_status`, for session traces; None: there are none. Raises UserError.
+    """
     examples = []
     for path in paths:
         made, spelled = [], []
-        for number, record in read(path):
+        for number, record in _lines(path, selection):
             made += make_examples(record, tokenizer, f"{path}:{number}", thinking, spelled)
         if spelled:
             what = f"{len(spelled)} lines, from this one on, have control tokens in prompt or completion"
@@ -223,6 +226,17 @@ def load_examples(paths, tokenizer, max_length: int, thinking=False, read=read_j
     if not examples:
         raise UserError(f"no example has at most {max_length} tokens; raise --max-length")
     return examples
+
+
+def _lines(path: Path, selection) -> Iterable[tuple[int | str, dict]]:
+    """The lines of a data file; of session traces the teachings that helped, as chats. The first line says which it is."""
+    first = next(read_jsonl(path))[1]
+    if "task" not in first or first.keys() & set(QUESTION_FIELDS):
+        return read_jsonl(path)
+    from nano_atlas.runtime import options, traces
+
+    names = "min_reward", "min_gain", "review_status"
+    return traces.teachings(path, options.Config(**{name: getattr(selection, name) for name in names}))
 
 
 def make_examples(record: dict, tokenizer, where: str, thinking=False, spelled=None) -> list[Example]:

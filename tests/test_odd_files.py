@@ -14,7 +14,7 @@ from nano_atlas.data import Problem, load_examples, load_problems, make_examples
 from nano_atlas.errors import UserError
 from nano_atlas.runs import read_json, read_jsonl
 from nano_atlas.runtime.options import STATUSES, Config
-from nano_atlas.runtime.traces import outcome_of, read_traces, teachings
+from nano_atlas.runtime.traces import outcome_of, read_traces
 from nano_atlas.tokenizer import Tokenizer
 
 GOOD = {"question": "x?", "answer": "1"}
@@ -275,11 +275,8 @@ TAUGHT = OURS | {
     "trajectory_events": [EVENT | {"is_truncated": False}],
     "steps": [STEP | {"metadata": TRIALS}],
 }
+EVERY = Config(review_status=STATUSES)  # selects every trace
 TOKENS = {"eos_token": "<|im_end|>", "bos_token": {"content": "<|im_start|>"}, "chat_template": TEMPLATES[:1]}
-
-
-def taught(path):
-    return teachings(path, Config(review_status=STATUSES))
 
 
 @pytest.mark.parametrize(
@@ -295,8 +292,8 @@ def taught(path):
         ),
         ("s.jsonl", SDK, lambda path: (load_problems(path), list(read_traces(path)))),
         ("t.jsonl", OURS, lambda path: (load_problems(path), list(read_traces(path)))),
-        ("g.jsonl", GUIDED, lambda path: load_examples([path], TOKENIZER, 10_000, read=taught)),
-        ("e.jsonl", TAUGHT, lambda path: load_examples([path], TOKENIZER, 10_000, read=taught)),
+        ("g.jsonl", GUIDED, lambda path: load_examples([path], TOKENIZER, 10_000, selection=EVERY)),
+        ("e.jsonl", TAUGHT, lambda path: load_examples([path], TOKENIZER, 10_000, selection=EVERY)),
         ("config.json", QWEN3 | {"rope_parameters": ROPE, "eos_token_id": END}, None),
         ("tokenizer_config.json", TOKENS, None),
     ],

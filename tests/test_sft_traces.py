@@ -77,9 +77,8 @@ def test_the_learned_ids_are_those_that_the_teacher_sampled(place, tmp_path):
         if first[0] < 9_999 and "Go." in first[1] and rollout.finish_reason == "stop":
             expected.append((list(rollout.prompt_ids), list(rollout.completion_ids)))
     assert 3 < len(expected) < len(guide.rollouts) - 3
-    read = lambda path: teachings(path, ANY)
     learned = []
-    for example in load_examples([tmp_path / "traces.jsonl"], tokenizer, 10_000, read=read):
+    for example in load_examples([tmp_path / "traces.jsonl"], tokenizer, 10_000, selection=ANY):
         start = example.is_target.index(True)
         assert all(example.is_target[start:])
         learned.append((example.input_ids[:start], example.input_ids[start:]))
