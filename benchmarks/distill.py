@@ -4,13 +4,15 @@
     python -m benchmarks.distill --table          # only show what is there
 
 The better teacher is the one that 40 steps of GRPO made, so that is also the most that can be expected. All start from the same SFT
-teacher, except the last two, whose SFT teacher saw half of its demonstrations with the solution in the prompt:
+teacher, except the last three. The informed teacher saw half of its demonstrations with the solution in the prompt, and these teach
+the whole order of work:
 
     GRPO            on the student's gain, 10 and 40 steps
     on-policy       --reward none --kl exact --reference GRPO: the policy's own teachings, each token scored by the better teacher
     off-policy      SFT on as many teachings of the better teacher, of the same problems (Kim and Rush 2016, arXiv:1606.07947)
     informed SFT    the SFT teacher that can also read a solution, without one
     privileged      the same, distilled from itself with the solution: --reward none --kl privileged. No better teacher
+    control         SFT on the informed teacher's demonstrations with all solutions taken out of the prompts
 """
 
 import random
@@ -28,13 +30,13 @@ from nano_atlas.protocol import privileged_messages, teacher_messages, teacher_t
 from nano_atlas.runs import read_json, read_jsonl, replace_text, write_jsonl
 from nano_atlas.schedule import play
 from nano_atlas.seats import open_seat
-from nano_atlas.stats import in_points
+from nano_atlas.stats import in_points, paired_bootstrap
 
 PER_STEP, GROUP, STEPS, FEW, PROBLEMS = 16, 8, 40, 10, 4096  # of the preset nano
 LENGTHS = {name: value for name, value in NANO_SAMPLING.items() if name.endswith("_tokens")}
 ARMS = {  # name in the table -> directory of the teacher
     "SFT": "sft", "GRPO, 10 steps": "grpo-10", "GRPO, 40 steps": "grpo", "on-policy, 10 steps": "on-10",
-    "on-policy, 40 steps": "on", "off-policy": "off", "informed SFT": "informed", "privileged, 40 steps": "privileged",
+    "on-policy, 40 steps": "on", "off-policy": "off", "informed SFT": "informed", "privileged, 40 steps": "privileged", "control": "control",
 }  # fmt: skip
 
 
@@ -60,15 +62,17 @@ def teachings(teacher: Path, seed: int) -> list[dict]:
     return [{"messages": [*one.messages, {"role": "assistant", "content": one.reply.text}]} for one in made]
 
 
-def informed_demonstrations(demonstrations: Path, seed: int) -> list[dict]:
-    """The nano world's demonstrations as chats; every second has the solution in the prompt, and what it teaches is the whole order."""
+def informed_demonstrations(demonstrations: Path, seed: int, has_solution=True) -> list[dict]:
+    """The nano world's demonstrations as chats; every second has the solution in the prompt (or not: the control), and what it
+    teaches is the whole order."""
     solved = {task.question: task for task in world.tasks("math", 900, f"demonstrations/{seed}")}
     chats, rng = [], random.Random(f"informed/{seed}")
     for _, one in read_jsonl(demonstrations):
         task, told = solved[one["problem_text"]], one["teacher_teaching"]
         asked = teacher_messages(one["problem_text"], one["student_approach"], one["strategy"])
         if rng.random() < 0.5:
-            asked, told = privileged_messages(asked, task.solution), world.plan(task.chain)
+            asked = privileged_messages(asked, task.solution) if has_solution else asked
+            told = world.plan(task.chain)
         answer = teacher_target(one["teacher_diagnosis"], told)
         chats.append({"messages": [*asked, {"role": "assistant", "content": answer}]})
     return chats
@@ -94,9 +98,12 @@ def main_path(seed: int, config: Config) -> Job:
         run(
             "train_sft.py", "off", "--model", place / "sft/model", "--data", file, "--epochs", 1, "--lr", 2e-4
         )
-        if not (file := place / "informed.jsonl").exists():
-            write_jsonl(file, informed_demonstrations(place / "sft/demonstrations.jsonl", seed))
-        run("train_sft.py", "informed", "--data", file)
+        for name, has_solution in (("informed", True), ("control", False)):
+            if not (file := place / f"{name}.jsonl").exists():
+                write_jsonl(
+                    file, informed_demonstrations(place / "sft/demonstrations.jsonl", seed, has_solution)
+                )
+            run("train_sft.py", name, "--data", file)
         options = ["--student", world.STUDENT, "--teacher", place / "informed/model"]
         run("train_grpo.py", "privileged", *options, "--reward", "none", "--kl", "privileged")
         teachers = [f"{name}={place / name / 'model'}" for name in ARMS.values()]
@@ -108,7 +115,7 @@ def main_path(seed: int, config: Config) -> Job:
 
 def generated(run: Path) -> tuple[int, int]:
     """Tokens that the student and the policy generated in a run of train_grpo.py or, off-policy, in `teachings`."""
-    if run.name in ("sft", "informed"):
+    if run.name in ("sft", "informed", "control"):
         return 0, 0
     if run.name == "off":
         return generated(run.with_name("on"))  # the same problems and as many teachings
@@ -130,7 +137,7 @@ def generated(run: Path) -> tuple[int, int]:
 
 
 def table(config: Config) -> str:
-    head = "teacher | seeds | tokens generated (thousands): student | policy | math | telecom | crm | against SFT, math | leaks | tokens written"
+    head = "teacher | seeds | student's tokens (1,000) | policy's | math | telecom | crm | against SFT, math | leaks | tokens written"
     rows = []
     places = [
         place
@@ -144,6 +151,8 @@ def table(config: Config) -> str:
             for score in read_json(place / "eval/results.json")["scores"]
             if score["arm"] == folder
         ]
+        if not found:
+            continue
         of = {domain: [score for score in found if score["domain"] == domain] for domain in world.DOMAINS}
 
         def spread(values: list[float]) -> str:
@@ -170,8 +179,6 @@ def written(place: Path, folder: str) -> float:
 
 def against(places: list[Path], folder: str) -> str:
     """The paired difference to the SFT teacher on math over all seeds' tasks, in points, with its 95 % interval."""
-    from nano_atlas.stats import paired_bootstrap
-
     changes: list[float] = []
     for place in places:
         sft, own = answers_of(place, "sft"), answers_of(place, folder)

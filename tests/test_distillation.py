@@ -7,8 +7,9 @@ import torch
 from conftest import byte_tokenizer, grpo_flags, records, run_grpo
 
 import train_grpo
+from benchmarks import distill
 from benchmarks.pretrain import initialize
-from nano_atlas import protocol
+from nano_atlas import protocol, world
 from nano_atlas.batching import Sample
 from nano_atlas.checkpoint import load_model, save_model
 from nano_atlas.config import parse
@@ -16,6 +17,7 @@ from nano_atlas.data import load_problems
 from nano_atlas.errors import UserError
 from nano_atlas.model import ModelConfig, PackedAttention, Transformer
 from nano_atlas.presets import presets
+from nano_atlas.runs import write_jsonl
 from nano_atlas.sampler import Generation
 from nano_atlas.seats import Question, open_seat
 from nano_atlas.tokenizer import Tokenizer
@@ -189,6 +191,21 @@ def test_a_reference_with_other_tokens_is_refused_with_the_difference(place, lar
         run_grpo(place, tmp_path / "out", reference=tmp_path / "other", **KL)
     with pytest.raises(UserError, match=r"0 tokens differ, 269 logits for the policy's 272"):
         run_grpo(place, tmp_path / "out", teacher=larger, reference=place / "teacher", **KL)
+
+
+def test_the_experiments_informed_teacher_reads_half_of_the_solutions_and_its_control_none(tmp_path):
+    tasks = world.tasks("math", 40, "demonstrations/7")
+    lines = [world.demonstration(task, "None.", "adaptive", is_thorough=False) for task in tasks]
+    write_jsonl(tmp_path / "demonstrations.jsonl", lines)
+    told = [
+        distill.informed_demonstrations(tmp_path / "demonstrations.jsonl", 7, has) for has in (True, False)
+    ]
+    informed, control = ([chat["messages"] for chat in chats] for chats in told)
+    is_read = ["Solution, for you only: " in chat[0]["content"] for chat in informed]
+    assert 10 < sum(is_read) < 30 and not any("Solution" in chat[0]["content"] for chat in control)
+    for task, has, seen, plain in zip(tasks, is_read, informed, control, strict=True):
+        assert seen[1] == plain[1] and (task.solution in seen[0]["content"]) == has
+        assert (world.plan(task.chain) in plain[1]["content"]) or not has
 
 
 @pytest.mark.parametrize("kl", ["k3", "exact"])
