@@ -7,7 +7,7 @@ The better teacher is the one that 40 steps of GRPO made, so that is also the mo
 teacher, except the last three. The informed teacher saw half of its demonstrations with the solution in the prompt, and these teach
 the whole order of work:
 
-    GRPO            on the student's gain, 10 and 40 steps
+    GRPO            on the student's gain: 5 and 20 steps, which generate as many tokens as 10 and 40 of distillation; and 40
     on-policy       --reward none --kl exact --reference GRPO: the policy's own teachings, each token scored by the better teacher
     off-policy      SFT on as many teachings of the better teacher, of the same problems (Kim and Rush 2016, arXiv:1606.07947)
     informed SFT    the SFT teacher that can also read a solution, without one
@@ -32,10 +32,10 @@ from nano_atlas.schedule import play
 from nano_atlas.seats import open_seat
 from nano_atlas.stats import in_points, paired_bootstrap
 
-PER_STEP, GROUP, STEPS, FEW, PROBLEMS = 16, 8, 40, 10, 4096  # of the preset nano
+PER_STEP, GROUP, STEPS, PROBLEMS = 16, 8, 40, 4096  # of the preset nano
 LENGTHS = {name: value for name, value in NANO_SAMPLING.items() if name.endswith("_tokens")}
 ARMS = {  # name in the table -> directory of the teacher
-    "SFT": "sft", "GRPO, 10 steps": "grpo-10", "GRPO, 40 steps": "grpo", "on-policy, 10 steps": "on-10",
+    "SFT": "sft", "GRPO, 5 steps": "grpo-5", "GRPO, 20 steps": "grpo-20", "GRPO, 40 steps": "grpo", "on-policy, 10 steps": "on-10",
     "on-policy, 40 steps": "on", "off-policy": "off", "informed SFT": "informed", "privileged, 40 steps": "privileged", "control": "control",
 }  # fmt: skip
 
@@ -90,9 +90,10 @@ def main_path(seed: int, config: Config) -> Job:
         distilled = [*grpo, "--reward", "none", "--kl", "exact", "--reference", place / "grpo/model"]
         run("train_sft.py", "sft")
         run("train_grpo.py", "grpo", *grpo)
-        run("train_grpo.py", "grpo-10", *grpo, "--steps", FEW)
+        for steps in (5, 20):
+            run("train_grpo.py", f"grpo-{steps}", *grpo, "--steps", steps)
         run("train_grpo.py", "on", *distilled)
-        run("train_grpo.py", "on-10", *distilled, "--steps", FEW)
+        run("train_grpo.py", "on-10", *distilled, "--steps", 10)
         if not (file := place / "teachings.jsonl").exists():
             write_jsonl(file, teachings(place / "grpo/model", seed))
         run(
