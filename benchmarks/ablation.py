@@ -88,6 +88,17 @@ def reference_mixed() -> AbstractContextManager:
     return patch.object(train_grpo, "update", wrong)
 
 
+def groups_of_equal_rewards_skipped() -> AbstractContextManager:
+    """They have no advantage; here their KL goes too, and the others' tokens weigh more (a light form of DAPO's dynamic sampling)."""
+    right = train_grpo.roll_out
+
+    def skipping(config, seats, problems, step):
+        groups, metrics = right(config, seats, problems, step)
+        return [group for group in groups if len({one.reward for one in group}) > 1] or groups, metrics
+
+    return patch.object(train_grpo, "roll_out", skipping)
+
+
 @contextmanager
 def probe_and_baselines_for_each_teaching() -> Iterator[None]:
     """Every member of a group gets a probe and baselines of its own, so that the group competes from different states."""
@@ -133,6 +144,7 @@ ROWS = [
     Row("KL", "exact", "--kl exact"),
     Row("group size", "2 (64 problems)", "--group-size 2 --problems-per-step 64"),
     Row("group size", "32 (4 problems)", "--group-size 32 --problems-per-step 4"),
+    Row("groups of equal rewards", "skipped", fault=groups_of_equal_rewards_skipped),
     Row("SFT", "no demonstration", demonstrations=0),
     Row("SFT", "90 demonstrations", demonstrations=90),
     Row("fault", "log-probs after the bare question", fault=gradient_on_the_bare_question),
