@@ -202,9 +202,10 @@ def backward(config, policy: Transformer, reference, samples, own, tokens: StepT
     batches = policy_batches(samples, config.tokens_per_batch, policy, own)
     filler = batches[0] if batches else policy_batches(samples, config.tokens_per_batch, policy, [0])[0]
     for batch, is_own in distributed.in_step(batches, filler):
+        hidden, head = predicting_states(policy, batch), policy.head_weight
         exact = None
         if tokens.reference is not None and not is_k3:  # a larger head has only more padding
-            exact = tokens.reference[batch.rows], reference.head_weight[: len(policy.head_weight)]
+            exact = tokens.reference[batch.rows], reference.head_weight[: len(head)]
 
         def token_loss(logprobs: Tensor, exact_kl: Tensor | None, chunk: slice) -> Tensor:
             t = batch.rows[chunk]
@@ -213,7 +214,6 @@ def backward(config, policy: Transformer, reference, samples, own, tokens: StepT
             sampled, advantages = tokens.sampled_logprobs[t], tokens.advantages[t]
             return grpo_token_loss(logprobs, old, sampled, advantages, kl, config)
 
-        hidden, head = predicting_states(policy, batch), policy.head_weight
         weights = tokens.weights[batch.rows] * is_own
         options = {"temperature": config.teacher_temperature, "reference": exact}
         loss, stats = fused_token_loss(hidden, head, batch.targets, token_loss, weights, **options)

@@ -84,6 +84,9 @@ CASES = {
     ),
     "grpo-lora": lambda place, out: grpo(place, out, lora_rank=2),
     "grpo-lora-exact-kl": lambda place, out: grpo(place, out, lora_rank=2, kl="exact", steps=2),
+    "grpo-verified": lambda place, out: grpo(
+        place, out, verifier="nano_atlas.benches.crmarena:verify", kl="privileged", steps=2
+    ),
     "relay-1": lambda place, out: relay(place, out, 1),
     "relay-2": lambda place, out: relay(place, out, 2),
     "relay-3": lambda place, out: relay(place, out, 3),

@@ -21,8 +21,8 @@ from nano_atlas.model import ModelConfig, Transformer
 
 PLAN = {
     1: ("sft-tied", "sft-untied", "sft-bfloat16", "grpo", "grpo-exact-kl", "grpo-exact-reward",
-        "sft-lora-bfloat16", "grpo-lora", "grpo-lora-exact-kl"),
-    2: ("sft-tied", "sft-bfloat16", "grpo", "grpo-exact-reward", "sft-lora-bfloat16", "grpo-lora"),
+        "sft-lora-bfloat16", "grpo-lora", "grpo-lora-exact-kl", "grpo-verified"),
+    2: ("sft-tied", "sft-bfloat16", "grpo", "grpo-exact-reward", "sft-lora-bfloat16", "grpo-lora", "grpo-verified"),
     3: ("sft-tied", "sft-untied", "grpo", "grpo-exact-kl", "grpo-lora-exact-kl"),
 }  # fmt: skip
 REPOSITORY = Path(__file__).parent.parent
