@@ -132,7 +132,7 @@ def roll_out(config, seats: Mapping[str, Seat], problems, step) -> tuple[list[li
         counts = seats["teacher"].count_tokens, config.baseline_samples, config.group_size
         rewards = None if config.reward == "none" else config
         scripts = [episode.episode(problem, config, rewards, seed, *counts) for problem in chosen]
-    groups, metrics = play(config, scripts, seats, None if distributed.rank() else f"step {step + 1}")
+    groups, metrics = play_episodes(config, scripts, seats, f"step {step + 1}")
     rewards_PG = [[one.reward for one in group] for group in groups]
     for group, advantages_G in zip(groups, step_advantages(rewards_PG, config.advantage_scale)):
         for one, advantage in zip(group, advantages_G):
@@ -142,13 +142,13 @@ def roll_out(config, seats: Mapping[str, Seat], problems, step) -> tuple[list[li
     return groups, metrics | {"seconds/rollout": time.perf_counter() - started}
 
 
-def play(config, scripts, seats, label=None) -> tuple[list[list[Episode]], dict]:
+def play_episodes(config, scripts, seats, label=None) -> tuple[list[list[Episode]], dict]:
     """The groups of the scripts that no fault of student or verifier ended, with rewards, and their metrics."""
-    groups = play_most(scripts, seats, label)
+    groups = play_most(scripts, seats, None if distributed.rank() else label)
     if ":" in config.reward:
-        rewarded = functions.open_reward(config.reward)
+        reward_of = functions.open_reward(config.reward)
         for one in chain(*groups):
-            one.reward = rewarded(one)
+            one.reward = reward_of(one)
     return groups, episode.teaching_metrics([*chain(*groups)]) | {"unanswered": len(scripts) - len(groups)}
 
 
@@ -294,7 +294,7 @@ def evaluate(config: Config, seats: Mapping[str, Seat], sketches: Sequence[Sketc
         scripts = [episode.answer(sketch.problem, greedy, seed, 1) for sketch in sketches]
     else:
         scripts = [episode.teach(sketch, greedy, config, seed, count) for sketch in sketches]
-    return {f"eval/{name}": value for name, value in play(config, scripts, seats)[1].items()}
+    return {f"eval/{name}": value for name, value in play_episodes(config, scripts, seats)[1].items()}
 
 
 def dry_step(config: Config, policy: Transformer, reference, optimizer, teacher, problems) -> None:
