@@ -6,9 +6,8 @@
               DEVIATION) or one is unsure (uncertainty above UNCERTAINTY), --large-judge sees them and decides
     nobody    the answer has no score (not a score of zero), and the last answer is returned
 
-If verifier or judges do not reply, the session fails, and the next start retries it. Four judges, as published (ATLAS,
-RIM): the score is the mean of *accuracy* and *process*; *helpfulness* judges the guidance and scales positive rewards;
-*diagnostic* judges the student's approach.
+Four judges, as published (ATLAS, RIM): the score is the mean of *accuracy* and *process*; *helpfulness*
+judges the guidance and scales positive rewards; *diagnostic* judges the student's approach.
 
 Non-degradation: an answer with help is returned only if it scores at least as high as the student's own. With a verifier
 (python, exact) the result is therefore never worse. Judged scores are noisy: the gain must exceed z standard errors. A

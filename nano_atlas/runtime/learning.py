@@ -1,13 +1,11 @@
 """What the runtime learns across sessions without training: the student's record, teaching strategies, skills.
-There is no state file: `Experience` is rebuilt from the outcomes in all traces, including those of earlier teachers.
 
 *Strategies.* Each kind of task (learning key, the domain) has a bandit over the teaching styles: Thompson sampling with
 Gaussian priors (Agrawal & Goyal 2013, arXiv:1209.3353, algorithm 2). A strategy with the sum `total` of rewards in
 `count` sessions draws from a normal with mean total / (count + 1) and variance 1 / (count + 1); the highest draw wins.
 
 *Skills.* A --skill-writer reads each session with a reward of at least SKILL_REWARD and proposes entries of a playbook:
-a cue to look for in task and approach, and an instruction for the teacher, a teaching strategy, or both. An entry is
-withheld in one of five matching sessions, to measure its effect (mean reward with minus without).
+a cue to look for in task and approach, and an instruction for the teacher, a teaching strategy, or both.
 """
 
 import json
@@ -30,7 +28,7 @@ WINDOW = 50  # latest scores of the student alone that are its record
 SKILL_REWARD = 0.8  # least session reward from which skills are learned
 SKILLS_PER_TASK = 3
 PLAYBOOK_SIZE = 50  # most active entries; beyond it the one with the least effect is removed
-WITHHELD = 0.2  # share of matching sessions in which an entry is withheld
+WITHHELD = 0.2  # share of matching sessions in which an entry is withheld, to measure its effect
 LONGEST_TEXT = 200  # characters of a cue or an imperative
 PARTICULARS = r"\d{4}-\d\d-\d\d|\b\d{4,}\b|https?:|[\w.]*/[\w./]+|\w+@\w+|[A-Z]{2,}-\d+"  # dates, paths, ids
 SKILL_REQUEST = (
@@ -101,7 +99,7 @@ def read_entries(text: str, secret: str | None) -> list[dict[str, Any]]:
 
 
 class Experience:
-    """What was learned from earlier sessions: a function of their outcomes, in order."""
+    """A function of the outcomes in all traces, in order; there is no state file."""
 
     def __init__(self, strategies: Sequence[str] = ()):
         self.strategies, self.line = strategies, Line(silent=1)

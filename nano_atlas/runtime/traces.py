@@ -1,11 +1,4 @@
-"""A session with one task, while it runs and as a trace: one JSON object per line.
-
-A trace has an `outcome` (for learning, selection and reports), the `ground_truth`, the eleven keys of ATLAS'
-AtlasSessionTrace (`load_runtime_traces` reads the file), and what atlas-sdk adds on export. `steps` holds one step, with
-all attempts in its metadata. Without a score `session_reward` is null, not zero. The next start repeats failed sessions.
-
-Traces are never rewritten: --approve and --quarantine write to `reviews.jsonl`, where the latest decision counts.
-"""
+"""A session with one task, while it runs and as a trace: one JSON object per line (docs/traces.md)."""
 
 import json
 from collections import Counter
