@@ -53,9 +53,6 @@ class Entry:
     adoptions: int = 0  # those of the hits in which it was used
     rewards: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))  # without, with it
 
-    def matches(self, text: str) -> bool:
-        return self.pattern.casefold() in text.casefold()
-
     def count(self, outcome: Outcome) -> None:
         self.sessions_observed += 1
         if self.id in outcome.matched:
@@ -120,12 +117,7 @@ class Experience:
                 entry.count(outcome)
                 if entry.is_useless():
                     del self.entries[entry.id]
-        for outcome in outcomes:
-            self.add(outcome.learned)
-
-    def add(self, proposals: list[dict]) -> None:
-        """Adds entries as `read_entries` returns them."""
-        keywords = [entry for entry in proposals if entry["kind"] == "keyword"]
+        keywords = [entry for outcome in outcomes for entry in outcome.learned if entry["kind"] == "keyword"]
         new = {entry["id"]: Entry(**entry) for entry in keywords if entry["id"] not in self.known}
         self.entries, self.known = self.entries | new, self.known | set(new)
         while len(self.entries) > PLAYBOOK_SIZE:
@@ -134,7 +126,8 @@ class Experience:
 
     def retrieve(self, text: str, seed: int) -> tuple[list[Entry], list[str]]:
         """Entries to use with a task, best known effect first, and the ids of all that match it."""
-        matching = [entry for entry in list(self.entries.values()) if entry.matches(text)]
+        text, entries = text.casefold(), list(self.entries.values())
+        matching = [entry for entry in entries if entry.pattern.casefold() in text]
         matching.sort(key=lambda entry: -(entry.effect or 0.0))
         used = [e for e in matching if derive_seed(seed, "withheld", e.id) >= WITHHELD * 2**63]
         return used[:SKILLS_PER_TASK], [entry.id for entry in matching]
