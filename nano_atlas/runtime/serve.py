@@ -191,8 +191,7 @@ def read_request(content: bytes) -> tuple[bool, str, float | None, int | None]:
         if not any(text.strip() for _, text in texts):
             raise ValueError("messages: no text")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        needed = "its messages need a role and a text as content"
-        why = error if isinstance(error, ValueError) else needed
+        why = error if isinstance(error, ValueError) else "its messages need a role and a text as content"
         raise HTTPException(400, f"not a chat completion request: {why}") from None
     question = "\n\n".join(f"{role}: {text}" if len(texts) > 1 else text for role, text in texts)
     longest = body.get("max_completion_tokens", body.get("max_tokens"))
