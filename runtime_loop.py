@@ -34,7 +34,6 @@ from nano_atlas.config import parse, run_script
 from nano_atlas.data import Problem, load_problems
 from nano_atlas.errors import UserError, say
 from nano_atlas.presets import announce, look_at, presets
-from nano_atlas.runs import Journal, RunLog, checkpoint_digest, digest
 from nano_atlas.runtime import agents, deploy, lanes, learning, traces
 from nano_atlas.runtime.options import Config
 from nano_atlas.seats import Seat
@@ -49,9 +48,9 @@ def run(config: Config, tasks, seats: dict | None = None, experience=None) -> li
     settle_options(config)
     bar = {"total": ceil(len(tasks) / config.batch), "unit": "batch", "desc": "runtime"}
     logged = config.out / "traces.jsonl", config.out / "metrics.jsonl"
-    with Journal(logged[0]) as journal, RunLog(logged[1]) as log, Bar(**bar) as progress:
+    with runs.Journal(logged[0]) as journal, runs.RunLog(logged[1]) as log, Bar(**bar) as progress:
         forecast(config, tasks)
-        ids, weights = session_ids(tasks), checkpoint_digest(config.teacher)
+        ids, weights = session_ids(tasks), runs.checkpoint_digest(config.teacher)
         done = {o.session_id: o for o, _ in traces.read_traces(journal.path) if o.status == "succeeded"}
         wanted = set(ids)
         for past in done.values():
@@ -86,7 +85,7 @@ def session_ids(tasks: Sequence[Problem]) -> list[str]:
     for task in tasks:
         content = json.dumps([task.domain, task.question, task.answer])
         seen[content] += 1
-        names.append(digest([f"{seen[content]} {content}".encode()])[:24])
+        names.append(runs.digest([f"{seen[content]} {content}".encode()])[:24])
     return names
 
 
@@ -104,7 +103,7 @@ def forecast(config: Config, tasks: Sequence[Problem] | None) -> None:
 
 def settle_options(config: Config) -> None:
     """Raises UserError if --out was started with other options or another student."""
-    contents = {"weights of the student": checkpoint_digest(config.student)}
+    contents = {"weights of the student": runs.checkpoint_digest(config.student)}
     runs.keep_to(config, config.out / "run.json", contents, WRITTEN)
 
 
@@ -149,8 +148,7 @@ def main() -> None:
     if config.export is not None:
         selected, total = traces.export_traces(path, config.export, config)
         try:
-            usable = len(load_problems(config.export))
-            how = f"{usable} problems for\n    {deploy.training_command(config)}"
+            how = f"{len(load_problems(config.export))} problems for\n    {deploy.training_command(config)}"
         except UserError as error:
             how = f"not for training: {error}"
         print(f"{config.export}: {selected} of {total} traces, {how}")

@@ -11,7 +11,7 @@ from runtime_fakes import TASKS, Fake, Student, Teacher, in_a_process_that_dies,
 from nano_atlas.config import derive_seed
 from nano_atlas.data import Problem
 from nano_atlas.runtime import learning
-from nano_atlas.runtime.learning import Entry, Experience, read_entries
+from nano_atlas.runtime.learning import Experience, read_entries
 from nano_atlas.runtime.traces import Outcome
 from runtime_loop import Config
 
@@ -33,7 +33,7 @@ def read(*proposals, secret="42") -> list[dict]:
 
 def playbook(*proposals) -> Experience:
     book = Experience()
-    book.add([entry for p in proposals for entry in read(p)])
+    book.learn(Outcome("s", learned=[entry for p in proposals for entry in read(p)]))
     return book
 
 
@@ -80,9 +80,9 @@ def test_equal_entries_are_one_and_unknown_strategies_are_dropped():
 
 
 def test_cues_are_looked_for_in_the_text():
-    assert Entry("e", "keyword", "Hard", None, None).matches("a hard task")
-    assert Entry("e", "keyword", "STRASSE", None, None).matches("eine straße")
-    assert not Entry("e", "keyword", ".*", None, None).matches("anything")
+    for pattern, text in (("Hard", "a hard task"), ("STRASSE", "eine straße")):
+        assert playbook(proposal(pattern)).retrieve(text, 1)[1]
+    assert not playbook(proposal(".*")).retrieve("anything", 1)[1]
 
 
 def test_regex_cues_of_older_traces_are_ignored():
@@ -147,7 +147,7 @@ def test_pruned_entries_do_not_come_back_and_the_size_is_limited(monkeypatch):
     monkeypatch.setattr(learning, "PLAYBOOK_SIZE", 3)
     book = playbook(proposal())
     observe(book, 10, (0.0, 1.0))
-    book.add(read(proposal()))
+    book.learn(Outcome("s", learned=read(proposal())))
     assert not book.entries
     assert len(playbook(*[proposal(imperative=f"Do {word}.") for word in "abcde"]).entries) == 3
 

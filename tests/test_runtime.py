@@ -109,7 +109,7 @@ def test_a_run_killed_again_and_again_equals_one_that_was_never_interrupted(conf
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
 def test_a_kill_in_the_middle_of_a_write_loses_no_trace_and_doubles_none(config, share):
-    path, append = config.out / "traces.jsonl", runtime_loop.Journal.append
+    path, append = config.out / "traces.jsonl", runtime_loop.runs.Journal.append
 
     def torn(journal, records):
         """The first batch is written as usual; of the second only a share of the bytes reaches the disk before the kill."""
@@ -120,7 +120,7 @@ def test_a_kill_in_the_middle_of_a_write_loses_no_trace_and_doubles_none(config,
             os.kill(os.getpid(), signal.SIGKILL)
 
     def killed():
-        runtime_loop.Journal.append = torn  # in the child process only
+        runtime_loop.runs.Journal.append = torn  # in the child process only
         run(config, TASKS, Student(), StyledTeacher())
 
     assert in_a_process_that_dies(killed) == -9

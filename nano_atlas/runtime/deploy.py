@@ -8,9 +8,8 @@ A YAML file names the pair. The runtime and the evaluation read it with --deploy
 A `student:` section has the same form. Providers: `huggingface` (model: a checkpoint directory), `openai` (a server
 at api_base; model: its name there), `http` and `python` (model: as in `agents`).
 
-With --rounds, `train_grpo.py` trains the current teacher on the exported traces. Both teachers then teach the same
-held-out tasks, greedily, on the same sketches. The new one is promoted only if it is *not worse*: the lower end of the
-90 % interval of the mean difference (paired bootstrap; one-sided 95 %) is at least -MARGIN. See `promotion.json`.
+With --rounds a new teacher is promoted only if it is *not worse* on held-out tasks: the lower end of the 90 %
+interval of the mean difference (paired bootstrap; one-sided 95 %) is at least -MARGIN. See `promotion.json`.
 """
 
 import argparse

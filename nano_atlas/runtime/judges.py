@@ -6,9 +6,8 @@
               DEVIATION) or one is unsure (uncertainty above UNCERTAINTY), --large-judge sees them and decides
     nobody    the answer has no score (not a score of zero), and the last answer is returned
 
-If verifier or judges do not reply, the session fails, and the next start retries it. Four judges, as published (ATLAS,
-RIM): the score is the mean of *accuracy* and *process*; *helpfulness* judges the guidance and scales positive rewards;
-*diagnostic* judges the student's approach.
+Four judges, as published (ATLAS, RIM): the score is the mean of *accuracy* and *process*; *helpfulness*
+judges the guidance and scales positive rewards; *diagnostic* judges the student's approach.
 
 Non-degradation: an answer with help is returned only if it scores at least as high as the student's own. With a verifier
 (python, exact) the result is therefore never worse. Judged scores are noisy: the gain must exceed z standard errors. A
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 from statistics import NormalDist, fmean, pstdev
 from typing import Any
 
-from nano_atlas import answers, protocol
+from nano_atlas import answers, data, protocol
 from nano_atlas.config import derive_seed
 from nano_atlas.episode import verify
 from nano_atlas.runtime.options import Config
@@ -55,7 +54,7 @@ NO_SAMPLE = {"score": None, "rationale": "", "principles": []}
 
 def judge(session: Session, trial: Trial, config: Config, *seed: Any) -> Script:
     """The Verdict on one answer. seed: extra parts of the judges' seeds."""
-    task, answer = session.task, trial.answer
+    task = session.task
     if task.answer is not None or config.verifier != "exact":
         (score,) = yield from verify(task, [trial], config)
         is_valid = None if score is None else score >= 1
@@ -66,8 +65,7 @@ def judge(session: Session, trial: Trial, config: Config, *seed: Any) -> Script:
         return Verdict(None, "nobody", rationale="no ground truth, no verifier, no judge")
     guidance = "" if trial.kind == "alone" else session.guidance
     shown = {"task": task.question, "approach": session.approach, "guidance": guidance}
-    shown |= {"reply": trial.text, "answer": answer}
-    shown = {name: value for name, value in shown.items() if value}
+    shown = data.present(shown | {"reply": trial.text, "answer": trial.answer})
     line = session.experience.line if session.experience else Line()
     return (yield from ensemble(shown, config, line, (session.seed, session.session_id, *seed)))
 

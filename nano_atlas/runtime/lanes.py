@@ -18,7 +18,7 @@ from nano_atlas.reward import teaching_reward
 from nano_atlas.runtime import judges, learning
 from nano_atlas.runtime.options import Config
 from nano_atlas.runtime.traces import Session, Trial, now
-from nano_atlas.schedule import Call, Fault, Script, ask
+from nano_atlas.schedule import Call, Fault, Script, ask, caught
 from nano_atlas.seats import Generation, Reply
 from nano_atlas.text import masked
 
@@ -77,10 +77,8 @@ def event_of(call: Call, answer: list[Reply] | Fault) -> dict[str, Any]:
 
 def whole_session(session: Session, config: Config, count_tokens: Callable[[str], int]) -> Script:
     """A fault ends the lane; the trials before it still count."""
-    try:
-        yield from attempts(session, config)
-    except Fault as fault:
-        session.fault = str(fault)
+    fault = yield from caught(attempts(session, config))
+    session.fault = None if fault is None else str(fault)
     if session.trials:
         session.chosen = judges.choose_trial(session.trials)
         session.reward = reward_of(session, count_tokens)

@@ -1,13 +1,11 @@
 """What the runtime learns across sessions without training: the student's record, teaching strategies, skills.
-There is no state file: `Experience` is rebuilt from the outcomes in all traces, including those of earlier teachers.
 
 *Strategies.* Each kind of task (learning key, the domain) has a bandit over the teaching styles: Thompson sampling with
 Gaussian priors (Agrawal & Goyal 2013, arXiv:1209.3353, algorithm 2). A strategy with the sum `total` of rewards in
 `count` sessions draws from a normal with mean total / (count + 1) and variance 1 / (count + 1); the highest draw wins.
 
 *Skills.* A --skill-writer reads each session with a reward of at least SKILL_REWARD and proposes entries of a playbook:
-a cue to look for in task and approach, and an instruction for the teacher, a teaching strategy, or both. An entry is
-withheld in one of five matching sessions, to measure its effect (mean reward with minus without).
+a cue to look for in task and approach, and an instruction for the teacher, a teaching strategy, or both.
 """
 
 import json
@@ -30,7 +28,7 @@ WINDOW = 50  # latest scores of the student alone that are its record
 SKILL_REWARD = 0.8  # least session reward from which skills are learned
 SKILLS_PER_TASK = 3
 PLAYBOOK_SIZE = 50  # most active entries; beyond it the one with the least effect is removed
-WITHHELD = 0.2  # share of matching sessions in which an entry is withheld
+WITHHELD = 0.2  # share of matching sessions in which an entry is withheld, to measure its effect
 LONGEST_TEXT = 200  # characters of a cue or an imperative
 PARTICULARS = r"\d{4}-\d\d-\d\d|\b\d{4,}\b|https?:|[\w.]*/[\w./]+|\w+@\w+|[A-Z]{2,}-\d+"  # dates, paths, ids
 SKILL_REQUEST = (
@@ -54,9 +52,6 @@ class Entry:
     hits: int = 0  # sessions whose task or approach the cue matched
     adoptions: int = 0  # those of the hits in which it was used
     rewards: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))  # without, with it
-
-    def matches(self, text: str) -> bool:
-        return self.pattern.casefold() in text.casefold()
 
     def count(self, outcome: Outcome) -> None:
         self.sessions_observed += 1
@@ -101,7 +96,7 @@ def read_entries(text: str, secret: str | None) -> list[dict[str, Any]]:
 
 
 class Experience:
-    """What was learned from earlier sessions: a function of their outcomes, in order."""
+    """A function of the outcomes in all traces, in order; there is no state file."""
 
     def __init__(self, strategies: Sequence[str] = ()):
         self.strategies, self.line = strategies, Line(silent=1)
@@ -122,12 +117,7 @@ class Experience:
                 entry.count(outcome)
                 if entry.is_useless():
                     del self.entries[entry.id]
-        for outcome in outcomes:
-            self.add(outcome.learned)
-
-    def add(self, proposals: list[dict]) -> None:
-        """Adds entries as `read_entries` returns them."""
-        keywords = [entry for entry in proposals if entry["kind"] == "keyword"]
+        keywords = [entry for outcome in outcomes for entry in outcome.learned if entry["kind"] == "keyword"]
         new = {entry["id"]: Entry(**entry) for entry in keywords if entry["id"] not in self.known}
         self.entries, self.known = self.entries | new, self.known | set(new)
         while len(self.entries) > PLAYBOOK_SIZE:
@@ -136,7 +126,8 @@ class Experience:
 
     def retrieve(self, text: str, seed: int) -> tuple[list[Entry], list[str]]:
         """Entries to use with a task, best known effect first, and the ids of all that match it."""
-        matching = [entry for entry in list(self.entries.values()) if entry.matches(text)]
+        text, entries = text.casefold(), list(self.entries.values())
+        matching = [entry for entry in entries if entry.pattern.casefold() in text]
         matching.sort(key=lambda entry: -(entry.effect or 0.0))
         used = [e for e in matching if derive_seed(seed, "withheld", e.id) >= WITHHELD * 2**63]
         return used[:SKILLS_PER_TASK], [entry.id for entry in matching]

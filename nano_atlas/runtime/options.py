@@ -46,9 +46,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Config(EpisodeConfig, RunConfig):
-    judge: str | None = option(
-        None, "checkpoint, URL or function that scores answers without gold", group="judges"
-    )
+    judge: str | None = option(None, "scores without gold: checkpoint, URL or function", group="judges")
     large_judge: str | None = option(None, "a larger model that decides where judgements differ")
     audit: float = option(0.2, "share of the judged answers to judge again", at_least=0, at_most=1)
 

@@ -1,14 +1,10 @@
-"""Serves student and teacher as an OpenAI-compatible endpoint.
+"""Serves student and teacher as an OpenAI-compatible endpoint (docs/runtime.md).
 
     POST /v1/chat/completions    the answer that the runtime would return; with "stream": true as server-sent events
     GET  /v1/models, /v1/models/nano-atlas, /health
 
-The student gets one question: a single message as it is, several as one text, each as "role: text". `temperature` is the
-student's; `max_tokens` limits each of its answers. `model`, `user` and `seed` are ignored; unsupported fields (`stop`,
-tools, ...) get HTTP 400. `usage` counts all seats, including judges. A stream sends comments, then the whole text.
-
-Clients send NANO_ATLAS_API_KEY as bearer token; if it is not set, only requests to localhost are answered. Web pages
-of another origin are refused. On SIGINT and SIGTERM, running requests get --timeout seconds to finish.
+`temperature` is the student's; `max_tokens` limits each of its answers. `model`, `user`, `seed` are ignored.
+A stream sends comments, then the text. On SIGINT and SIGTERM, running requests get --timeout seconds to end.
 """
 
 import asyncio
@@ -195,8 +191,7 @@ def read_request(content: bytes) -> tuple[bool, str, float | None, int | None]:
         if not any(text.strip() for _, text in texts):
             raise ValueError("messages: no text")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        needed = "its messages need a role and a text as content"
-        why = error if isinstance(error, ValueError) else needed
+        why = error if isinstance(error, ValueError) else "its messages need a role and a text as content"
         raise HTTPException(400, f"not a chat completion request: {why}") from None
     question = "\n\n".join(f"{role}: {text}" if len(texts) > 1 else text for role, text in texts)
     longest = body.get("max_completion_tokens", body.get("max_tokens"))

@@ -1,13 +1,5 @@
-"""A session with one task, while it runs and as a trace: one JSON object per line.
+"""A session with one task, while it runs and as a trace: one JSON object per line (docs/traces.md)."""
 
-A trace has an `outcome` (for learning, selection and reports), the `ground_truth`, the eleven keys of ATLAS'
-AtlasSessionTrace (`load_runtime_traces` reads the file), and what atlas-sdk adds on export. `steps` holds one step, with
-all attempts in its metadata. Without a score `session_reward` is null, not zero. The next start repeats failed sessions.
-
-Traces are never rewritten: --approve and --quarantine write to `reviews.jsonl`, where the latest decision counts.
-"""
-
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -307,10 +299,9 @@ def why_left_out(outcome: Outcome, config: Config) -> str | None:
 
 def reviewed_traces(path: Path) -> Iterator[tuple[Outcome, Trace]]:
     """All records of a trace file, each with its latest review."""
-    reviews = {}
-    if (decisions := path.with_name("reviews.jsonl")).exists():
-        for _, review in runs.read_jsonl(decisions, is_journal=True):
-            reviews[str(review.get("session_id"))] = review
+    decisions = path.with_name("reviews.jsonl")
+    decided = runs.read_jsonl(decisions, is_journal=True) if decisions.exists() else ()
+    reviews = {str(review.get("session_id")): review for _, review in decided}
     for outcome, trace in read_traces(path):
         if review := reviews.get(outcome.session_id):
             outcome.review = review.get("status", "pending")
@@ -353,16 +344,16 @@ def export_traces(source: Path, target: Path, config: Config) -> tuple[int, int]
     """Writes the selected traces of `source` to `target`, all or nothing -> (number selected, number of all)."""
     if target.exists() and target.samefile(source):
         raise UserError(f"--export {target} is the trace file itself; choose another name")
-    found = list(reviewed_traces(source))
-    reasons = [why_left_out(outcome, config) for outcome, _ in found]
-    selected = [trace for (_, trace), reason in zip(found, reasons) if reason is None]
+    found = [(trace, why_left_out(outcome, config)) for outcome, trace in reviewed_traces(source)]
+    selected = [trace for trace, reason in found if reason is None]
     if not selected:
         what = f"the options select none of its {len(found)} traces"
-        raise UserError(f"{source}: {what} (left out: {data.in_words(Counter(reasons))})")
+        reasons = data.in_words(Counter(reason for _, reason in found))
+        raise UserError(f"{source}: {what} (left out: {reasons})")
     for trace in selected:
         if trace.get("review_status", "approved") != "approved":  # selected by --review-status
             trace["is_exported"] = True
-    runs.replace_text(target, "".join(json.dumps(trace) + "\n" for trace in selected))
+    runs.write_jsonl(target, selected)
     return len(selected), len(found)
 
 
