@@ -198,14 +198,8 @@ def whole_parameters(model: Transformer) -> Iterator[tuple[str, Tensor]]:
         yield name, weight if dtype is None else gather_rows(own_part(weight).to(dtype), len(weight))
 
 
-@torch.no_grad()
-def full_parameters(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """`whole_parameters` of the model without adapters that computes the same."""
-    yield from merged(whole_parameters(model))
-
-
 def copy_parameters(source: Transformer, target: Transformer) -> None:  # target: not sharded, on any device
-    for (_, tensor), parameter in zip(full_parameters(source), target.parameters()):
+    for (_, tensor), parameter in zip(merged(whole_parameters(source)), target.parameters()):
         parameter.data.copy_(tensor)
 
 
