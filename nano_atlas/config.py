@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import math
 import operator
 import os
 import signal
@@ -30,7 +29,7 @@ from torch import OutOfMemoryError
 
 from nano_atlas.distributed import is_first_failure, process_group, size
 from nano_atlas.errors import UserError
-from nano_atlas.text import masked
+from nano_atlas.text import finite, masked
 
 MEMORY_REMEDY = """
 Lower --cache-rows (sampling) or --tokens-per-batch, or use --gradient-checkpointing or --optimizer-device cpu;
@@ -86,11 +85,10 @@ def _add_option(group: Any, field: dataclasses.Field, kind: Any, default: Any) -
         kind, *more = typing.get_args(kind)
         settings["nargs"] = "*" if more[-1] is Ellipsis else 1 + len(more)
 
+    read = finite if kind is float else kind
+
     def convert(text: str) -> Any:
-        value = None if is_optional and text.lower() == "none" else kind(text)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(text)
-        return value
+        return None if is_optional and text.lower() == "none" else read(text)
 
     convert.__name__ = kind.__name__  # argparse names it: "invalid int value: 'x'"
     choices = field.metadata["choices"]
