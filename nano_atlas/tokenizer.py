@@ -174,9 +174,8 @@ class Tokenizer:
             raise UserError(f"{cause}; remove the added tokens, or resize_token_embeddings() in transformers")
         return tokenizer
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: Path) -> None:
         """Writes what `from_directory`, transformers and vLLM read; generation_config.json may hold several ends."""
-        path = Path(path)
         config = {key: value for key, value in self.config.items() if key != "chat_template"}
         write_json(path / "tokenizer_config.json", config)  # makes the directory
         write_json(path / "generation_config.json", self.generation_config())
