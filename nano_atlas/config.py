@@ -1,11 +1,4 @@
-"""From one frozen dataclass to a command line.
-
-    @dataclass(frozen=True)
-    class Config:
-        preset: str = option("nano", "", group="run")               # filled from --preset
-        steps: int | None = option(None, "optimizer steps", above=0, resumable=True)
-
-    config = parse(Config, sys.argv[1:], {"nano": Preset("CPU, 1 GB", {"steps": 100})}, "what the script does")
+"""From one frozen dataclass to a command line: `parse` makes a flag of each `option`, as train_sft.py shows.
 
 Flags override the preset; the preset overrides the defaults. A method `check()` may refuse contradictory values.
 """

@@ -82,10 +82,7 @@ def check_gpu(name: str, gpus: int) -> str:
 
 def settle_threads(parameters: int) -> None:
     """One thread for small models, else all; the process's largest model decides, unless OMP_NUM_THREADS is set.
-
-    On two idle cores, two threads are 1.5 times as fast as one; beside another busy program they are 2 to 9
-    times slower, because OpenMP's threads spin while they wait (benchmarks/bench_threads.py).
-    """
+    Beside another busy program two threads are slower than one, because they spin while they wait (docs/speed.md)."""
     global largest
     if "OMP_NUM_THREADS" in os.environ or parameters <= largest:
         return
