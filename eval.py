@@ -22,7 +22,6 @@ tables.md. Simplified: by default one greedy answer per task (--samples: average
 
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain, pairwise
@@ -91,12 +90,12 @@ def main() -> None:
     else:
         argv = with_deployment(argv, is_evaluation=True)
         config, compute, own = parse(Config, argv, presets("eval"), __doc__), run, None
-    faults = None
-    if not (config.tables or config.dry_run):
+    if config.tables or config.dry_run:
+        faults = None if config.tables else compute(config)  # a dry run ends there
+    else:
         limit = f"{config.limit} tasks of each domain" if config.limit else "all tasks"
         announce("eval", config, f"benchmark {config.bench}, {limit}, arms {', '.join(config.arms)}")
-    if not config.tables:
-        with nullcontext() if config.dry_run else runs.owned(config.out):
+        with runs.owned(config.out):
             faults = compute(config)
     scores.finish(config, own, faults)
     look_at(config.out)

@@ -8,6 +8,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -16,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nano_atlas.distributed import full_parameters, rank, settle_threads, whole_parameters
+from nano_atlas.distributed import rank, settle_threads, whole_parameters
 from nano_atlas.errors import UserError
 from nano_atlas.gpu import compile_layers
-from nano_atlas.lora import ALPHA
+from nano_atlas.lora import ALPHA, merged
 from nano_atlas.model import ModelConfig, Transformer
 from nano_atlas.runs import atomic_directory, find_checkpoint, read_json, refuse_damage, write_json
 from nano_atlas.text import number
@@ -45,12 +46,10 @@ Named = Iterable[tuple[str, Tensor]]
 
 def _positive(field: str, value, source: str, kind: type = int):
     """A positive number of this kind; it may be written as text. Raises UserError."""
-    try:
+    with suppress(ValueError):  # the same error as for a negative number
         found = number(value)
         if kind(found) == found and 0 < found < (2**31 if kind is int else float("inf")):
             return kind(found)
-    except ValueError:
-        pass  # the same error as for a negative number
     what = "integer" if kind is int else "number"
     raise UserError(f"{source}: {field} should be a positive {what}, not {value!r:.60}")
 
@@ -144,8 +143,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
         del found[HEAD]
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     ours, theirs = dict.fromkeys(found, "absent") | shapes, dict.fromkeys(shapes, "missing") | found
-    wrong = [name for name in sorted(ours) if ours[name] != theirs[name]]
-    if wrong:
+    if wrong := [name for name in sorted(ours) if ours[name] != theirs[name]]:
         listed = "\n  ".join(f"{name}: {theirs[name]}, should be {ours[name]}" for name in wrong)
         raise UserError(f"{path} does not fit its config.json ({len(wrong)} problems):\n  {listed}")
     state = {}
@@ -213,7 +211,7 @@ def in_shards(tensors: Named, max_bytes: float) -> Iterator[dict[str, Tensor]]:
 
 def save_model(path, model: Transformer, tokenizer, max_shard_bytes=5e9, repeat_tied_head=False, **about):
     """Writes a checkpoint, replacing an earlier one; collective. tokenizer may be None. about: for `atomic_directory`."""
-    tensors = full_parameters(model)
+    tensors = merged(whole_parameters(model))
     if repeat_tied_head:
         tensors = with_tied_head(tensors, model.config)
     if rank() > 0:
@@ -237,11 +235,8 @@ def save_model(path, model: Transformer, tokenizer, max_shard_bytes=5e9, repeat_
 
 def save_adapter(path: Path, model: Transformer, start: Path | str) -> None:
     """Writes the adapters, if there are any, as PEFT and vLLM load them onto the checkpoint `start`; collective."""
-    tensors = {
-        f"base_model.model.{name}.weight": tensor.cpu().contiguous()
-        for name, tensor in whole_parameters(model)
-        if "lora_" in name
-    }
+    adapters = ((name, tensor) for name, tensor in whole_parameters(model) if "lora_" in name)
+    tensors = {f"base_model.model.{name}.weight": tensor.cpu().contiguous() for name, tensor in adapters}
     if rank() > 0 or not tensors:
         return
     modules = sorted({name.split(".")[-3] for name in tensors})

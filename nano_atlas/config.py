@@ -1,11 +1,4 @@
-"""From one frozen dataclass to a command line.
-
-    @dataclass(frozen=True)
-    class Config:
-        preset: str = option("nano", "", group="run")               # filled from --preset
-        steps: int | None = option(None, "optimizer steps", above=0, resumable=True)
-
-    config = parse(Config, sys.argv[1:], {"nano": Preset("CPU, 1 GB", {"steps": 100})}, "what the script does")
+"""From one frozen dataclass to a command line: `parse` makes a flag of each `option`, as train_sft.py shows.
 
 Flags override the preset; the preset overrides the defaults. A method `check()` may refuse contradictory values.
 """
@@ -14,7 +7,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import math
 import operator
 import os
 import signal
@@ -30,7 +22,7 @@ from torch import OutOfMemoryError
 
 from nano_atlas.distributed import is_first_failure, process_group, size
 from nano_atlas.errors import UserError
-from nano_atlas.text import masked
+from nano_atlas.text import finite, masked
 
 MEMORY_REMEDY = """
 Lower --cache-rows (sampling) or --tokens-per-batch, or use --gradient-checkpointing or --optimizer-device cpu;
@@ -86,11 +78,10 @@ def _add_option(group: Any, field: dataclasses.Field, kind: Any, default: Any) -
         kind, *more = typing.get_args(kind)
         settings["nargs"] = "*" if more[-1] is Ellipsis else 1 + len(more)
 
+    read = finite if kind is float else kind
+
     def convert(text: str) -> Any:
-        value = None if is_optional and text.lower() == "none" else kind(text)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(text)
-        return value
+        return None if is_optional and text.lower() == "none" else read(text)
 
     convert.__name__ = kind.__name__  # argparse names it: "invalid int value: 'x'"
     choices = field.metadata["choices"]

@@ -82,10 +82,7 @@ def check_gpu(name: str, gpus: int) -> str:
 
 def settle_threads(parameters: int) -> None:
     """One thread for small models, else all; the process's largest model decides, unless OMP_NUM_THREADS is set.
-
-    On two idle cores, two threads are 1.5 times as fast as one; beside another busy program they are 2 to 9
-    times slower, because OpenMP's threads spin while they wait (benchmarks/bench_threads.py).
-    """
+    Beside another busy program two threads are slower than one, because they spin while they wait (docs/speed.md)."""
     global largest
     if "OMP_NUM_THREADS" in os.environ or parameters <= largest:
         return
@@ -198,14 +195,8 @@ def whole_parameters(model: Transformer) -> Iterator[tuple[str, Tensor]]:
         yield name, weight if dtype is None else gather_rows(own_part(weight).to(dtype), len(weight))
 
 
-@torch.no_grad()
-def full_parameters(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """`whole_parameters` of the model without adapters that computes the same."""
-    yield from merged(whole_parameters(model))
-
-
 def copy_parameters(source: Transformer, target: Transformer) -> None:  # target: not sharded, on any device
-    for (_, tensor), parameter in zip(full_parameters(source), target.parameters()):
+    for (_, tensor), parameter in zip(merged(whole_parameters(source)), target.parameters()):
         parameter.data.copy_(tensor)
 
 

@@ -92,6 +92,10 @@ def _flex_kernel(device: str) -> Callable:
     return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention
 
 
+# one for all graphs of a device, because cuBLAS keeps a workspace for each stream
+_recording_stream = cache(torch.cuda.Stream)
+
+
 def record(step: Callable[[], None], device: torch.device, pool) -> Callable[[], None]:
     """Runs `step` and records its kernels as a CUDA graph; returns a function that replays them on the same memory."""
     stream, graph = _recording_stream(device), torch.cuda.CUDAGraph()
@@ -103,8 +107,3 @@ def record(step: Callable[[], None], device: torch.device, pool) -> Callable[[],
         with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             step()  # recorded, not executed
     return graph.replay
-
-
-@cache
-def _recording_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # one for all graphs, because cuBLAS keeps a workspace for each stream

@@ -26,9 +26,8 @@ def training(path: Path, where: str) -> Iterator[dict]:
     for one in records(path):
         facts = {name: one[name] for name in ("step", "answer", "reward", "advantage")}
         about = {"id": f"{where}/{one['step']}/{one['id']}", "source": where, "facts": facts}
-        yield (
-            one | about | {"before": one["baselines"], "after": [one["guided"]] * (one["guided"] is not None)}
-        )
+        after = [one["guided"]] if one["guided"] else []
+        yield one | about | {"before": one["baselines"], "after": after}
 
 
 def sessions(path: Path, where: str) -> Iterator[dict]:

@@ -8,7 +8,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -211,13 +211,11 @@ def open_run(config: Any) -> Path | None:
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and own & {Path(text).resolve(), *Path(text).resolve().parents}:
                 raise UserError(f"{flag_of(name)} {text} is written by this run; choose another --out")
-    if config.restart:
+    if config.restart or not (states or (out / "model").exists()):
         return None
     if not states:
-        if (out / "model").exists():
-            remedy = "choose another --out, or start over with --restart"
-            raise UserError(f"{out} has a model, but no state to continue from; {remedy}")
-        return None
+        remedy = "choose another --out, or start over with --restart"
+        raise UserError(f"{out} has a model, but no state to continue from; {remedy}")
     refuse_changes(config, read_json(options), str(out))
     for state in states:
         try:
@@ -291,12 +289,12 @@ def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     replace_text(path, b"".join(map(_to_line, records)))
 
 
-class Journal(AbstractContextManager):
+class Journal(ExitStack):
     """An append-only JSONL file of one process at a time. After kill -9, at most the last line is torn; it is dropped."""
 
     def __init__(self, path: Path):
-        self.path = Path(path)
-        self._file = claim(self.path)
+        super().__init__()
+        self.path, self._file = path, self.enter_context(claim(path))
         self._file.seek(0)
         self._file.truncate(sum(len(line) for line in self._file if line.endswith(b"\n")))
 
@@ -310,9 +308,6 @@ class Journal(AbstractContextManager):
         """Drop all but the first lines."""
         self._file.seek(0)
         self._file.truncate(sum(len(self._file.readline()) for _ in range(lines)))
-
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
 
 
 class RunLog(ExitStack):
@@ -328,12 +323,11 @@ class RunLog(ExitStack):
         if rank() > 0:
             return
         self._journal = self.enter_context(Journal(path))
-        steps = []
-        for number, record in read_jsonl(path, is_journal=True):
+        records = list(read_jsonl(path, is_journal=True))
+        for number, record in records:
             if not isinstance(record.get("step"), int):
                 raise UserError(f"{path}:{number}: not a metrics record; delete the line, or use --restart")
-            steps.append(record["step"])
-        self._journal.keep(sum(step <= resumed_step for step in steps))
+        self._journal.keep(sum(record["step"] <= resumed_step for _, record in records))
         if config is not None and (project := os.environ.get("WANDB_PROJECT")):
             id_file = path.with_name("wandb_run.txt")  # a resumed run continues the same W&B run
             if resumed_step == 0 or not id_file.exists():

@@ -75,8 +75,7 @@ def _compile(template: str, source: str) -> jinja2.Template:
     """In the environment of transformers' `apply_chat_template`, without numbers of nine digits: a width, or a count."""
     if re.search(r"\d{9}", template):
         raise UserError(f"{source}: the chat template has a number of nine or more digits; remove it")
-    settings = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
-    environment = _Environment(**settings)
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's own escapes HTML
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
@@ -174,9 +173,8 @@ class Tokenizer:
             raise UserError(f"{cause}; remove the added tokens, or resize_token_embeddings() in transformers")
         return tokenizer
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: Path) -> None:
         """Writes what `from_directory`, transformers and vLLM read; generation_config.json may hold several ends."""
-        path = Path(path)
         config = {key: value for key, value in self.config.items() if key != "chat_template"}
         write_json(path / "tokenizer_config.json", config)  # makes the directory
         write_json(path / "generation_config.json", self.generation_config())

@@ -82,9 +82,8 @@ def score(tasks: Tasks) -> dict:
     means = [fmean(result.attempt.score for result in task) for task in tasks.values()]
     row = {"domain": answers[0].domain, "arm": answers[0].arm, "tasks": count, "accuracy": fmean(means)}
     row["error"] = stdev(means) / sqrt(count) if count > 1 else None  # standard error, over tasks
-    row["interval"] = (
-        stats.wilson_interval(sum(right), count) if samples == 1 and {*means} <= {0, 1} else None
-    )
+    is_rate = samples == 1 and {*means} <= {0, 1}
+    row["interval"] = stats.wilson_interval(sum(right), count) if is_rate else None
     for estimate in stats.pass_at_k, stats.pass_hat_k:
         rates = {k: fmean(estimate(samples, c, k) for c in right) for k in range(1, samples + 1)}
         row[estimate.__name__] = rates

@@ -141,17 +141,13 @@ def task_result(key: Key, simulation: dict, probe: Reply | None = None, reply=No
     """One line of the log: correct means a reward of 1, answered means a regular end of the dialogue."""
     reward, end = simulation["reward_info"]["reward"], simulation["termination_reason"]
     answer = str(reward) if end in ("user_stop", "agent_stop") else None
-    attempt = Attempt("", answer, reward > 1 - 1e-6, student_tokens(simulation), end == "max_steps")
+    turns = [message.get("usage") for message in simulation["messages"] if message["role"] == "assistant"]
+    if end == "agent_error":
+        turns.append(simulation.get("info", {}).get("usage"))  # of the last turn, which failed
+    tokens = sum(usage["completion_tokens"] for usage in turns if usage)
+    attempt = Attempt("", answer, reward > 1 - 1e-6, tokens, end == "max_steps")
     result = TaskResult(*key, "", attempt, record=simulation)
     return result.taught(reply, approach=probe.text, approach_tokens=probe.tokens) if reply else result
-
-
-def student_tokens(simulation: dict) -> int:
-    """Tokens generated in all of the student's turns, including a failed last one."""
-    turns = [message.get("usage") for message in simulation["messages"] if message["role"] == "assistant"]
-    if simulation["termination_reason"] == "agent_error":
-        turns.append(simulation.get("info", {}).get("usage"))
-    return sum(usage["completion_tokens"] for usage in turns if usage)
 
 
 def tables(config: Config, results: Sequence[TaskResult]) -> str:
