@@ -5,7 +5,7 @@ r"""GRPO: train the teacher on how much its teaching improves a frozen student.
     on eight GPUs      torchrun --nproc-per-node 8 train_grpo.py --preset qwen3-8b-2gpu \
                            --optimizer-device auto --problems gsm8k.jsonl
     will it fit?       python train_grpo.py --preset qwen3-8b-2gpu --show-layout     (loads nothing)
-    distillation       python train_grpo.py --reward none --kl exact --reference DIR  (docs/distillation.md)
+    distillation       python train_grpo.py --reward none --kl exact --reference DIR
 
 One step (the loop in `train`):
 
