@@ -19,6 +19,7 @@ import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from benchmarks.jobs import ROOT, Job, call, markdown, run_jobs
 from nano_atlas import world
@@ -38,6 +39,14 @@ ARMS = {  # name in the table -> directory of the teacher
     "SFT": "sft", "GRPO, 5 steps": "grpo-5", "GRPO, 20 steps": "grpo-20", "GRPO, 40 steps": "grpo", "on-policy, 10 steps": "on-10",
     "on-policy, 40 steps": "on", "off-policy": "off", "informed SFT": "informed", "privileged, 40 steps": "privileged", "control": "control",
 }  # fmt: skip
+PAIRS = [
+    ("on-policy, 10 steps", "GRPO, 5 steps"),  # as many tokens
+    ("on-policy, 40 steps", "GRPO, 20 steps"),  # as many tokens
+    ("on-policy, 40 steps", "off-policy"),  # as many tokens
+    ("on-policy, 40 steps", "GRPO, 40 steps"),  # the better teacher itself
+    ("privileged, 40 steps", "GRPO, 40 steps"),
+    ("privileged, 40 steps", "control"),
+]
 
 
 @dataclass(frozen=True)
@@ -137,54 +146,51 @@ def generated(run: Path) -> tuple[int, int]:
     return round(probes + answers), round(policy)
 
 
+def answers(place: Path) -> dict[tuple[str, str], dict[str, dict]]:
+    """Of a finished seed's evaluation: by arm and domain, the result of each task by its id."""
+    found: dict[tuple[str, str], dict[str, dict]] = {}
+    for _, one in read_jsonl(place / "eval/tasks.jsonl"):
+        found.setdefault((one["arm"], one["domain"]), {})[one["id"]] = one
+    return found
+
+
 def table(config: Config) -> str:
-    head = "teacher | seeds | student's tokens (1,000) | policy's | math | telecom | crm | against SFT, math | leaks | tokens written"
+    """One row per teacher, means over seeds, the smallest and largest seed in brackets; then the PAIRS by domain."""
+    head = "teacher | seeds | student's tokens (1,000) | policy's | math | telecom | crm | leaks | tokens written"
+    places = [config.out / str(seed) for seed in config.seeds]
+    runs = {place: answers(place) for place in places if (place / "eval/results.json").exists()}
     rows = []
-    places = [
-        place
-        for seed in config.seeds
-        if (place := config.out / str(seed), (place / "eval/results.json").exists())[1]
-    ]
     for name, folder in ARMS.items():
-        found = [
-            score
-            for place in places
-            for score in read_json(place / "eval/results.json")["scores"]
-            if score["arm"] == folder
+        costs = [f"{fmean(side) / 1000:.0f}" for side in zip(*(generated(place / folder) for place in runs))]
+        shown = []
+        for domain in world.DOMAINS:
+            right = [
+                fmean(one["attempt"]["score"] for one in of[folder, domain].values()) for of in runs.values()
+            ]
+            shown.append(f"{100 * fmean(right):.1f} [{100 * min(right):.1f}, {100 * max(right):.1f}]")
+        every = [
+            one for of in runs.values() for domain in world.DOMAINS for one in of[folder, domain].values()
         ]
-        if not found:
-            continue
-        of = {domain: [score for score in found if score["domain"] == domain] for domain in world.DOMAINS}
-
-        def spread(values: list[float]) -> str:
-            return f"{100 * sum(values) / len(values):.1f} [{100 * min(values):.1f}, {100 * max(values):.1f}]"
-
-        tokens = [generated(place / folder) for place in places]
-        costs = [f"{sum(side) / len(side) / 1000:.0f}" for side in zip(*tokens)]
-        rows.append([name, len(places), *costs, *(spread([s["accuracy"] for s in of[d]]) for d in world.DOMAINS),
-                     against(places, folder), f"{100 * sum(s['leak'] for s in of['math']) / len(places):.1f}",
-                     f"{sum(written(place, folder) for place in places) / len(places):.0f}"])  # fmt: skip
-    return markdown(head, rows)
+        shown += [
+            f"{100 * fmean(one['is_leak'] for one in every):.1f}",
+            f"{fmean(one['teacher_tokens'] for one in every):.0f}",
+        ]
+        rows.append([name, len(runs), *costs, *shown])
+    pairs = [
+        [f"{new} − {old}", *(against(runs, new, old, domain) for domain in world.DOMAINS)]
+        for new, old in PAIRS
+    ]
+    return f"{markdown(head, rows)}\n\n{markdown('difference | math | telecom | crm', pairs)}"
 
 
-def answers_of(place: Path, folder: str) -> dict[str, dict]:
-    found = (record for _, record in read_jsonl(place / "eval/tasks.jsonl"))
-    return {one["id"]: one for one in found if one["arm"] == folder and one["domain"] == "math"}
-
-
-def written(place: Path, folder: str) -> float:
-    """Mean tokens of the policy's greedy completion on math."""
-    found = answers_of(place, folder).values()
-    return sum(one["teacher_tokens"] for one in found) / len(found)
-
-
-def against(places: list[Path], folder: str) -> str:
-    """The paired difference to the SFT teacher on math over all seeds' tasks, in points, with its 95 % interval."""
-    changes: list[float] = []
-    for place in places:
-        sft, own = answers_of(place, "sft"), answers_of(place, folder)
-        changes += [own[name]["attempt"]["score"] - sft[name]["attempt"]["score"] for name in own]
-    return in_points(sum(changes) / len(changes), paired_bootstrap(changes))
+def against(runs: dict[Path, dict], new: str, old: str, domain: str) -> str:
+    """The paired difference over all seeds' tasks, in points, with its 95 % interval."""
+    changes = [
+        one["attempt"]["score"] - of[ARMS[old], domain][name]["attempt"]["score"]
+        for of in runs.values()
+        for name, one in of[ARMS[new], domain].items()
+    ]
+    return in_points(fmean(changes), paired_bootstrap(changes))
 
 
 def main() -> None:
