@@ -162,6 +162,7 @@ def grpo_token_loss(logprobs, old_logprobs, sampled_logprobs, advantages, kl, co
     update). sampled_logprobs: as the sampler reported them. They differ slightly from the trainer's (kernels,
     precision; with --overlap they are one update old), so the policy's term is weighted by p_old / p_sampler, truncated
     (Ionides 2008; for LLMs Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training").
+    With --reward none only beta * KL is left: on-policy distillation, by the reverse KL (arXiv:2306.13649).
     """
     low, high = config.clip
     ratio = (logprobs - old_logprobs).exp()
@@ -281,9 +282,8 @@ def update(config, policy: Transformer, reference, optimizer, samples, rate, is_
 
 
 def to_sample(config: Config, one: Episode, teacher: TokenSeat) -> Sample:
-    """With --kl privileged, the reference's prompt has the solution."""
     messages = protocol.privileged_messages(one.messages, one.sketch.problem.solution)
-    prompt = teacher.prompt_ids(messages) if config.kl == "privileged" else ()
+    prompt = teacher.prompt_ids(messages) if config.kl == "privileged" else ()  # the reference's
     return Sample(one.reply.rollout, one.advantage, tuple(prompt))
 
 

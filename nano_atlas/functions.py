@@ -44,12 +44,10 @@ class SideBySide:
     seat: Agent
 
     def ask(self, questions: Sequence[Question], progress: str | None = None) -> Answers:
-        calls = [Call("verifier", "verifier", *question) for question in questions]
-        answers = {}
-        for done in drive(
-            {i: caught(ask(c)) for i, c in enumerate(calls)}, {"verifier": self.seat}, timeout=SECONDS
-        ):
-            answers |= done
+        calls = (Call("verifier", "verifier", *question) for question in questions)
+        scripts, answers = {i: caught(ask(call)) for i, call in enumerate(calls)}, {}
+        for finished in drive(scripts, {"verifier": self.seat}, timeout=SECONDS):
+            answers |= finished
         return [one if isinstance(one, Fault) else one[0] for _, one in sorted(answers.items())]
 
 
