@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+import train_grpo
 from benchmarks import memory
 from benchmarks.pretrain import initialize
 from nano_atlas import lora
+from nano_atlas.config import parse
 from nano_atlas.errors import UserError
+from nano_atlas.layout import Layout
 from nano_atlas.model import ModelConfig, PackedAttention, Transformer
 from nano_atlas.optim import MasterAdamW
 from nano_atlas.presets import presets
@@ -140,3 +143,14 @@ def test_adapters_need_no_reference_no_head_gradient_and_state_of_their_own_only
     assert whole["fused loss"] - adapted["fused loss"] >= head
     sharded = memory.training(models[0], 8192, ranks=8, rank=32)
     assert sharded["policy"] == (2 * memory.parameters(models[0]) + 4 * trained) // 8
+
+
+def test_a_reference_of_another_size_is_counted_with_its_states():
+    """Qwen3-8B scores Qwen3-0.6B's teachings: its weights in bfloat16, and 4,096 numbers for each of the step's tokens."""
+    argv = "--preset qwen3-0.6b-24gb --problems p.jsonl --reward none --kl exact --reference Qwen/Qwen3-8B".split()
+    config = parse(train_grpo.Config, argv, presets("train_grpo"), "")
+    small, large = (memory.known_config(name) for name in ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B"))
+    layout = Layout("cuda:0", "cuda:0", False, "cuda:0")
+    items = memory.of_layout(config, layout, small, small, {"cuda:0": 80e9, "cpu": 1e12})["cuda:0"]
+    tokens = config.problems_per_step * config.group_size * config.teaching_tokens
+    assert items["reference"] == 2 * memory.parameters(large) + 2 * tokens * large.hidden_size
