@@ -38,9 +38,9 @@ from statistics import stdev
 import torch
 from torch import Tensor
 
-from nano_atlas import batching, distributed, episode, functions, lora, optim, protocol, runs
+from nano_atlas import batching, distributed, episode, functions, optim, protocol, runs
 from nano_atlas.batching import Sample, StepTokens, policy_batches, predicting_states, reference_values
-from nano_atlas.checkpoint import load_model, save_adapter, save_model
+from nano_atlas.checkpoint import load_trainable, save_adapter, save_model
 from nano_atlas.config import option, parse, run_script, to_json
 from nano_atlas.data import problems_of_step, training_data
 from nano_atlas.episode import Episode, EpisodeConfig, Sketch
@@ -281,10 +281,13 @@ def update(config, policy: Transformer, reference, optimizer, samples, rate, is_
 # ----------------------------------------------------------------------------------------------------------------- training
 
 
-def to_sample(config: Config, one: Episode, teacher: TokenSeat) -> Sample:
-    messages = protocol.privileged_messages(one.messages, one.sketch.problem.solution)
-    prompt = teacher.prompt_ids(messages) if config.kl == "privileged" else ()  # the reference's
-    return Sample(one.reply.rollout, one.advantage, tuple(prompt))
+def to_samples(config: Config, group: Sequence[Episode], teacher: TokenSeat) -> list[Sample]:
+    """With --kl privileged, the prompt of the reference has the problem's solution."""
+    prompt, one = (), group[0]  # a group shares both prompts
+    if config.kl == "privileged":
+        messages = protocol.privileged_messages(one.messages, one.sketch.problem.solution)
+        prompt = tuple(teacher.prompt_ids(messages))
+    return [Sample(one.reply.rollout, one.advantage, prompt) for one in group]
 
 
 def evaluate(config: Config, seats: Mapping[str, Seat], sketches: Sequence[Sketch]) -> dict[str, float]:
@@ -321,12 +324,8 @@ def train(config: Config) -> None:
     problems, held_out = training_data(config)
     start = config.student if config.reward == "exact" else config.teacher
     layout = choose_layout(config, "" if config.reward == "exact" else config.student, config.kl)
-    policy = load_model(start, getattr(torch, config.dtype), layout.policy)
-    policy.recompute_activations = config.gradient_checkpointing
-    lora.adapt(policy, config.lora_rank, config.seed)
-    distributed.shard(policy)
-    tokenizer = Tokenizer.from_directory(start)
-    reference = open_reference(config, layout, config.reference or start, policy, tokenizer)
+    policy, tokenizer = load_trainable(start, config, layout.policy), Tokenizer.from_directory(start)
+    reference = open_reference(config, layout, start, policy, tokenizer)
     tokenizer.config |= {"enable_thinking": True} if config.thinking else {}
     optimizer = optim.MasterAdamW(policy, **ADAMW, state_device=config.optimizer_device)
     base = runs.checkpoint_digest(start) if config.lora_rank else None
@@ -357,7 +356,7 @@ def train(config: Config) -> None:
             is_last = step + 1 == config.steps
             rate = optim.learning_rate(step, config.steps, config.lr, WARMUP, config.schedule)
             (groups, metrics), is_fresh = rollouts.take(step)
-            samples = [to_sample(config, one, teacher) for one in chain(*groups)]
+            samples = [*chain(*(to_samples(config, group, teacher) for group in groups))]
             metrics |= update(config, policy, reference, optimizer, samples, rate, is_fresh)
             metrics["sampling/parity"] = rollouts.sync(policy, step + 1)
 

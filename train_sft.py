@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nano_atlas import data, distributed, lora, optim, runs
-from nano_atlas.checkpoint import load_model, save_adapter, save_model
+from nano_atlas import data, distributed, optim, runs
+from nano_atlas.checkpoint import load_trainable, save_adapter, save_model
 from nano_atlas.config import derive_seed, option, parse, run_script, to_json
 from nano_atlas.data import STATUSES, Example, collate, count_targets, load_examples
 from nano_atlas.errors import UserError, say
@@ -139,10 +139,7 @@ def train(config: Config, resumed: Path | None) -> None:  # resumed: the trainin
         if record["step"] >= total_steps and runs.is_saved(config.out, record["step"]):
             return print(f"{config.out}/model is already trained, {record['step']} steps")
 
-    model = load_model(config.model, getattr(torch, config.dtype), distributed.device(config.device))
-    model.recompute_activations = config.gradient_checkpointing
-    lora.adapt(model, config.lora_rank, config.seed)
-    distributed.shard(model)
+    model = load_trainable(config.model, config, distributed.device(config.device))
     where = config.optimizer_device
     optimizer = optim.MasterAdamW(model, weight_decay=config.weight_decay, state_device=where)
     base = checkpoint_digest(config.model) if config.lora_rank else None

@@ -34,8 +34,8 @@ class Sample:
 
     @property
     def of_reference(self) -> Self:
-        prompt = self.reference_prompt or self.rollout.prompt_ids
-        return replace(self, rollout=replace(self.rollout, prompt_ids=prompt))
+        rollout = replace(self.rollout, prompt_ids=self.reference_prompt)
+        return replace(self, rollout=rollout) if self.reference_prompt else self
 
 
 @dataclass
@@ -130,7 +130,7 @@ def predicting_states(model: Transformer, batch: PolicyBatch) -> Tensor:
 
 
 def own_states(model, samples, tokens_per_batch: int, own=None) -> Iterator[tuple[PolicyBatch, Tensor]]:
-    """(micro-batch, its `predicting_states`) of the samples in `own`. Collective: an adapted policy is its own reference, and sharded."""
+    """(micro-batch, its `predicting_states`) of the samples in `own`. Collective: the model may be sharded."""
     batches = policy_batches(samples, tokens_per_batch, model, own)
     filler = batches or policy_batches(samples, tokens_per_batch, model, [0])
     for batch, is_own in distributed.in_step(batches, filler[0]):
@@ -153,8 +153,8 @@ def completion_logprobs(model, samples, tokens_per_batch: int, temperature: floa
 def reference_values(reference, samples: Sequence[Sample], config, own, device) -> Tensor | None:
     """What the KL needs of the frozen reference for a step's T completion tokens; 0 for samples not in `own`.
 
-    config.kl "k3": log-probs, `[T]` float32. Otherwise the hidden states that predict the tokens, `[T, D]` in the
-    reference's dtype, from which the loss computes the logits. None without a reference.
+    config.kl "k3": log-probs, `[T]` float32. Otherwise the hidden states that predict the tokens, `[T, D]` in
+    the reference's dtype, from which the loss computes the logits. None without a reference.
     """
     if reference is None:
         return None

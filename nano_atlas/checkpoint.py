@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nano_atlas.distributed import rank, settle_threads, whole_parameters
+from nano_atlas.distributed import rank, settle_threads, shard, whole_parameters
 from nano_atlas.errors import UserError
 from nano_atlas.gpu import compile_layers
-from nano_atlas.lora import ALPHA, merged
+from nano_atlas.lora import ALPHA, adapt, merged
 from nano_atlas.model import ModelConfig, Transformer
 from nano_atlas.runs import atomic_directory, find_checkpoint, read_json, refuse_damage, write_json
 from nano_atlas.text import number
@@ -159,6 +159,15 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
     return compile_layers(model)
 
 
+def load_trainable(path: str | Path, config, device: str) -> Transformer:
+    """The model to train, by a script's options: adapted, and sharded under torchrun. Raises UserError."""
+    model = load_model(path, getattr(torch, config.dtype), device)
+    model.recompute_activations = config.gradient_checkpointing
+    adapt(model, config.lora_rank, config.seed)
+    shard(model)
+    return model
+
+
 def _stored_tensors(path: Path) -> tuple[dict[str, Path], dict[str, list[int]]]:
     """File and shape of each tensor in `model.safetensors`, or in the shards that the index names."""
     names, index = {"model.safetensors"}, path / "model.safetensors.index.json"
@@ -234,8 +243,8 @@ def save_model(path, model: Transformer, tokenizer, max_shard_bytes=5e9, repeat_
 
 
 def save_adapter(path: Path, model: Transformer, start: Path | str) -> None:
-    """Writes the adapters, if there are any, as PEFT and vLLM load them onto the checkpoint `start`; collective."""
-    adapters = ((name, tensor) for name, tensor in whole_parameters(model) if "lora_" in name)
+    """Writes the adapters, if any, as PEFT and vLLM load them onto the checkpoint `start`. Collective."""
+    adapters = whole_parameters(model, "lora_")
     tensors = {f"base_model.model.{name}.weight": tensor.cpu().contiguous() for name, tensor in adapters}
     if rank() > 0 or not tensors:
         return

@@ -54,7 +54,7 @@ def present(record: dict) -> dict:
 
 
 def section(record: dict, name: str, where: str, kind=dict):
-    """An object or list in a record, or its JSON as text, as databases export it; empty if absent. Raises UserError."""
+    """An object or list in a record, or its JSON as text (databases); empty if absent. Raises UserError."""
     value = record.get(name) or kind()
     try:
         value = parse_json(value) if isinstance(value, str) else value
@@ -84,7 +84,7 @@ def load_problems(path: Path | str, *, needs_answer=True, skip_bad=False) -> lis
     for number, record in read_jsonl(path, complain):
         record, where = present(record), f"{path}:{number}"
         try:
-            if "task" in record and record.keys().isdisjoint(QUESTION_FIELDS):
+            if is_trace(record):
                 record, reason = _from_trace(record, where, needs_answer)
                 task = str(record["question"]), str(record.get("answer"))
                 if reason or task in traced:
@@ -107,14 +107,19 @@ def load_problems(path: Path | str, *, needs_answer=True, skip_bad=False) -> lis
     return list(problems.values())
 
 
+def is_trace(record: dict) -> bool:  # of a session, ours or atlas-sdk's
+    found = present(record)
+    return "task" in found and found.keys().isdisjoint(QUESTION_FIELDS)
+
+
 def in_words(reasons: Counter) -> str:
     return ", ".join(f"{count} {reason[:80]}" for reason, count in reasons.most_common(12)) or "none"
 
 
 def teaching_of(trace: dict, where: str) -> dict | str:
-    """{"messages"} of a session trace: what the teacher was asked and its reply before the best trial; or why it is not
-    learned. Earlier replies had trials of their own, which scored less. Without a stored prompt (atlas-sdk) it is made
-    from the plan, and the reply from the last guidance of each step. Raises UserError.
+    """{"messages"} of a session trace: what the teacher was asked and its reply before the best trial; or why it
+    is not learned. Earlier replies had trials of their own, which scored less. Without a stored prompt
+    (atlas-sdk) it is made from the plan, and the reply from the last guidance of each step. Raises UserError.
     """
     try:
         events, steps = (section(trace, name, where, list) for name in ("trajectory_events", "steps"))
@@ -178,8 +183,7 @@ def _gold_answer(record: dict, field: str, where: str) -> str:
     return answer.strip()
 
 
-def training_data(config) -> tuple[list[Problem], list[Problem]]:
-    """(training, held-out) problems of train_grpo.py's config."""
+def training_data(config) -> tuple[list[Problem], list[Problem]]:  # training, held out; for train_grpo.py
     if config.problems is None:
         from nano_atlas import world
 
@@ -208,8 +212,8 @@ class Example:
 
 
 def load_examples(paths, tokenizer, max_length: int, thinking=False, selection=None) -> list[Example]:
-    """All examples of at most `max_length` tokens. thinking: Qwen3's option, as in sampling later. selection: has
-    `min_reward`, `min_gain` and `review_status`, for session traces; None: there are none. Raises UserError.
+    """All examples of at most `max_length` tokens. thinking: Qwen3's option, as in sampling later. selection:
+    has `min_reward`, `min_gain` and `review_status`, for session traces; None: there are none. Raises UserError.
     """
     examples = []
     for path in paths:
@@ -229,9 +233,8 @@ def load_examples(paths, tokenizer, max_length: int, thinking=False, selection=N
 
 
 def _lines(path: Path, selection) -> Iterable[tuple[int | str, dict]]:
-    """The lines of a data file; of session traces the teachings that helped, as chats. The first line says which it is."""
-    first = next(read_jsonl(path))[1]
-    if "task" not in first or first.keys() & set(QUESTION_FIELDS):
+    """The lines of a data file; of session traces (as the first line) the teachings that helped, as chats."""
+    if not is_trace(next(read_jsonl(path))[1]):
         return read_jsonl(path)
     from nano_atlas.runtime import options, traces
 

@@ -82,7 +82,7 @@ def check_gpu(name: str, gpus: int) -> str:
 
 def settle_threads(parameters: int) -> None:
     """One thread for small models, else all; the process's largest model decides, unless OMP_NUM_THREADS is set.
-    Beside another busy program two threads are slower than one, because they spin while they wait (docs/speed.md)."""
+    Beside another busy program two threads are slower than one: they spin while they wait (docs/speed.md)."""
     global largest
     if "OMP_NUM_THREADS" in os.environ or parameters <= largest:
         return
@@ -185,13 +185,12 @@ def gather_rows(part: Tensor, rows: int) -> Tensor:
 
 
 @torch.no_grad()
-def whole_parameters(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor) one at a time, in the model's dtype. Collective: every rank must iterate over all."""
+def whole_parameters(model: Transformer, part: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor) in the model's dtype, of names with `part` in them. Collective: iterate over all."""
     dtype = model.compute_dtype
     if dtype is not None:
         model.reshard()  # a forward pass without a backward pass leaves embedding and head gathered
-    for name, weight in model.named_parameters():
-        weight = weight.detach()
+    for name, weight in ((n, p.detach()) for n, p in model.named_parameters() if part in n):
         yield name, weight if dtype is None else gather_rows(own_part(weight).to(dtype), len(weight))
 
 
@@ -201,8 +200,7 @@ def copy_parameters(source: Transformer, target: Transformer) -> None:  # target
 
 
 def whole_copy(model: Transformer) -> Transformer:
-    """An unsharded model on the same device, to be filled by `copy_parameters`; in a single process the model itself,
-    with its adapters, if it has any."""
+    """An unsharded model, to be filled by `copy_parameters`; in a single process the model itself, with adapters."""
     if size() == 1:
         return model
     copy = Transformer(model.config).to(model.head_weight.device, model.compute_dtype)

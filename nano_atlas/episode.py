@@ -3,7 +3,7 @@
     sketch    STUDENT   question                 ->  its approach, and K answers of its own (the baselines)
     teach     TEACHER   question + approach      ->  G teachings
     guide     STUDENT   question + teaching      ->  one answer for each teaching
-    verify    VERIFIER  each answer              ->  its score, 0 to 1 (`exact`: compared here, nobody is asked)
+    verify    VERIFIER  each answer              ->  its score, 0 to 1 (`exact`: compared here)
 
 Each is a script for `schedule.play` or `schedule.drive`. A problem's G teachings share one probe and one set
 of baselines, so differences between their rewards come only from the teachings and the answers with them.
@@ -191,7 +191,7 @@ def attempts(replies: Sequence[Reply], problem: Problem, config: EpisodeConfig) 
 
 
 def verify(problem: Problem, answers: Sequence, config: EpisodeConfig) -> Script:
-    """The verifier's scores of `answers`, objects with `text` and `answer` -> list[float | None]. Raises its Fault."""
+    """The scores of `answers`, objects with `text` and `answer` -> list[float | None]. Raises Fault."""
     gold = problem.answer
     if config.verifier == "exact":
         return [float(gold is not None and is_correct(one.answer, gold)) for one in answers]

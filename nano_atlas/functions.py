@@ -1,10 +1,10 @@
 """A user's Python functions, `MODULE:NAME` of something importable, also from the current directory.
 
     verifier   function(question=, answer=, text=, gold=) -> a score from 0 to 1, or None: unknown
-    reward     function(episode) -> a number, in place of reward.py's; episode: an `episode.Episode`, with that reward in it
+    reward     function(episode) -> a number; episode: an `episode.Episode`, which holds the published reward
     agent      see runtime/agents.py
 
-Each may be plain or async. Verifiers and agents run in threads with a time limit; what they raise is a Fault of that call.
+Each may be plain or async. Verifiers and agents run in threads with a time limit; what they raise is a Fault.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ class Agent:
 
 @dataclass
 class SideBySide:
-    """A verifier's seat for `play`: its calls run in threads, of SECONDS each, and a fault answers its own question."""
+    """A verifier's seat for `play`: its calls run in threads of SECONDS each, and fail each for itself."""
 
     seat: Agent
 
@@ -78,7 +78,7 @@ def resolve(value: Any) -> Any:
 
 
 def verifier_seat(spec: str, is_lockstep=True) -> dict[str, Agent | SideBySide]:
-    """{"verifier": seat} of a --verifier, for `episode.verify`; {} for exact. is_lockstep: for `play`. Raises UserError."""
+    """{"verifier": seat} for `episode.verify`; {} for exact. is_lockstep: for `play`. Raises UserError."""
     if spec == "exact":
         return {}
     function = load_object(spec)
@@ -93,7 +93,7 @@ def verifier_seat(spec: str, is_lockstep=True) -> dict[str, Agent | SideBySide]:
 
 
 def open_reward(spec: str) -> Callable[[Any], float]:
-    """The function, with a UserError that names it for whatever it raises, and for what is no finite number."""
+    """The function, with a UserError that names it for what it raises, and for what is no finite number."""
     function = load_object(spec)
 
     def reward(episode: Any) -> float:

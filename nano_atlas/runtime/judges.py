@@ -1,6 +1,6 @@
 """Scores answers and chooses the one to return. The first available of these gives the score:
 
-    python    --verifier module:function(question=, answer=, text=, gold=) -> a number from 0 to 1, or None: not scored
+    python    --verifier module:function(question=, answer=, text=, gold=) -> 0 to 1, or None: not scored
     exact     the task has a ground truth: 1 or 0
     judges    --judge: each judge is sampled at three temperatures. If the samples differ (standard deviation above
               DEVIATION) or one is unsure (uncertainty above UNCERTAINTY), --large-judge sees them and decides

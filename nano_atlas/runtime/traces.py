@@ -311,7 +311,7 @@ def reviewed_traces(path: Path) -> Iterator[tuple[Outcome, Trace]]:
 
 
 def teachings(path: Path, config: Config) -> Iterable[tuple[str, Trace]]:
-    """(name, chat) of each selected session: the teaching that helped. Says what is left out, and why. Raises UserError."""
+    """(name, chat) of each selected session: the teaching that helped. Says what is left out, and why."""
     found: dict[str, Trace | str] = {}  # of a repeated session the latest record counts
     for outcome, trace in reviewed_traces(path):
         name = f"session {outcome.session_id}"

@@ -169,9 +169,8 @@ def context_of(client: Client) -> int:
 
 
 def open_policy(config, layout, policy: Transformer, tokenizer, version: int, stack: ExitStack) -> TokenSeat:
-    """The policy's seat on `layout.urls` or on a new server. Under torchrun only rank 0 has servers. Weights go by NCCL
-    to a new server on other GPUs than the trainer's; else, and always with adapters, by file, in shared memory or
-    OUT/served."""
+    """The policy's seat on `layout.urls` or on a new server; under torchrun only rank 0 has servers. Weights go by
+    NCCL to a new server on GPUs of its own, unless adapted; else by file, in shared memory or OUT/served."""
     is_first, sleeps = distributed.rank() == 0, layout.policy in gpus_of(layout.server)
     is_nccl = layout.server.startswith("cuda") and not sleeps and distributed.size() == 1
     is_nccl = is_nccl and not config.lora_rank  # whose parameters would go as they are, not merged
