@@ -243,9 +243,9 @@ def test_what_the_disk_refuses_ends_a_script_with_one_line(tmp_path, make, kind,
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_asked_to_end_says_how_to_continue(tmp_path, sent):
     command = [sys.executable, "train_sft.py", "--out", str(tmp_path), "--device", "cpu"]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background inherits SIG_IGN
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, env=environment, preexec_fn=heard)
     while not (tmp_path / "metrics.jsonl").exists():
         assert process.poll() is None
         time.sleep(0.1)
